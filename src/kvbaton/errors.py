@@ -1,0 +1,171 @@
+"""Every error kvbaton raises, drawn as one tree.
+
+::
+
+    KVBatonError
+    ├── ConfigError               local        a setting or argument is wrong; nothing was started
+    │   ├── LayoutError           local        a layout contradicts itself or its memory
+    │   └── CapacityError         local        the request can never fit the pool or a table
+    ├── LocalProtocolError        local        our engine used the facade out of order
+    ├── RemoteProtocolError       remote       a peer sent something that the protocol forbids
+    │   └── MessageError          remote       bytes that are no message of ours (size, tag, version)
+    ├── IncompatibleError         remote       the handshake's verdict: layouts or versions differ
+    ├── AuthenticationError       remote       a secret is missing or wrong
+    ├── PeerLostError             remote       a peer went silent, died or was replaced
+    ├── TransferFailedError       remote       the other side ended the transfer
+    │   ├── AbortedError          remote       it was aborted: client gone, engine's choice
+    │   └── ExpiredError          environment  a deadline passed
+    ├── OverloadedError           local        a bounded table is full; try again later
+    ├── TransportError            environment  the data plane refused or broke
+    │   └── DisconnectedError     environment  the data plane lost a peer
+    ├── RegistryError             environment  the bootstrap registry is unreachable or incomplete
+    └── InternalError             bug          one of our own invariants does not hold
+
+A leaf has a stable ``code`` (what programs match on), a ``fault`` (whose it is) and one message that
+says what to do. ``peer`` and ``room`` are filled where they are known. Errors cross the wire as
+``(code, message)`` and are rebuilt by :func:`from_code`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Fault = Literal["local", "remote", "environment", "bug"]
+
+
+class KVBatonError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: one sentence: what is wrong and what to do.
+        peer: the instance or address of the other side, if one is involved.
+        room: the room of the transfer, if one is involved.
+        hint: one optional line of advice for a person at a terminal.
+    """
+
+    code: ClassVar[str] = "error"
+    fault: ClassVar[Fault] = "bug"
+
+    def __init__(self, message: str, *, peer: str = "", room: int | None = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.peer = peer
+        self.room = room
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = "".join(
+            (f" [room {self.room}]" if self.room is not None else "", f" [peer {self.peer}]" if self.peer else "")
+        )
+        return f"{self.message}{where}"
+
+
+class ConfigError(KVBatonError):
+    code = "config"
+    fault: ClassVar[Fault] = "local"
+
+
+class LayoutError(ConfigError):
+    code = "layout"
+
+
+class CapacityError(ConfigError):
+    code = "capacity"
+
+
+class LocalProtocolError(KVBatonError):
+    code = "misuse"
+    fault: ClassVar[Fault] = "local"
+
+
+class RemoteProtocolError(KVBatonError):
+    code = "protocol"
+    fault: ClassVar[Fault] = "remote"
+
+
+class MessageError(RemoteProtocolError):
+    code = "message"
+
+
+class IncompatibleError(KVBatonError):
+    """The verdict of a handshake. ``field`` names what differs, ``ours`` and ``theirs`` the values."""
+
+    code = "incompatible"
+    fault: ClassVar[Fault] = "remote"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        ours: str = "",
+        theirs: str = "",
+        peer: str = "",
+        room: int | None = None,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, peer=peer, room=room, hint=hint)
+        self.field = field
+        self.ours = ours
+        self.theirs = theirs
+
+
+class AuthenticationError(KVBatonError):
+    code = "authentication"
+    fault: ClassVar[Fault] = "remote"
+
+
+class PeerLostError(KVBatonError):
+    code = "peer_lost"
+    fault: ClassVar[Fault] = "remote"
+
+
+class TransferFailedError(KVBatonError):
+    code = "transfer_failed"
+    fault: ClassVar[Fault] = "remote"
+
+
+class AbortedError(TransferFailedError):
+    code = "aborted"
+
+
+class ExpiredError(TransferFailedError):
+    code = "expired"
+    fault: ClassVar[Fault] = "environment"
+
+
+class OverloadedError(KVBatonError):
+    code = "overloaded"
+    fault: ClassVar[Fault] = "local"
+
+
+class TransportError(KVBatonError):
+    code = "transport"
+    fault: ClassVar[Fault] = "environment"
+
+
+class DisconnectedError(TransportError):
+    code = "disconnected"
+
+
+class RegistryError(KVBatonError):
+    code = "registry"
+    fault: ClassVar[Fault] = "environment"
+
+
+class InternalError(KVBatonError):
+    code = "internal"
+    fault: ClassVar[Fault] = "bug"
+
+
+def _leaves(root: type[KVBatonError]) -> dict[str, type[KVBatonError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_leaves(child))
+    return found
+
+
+def from_code(code: str, message: str, *, peer: str = "", room: int | None = None) -> KVBatonError:
+    """Rebuild an error that crossed the wire. An unknown code becomes :class:`TransferFailedError`."""
+    kind = _leaves(KVBatonError).get(code, TransferFailedError)
+    return kind(message, peer=peer, room=room)

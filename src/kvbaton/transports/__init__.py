@@ -1,0 +1,1 @@
+"""Data planes: ways to write memory of one rank into memory of another."""

@@ -1,0 +1,148 @@
+"""What every data plane offers: registered memory, prepared tables, posted writes.
+
+Rules:
+- One thread owns a transport and makes every call. There are no callbacks: ``post`` then ``poll``.
+- A write is named by two index arrays into a *table*: entry ``i`` of the source side is written to entry
+  ``j`` of the target side. Tables are built once per peer, so that a post costs little Python.
+- A handle that is not :data:`DONE` may still touch memory on both sides. Releasing is not cancelling.
+- Foreign exceptions never leave a transport: they become :class:`~kvbaton.errors.TransportError` or
+  :class:`~kvbaton.errors.DisconnectedError`. A ``post`` that raises may have put writes on the wire.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.layout import MemoryKind, Region
+
+Handle = NewType("Handle", int)
+"""One posted write; minted by the transport, never reused while the transport lives."""
+
+TableId = NewType("TableId", int)
+"""One prepared pair of tables; minted by the transport."""
+
+
+class WriteState(enum.Enum):
+    """What is known about a posted write."""
+
+    PENDING = "pending"  #: may still touch memory
+    DONE = "done"  #: all bytes are in the target's memory and nothing will touch either side
+    BROKEN = "broken"  #: failed; part may have landed and more may land until the peer is fenced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Addressable blocks on one side of a peering.
+
+    Args:
+        rows: int64 array of shape ``[n, 5]``: address, length, device, stride, count. Row r stands for ``count``
+            blocks of ``length`` bytes, ``stride`` bytes apart. Entries are numbered row by row: the blocks of
+            row 0, then those of row 1, and so on. All values in bytes except device and count.
+        memory: memory kind of all rows.
+    """
+
+    rows: NDArray[np.int64]
+    memory: MemoryKind = "DRAM"
+
+    def addresses(self, entries: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int64]:
+        """Addresses of the given entries."""
+        row, block = self._locate(entries)
+        return self.rows[row, 0] + block * self.rows[row, 3]
+
+    def lengths(self, entries: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int64]:
+        """Lengths in bytes of the given entries."""
+        row, _ = self._locate(entries)
+        return self.rows[row, 1]
+
+    def _locate(
+        self, entries: NDArray[np.int64] | NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ends = np.cumsum(self.rows[:, 4])
+        row = np.searchsorted(ends, entries, side="right")
+        return row, entries - (ends[row] - self.rows[row, 4])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What the runtime has to know about a data plane.
+
+    Args:
+        name: the name of ``--disaggregation-transfer-backend``.
+        target_must_progress: writes only land while the target calls :meth:`Transport.progress`.
+        post_copies: ``post`` copies the bytes itself and returns when it is done (shared memory).
+    """
+
+    name: str
+    target_must_progress: bool
+    post_copies: bool
+
+
+class Transport(ABC):
+    """A data plane. Idempotent: ``close``, ``fence``, ``release``. Not thread safe: one owner."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @abstractmethod
+    def register(self, regions: Sequence[Region]) -> None:
+        """Make local memory reachable. Raises TransportError; nothing stays registered then."""
+
+    @abstractmethod
+    def metadata(self) -> bytes:
+        """What a peer needs for :meth:`connect`; changes after :meth:`register`."""
+
+    @abstractmethod
+    def connect(self, peer: str, metadata: bytes) -> None:
+        """Learn how to reach ``peer`` (an instance id). Connecting again replaces what was known.
+
+        Raises TransportError when the metadata is not usable.
+        """
+
+    @abstractmethod
+    def prepare(self, peer: str, source: Table, target: Table) -> TableId:
+        """Build the tables for writes from here to ``peer``. They live until the peer is fenced.
+
+        Raises TransportError when memory on either side is not registered.
+        """
+
+    @abstractmethod
+    def post(
+        self, table: TableId, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]
+    ) -> Handle:
+        """Start writing ``source_entries[i]`` to ``target_entries[i]`` for all i (equal lengths, not empty).
+
+        Raises TransportError or DisconnectedError; bytes may be on the wire then, until the peer is fenced.
+        """
+
+    @abstractmethod
+    def poll(self, handle: Handle) -> WriteState:
+        """State of a posted write; drives progress. Unknown handles are BROKEN."""
+
+    @abstractmethod
+    def release(self, handle: Handle) -> None:
+        """Forget a handle that is DONE or BROKEN. Releasing a pending handle does not stop it."""
+
+    @abstractmethod
+    def fence(self, peer: str) -> None:
+        """Cut ``peer`` off: tables and handles towards it are gone, and when this returns nothing posted to it
+        from here reads local memory any more. ``connect`` makes it reachable again."""
+
+    @abstractmethod
+    def progress(self) -> None:
+        """Move whatever needs moving (incoming writes on transports where the target must help)."""
+
+    @abstractmethod
+    def evidence(self, peer: str) -> str:
+        """How bytes really travel to ``peer``, as observed, for people: ``"UCX: cma/memory"``. Empty if unknown."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent."""
