@@ -109,6 +109,12 @@ class IncompatibleError(KVBatonError):
         self.ours = ours
         self.theirs = theirs
 
+    def swapped(self) -> IncompatibleError:
+        """The same difference as the other side sees it."""
+        return IncompatibleError(
+            self.message, field=self.field, ours=self.theirs, theirs=self.ours, peer=self.peer, room=self.room
+        )
+
 
 class AuthenticationError(KVBatonError):
     code = "authentication"

@@ -160,6 +160,8 @@ def _validate_pool(pool: Pool, regions: Sequence[Region]) -> None:
         raise LayoutError(f"pool {pool.name!r}: units={pool.units} and rows={pool.rows} must be positive")
     if not pool.planes:
         raise LayoutError(f"pool {pool.name!r} has no planes")
+    if len({regions[plane.region].memory for plane in pool.planes if 0 <= plane.region < len(regions)}) > 1:
+        raise LayoutError(f"pool {pool.name!r} lies in several kinds of memory; make it one pool per kind")
     seen = set()
     for plane in pool.planes:
         where = f"pool {pool.name!r} layer {plane.layer} plane {plane.name!r}"
@@ -228,9 +230,7 @@ def kv_pool(
     planes = []
     for layer in layers:
         for tensor in tensors:
-            planes.append(
-                Plane(layer, tensor, region, offset, unit_stride, row_stride, item_stride, head_bytes, axis)
-            )
+            planes.append(Plane(layer, tensor, region, offset, unit_stride, row_stride, item_stride, head_bytes, axis))
             offset += pages * unit_stride
     return Pool(name, kind, pages, page_size, True, dtype, tuple(planes), window)
 

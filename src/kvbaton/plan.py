@@ -1,0 +1,296 @@
+"""The plan: who writes which part of a transfer, with byte geometry. One pure function for every topology.
+
+For a shard axis of H items over P source and D target ranks, source rank p holds ``[h0p, h0p + np)`` and target rank
+d ``[h0d, h0d + nd)``; p writes the overlap. Where several source ranks hold the same item, the elected one is
+``p % rep_p == (d % rep_d) * rep_p // rep_d``: every target item is written exactly once, for all P, D and H.
+Layers pair by absolute layer id, so pipeline stages fall out; tokens pair by absolute position, so page sizes may
+differ. A source rank without an overlap has no part: it is a bystander.
+
+Both ends compute :func:`pair_plan` from the same two layouts and compare its digest before the first byte. The
+target also checks with :func:`make_plan` that its sources together cover every plane once.
+
+Geometry. A part is moved in *blocks* of ``block_rows`` tokens (the greatest common divisor of both page sizes; whole
+slots for slot pools). Within a block, what is contiguous on both sides is one *lane*: (plane, piece of the interior).
+A lane is one strided row of a descriptor table per block position in a page, so that (lane, page) is one table entry
+and a chunk of pages is two index arrays, computed by :func:`PartPlan.entries`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from kvbaton.errors import IncompatibleError, LayoutError
+from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region
+from kvbaton.table import Table
+
+#: Entries of one table are numbered with 32-bit integers.
+MAX_ENTRIES = (1 << 31) - 1
+
+Int64s = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+
+
+class PartId(Struct, frozen=True, array_like=True, order=True):
+    """(pool, layer range, shard range): the unit of the manifest. Ranges are half open."""
+
+    pool: str
+    layer_start: int
+    layer_stop: int
+    item_start: int
+    item_stop: int
+
+    def __str__(self) -> str:
+        layers = "" if self.layer_stop <= 0 else f" layers {self.layer_start}..{self.layer_stop - 1}"
+        return f"{self.pool}{layers} items {self.item_start}..{self.item_stop - 1}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """One side of a part: its descriptor table and how units subdivide into blocks."""
+
+    table: Table
+    units: int
+    unit_rows: int
+    blocks_per_unit: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartPlan:
+    """One part of a pairing. ``lane_bytes[i]`` is the length of lane i; a block is one entry of every lane."""
+
+    id: PartId
+    paged: bool
+    block_rows: int
+    lane_bytes: Int64s
+    source: Side
+    target: Side
+
+    @property
+    def block_bytes(self) -> int:
+        return int(self.lane_bytes.sum())
+
+    def blocks(self, token_start: int, token_stop: int) -> range:
+        """Numbers of the blocks that hold tokens ``[token_start, token_stop)``; block 0 alone for slot pools.
+
+        The last block is moved whole even where the prompt ends inside it: its rows belong to the same page.
+        """
+        if not self.paged:
+            return range(1)
+        if token_start >= token_stop:
+            return range(0)
+        if token_start % self.block_rows:
+            raise LayoutError(
+                f"part {self.id}: token {token_start} is no multiple of {self.block_rows}, the common page granularity"
+            )
+        return range(token_start // self.block_rows, -(-token_stop // self.block_rows))
+
+    def bytes(self, token_start: int, token_stop: int) -> int:
+        """Bytes that this part moves for a token range."""
+        return len(self.blocks(token_start, token_stop)) * self.block_bytes
+
+    def entries(
+        self, blocks: range, source_units: Int64s, source_first: int, target_units: Int64s, target_first: int
+    ) -> tuple[Int32s, Int32s]:
+        """Table entries (source, target) of the given blocks, lane by lane in token order.
+
+        ``source_units[i]`` is the page that holds absolute page ``source_first + i``; likewise for the target.
+        """
+        numbers = np.arange(blocks.start, blocks.stop, dtype=np.int64)
+        return (
+            _entries(self.source, len(self.lane_bytes), numbers, source_units, source_first),
+            _entries(self.target, len(self.lane_bytes), numbers, target_units, target_first),
+        )
+
+
+def _entries(side: Side, lanes: int, numbers: Int64s, units: Int64s, first: int) -> Int32s:
+    page, position = np.divmod(numbers, side.blocks_per_unit)
+    within_lane = position * side.units + units[page - first]
+    stride = side.blocks_per_unit * side.units
+    lane_base = np.arange(0, lanes * stride, stride, dtype=np.int64)
+    entries: Int32s = (lane_base[:, None] + within_lane[None, :]).astype(np.int32).ravel()
+    return entries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairPlan:
+    """All parts that one source rank writes for one target rank; empty for a bystander."""
+
+    parts: tuple[PartPlan, ...]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The pairings of one target with every rank of its source group, in the order of the sources."""
+
+    pairs: tuple[PairPlan, ...]
+
+    @property
+    def writers(self) -> tuple[int, ...]:
+        """Indices of the sources that have at least one part."""
+        return tuple(i for i, pair in enumerate(self.pairs) if pair.parts)
+
+
+def overlap(source: Axis, target: Axis) -> range:
+    """Items (absolute) that this source rank writes for this target rank."""
+    elected = source.rank % source.replicas == (target.rank % target.replicas) * source.replicas // target.replicas
+    start = max(source.first, target.first)
+    stop = min(source.first + source.width, target.first + target.width)
+    return range(start, stop) if elected and stop > start else range(0)
+
+
+def pair_plan(source: CacheLayout, target: CacheLayout) -> PairPlan:
+    """What ``source`` writes for ``target``. The layouts must be compatible (see ``compatibility``)."""
+    offered = {pool.name: pool for pool in source.pools}
+    parts = []
+    digest = hashlib.blake2b(digest_size=16)
+    for pool in target.pools:
+        if pool.name in offered:
+            part = _part(offered[pool.name], source.regions, pool, target.regions)
+            if part is not None:
+                parts.append(part)
+                digest.update(repr(part.id).encode())
+                digest.update(part.source.table.rows.tobytes())
+                digest.update(part.target.table.rows.tobytes())
+    return PairPlan(parts=tuple(parts), digest=digest.hexdigest())
+
+
+def make_plan(sources: Sequence[CacheLayout], target: CacheLayout) -> Plan:
+    """Pair ``target`` with every source and check that each of its items is written exactly once.
+
+    Raises IncompatibleError naming the pool, layer and items that nobody writes, or that two ranks write.
+    """
+    plan = Plan(pairs=tuple(pair_plan(source, target) for source in sources))
+    check_coverage(sources, target)
+    return plan
+
+
+def check_coverage(sources: Sequence[CacheLayout], target: CacheLayout) -> None:
+    """Raise IncompatibleError unless ``sources`` write every item of every plane of ``target`` exactly once."""
+    for pool in target.pools:
+        offers: dict[tuple[int, str], list[Axis]] = {}
+        for source in sources:
+            for offered in source.pools:
+                if offered.name == pool.name:
+                    for plane in offered.planes:
+                        offers.setdefault((plane.layer, plane.name), []).append(plane.axis)
+        checked: set[tuple[Axis, tuple[Axis, ...]]] = set()
+        for plane in pool.planes:
+            axes = tuple(offers.get((plane.layer, plane.name), ()))
+            if (plane.axis, axes) in checked:
+                continue
+            checked.add((plane.axis, axes))
+            written = sorted(item for axis in axes for item in overlap(axis, plane.axis))
+            wanted = list(range(plane.axis.first, plane.axis.first + plane.axis.width))
+            if written != wanted:
+                raise IncompatibleError(
+                    f"pool {pool.name!r} layer {plane.layer} plane {plane.name!r}: the target needs items "
+                    f"{wanted} once each, the prefill ranks write {written}; check that every prefill rank is registered",
+                    field=f"{pool.name}.{plane.layer}.{plane.name}",
+                    ours=str(wanted),
+                    theirs=str(written),
+                )
+
+
+_Geometry = tuple[int, int, int, Axis]
+
+
+def _geometry(plane: Plane) -> _Geometry:
+    return (plane.row_stride, plane.item_stride, plane.item_bytes, plane.axis)
+
+
+def _part(
+    source: Pool, source_regions: Sequence[Region], target: Pool, target_regions: Sequence[Region]
+) -> PartPlan | None:
+    """The part of one pool: paired planes grouped by equal geometry, so that numpy does the work per group."""
+    theirs = {(plane.layer, plane.name): plane for plane in target.planes}
+    groups: dict[tuple[_Geometry, _Geometry], list[tuple[Plane, Plane]]] = {}
+    for plane in source.planes:
+        twin = theirs.get((plane.layer, plane.name))
+        if twin is not None:
+            groups.setdefault((_geometry(plane), _geometry(twin)), []).append((plane, twin))
+    block_rows = math.gcd(source.rows, target.rows) if source.paged else source.rows
+    lane_bytes: list[Int64s] = []
+    rows: tuple[list[Int64s], list[Int64s]] = ([], [])
+    layers: list[int] = []
+    items: list[int] = []
+    for (s_geometry, t_geometry), pairs in groups.items():
+        shared = overlap(s_geometry[3], t_geometry[3])
+        if not shared:
+            continue
+        length, s_offsets, t_offsets = _lanes(s_geometry, t_geometry, shared, block_rows)
+        for side, pool, regions, offsets in (
+            (0, source, source_regions, s_offsets),
+            (1, target, target_regions, t_offsets),
+        ):
+            rows[side].append(_rows([pair[side] for pair in pairs], regions, pool, offsets, length, block_rows))
+        lane_bytes.append(np.full(len(pairs) * len(s_offsets), length, dtype=np.int64))
+        layers += [pair[0].layer for pair in pairs]
+        items += [shared.start, shared.stop]
+    if not layers:
+        return None
+    return PartPlan(
+        id=PartId(source.name, min(layers), max(layers) + 1, min(items), max(items)),
+        paged=source.paged,
+        block_rows=block_rows,
+        lane_bytes=np.concatenate(lane_bytes),
+        source=_side(source, source_regions, rows[0], block_rows),
+        target=_side(target, target_regions, rows[1], block_rows),
+    )
+
+
+def _side(pool: Pool, regions: Sequence[Region], rows: list[Int64s], block_rows: int) -> Side:
+    table = Table(rows=np.concatenate(rows), memory=regions[pool.planes[0].region].memory)
+    if int(table.rows[:, 4].sum()) > MAX_ENTRIES:
+        raise LayoutError(
+            f"pool {pool.name!r}: more than {MAX_ENTRIES} table entries; use larger pages or a smaller pool"
+        )
+    return Side(
+        table=table,
+        units=pool.units,
+        unit_rows=pool.rows,
+        blocks_per_unit=pool.rows // block_rows,
+    )
+
+
+def _lanes(source: _Geometry, target: _Geometry, items: range, block_rows: int) -> tuple[int, Int64s, Int64s]:
+    """Length of each contiguous piece of a block, and the pieces' offsets from the unit on both sides.
+
+    A dimension (rows, items) disappears into the piece when it is dense on both sides.
+    """
+    length = source[2]
+    dimensions = [(block_rows, source[0], target[0]), (len(items), source[1], target[1])]
+    dimensions = [d for d in dimensions if d[0] > 1]
+    while dense := [d for d in dimensions if d[1] == length and d[2] == length]:
+        length *= dense[0][0]
+        dimensions.remove(dense[0])
+    s_offsets = np.array([(items.start - source[3].first) * source[1]], dtype=np.int64)
+    t_offsets = np.array([(items.start - target[3].first) * target[1]], dtype=np.int64)
+    for count, s_stride, t_stride in reversed(dimensions):
+        steps = np.arange(count, dtype=np.int64)
+        s_offsets = (s_offsets[:, None] + steps * s_stride).ravel()
+        t_offsets = (t_offsets[:, None] + steps * t_stride).ravel()
+    return length, s_offsets, t_offsets
+
+
+def _rows(
+    planes: Sequence[Plane], regions: Sequence[Region], pool: Pool, offsets: Int64s, length: int, block_rows: int
+) -> Int64s:
+    """Table rows of a group of planes: lane by lane, and within a lane one row per block position in a unit."""
+    bases = np.array([regions[plane.region].address + plane.offset for plane in planes], dtype=np.int64)
+    positions = np.arange(pool.rows // block_rows, dtype=np.int64) * (block_rows * planes[0].row_stride)
+    addresses = bases[:, None, None] + offsets[None, :, None] + positions[None, None, :]
+    rows = np.empty((addresses.size, 5), dtype=np.int64)
+    rows[:, 0] = addresses.ravel()
+    rows[:, 1] = length
+    rows[:, 2] = np.repeat([regions[plane.region].device for plane in planes], len(offsets) * len(positions))
+    rows[:, 3] = np.repeat([plane.unit_stride for plane in planes], len(offsets) * len(positions))
+    rows[:, 4] = pool.units
+    return rows

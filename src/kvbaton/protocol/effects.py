@@ -1,0 +1,109 @@
+"""What the core wants done: outputs, imperative, plain data. The driver carries them out in order."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.control.base import LinkId
+from kvbaton.errors import KVBatonError
+from kvbaton.messages import Role
+from kvbaton.plan import PairPlan
+from kvbaton.protocol.events import WriteId
+
+
+class KVPoll(enum.IntEnum):
+    """State of a room as engines see it; the field's names and order (compare with ``<``, merge with ``min``)."""
+
+    Failed = 0
+    Bootstrapping = 1
+    WaitingForInput = 2
+    Transferring = 3
+    Success = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Open a link to ``address`` and answer with ``Dialed``."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    link: LinkId
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PreparePeer:
+    """Make ``peer`` reachable and build the tables of ``pair``; answer with PeerPrepared or PeerUnprepared."""
+
+    peer: str
+    metadata: bytes
+    pair: PairPlan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PostWrite:
+    """Write table entries of one part; answer with WriteSettled or WriteBroken, exactly once."""
+
+    write: WriteId
+    peer: str
+    part: int
+    source_entries: NDArray[np.int32]
+    target_entries: NDArray[np.int32]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelWrites:
+    """Do not post these writes if they are not posted yet; a cancelled write settles."""
+
+    writes: frozenset[WriteId]
+
+
+@dataclass(frozen=True, slots=True)
+class FencePeer:
+    """Cut ``peer`` off from our writes; answer with PeerFenced."""
+
+    peer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoomStatus:
+    """What an engine may know of a room.
+
+    Args:
+        poll: never changes any more once it is Failed or Success.
+        error: first root cause, when Failed.
+        leased: a write may still touch this room's units.
+        prefix_len: tokens that every target holds already (source side).
+        bytes: bytes that the room moves here: the manifest (target), posted so far (source).
+    """
+
+    poll: KVPoll = KVPoll.Bootstrapping
+    error: KVBatonError | None = None
+    leased: bool = False
+    prefix_len: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the engine about a room."""
+
+    room: int
+    role: Role
+    status: RoomStatus
+
+
+Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Report

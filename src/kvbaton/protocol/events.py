@@ -1,0 +1,162 @@
+"""What can happen to the core: inputs, past tense, plain data. And what an engine hands it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from kvbaton.control.base import LinkId
+from kvbaton.errors import KVBatonError
+from kvbaton.messages import Grant, Role
+
+WriteId = NewType("WriteId", int)
+"""One write that the core asked for; minted by the core, never reused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Units that a source has finished computing: per pool a token range and the units that hold it."""
+
+    spans: tuple[Grant, ...]
+    last: bool
+
+    @property
+    def token_stop(self) -> int:
+        """First token after the chunk."""
+        return max((span.token_stop for span in self.spans), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialed:
+    """The link asked for by ``Dial`` exists (connected or not)."""
+
+    address: str
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class MessageArrived:
+    link: LinkId
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """A dialled link is connected again: perhaps to another process."""
+
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRefused:
+    """Nobody listens at the dialled address: the process that did has closed or died. A proof, not a guess."""
+
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class SenderOpened:
+    """The engine has a request to prefill for this room."""
+
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSubmitted:
+    room: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverOpened:
+    """The engine expects a room from the source ranks at these addresses."""
+
+    room: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GrantsPublished:
+    """The engine has leased units for a room."""
+
+    room: int
+    grants: tuple[Grant, ...]
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    """Our engine gives a room up."""
+
+    room: int
+    role: Role
+    error: KVBatonError
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSettled:
+    """A write is complete, or was never posted: it touches no memory any more."""
+
+    write: WriteId
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBroken:
+    """A write failed; until its peer is fenced it may still touch memory."""
+
+    write: WriteId
+    error: KVBatonError
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPrepared:
+    """The transport can write to this peer."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUnprepared:
+    """The transport cannot write to this peer."""
+
+    peer: str
+    error: KVBatonError
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFenced:
+    """The transport has cut this peer off: no write of ours towards it touches any memory any more."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Nothing happened, but a deadline may be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownRequested:
+    """This rank is closing: every live room fails, every peer is told."""
+
+    reason: str
+
+
+Event = (
+    Dialed
+    | MessageArrived
+    | LinkUp
+    | LinkRefused
+    | SenderOpened
+    | ChunkSubmitted
+    | ReceiverOpened
+    | GrantsPublished
+    | AbortRequested
+    | WriteSettled
+    | WriteBroken
+    | PeerPrepared
+    | PeerUnprepared
+    | PeerFenced
+    | TimePassed
+    | ShutdownRequested
+)

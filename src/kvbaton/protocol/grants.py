@@ -1,0 +1,56 @@
+"""Grants against a layout and a plan: what a peer or an engine hands in is checked here, once, before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvbaton.errors import LayoutError
+from kvbaton.layout import CacheLayout
+from kvbaton.messages import Grant, PartBytes
+from kvbaton.plan import PairPlan
+
+
+def check_grants(grants: Iterable[Grant], layout: CacheLayout, *, distinct: bool = True) -> dict[str, Grant]:
+    """Grants by pool. Raises LayoutError unless each names a pool of ``layout`` once, and units that exist.
+
+    A paged pool needs one unit for every page that the token range touches, a slot pool exactly one unit and no
+    tokens. ``distinct``: no unit may appear twice (it would be written twice).
+    """
+    by_pool: dict[str, Grant] = {}
+    for grant in grants:
+        pool = layout.pool(grant.pool)
+        if grant.pool in by_pool:
+            raise LayoutError(f"pool {grant.pool!r} is granted twice")
+        by_pool[grant.pool] = grant
+        if pool.paged:
+            if grant.token_start > grant.token_stop:
+                raise LayoutError(f"pool {grant.pool!r}: tokens {grant.token_start}..{grant.token_stop} run backwards")
+            empty = grant.token_start == grant.token_stop
+            needed = 0 if empty else -(-grant.token_stop // pool.rows) - grant.token_start // pool.rows
+        else:
+            if grant.token_start or grant.token_stop:
+                raise LayoutError(f"pool {grant.pool!r} has slots, not pages: its token range must be 0..0")
+            needed = 1
+        if len(grant.units) != needed:
+            raise LayoutError(
+                f"pool {grant.pool!r}: tokens {grant.token_start}..{grant.token_stop} need {needed} units of "
+                f"{pool.rows} rows, {len(grant.units)} were given"
+            )
+        if grant.units and not (min(grant.units) >= 0 and max(grant.units) < pool.units):
+            raise LayoutError(f"pool {grant.pool!r}: a unit is outside 0..{pool.units - 1}")
+        if distinct and len(set(grant.units)) != len(grant.units):
+            raise LayoutError(f"pool {grant.pool!r}: a unit is given twice")
+    return by_pool
+
+
+def parts_of(pair: PairPlan, grants: Iterable[Grant]) -> tuple[PartBytes, ...]:
+    """The manifest of one writer: every part of ``pair`` that moves bytes for these grants."""
+    by_pool = {grant.pool: grant for grant in grants}
+    found = []
+    for part in pair.parts:
+        grant = by_pool.get(part.id.pool)
+        if grant is not None:
+            size = part.bytes(grant.token_start, grant.token_stop)
+            if size:
+                found.append(PartBytes(part.id, size))
+    return tuple(found)

@@ -1,0 +1,138 @@
+"""What a transfer does at its target: open, wait for the proof of delivery, close; or drain.
+
+Handlers of the table: ``(transfer, now, detail)``. See ``transfer`` for the states.
+"""
+
+from __future__ import annotations
+
+from kvbaton.errors import (
+    ExpiredError,
+    InternalError,
+    KVBatonError,
+    RemoteProtocolError,
+    TransferFailedError,
+    from_code,
+)
+from kvbaton.messages import Abort, Close, Done, Failed, Open, Query, clip
+from kvbaton.protocol.transfer import State, Transfer, describe, expect
+
+
+def send_open(t: Transfer, now: float, _: object = None) -> None:
+    incoming = t.as_target()
+    message = Open(
+        sender=t.wire.instance,
+        receiver=t.peer,
+        key=t.key,
+        token_count=incoming.token_count,
+        grants=incoming.grants,
+        parts=incoming.parts,
+        ttl_seconds=t.wire.settings.transfer_seconds,
+    )
+    t.wire.send(t, message)
+    t.retry_later(now)
+
+
+def opened(t: Transfer, now: float, _: object) -> None:
+    t.enter(State.OPENED)
+    t.set_deadline(now, t.wire.settings.transfer_seconds)
+    t.retry_pause = t.wire.settings.retry_most_seconds
+    t.retry_later(now)
+
+
+def query(t: Transfer, now: float, _: object) -> None:
+    t.wire.send(t, Query(sender=t.wire.instance, receiver=t.peer, key=t.key))
+    t.retry_later(now)
+
+
+def delivered(t: Transfer, now: float, detail: object) -> None:
+    done = expect(detail, Done)
+    incoming = t.as_target()
+    if frozenset(done.parts) != frozenset(incoming.parts) or done.token_count != incoming.token_count:
+        t.error = RemoteProtocolError(
+            f"the source wrote {describe(done.parts)} for {done.token_count} tokens, the manifest says "
+            f"{describe(incoming.parts)} for {incoming.token_count}",
+            peer=t.peer,
+            room=t.key.room,
+        )
+    close(t, now, detail)
+
+
+def close(t: Transfer, _now: float, _: object) -> None:
+    """The source has proven that it is finished with our memory: nothing is owed but the acknowledgement."""
+    t.enter(State.CLOSED)
+    acknowledge_outcome(t, _now, None)
+
+
+def acknowledge_outcome(t: Transfer, _now: float, _: object) -> None:
+    t.wire.send(t, Close(sender=t.wire.instance, receiver=t.peer, key=t.key, success=t.error is None))
+
+
+def source_failed(t: Transfer, now: float, detail: object) -> None:
+    failed = expect(detail, Failed)
+    if t.error is None:
+        t.error = from_code(failed.code, failed.reason, peer=t.peer, room=t.key.room)
+    if failed.drained:
+        close(t, now, detail)
+    elif t.state is not State.DRAINING:
+        drain(t, now)
+
+
+def give_up_opened(t: Transfer, now: float, detail: object) -> None:
+    t.error = expect(detail, KVBatonError)
+    drain(t, now)
+
+
+def expire_opened(t: Transfer, now: float, _: object) -> None:
+    waited_for = "acknowledge the room" if t.state is State.OPENING else "deliver"
+    t.error = ExpiredError(
+        f"the prefill rank did not {waited_for} within {t.wire.settings.transfer_seconds:g} s",
+        peer=t.peer,
+        room=t.key.room,
+    )
+    drain(t, now)
+
+
+def drain(t: Transfer, now: float) -> None:
+    t.enter(State.DRAINING)
+    t.retry_pause = t.wire.settings.retry_seconds
+    if not t.as_target().parts:
+        t.set_deadline(now, t.wire.settings.announce_seconds)
+    elif t.wire.settings.quarantine_seconds is not None:
+        t.set_deadline(now, t.wire.settings.quarantine_seconds)
+    send_abort(t, now, None)
+
+
+def send_abort(t: Transfer, now: float, _: object) -> None:
+    error = t.error or InternalError("draining without a cause")
+    t.wire.send(
+        t,
+        Abort(sender=t.wire.instance, receiver=t.peer, key=t.key, code=error.code, reason=clip(error.message)),
+    )
+    t.retry_later(now)
+
+
+def lose_source(t: Transfer, now: float, detail: object) -> None:
+    t.error = expect(detail, KVBatonError)
+    drain(t, now)
+
+
+def drained(t: Transfer, _now: float, _: object) -> None:
+    t.enter(State.CLOSED)
+
+
+def forgotten(t: Transfer, _now: float, _: object) -> None:
+    t.error = t.error or TransferFailedError(
+        "the prefill rank does not know this room any more", peer=t.peer, room=t.key.room
+    )
+    t.enter(State.CLOSED)
+
+
+def source_gone(t: Transfer, _now: float, detail: object) -> None:
+    t.error = t.error or expect(detail, KVBatonError)
+    t.enter(State.CLOSED)
+
+
+def release_by_policy(t: Transfer, _now: float, _: object) -> None:
+    """Only set where a policy allows it, or where this rank holds no unit that the peer could write."""
+    t.quarantined = bool(t.as_target().parts)
+    t.enter(State.CLOSED)

@@ -1,0 +1,128 @@
+"""A room as an engine sees it: all transfers of one request on this rank, summed up in one status.
+
+A room fails as a whole with the first root cause, and concludes once; transfers that still settle or drain keep it
+leased. These are plain records and pure functions of them; the core moves them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvbaton.errors import KVBatonError
+from kvbaton.messages import Grant
+from kvbaton.protocol.effects import KVPoll, RoomStatus
+from kvbaton.protocol.events import Chunk
+from kvbaton.protocol.transfer import State, Transfer
+
+
+@dataclass(kw_only=True, eq=False)
+class SourceRoom:
+    """The prefill side. ``expected`` is the number of target ranks that open the room, known from the first Open.
+
+    A room may exist before our engine knows it (``has_sender`` false): a target opened it early.
+    """
+
+    room: int
+    has_sender: bool = False
+    group: str = ""
+    expected: int | None = None
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
+    error: KVBatonError | None = None
+    reported: RoomStatus = field(default_factory=RoomStatus)
+
+    @property
+    def opened(self) -> bool:
+        """Every target that this rank serves has opened."""
+        return self.expected is not None and len(self.transfers) >= self.expected
+
+    @property
+    def last_submitted(self) -> bool:
+        return bool(self.chunks) and self.chunks[-1].last
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do or to say: the record can go."""
+        closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
+        if not self.has_sender:
+            return closed
+        return closed and self.status().poll in (KVPoll.Failed, KVPoll.Success)
+
+    def status(self) -> RoomStatus:
+        transfers = self.transfers.values()
+        if self.error is not None:
+            poll = KVPoll.Failed
+        elif not self.opened:
+            poll = KVPoll.Bootstrapping
+        elif not self.chunks:
+            poll = KVPoll.WaitingForInput
+        elif all(transfer.succeeded for transfer in transfers):
+            poll = KVPoll.Success
+        else:
+            poll = KVPoll.Transferring
+        unfinished = poll not in (KVPoll.Failed, KVPoll.Success) and bool(self.chunks) and not self._settled()
+        return RoomStatus(
+            poll=poll,
+            error=self.error,
+            leased=unfinished or any(transfer.leased for transfer in transfers),
+            prefix_len=self._prefix_len(),
+            bytes=sum(sum(t.outgoing.sent.values()) for t in transfers if t.outgoing is not None),
+        )
+
+    def _settled(self) -> bool:
+        """The last chunk is out and every write of it has settled: our units are free before the target confirms."""
+        return self.last_submitted and all(
+            transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values()
+        )
+
+    def _prefix_len(self) -> int:
+        starts = [
+            grant.token_start
+            for transfer in self.transfers.values()
+            if transfer.outgoing is not None
+            for grant in transfer.outgoing.grants.values()
+            if grant.token_stop
+        ]
+        return min(starts, default=0)
+
+
+@dataclass(kw_only=True, eq=False)
+class TargetRoom:
+    """The decode side: the addresses it expects to be filled from, what it granted, and its transfers once open."""
+
+    room: int
+    sources: tuple[str, ...]
+    grants: tuple[Grant, ...] | None = None
+    token_count: int = 0
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    error: KVBatonError | None = None
+    reported: RoomStatus = field(default_factory=RoomStatus)
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do or to say: the record can go."""
+        closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
+        return closed and self.status().poll in (KVPoll.Failed, KVPoll.Success)
+
+    def status(self) -> RoomStatus:
+        transfers = self.transfers.values()
+        writers = [t for t in transfers if t.incoming is not None and t.incoming.parts]
+        if self.error is not None:
+            poll = KVPoll.Failed
+        elif not transfers or any(transfer.state is State.OPENING for transfer in transfers):
+            poll = KVPoll.Bootstrapping
+        elif all(transfer.succeeded for transfer in writers):
+            poll = KVPoll.Success
+        elif any(transfer.succeeded for transfer in writers):
+            poll = KVPoll.Transferring
+        else:
+            poll = KVPoll.WaitingForInput
+        return RoomStatus(
+            poll=poll,
+            error=self.error,
+            leased=any(transfer.leased for transfer in transfers),
+            bytes=sum(part.bytes for t in writers if t.incoming is not None for part in t.incoming.parts),
+        )
+
+
+Room = SourceRoom | TargetRoom

@@ -1,0 +1,276 @@
+"""What a transfer does at its source: post writes, prove that they settled, repeat the outcome; or settle and fail.
+
+Handlers of the table: ``(transfer, now, detail)``. See ``transfer`` for the states.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvbaton.errors import (
+    DisconnectedError,
+    ExpiredError,
+    InternalError,
+    KVBatonError,
+    LayoutError,
+    LocalProtocolError,
+    TransferFailedError,
+    from_code,
+)
+from kvbaton.messages import Abort, Close, Done, Drained, Failed, Opened, PartBytes, clip
+from kvbaton.plan import PartPlan
+from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite
+from kvbaton.protocol.events import Chunk, WriteId
+from kvbaton.protocol.transfer import State, Transfer, describe, expect
+
+
+def acknowledge(t: Transfer, _now: float, _: object) -> None:
+    t.wire.send(t, Opened(sender=t.wire.instance, receiver=t.peer, key=t.key))
+
+
+def send_chunk(t: Transfer, now: float, detail: object) -> None:
+    chunk = expect(detail, Chunk)
+    outgoing = t.as_source()
+    if t.state is State.WAITING:
+        t.enter(State.SENDING)
+    t.set_deadline(now, t.wire.settings.transfer_seconds)
+    try:
+        for index, part in enumerate(outgoing.pair.parts):
+            post_part(t, index, part, chunk)
+        if chunk.last:
+            check_complete(t, chunk)
+    except (LayoutError, LocalProtocolError) as error:
+        fail_sending(t, now, error)
+        return
+    outgoing.last_submitted = outgoing.last_submitted or chunk.last
+    conclude_if_settled(t, now)
+
+
+def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
+    """Post what this chunk holds of one part, in pieces. Tokens outside the grant are the target's already."""
+    outgoing = t.as_source()
+    grant = outgoing.grants.get(part.id.pool)
+    span = next((span for span in chunk.spans if span.pool == part.id.pool), None)
+    if grant is None or span is None:
+        return
+    begin = outgoing.sent_until.get(part.id.pool, grant.token_start)
+    if part.paged and span.token_start > begin and begin < grant.token_stop:
+        raise LocalProtocolError(
+            f"pool {part.id.pool!r}: chunk starts at token {span.token_start} but {begin} is next; "
+            "submit chunks in token order without gaps",
+            room=t.key.room,
+        )
+    end = min(span.token_stop, grant.token_stop)
+    blocks = part.blocks(begin, end)
+    if part.paged:
+        outgoing.sent_until[part.id.pool] = max(begin, end)
+    if not blocks:
+        return
+    source, target = part.entries(
+        blocks,
+        np.asarray(span.units, dtype=np.int64),
+        span.token_start // part.source.unit_rows if part.paged else 0,
+        np.asarray(grant.units, dtype=np.int64),
+        grant.token_start // part.target.unit_rows if part.paged else 0,
+    )
+    size = len(blocks) * part.block_bytes
+    settings = t.wire.settings
+    pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
+    for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
+        write = t.wire.mint_write(t)
+        outgoing.outstanding.add(write)
+        t.wire.emit(PostWrite(write, t.peer, index, s_entries, t_entries, size // pieces))
+    outgoing.sent[index] = outgoing.sent.get(index, 0) + size
+
+
+def check_complete(t: Transfer, chunk: Chunk) -> None:
+    outgoing = t.as_source()
+    paged = any(span.token_stop for span in chunk.spans)
+    if paged and chunk.token_stop != outgoing.token_count:
+        raise LocalProtocolError(
+            f"the last chunk ends at token {chunk.token_stop}, the decode rank expects {outgoing.token_count}: "
+            "both sides must see the same prompt",
+            room=t.key.room,
+        )
+    sent = {PartBytes(part.id, outgoing.sent.get(i, 0)) for i, part in enumerate(outgoing.pair.parts)}
+    missing = set(outgoing.parts) - sent
+    if missing:
+        raise LocalProtocolError(
+            f"the last chunk was submitted but these parts are not complete: {describe(tuple(missing))}",
+            room=t.key.room,
+        )
+
+
+def write_settled(t: Transfer, now: float, detail: object) -> None:
+    t.as_source().outstanding.discard(WriteId(expect(detail, int)))
+    if t.state is State.SENDING:
+        t.set_deadline(now, t.wire.settings.transfer_seconds)
+        conclude_if_settled(t, now)
+    elif not t.as_source().outstanding:
+        drained_here(t, now)
+
+
+def conclude_if_settled(t: Transfer, now: float) -> None:
+    outgoing = t.as_source()
+    if outgoing.last_submitted and not outgoing.outstanding:
+        t.enter(State.DELIVERED)
+        t.set_deadline(now, t.wire.settings.announce_seconds)
+        send_done(t, now, None)
+
+
+def send_done(t: Transfer, now: float, _: object) -> None:
+    outgoing = t.as_source()
+    t.wire.send(
+        t,
+        Done(
+            sender=t.wire.instance,
+            receiver=t.peer,
+            key=t.key,
+            parts=outgoing.parts,
+            token_count=outgoing.token_count,
+        ),
+    )
+    t.retry_later(now)
+
+
+def write_broken(t: Transfer, now: float, detail: object) -> None:
+    """The write stays outstanding: it may have put bytes on the wire. Only cutting the peer off settles it."""
+    error = expect(detail, KVBatonError)
+    error.room = t.key.room
+    error.peer = error.peer or t.peer
+    t.wire.emit(FencePeer(t.peer))
+    if t.state is State.SENDING:
+        fail_sending(t, now, error)
+
+
+def give_up_source(t: Transfer, now: float, detail: object) -> None:
+    fail_sending(t, now, expect(detail, KVBatonError))
+
+
+def expire_source(t: Transfer, now: float, _: object) -> None:
+    waited_for = "no chunk was submitted" if t.state is State.WAITING else "the writes made no progress"
+    seconds = t.wire.settings.transfer_seconds
+    fail_sending(t, now, ExpiredError(f"{waited_for} for {seconds:g} s", peer=t.peer, room=t.key.room))
+
+
+def fail_sending(t: Transfer, now: float, error: KVBatonError) -> None:
+    """Fail, tell the target at once, and wait for our own writes before saying that we are drained."""
+    t.error = t.error or error
+    outgoing = t.as_source()
+    t.enter(State.SETTLING)
+    if not outgoing.outstanding:
+        drained_here(t, now)
+        return
+    t.wire.emit(CancelWrites(frozenset(outgoing.outstanding)))
+    t.set_deadline(now, t.wire.settings.settle_seconds)
+    send_failed(t, now, None)
+
+
+def target_aborted(t: Transfer, now: float, detail: object) -> None:
+    abort = expect(detail, Abort)
+    t.as_source().abort_arrived = True
+    fail_sending(t, now, from_code(abort.code, abort.reason, peer=t.peer, room=t.key.room))
+
+
+def note_abort(t: Transfer, _now: float, _: object) -> None:
+    t.as_source().abort_arrived = True
+
+
+def cut_off(t: Transfer, _now: float, _: object) -> None:
+    t.wire.emit(FencePeer(t.peer))
+
+
+def fenced(t: Transfer, now: float, _: object) -> None:
+    t.as_source().outstanding.clear()
+    if t.state is State.SENDING:
+        t.error = DisconnectedError("the connection to the decode rank broke", peer=t.peer, room=t.key.room)
+        t.enter(State.SETTLING)
+    drained_here(t, now)
+
+
+def drained_here(t: Transfer, now: float) -> None:
+    """Nothing of ours is in flight any more: say so, in answer to an abort or of our own accord."""
+    if t.as_source().abort_arrived:
+        t.enter(State.CLOSED)
+        send_drained(t, now, None)
+        return
+    t.enter(State.FAILING)
+    t.set_deadline(now, t.wire.settings.announce_seconds)
+    send_failed(t, now, None)
+
+
+def send_failed(t: Transfer, now: float, _: object) -> None:
+    error = t.error or InternalError("failing without a cause")
+    t.wire.send(
+        t,
+        Failed(
+            sender=t.wire.instance,
+            receiver=t.peer,
+            key=t.key,
+            code=error.code,
+            reason=clip(error.message),
+            drained=t.state is not State.SETTLING,
+        ),
+    )
+    t.retry_later(now)
+
+
+def send_drained(t: Transfer, _now: float, _: object) -> None:
+    t.wire.send(t, Drained(sender=t.wire.instance, receiver=t.peer, key=t.key))
+
+
+def abort_delivered(t: Transfer, now: float, detail: object) -> None:
+    abort = expect(detail, Abort)
+    t.error = from_code(abort.code, abort.reason, peer=t.peer, room=t.key.room)
+    finish(t, now, None)
+    send_drained(t, now, None)
+
+
+def abort_failing(t: Transfer, now: float, _: object) -> None:
+    finish(t, now, None)
+    send_drained(t, now, None)
+
+
+def closed_by_target(t: Transfer, now: float, detail: object) -> None:
+    if not expect(detail, Close).success:
+        t.error = t.error or TransferFailedError(
+            "the decode rank rejected what was delivered", peer=t.peer, room=t.key.room
+        )
+    finish(t, now, None)
+
+
+def closed_early(t: Transfer, now: float, _: object) -> None:
+    """A target closes only what has ended for it: it has failed, and its Abort is still to come or was lost."""
+    t.as_source().abort_arrived = True
+    fail_sending(t, now, TransferFailedError("the decode rank closed the room", peer=t.peer, room=t.key.room))
+
+
+def never_confirmed(t: Transfer, now: float, _: object) -> None:
+    seconds = t.wire.settings.announce_seconds
+    t.error = ExpiredError(
+        f"the decode rank did not confirm the delivery within {seconds:g} s", peer=t.peer, room=t.key.room
+    )
+    finish(t, now, None)
+
+
+def lose_target(t: Transfer, now: float, detail: object) -> None:
+    """The target is silent: our writes must not outlive the room, so cut it off if any are out."""
+    t.error = t.error or expect(detail, KVBatonError)
+    if t.as_source().outstanding:
+        fail_sending(t, now, t.error)
+        t.wire.emit(FencePeer(t.peer))
+    else:
+        finish(t, now, None)
+
+
+def finish(t: Transfer, _now: float, _: object) -> None:
+    t.enter(State.CLOSED)
+
+
+def answer_late_open(t: Transfer, now: float, _: object) -> None:
+    """A late copy of an Open, or a Query, of a transfer that has ended: say how, so that the target does not wait."""
+    if t.error is not None:
+        send_failed(t, now, None)
+    else:
+        send_done(t, now, None)
+    t.wire.cancel_timers(t)

@@ -1,0 +1,321 @@
+"""What this rank knows of one peer instance: greeting, verdict, heartbeat, loss, proof of death.
+
+A session is directed: its *role* is what we are in it. The target dials; the source answers::
+
+    target:  GREETING → JUDGING → READY            source:  PREPARING → READY
+    both:    → REFUSED (told to both)    → LOST (silent; proves nothing)    → GONE (proof: writes are over)
+
+- GREETING   target: Hello sent, no answer yet; repeated
+- JUDGING    target: the peer's Hello fits, its verdict is to come
+- PREPARING  source: the peer's Hello fits, the transport builds its tables
+- READY      transfers may run
+- REFUSED    the pairing cannot work; the reason is kept for every request that asks
+- LOST       no sign of life for ``silence_seconds``, or it never answered; memory may still be written
+- GONE       the instance is fenced: its process closed, died, or another one answers at its address
+
+A session of a restarted peer is a new session: the instance id is minted when a process starts. The target of a LOST
+peer keeps pinging; a sign of life starts the greeting again. This module decides states and messages; what a change
+means for transfers is the core's business, told through :class:`Desk`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvbaton.compatibility import differences
+from kvbaton.control.base import LinkId
+from kvbaton.errors import IncompatibleError, KVBatonError, LayoutError, PeerLostError, TransportError, from_code
+from kvbaton.layout import CacheLayout
+from kvbaton.messages import PROTOCOL_VERSION, AnyMessage, Coordinates, Hello, Ping, Role, Verdict, clip
+from kvbaton.plan import PairPlan, pair_plan
+from kvbaton.protocol.effects import Effect, PreparePeer
+from kvbaton.protocol.settings import Settings
+from kvbaton.verify import check_bounds
+
+
+class SessionState(enum.Enum):
+    GREETING = "greeting"
+    JUDGING = "judging"
+    PREPARING = "preparing"
+    READY = "ready"
+    REFUSED = "refused"
+    LOST = "lost"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Who we are: what our Hello says."""
+
+    instance: str
+    group: str
+    group_size: int
+    coordinates: Coordinates
+    layout: CacheLayout
+    agent_metadata: bytes
+    transport: str
+
+    def hello(self, answers: str = "") -> Hello:
+        return Hello(
+            sender=self.instance,
+            version=PROTOCOL_VERSION,
+            group=self.group,
+            group_size=self.group_size,
+            coordinates=self.coordinates,
+            layout=self.layout,
+            agent_metadata=self.agent_metadata,
+            transport=self.transport,
+            answers=answers,
+        )
+
+
+class Desk(Protocol):
+    """A session's surroundings, provided by the core."""
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def settings(self) -> Settings: ...
+    def send_on(self, link: LinkId, message: AnyMessage) -> None: ...
+    def emit(self, effect: Effect) -> None: ...
+    def set_session_timer(self, session: Session, name: str, when: float) -> None: ...
+    def cancel_session_timers(self, session: Session) -> None: ...
+    def session_changed(self, session: Session) -> None: ...
+
+
+class Session:
+    """See the module. ``error`` says why the session is REFUSED, LOST or GONE."""
+
+    def __init__(self, desk: Desk, link: LinkId, role: Role, address: str = "") -> None:
+        self.desk = desk
+        self.link = link
+        self.role = role
+        self.address = address
+        self.state = SessionState.GREETING if role == "target" else SessionState.PREPARING
+        self.hello: Hello | None = None
+        self.pair: PairPlan | None = None
+        self.error: KVBatonError | None = None
+        self.heard_at = 0.0
+        self._retry_pause = desk.settings.retry_seconds
+
+    def __repr__(self) -> str:
+        return f"<Session {self.role} of {self.peer or self.address}: {self.state.value}>"
+
+    @property
+    def peer(self) -> str:
+        """The peer's instance; empty before it has said Hello."""
+        return self.hello.sender if self.hello else ""
+
+    @property
+    def name(self) -> str:
+        """The peer for people."""
+        where = f" at {self.address}" if self.address else ""
+        return f"{self.peer or 'nobody yet'}{where}"
+
+    # ---- target: dial, greet, judge ---------------------------------------------------------------------------
+
+    def greet(self, now: float) -> None:
+        """Say Hello, for the first time or again after a loss."""
+        self._enter(SessionState.GREETING, now)
+        self._retry_pause = self.desk.settings.retry_seconds
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self._send_hello(now)
+
+    def greet_again(self, now: float) -> None:
+        """The peer does not know us, or the link is new: another process may be behind it."""
+        if self.state is not SessionState.GONE:
+            self.greet(now)
+
+    def _send_hello(self, now: float) -> None:
+        self.desk.send_on(self.link, self.desk.identity.hello())
+        self.desk.set_session_timer(self, "retry", now + self._retry_pause)
+        self._retry_pause = min(2 * self._retry_pause, self.desk.settings.retry_most_seconds)
+
+    def answered(self, hello: Hello, now: float) -> None:
+        """The peer's Hello in answer to ours. Another instance than before must be a new session."""
+        if self.state not in (SessionState.GREETING, SessionState.LOST, SessionState.REFUSED):
+            return
+        self.hello = hello
+        try:
+            self.pair = self._judge(hello, source=hello.layout, target=self.desk.identity.layout)
+        except (IncompatibleError, LayoutError) as error:
+            self._refuse(error, now)
+            return
+        self._enter(SessionState.JUDGING, now)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.set_session_timer(self, "retry", now + self._retry_pause)
+
+    # ---- source: be greeted, prepare --------------------------------------------------------------------------
+
+    def greeted(self, hello: Hello, now: float) -> None:
+        """A target's Hello: judge it, and prepare to write to it. A repeated Hello gets the same answer again."""
+        if self.hello is not None:
+            if self.state in (SessionState.READY, SessionState.REFUSED):
+                self._answer()
+            return
+        self.hello = hello
+        try:
+            self.pair = self._judge(hello, source=self.desk.identity.layout, target=hello.layout)
+        except (IncompatibleError, LayoutError) as error:
+            self._refuse(error, now)
+            return
+        self._enter(SessionState.PREPARING, now)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair))
+
+    def prepared(self, now: float) -> None:
+        if self.state is SessionState.PREPARING:
+            self._enter(SessionState.READY, now)
+            self._answer()
+
+    def unprepared(self, error: KVBatonError, now: float) -> None:
+        if self.state is SessionState.PREPARING:
+            self._refuse(TransportError(f"cannot reach the decode rank's memory: {error.message}", peer=self.peer), now)
+
+    def _answer(self) -> None:
+        self.desk.send_on(self.link, self.desk.identity.hello(answers=self.peer))
+        self._send_verdict()
+
+    # ---- both -------------------------------------------------------------------------------------------------
+
+    def _judge(self, hello: Hello, *, source: CacheLayout, target: CacheLayout) -> PairPlan:
+        ours = self.desk.identity
+        for field, mine, theirs in (
+            ("version", PROTOCOL_VERSION, hello.version),
+            ("transport", ours.transport, hello.transport),
+        ):
+            if mine != theirs:
+                raise IncompatibleError(
+                    f"{field}: we have {mine!r}, the peer has {theirs!r}: start both sides with the same",
+                    field=field,
+                    ours=str(mine),
+                    theirs=str(theirs),
+                    peer=self.name,
+                )
+        hello.layout.validate()
+        for difference in differences(source, target):
+            raise difference if self.role == "source" else difference.swapped()
+        pair = pair_plan(source, target)
+        check_bounds(pair, source, target)
+        return pair
+
+    def _refuse(self, error: KVBatonError, now: float) -> None:
+        error.peer = error.peer or self.name
+        self.error = error
+        self._enter(SessionState.REFUSED, now)
+        if self.role == "source":
+            self._answer()
+        else:
+            self._send_verdict()
+
+    def _send_verdict(self) -> None:
+        error = self.error
+        digest = self.pair.digest if self.pair is not None else ""
+        if error is None:
+            verdict = Verdict(
+                sender=self.desk.identity.instance, receiver=self.peer, compatible=True, plan_digest=digest
+            )
+        else:
+            swapped = error if isinstance(error, IncompatibleError) else None
+            verdict = Verdict(
+                sender=self.desk.identity.instance,
+                receiver=self.peer,
+                compatible=False,
+                code=error.code,
+                reason=clip(error.message),
+                field=clip(swapped.field) if swapped else "",
+                ours=clip(swapped.ours) if swapped else "",
+                theirs=clip(swapped.theirs) if swapped else "",
+            )
+        self.desk.send_on(self.link, verdict)
+
+    def judged(self, verdict: Verdict, now: float) -> None:
+        """The peer's verdict. The target answers a good one with its own; both must have the same plan."""
+        if self.pair is None or self.state not in (SessionState.JUDGING, SessionState.READY):
+            return
+        if not verdict.compatible:
+            self._refused_by_peer(verdict, now)
+        elif verdict.plan_digest != self.pair.digest:
+            self._refuse(
+                IncompatibleError(
+                    "plan: the two sides computed different plans from the same layouts; run the same kvbaton version",
+                    field="plan_digest",
+                    ours=self.pair.digest,
+                    theirs=verdict.plan_digest,
+                ),
+                now,
+            )
+        elif self.state is SessionState.JUDGING:
+            self._enter(SessionState.READY, now)
+            self._send_verdict()
+
+    def _refused_by_peer(self, verdict: Verdict, now: float) -> None:
+        if verdict.field:
+            self.error = IncompatibleError(
+                verdict.reason, field=verdict.field, ours=verdict.theirs, theirs=verdict.ours, peer=self.name
+            )
+        else:
+            self.error = from_code(verdict.code, verdict.reason, peer=self.name)
+        self._enter(SessionState.REFUSED, now)
+
+    def prepare_again(self, now: float) -> None:
+        """Our writes towards the peer were cut off; it may be alive, so make it reachable again."""
+        if self.hello is not None and self.pair is not None:
+            self._enter(SessionState.PREPARING, now)
+            self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+            self.desk.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair))
+
+    def heard(self, now: float) -> None:
+        """Any message of the peer arrived."""
+        self.heard_at = now
+        if self.state is not SessionState.LOST:
+            return
+        if self.role == "target":
+            self.greet(now)
+        else:
+            self.prepare_again(now)
+
+    def lose(self, error: KVBatonError, now: float) -> None:
+        """No sign of life. The target goes on pinging, for the sign of life that ends a quarantine."""
+        if self.state in (SessionState.LOST, SessionState.GONE):
+            return
+        self.error = error
+        self._enter(SessionState.LOST, now)
+
+    def bury(self, error: KVBatonError, now: float) -> None:
+        """Proof that no write of this instance can happen any more."""
+        if self.state is SessionState.GONE:
+            return
+        self.error = error
+        self._enter(SessionState.GONE, now)
+
+    def timer(self, name: str, now: float) -> None:
+        settings = self.desk.settings
+        if name == "retry":
+            self._send_hello(now)
+        elif name == "forget":
+            self.bury(self.error or PeerLostError("silent", peer=self.name), now)
+        elif name == "deadline":
+            self.lose(PeerLostError(f"no answer within {settings.handshake_seconds:g} s", peer=self.name), now)
+        elif name == "heartbeat":
+            if self.state is SessionState.READY and now - self.heard_at >= settings.silence_seconds:
+                silence = now - self.heard_at
+                self.lose(PeerLostError(f"no sign of life for {silence:.1f} s", peer=self.name), now)
+                return
+            if self.peer:
+                self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
+            self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_seconds)
+
+    def _enter(self, state: SessionState, now: float) -> None:
+        self.desk.cancel_session_timers(self)
+        self.state = state
+        self.heard_at = now
+        if state is SessionState.READY:
+            self.error = None
+        if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
+            self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_seconds)
+        if state is SessionState.LOST and self.role == "source":
+            self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
+        self.desk.session_changed(self)

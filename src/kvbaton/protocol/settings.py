@@ -1,0 +1,54 @@
+"""Deadlines and bounds of the protocol. Every wait and every table of the core is named here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from kvbaton.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All durations in seconds.
+
+    Args:
+        handshake_seconds: a dialled peer must have answered and agreed by then.
+        bootstrap_seconds: both sides of a room must have met by then.
+        transfer_seconds: an opened room must make progress, and end, by then.
+        announce_seconds: how long an outcome is repeated to a peer that does not acknowledge it.
+        settle_seconds: how long a failed source waits for its own writes before it cuts the peer off.
+        heartbeat_seconds: pause between pings; ``heartbeat_misses`` silent ones mean the peer is lost.
+        retry_seconds: first pause before a message is repeated; doubles up to ``retry_most_seconds``.
+        quarantine_seconds: after how long pages that no proof has freed are freed by policy and counted; None: never.
+        rooms: most live rooms for each role; more are refused as overloaded.
+        sessions: most peers at a time.
+        tombstones: ended transfers that are remembered, so that late messages are answered rightly.
+        write_bytes, write_entries: a chunk is posted in pieces of at most so many bytes and descriptors.
+    """
+
+    handshake_seconds: float = 10.0
+    bootstrap_seconds: float = 120.0
+    transfer_seconds: float = 300.0
+    announce_seconds: float = 60.0
+    settle_seconds: float = 10.0
+    heartbeat_seconds: float = 5.0
+    heartbeat_misses: int = 2
+    retry_seconds: float = 0.5
+    retry_most_seconds: float = 5.0
+    quarantine_seconds: float | None = None
+    rooms: int = 16_384
+    sessions: int = 4_096
+    tombstones: int = 8_192
+    write_bytes: int = 64 << 20
+    write_entries: int = 32_768
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{field.name}={value} must be positive")
+
+    @property
+    def silence_seconds(self) -> float:
+        """Silence after which a peer is lost."""
+        return self.heartbeat_seconds * self.heartbeat_misses

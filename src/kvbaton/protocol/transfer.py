@@ -1,0 +1,190 @@
+"""One attempt of one source rank and one target rank to fill one room: a state machine for both ends.
+
+The two ends run the same table from different states. "A write may still touch memory" is a state, not a counter:
+
+    target:  OPENING → OPENED → CLOSED                       source:  WAITING → SENDING → DELIVERED → CLOSED
+                 ╲        ╲→ DRAINING → CLOSED                            ╲        ╲→ SETTLING → FAILING → CLOSED
+
+- OPENING    target: Open sent, not yet acknowledged
+- OPENED     target: the source knows the room; it may write from now on
+- DRAINING   target: failed for the engine, but the source may still write; units stay leased
+- WAITING    source: the target's units are known, nothing posted yet
+- SENDING    source: writes posted or to be posted
+- DELIVERED  source: every write has settled and Done was sent; repeated until closed
+- SETTLING   source: failed for the engine, but our own writes have not settled; units stay leased
+- FAILING    source: failed and drained; repeated until closed
+- CLOSED     both: nothing is owed; late messages are answered from here
+
+What is owed to the other side is repeated until acknowledged, so messages may be lost, doubled and reordered. DRAINING
+has no way out by time (unless a policy says so): only the source's word, or proof that its process is gone.
+
+A transfer knows nothing of links, other transfers or engines; it speaks through :class:`Wire`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.messages import AnyMessage, Grant, PartBytes, TransferKey
+from kvbaton.plan import PairPlan
+from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.events import WriteId
+from kvbaton.protocol.settings import Settings
+
+
+class State(enum.Enum):
+    OPENING = "opening"
+    OPENED = "opened"
+    DRAINING = "draining"
+    WAITING = "waiting"
+    SENDING = "sending"
+    DELIVERED = "delivered"
+    SETTLING = "settling"
+    FAILING = "failing"
+    CLOSED = "closed"
+
+
+class On(enum.Enum):
+    """What can happen to a transfer."""
+
+    OPEN_ARRIVED = "Open"
+    OPENED_ARRIVED = "Opened"
+    DONE_ARRIVED = "Done"
+    CLOSE_ARRIVED = "Close"
+    FAILED_ARRIVED = "Failed"
+    ABORT_ARRIVED = "Abort"
+    DRAINED_ARRIVED = "Drained"
+    QUERY_ARRIVED = "Query"
+    FORGOTTEN_ARRIVED = "Forgotten"
+    CHUNK_SUBMITTED = "chunk submitted"
+    WRITE_SETTLED = "write settled"
+    WRITE_BROKEN = "write broken"
+    GIVEN_UP = "given up"
+    DEADLINE_REACHED = "deadline"
+    RETRY_DUE = "retry"
+    PEER_LOST = "peer lost"
+    PEER_GONE = "peer gone"
+    PEER_FENCED = "peer fenced"
+
+    @property
+    def is_message(self) -> bool:
+        return self.name.endswith("_ARRIVED")
+
+
+class Wire(Protocol):
+    """A transfer's surroundings, provided by the core."""
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def settings(self) -> Settings: ...
+    def send(self, transfer: Transfer, message: AnyMessage) -> None: ...
+    def emit(self, effect: Effect) -> None: ...
+    def mint_write(self, transfer: Transfer) -> WriteId: ...
+    def set_timer(self, transfer: Transfer, name: str, when: float) -> None: ...
+    def cancel_timers(self, transfer: Transfer) -> None: ...
+    def tell(self, room: int, text: str) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Outgoing:
+    """The source's end: what to write, how far it is, which writes are out."""
+
+    pair: PairPlan
+    grants: dict[str, Grant]
+    parts: tuple[PartBytes, ...]
+    token_count: int
+    sent_until: dict[str, int] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
+    outstanding: set[WriteId] = field(default_factory=set)
+    last_submitted: bool = False
+    abort_arrived: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Incoming:
+    """The target's end: what was granted and what must arrive."""
+
+    grants: tuple[Grant, ...]
+    parts: tuple[PartBytes, ...]
+    token_count: int
+
+
+class Transfer:
+    """See the module. ``error`` is the first root cause once the transfer has failed."""
+
+    __slots__ = ("error", "incoming", "key", "outgoing", "peer", "quarantined", "retry_pause", "state", "wire")
+
+    def __init__(
+        self,
+        key: TransferKey,
+        peer: str,
+        wire: Wire,
+        *,
+        outgoing: Outgoing | None = None,
+        incoming: Incoming | None = None,
+    ) -> None:
+        self.key = key
+        self.peer = peer
+        self.wire = wire
+        self.outgoing = outgoing
+        self.incoming = incoming
+        self.error: KVBatonError | None = None
+        self.quarantined = False
+        self.state = State.WAITING if outgoing is not None else State.OPENING
+        self.retry_pause = wire.settings.retry_seconds
+
+    def __repr__(self) -> str:
+        return f"<Transfer {self.key} with {self.peer}: {self.state.value}>"
+
+    @property
+    def leased(self) -> bool:
+        """Whether a write of this transfer may still touch units on our side."""
+        if self.outgoing is not None:
+            return bool(self.outgoing.outstanding)
+        has_parts = self.incoming is not None and bool(self.incoming.parts)
+        return has_parts and self.state is not State.CLOSED
+
+    @property
+    def succeeded(self) -> bool:
+        return self.state is State.CLOSED and self.error is None
+
+    def enter(self, state: State) -> None:
+        self.wire.cancel_timers(self)
+        self.state = state
+        cause = f": {self.error}" if self.error is not None else ""
+        self.wire.tell(self.key.room, f"{self.key} with {self.peer} {state.value}{cause}")
+
+    def set_deadline(self, now: float, seconds: float) -> None:
+        self.wire.set_timer(self, "deadline", now + seconds)
+
+    def retry_later(self, now: float) -> None:
+        self.wire.set_timer(self, "retry", now + self.retry_pause)
+        self.retry_pause = min(2 * self.retry_pause, self.wire.settings.retry_most_seconds)
+
+    def as_target(self) -> Incoming:
+        if self.incoming is None:
+            raise InternalError(f"{self} is no target")
+        return self.incoming
+
+    def as_source(self) -> Outgoing:
+        if self.outgoing is None:
+            raise InternalError(f"{self} is no source")
+        return self.outgoing
+
+
+T = TypeVar("T")
+
+
+def expect(detail: object, kind: type[T]) -> T:
+    if not isinstance(detail, kind):
+        raise InternalError(f"expected {kind.__name__}, got {type(detail).__name__}")
+    return detail
+
+
+def describe(parts: Sequence[PartBytes]) -> str:
+    return ", ".join(f"{part.part} ({part.bytes} B)" for part in sorted(parts, key=lambda p: p.part)) or "nothing"
