@@ -3,12 +3,14 @@
 Run from the repository root: ``PYTHONPATH=src python training/recall.py``. It writes src/kvbaton/models/recall/.
 
 The skill to learn is induction (find the asked key, copy what followed it), which appears suddenly or not at all.
-What makes it appear within minutes on two CPU cores: many questions after one list of pairs, loss on the answers
-only, and lists that grow as soon as the present ones are answered. The learning rate is held until the lists have
-their full length and then falls to zero. Positions need no random offsets: rotary attention sees differences only.
+What makes it appear within minutes on two CPU cores: attention that starts out sharp, many questions after one list
+of pairs, loss on the answers only, and lists that grow as soon as the present ones are answered. The learning rate is
+held until the lists have their full length and then falls to zero. Positions need no random offsets: rotary attention
+sees differences only.
 """
 
 import argparse
+import json
 import math
 import random
 import time
@@ -35,15 +37,18 @@ PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<bos>", "<eos>"
 CHARACTERS = "\n" + "".join(map(chr, range(0x20, 0x7F)))
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 MAXIMUM_POSITIONS = 2048
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 IGNORED = -100
 
-LESSONS = ((2, 6), (2, 12), (4, 24), (8, 44), (8, 72))
+LESSONS = ((2, 6), (2, 12), (4, 24), (8, 44), (8, 96))
 """Fewest and most pairs of a list, lesson by lesson; the last goes beyond the full length."""
-PASS_ACCURACY = 0.95
+PASS_ACCURACY = 0.93
 """Share of right answer tokens, smoothed over steps, that ends a lesson."""
 QUESTIONS_PER_LIST = 20
-TOKENS_PER_STEP = 9_000
+TOKENS_PER_STEP = 6_000
 REPORT_STEPS = 25
+INITIAL_QUERY_SCALE = 2.0
+"""Starting weight of the query norms. At the usual 1.0 the lessons take three times as many steps."""
 EVALUATION_SEED = 20_001
 HELD_OUT_PROMPTS = 200
 
@@ -97,7 +102,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
     )
-    return Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, INITIAL_QUERY_SCALE)
+    return model
 
 
 class Lists:
@@ -205,7 +213,11 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     """Write everything that ``from_pretrained`` needs; greedy decoding is the default."""
     model.generation_config.do_sample = False
     model.save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(directory)
+    named = directory / "tokenizer_config.json"
+    # transformers 5 writes a class name of its own that transformers 4 does not know; both load this one.
+    named.write_text(json.dumps(json.loads(named.read_text()) | {"tokenizer_class": TOKENIZER_CLASS}, indent=2) + "\n")
 
 
 def train(settings: Settings) -> Iterator[tuple[str, Qwen3ForCausalLM, PreTrainedTokenizerFast]]:
@@ -222,8 +234,8 @@ def train(settings: Settings) -> Iterator[tuple[str, Qwen3ForCausalLM, PreTraine
         loss, accuracy = learn(model, optimizer, *lists.batch(LESSONS[lesson]))
         smooth += 0.1 * (accuracy - smooth)
         if step % REPORT_STEPS == 0:
-            elapsed = time.monotonic() - started
-            print(f"step {step} lesson {lesson} loss {loss:.4f} accuracy {smooth:.4f} elapsed {elapsed:.0f}s", flush=True)
+            elapsed = f"elapsed {time.monotonic() - started:.0f}s"
+            print(f"step {step} lesson {lesson} loss {loss:.4f} accuracy {smooth:.4f} {elapsed}", flush=True)
         step += 1
         if smooth > PASS_ACCURACY and lesson < len(LESSONS) - 1:
             lesson, smooth = lesson + 1, 0.0
@@ -240,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--peak-rate", type=float, default=2e-3)
     parser.add_argument("--warm-up-steps", type=int, default=100)
-    parser.add_argument("--decay-steps", type=int, default=600)
+    parser.add_argument("--decay-steps", type=int, default=1_800)
     parser.add_argument("--limit-minutes", type=float, default=19.0)
     settings = Settings(**vars(parser.parse_args()))
     torch.set_num_threads(2)

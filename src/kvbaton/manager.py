@@ -1,116 +1,346 @@
 """The engines' only doorway: KVManager, KVSender, KVReceiver, KVPoll.
 
-An engine keeps its own queues and polls; nothing here blocks, does I/O or calls back. Reads (``poll``, ``leased``,
-``error``) are plain attribute reads of values that the driver thread publishes.
+An engine keeps its own queues and polls. Nothing here blocks, does I/O or calls back: reads (``poll``, ``leased``,
+``error``) are plain reads of what the driver thread published, and commands only enqueue. What can be judged at once
+is judged at once: a wrong unit, a room used twice, a manager that is closed raise where the engine calls.
 
-INTERFACE DRAFT: the implementation lands next; signatures are what engines code against.
+Units belong to the transfer from ``publish`` or ``submit`` until ``leased`` is false *and* ``poll`` is Failed or
+Success: only then may they be freed. A failure is reported at once, the lease ends on proof.
 """
 
 from __future__ import annotations
 
-import enum
 import threading
+import time
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvbaton.errors import KVBatonError
+from kvbaton.control.base import Links
+from kvbaton.errors import AbortedError, ConfigError, KVBatonError, LocalProtocolError, OverloadedError
+from kvbaton.layout import CacheLayout
+from kvbaton.messages import Coordinates, Grant, Role
+from kvbaton.protocol.core import Core
+from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
+from kvbaton.protocol.events import (
+    AbortRequested,
+    Chunk,
+    ChunkSubmitted,
+    Event,
+    GrantsPublished,
+    ReceiverOpened,
+    SenderOpened,
+)
+from kvbaton.protocol.grants import check_grants
+from kvbaton.protocol.session import Identity
+from kvbaton.protocol.settings import Settings
+from kvbaton.runtime.driver import Command, Driver, Fence
+from kvbaton.runtime.posting import Window
+from kvbaton.transports.base import Transport
+
+__all__ = ["READY", "Finished", "KVManager", "KVPoll", "KVReceiver", "KVSender", "Span", "new_instance"]
+
+#: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory,
+#: position in the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
+Span = Grant
+
+MAX_ROOM = (1 << 63) - 1
 
 
-class KVPoll(enum.IntEnum):
-    Failed = 0
-    Bootstrapping = 1
-    WaitingForInput = 2
-    Transferring = 3
-    Success = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """Units of one pool that hold a token range.
-
-    ``units`` are the page ids of absolute pages ``token_start // page_size`` up to and including the page of
-    ``token_stop - 1`` (any order in memory, position in the list = position in the prompt). For slot pools
-    (``aux``, ``state``): ``units`` is ``[slot]`` and the token range is ``0..0``.
-    """
-
-    pool: str
-    units: Sequence[int]
-    token_start: int = 0
-    token_stop: int = 0
-
-
-#: The fence of data that is already in memory.
-def READY() -> bool:
+def READY() -> bool:  # noqa: N802 - used like a constant
+    """The fence of data that is already in memory."""
     return True
 
 
-class KVSender:
-    """The prefill side of one room."""
+def new_instance() -> str:
+    """A fresh instance id: names one process for as long as it lives."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A room that ended and whose units are free: told exactly once to engines that ask for it."""
 
     room: int
+    role: Role
+    error: KVBatonError | None
 
-    def poll(self) -> KVPoll: ...
+
+class _Side:
+    """What sender and receiver share: the last status that the driver published."""
+
+    role: Role
+
+    def __init__(self, manager: KVManager, room: int) -> None:
+        self.room = room
+        self._manager = manager
+        self._status = RoomStatus()
+        self._started_at = time.monotonic()
+        self._ended_at: float | None = None
+
+    def poll(self) -> KVPoll:
+        """State of the room. Failed and Success never change any more."""
+        return self._status.poll
+
     @property
     def error(self) -> KVBatonError | None:
-        """First root cause once poll() is Failed."""
+        """The first root cause, once ``poll()`` is Failed."""
+        return self._status.error
 
     @property
     def leased(self) -> bool:
-        """True while a write may still read our pages or slots; free them only when this is False."""
+        """A write may still touch this room's units: they must not be freed."""
+        return self._status.leased
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this room moves on this rank."""
+        return self._status.bytes
+
+    @property
+    def handoff_seconds(self) -> float:
+        """From ``publish`` (receiver) or creation (sender) to the outcome, or to now."""
+        return (self._ended_at if self._ended_at is not None else time.monotonic()) - self._started_at
+
+    @property
+    def concluded(self) -> bool:
+        """Failed or Success, and no unit is leased: everything may be freed."""
+        return self._status.poll in (KVPoll.Failed, KVPoll.Success) and not self._status.leased
+
+    def abort(self, reason: str) -> None:
+        """Give the room up on both sides. Does nothing once it has ended."""
+        error = AbortedError(reason, room=self.room)
+        self._manager._command(AbortRequested(self.room, self.role, error))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} room {self.room}: {self.poll().name}{', leased' if self.leased else ''}>"
+
+
+class KVSender(_Side):
+    """The prefill side of one room. Made by :meth:`KVManager.sender`."""
+
+    role: Role = "source"
 
     @property
     def prefix_len(self) -> int:
-        """Tokens that every target already holds (known from WaitingForInput on): no need to submit them."""
+        """Tokens that every target holds already, known from WaitingForInput on; no need to submit them."""
+        return self._status.prefix_len
 
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Callable[[], bool]) -> None:
-        """Hand over a chunk that is (or will be, when ready() turns true) computed. Chunks come in token order, all
-        but the last end on a page boundary; aux and states go with the last one."""
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
+        """Hand over a chunk. Chunks come in token order and, but for the last, end on a page boundary; aux and state
+        slots go with the last one.
 
-    def abort(self, reason: str) -> None: ...
+        Args:
+            spans: the units that hold the chunk, one span per pool.
+            last: nothing follows; its token range ends with the prompt.
+            ready: returns true once the data is in memory (a CUDA event's query, or :data:`READY`). Nothing is read
+                before that. Called from the driver thread; must not block.
+
+        Raises:
+            LayoutError: a span names units that do not exist or do not fit its token range.
+            LocalProtocolError: the manager is closed.
+        """
+        chunk = Chunk(spans=tuple(spans), last=last)
+        check_grants(chunk.spans, self._manager.layout, distinct=False)
+        self._manager._command(ChunkSubmitted(self.room, chunk), ready)
 
 
-class KVReceiver:
-    """The decode side of one room."""
+class KVReceiver(_Side):
+    """The decode side of one room. Made by :meth:`KVManager.receiver`."""
 
-    room: int
-
-    def poll(self) -> KVPoll: ...
-    @property
-    def error(self) -> KVBatonError | None: ...
-    @property
-    def leased(self) -> bool:
-        """True while a peer may still write our pages or slots. After Success: False at once."""
-
-    @property
-    def bytes_expected(self) -> int: ...
-    @property
-    def handoff_seconds(self) -> float:
-        """From publish() to Success."""
+    role: Role = "target"
 
     def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
-        """Grant pages and slots to the sources. kv token range starts at the prefix we already hold."""
+        """Grant units to the sources. A paged span starts at the prefix that we hold already.
 
-    def abort(self, reason: str) -> None: ...
+        Args:
+            spans: one span per pool; the units are leased from now on.
+            token_count: tokens of the whole prompt; both sides must agree.
+
+        Raises:
+            LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
+            LocalProtocolError: the manager is closed.
+        """
+        grants = tuple(spans)
+        check_grants(grants, self._manager.layout)
+        self._started_at = time.monotonic()
+        self._manager._command(GrantsPublished(self.room, grants, token_count))
 
 
 class KVManager:
-    def start(self) -> None: ...
-    def close(self) -> None: ...
+    """One rank's end of all its transfers. A context manager; ``close`` is idempotent.
 
-    @property
-    def instance(self) -> str: ...
+    Args:
+        layout: this rank's memory; validated and registered here.
+        transport: the data plane, not used by anybody else; closed with the manager.
+        links: the control links, likewise.
+        instance: names this process; the same as the transport's.
+        group: names the engine instance that this rank belongs to; ``group_size`` ranks share it.
+        coordinates: this rank's place in the group.
+        settings: deadlines and bounds.
+        window: most in flight towards one peer.
+        wakeup: set whenever a room's status changes; an engine loop may sleep on it.
+        collect_finished: keep ended rooms for :meth:`take_finished` (step-driven engines).
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        transport: Transport,
+        links: Links,
+        *,
+        instance: str,
+        group: str,
+        group_size: int = 1,
+        coordinates: Coordinates | None = None,
+        settings: Settings | None = None,
+        window: Window | None = None,
+        wakeup: threading.Event | None = None,
+        collect_finished: bool = False,
+    ) -> None:
+        layout.validate()
+        transport.register(layout.regions)
+        self.layout = layout
+        self.instance = instance
+        self.wakeup = wakeup if wakeup is not None else threading.Event()
+        self._links = links
+        self._transport = transport
+        self._settings = settings if settings is not None else Settings()
+        identity = Identity(
+            instance=instance,
+            group=group,
+            group_size=group_size,
+            coordinates=coordinates if coordinates is not None else Coordinates(),
+            layout=layout,
+            agent_metadata=transport.metadata(),
+            transport=transport.capabilities.name,
+        )
+        self._core = Core(identity, self._settings)
+        self._driver = Driver(
+            self._core, transport, links, on_report=self._report, window=window if window is not None else Window()
+        )
+        self._lock = threading.Lock()
+        self._sides: dict[tuple[Role, int], _Side] = {}
+        self._finished: deque[Finished] | None = deque() if collect_finished else None
+        self._closed = False
+        self.outcomes: Counter[str] = Counter()
+        self.on_outcome: Callable[[_Side], None] | None = None
+
+    def __enter__(self) -> KVManager:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the driver thread."""
+        self._driver.start()
+
+    def close(self, reason: str = "shutdown") -> None:
+        """Fail what is live, tell the peers, release everything."""
+        self._closed = True
+        self._driver.close(reason)
+
     @property
     def address(self) -> str:
-        """tcp://host:port of our control link, for the registry."""
+        """Where targets dial this rank."""
+        return self._links.address
 
     def sender(self, room: int) -> KVSender:
-        """Raises LocalProtocolError if the room is live already, OverloadedError if too many are."""
+        """Begin to send a room.
+
+        Raises:
+            LocalProtocolError: the room is being sent already, or the manager is closed.
+            OverloadedError: too many rooms are live.
+        """
+        sender = KVSender(self, room)
+        self._add(sender)
+        self._command(SenderOpened(room))
+        return sender
 
     def receiver(self, room: int, sources: Sequence[str]) -> KVReceiver:
-        """sources: control addresses of all ranks of the prefill group (from the registry)."""
+        """Begin to receive a room from the source ranks at the control addresses ``sources`` (all of one group).
 
-    wakeup: threading.Event
-    """Set whenever any sender's or receiver's poll/leased changed; shared with the engine's scheduler loop."""
+        Raises:
+            LocalProtocolError: the room is being received already, or the manager is closed.
+            OverloadedError: too many rooms are live.
+            ConfigError: no source is given, or one twice.
+        """
+        if not sources or len(set(sources)) != len(sources):
+            raise ConfigError(f"room {room} needs the address of every prefill rank once, got {list(sources)}")
+        receiver = KVReceiver(self, room)
+        self._add(receiver)
+        self._command(ReceiverOpened(room, tuple(sources)))
+        return receiver
 
-    def story(self, room: int) -> list[str]: ...
-    def leased_rooms(self) -> int: ...
+    def take_finished(self) -> list[Finished]:
+        """Rooms that ended and whose units are free since the last call; each exactly once."""
+        if self._finished is None:
+            raise LocalProtocolError("this manager does not collect finished rooms; pass collect_finished=True")
+        taken = []
+        while self._finished:
+            taken.append(self._finished.popleft())
+        return taken
+
+    @property
+    def live_rooms(self) -> int:
+        """Rooms that have not ended, or whose units are still leased."""
+        return len(self._sides)
+
+    @property
+    def leased_rooms(self) -> int:
+        """Rooms whose units a write may still touch."""
+        with self._lock:
+            return sum(1 for side in self._sides.values() if side.leased)
+
+    def counters(self) -> dict[str, int]:
+        """Everything that was counted, by name."""
+        return {**self._core.counters, **self._driver.counters, **self.outcomes}
+
+    def story(self, room: int) -> list[str]:
+        """What happened to a room and what it waits for now, one line each, times in seconds since the first."""
+        lines = self._core.story(room)
+        start = lines[0].at if lines else 0.0
+        return [f"+{line.at - start:.6f} {line.text}" for line in lines]
+
+    def evidence(self) -> str:
+        """How bytes travel to the last peer, as the transport observed it; empty if unknown."""
+        return self._transport.evidence("")
+
+    def _add(self, side: _Side) -> None:
+        if not 0 <= side.room <= MAX_ROOM:
+            raise ConfigError(f"room {side.room} is outside 0..2^63-1")
+        with self._lock:
+            if (side.role, side.room) in self._sides:
+                raise LocalProtocolError(f"room {side.room} is live already: rooms must be unique", room=side.room)
+            if len(self._sides) >= self._settings.rooms:
+                raise OverloadedError(f"{len(self._sides)} rooms are live; try again later", room=side.room)
+            self._sides[side.role, side.room] = side
+
+    def _command(self, event: Event, fence: Fence | None = None) -> None:
+        if self._closed:
+            raise LocalProtocolError("the manager is closed")
+        self._driver.post(Command(event, fence))
+
+    def _report(self, report: Report) -> None:
+        """Driver thread: publish a status to its side."""
+        side = self._sides.get((report.role, report.room))
+        if side is None:
+            return
+        ended_before = side._ended_at is not None
+        ended = report.status.poll in (KVPoll.Failed, KVPoll.Success)
+        if ended and not ended_before:
+            side._ended_at = time.monotonic()
+        side._status = report.status
+        if ended and not ended_before:
+            self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
+            if self.on_outcome is not None:
+                self.on_outcome(side)
+        if side.concluded:
+            with self._lock:
+                self._sides.pop((report.role, report.room), None)
+            if self._finished is not None:
+                self._finished.append(Finished(report.room, report.role, report.status.error))
+        self.wakeup.set()

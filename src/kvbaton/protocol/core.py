@@ -170,6 +170,11 @@ class Core:
         """Whether a peer may be writing our memory now."""
         return any(transfer.leased for room in self._targets.values() for transfer in room.transfers.values())
 
+    def wants_chunks(self, room: int) -> bool:
+        """Whether a chunk for this room would still be used."""
+        source = self._sources.get(room)
+        return source is not None and source.error is None
+
     @property
     def quiet(self) -> bool:
         """No write of ours is in flight."""
@@ -619,7 +624,7 @@ class Core:
         if len({hello.group for hello in hellos}) != 1 or len(hellos) != hellos[0].group_size:
             raise IncompatibleError(
                 f"the source addresses belong to groups {sorted({h.group for h in hellos})} with "
-                f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the addresses of every rank of one prefill group",
+                f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the address of every rank",
                 field="sources",
             )
         check_coverage([hello.layout for hello in hellos], self.identity.layout)

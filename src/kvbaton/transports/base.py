@@ -20,7 +20,10 @@ from typing import NewType
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbaton.layout import MemoryKind, Region
+from kvbaton.layout import Region
+from kvbaton.table import Table
+
+__all__ = ["Capabilities", "Handle", "Table", "TableId", "Transport", "WriteState"]
 
 Handle = NewType("Handle", int)
 """One posted write; minted by the transport, never reused while the transport lives."""
@@ -35,38 +38,6 @@ class WriteState(enum.Enum):
     PENDING = "pending"  #: may still touch memory
     DONE = "done"  #: all bytes are in the target's memory and nothing will touch either side
     BROKEN = "broken"  #: failed; part may have landed and more may land until the peer is fenced
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Addressable blocks on one side of a peering.
-
-    Args:
-        rows: int64 array of shape ``[n, 5]``: address, length, device, stride, count. Row r stands for ``count``
-            blocks of ``length`` bytes, ``stride`` bytes apart. Entries are numbered row by row: the blocks of
-            row 0, then those of row 1, and so on. All values in bytes except device and count.
-        memory: memory kind of all rows.
-    """
-
-    rows: NDArray[np.int64]
-    memory: MemoryKind = "DRAM"
-
-    def addresses(self, entries: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int64]:
-        """Addresses of the given entries."""
-        row, block = self._locate(entries)
-        return self.rows[row, 0] + block * self.rows[row, 3]
-
-    def lengths(self, entries: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int64]:
-        """Lengths in bytes of the given entries."""
-        row, _ = self._locate(entries)
-        return self.rows[row, 1]
-
-    def _locate(
-        self, entries: NDArray[np.int64] | NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        ends = np.cumsum(self.rows[:, 4])
-        row = np.searchsorted(ends, entries, side="right")
-        return row, entries - (ends[row] - self.rows[row, 4])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

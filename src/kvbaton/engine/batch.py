@@ -1,0 +1,98 @@
+"""The continuous batch: answers that grow by one token per step, together.
+
+Rules: requests join and leave between steps. A request's failure is its own: when a step of the whole batch fails,
+every request is run by itself, and only those that fail again are ended. Pages go back before the caller hears the
+last word, so that who waits for it finds them free.
+
+This file must not know of peers or prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvbaton.engine.generation import Generation
+from kvbaton.engine.job import Job
+from kvbaton.engine.pool import Allocator
+from kvbaton.engine.request import Output
+from kvbaton.engine.runner import ModelRunner
+from kvbaton.engine.sampling import Pick, pick_tokens
+from kvbaton.errors import ConfigError, InternalError, KVBatonError
+
+
+class ContinuousBatch:
+    """At most ``max_batch`` answers grow at once; the others wait in order."""
+
+    def __init__(self, runner: ModelRunner, pages: Allocator, max_batch: int) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch={max_batch} must be at least 1")
+        self._runner = runner
+        self._pages = pages
+        self._max_batch = max_batch
+        self._members: list[Generation] = []
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def running(self) -> int:
+        return min(len(self._members), self._max_batch)
+
+    def join(
+        self, generation: Generation, first: Pick, *, handoff_bytes: int = 0, handoff_seconds: float = 0.0
+    ) -> None:
+        """Add an answer with its first token; it stays only if that is not the last one, too."""
+        self._members.append(generation)
+        self._push(generation, first, handoff_bytes, handoff_seconds)
+
+    def remove(self, job: Job) -> bool:
+        """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
+        generation = next((member for member in self._members if member.job is job), None)
+        if generation is None:
+            return False
+        self._retire(generation, Output(finish_reason="abort"))
+        return True
+
+    def step(self) -> bool:
+        """One token for each running answer. False if there is none."""
+        batch = self._members[: self._max_batch]
+        if not batch:
+            return False
+        for generation, picked in zip(batch, self._pick(batch), strict=True):
+            if isinstance(picked, Pick):
+                self._push(generation, picked)
+            else:
+                self._retire(generation, Output(error=picked))
+        return True
+
+    def _pick(self, batch: Sequence[Generation]) -> list[Pick | InternalError]:
+        try:
+            return pick_tokens(self._logits(batch), [generation.draw() for generation in batch])
+        except InternalError as error:
+            if len(batch) == 1:
+                return [error]
+        return [picked for generation in batch for picked in self._pick([generation])]
+
+    def _logits(self, batch: Sequence[Generation]) -> Any:
+        return self._runner.decode([generation.step() for generation in batch])
+
+    def _push(self, generation: Generation, pick: Pick, handoff_bytes: int = 0, handoff_seconds: float = 0.0) -> None:
+        try:
+            output = generation.push(pick, handoff_bytes=handoff_bytes, handoff_seconds=handoff_seconds)
+        except KVBatonError as error:
+            output = Output(error=error)
+        if output.final:
+            self._retire(generation, output)
+            return
+        generation.job.emit(output)
+        if generation.job.deserted:
+            self.remove(generation.job)
+
+    def _retire(self, generation: Generation, last: Output) -> None:
+        self._members.remove(generation)
+        self._pages.give_back(generation.pages)
+        generation.job.emit(last)
+
+    def __repr__(self) -> str:
+        return f"ContinuousBatch({self.running} running of {len(self)})"

@@ -1,0 +1,192 @@
+"""The decode scheduler: preallocation queue, transfer queue, continuous batch.
+
+Rules: a request is admitted, in order, when there are pages for its prompt and all of its answer, so that a running
+request never runs out; while the pool is full requests wait, they do not fail. Pages that were published go back only
+when the receiver has ended *and* holds no lease. Nothing is served from a hand-off whose aux row is not this room's.
+
+This file must not know of transports, peers' layouts or prefill's queues.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvbaton.engine import aux_row
+from kvbaton.engine.batch import ContinuousBatch
+from kvbaton.engine.generation import Generation
+from kvbaton.engine.job import Job
+from kvbaton.engine.limits import Limits, limits_of
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import Pools
+from kvbaton.engine.request import Output
+from kvbaton.engine.runner import ModelRunner
+from kvbaton.engine.sampling import Pick
+from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """One prompt whose cache is expected in ``pages``, its aux row in ``slot``."""
+
+    job: Job
+    room: int
+    receiver: KVReceiver
+    pages: tuple[int, ...]
+    slot: int
+
+
+class Decode(Role):
+    """Queues: ``waiting`` for pages, ``transfer``, ``draining``, the batch."""
+
+    def __init__(
+        self, model: LoadedModel, pools: Pools, manager: KVManager, limits: Limits, config: SchedulerConfig
+    ) -> None:
+        self._model = model
+        self._pools = pools
+        self._manager = manager
+        self._limits = limits
+        self._batch = ContinuousBatch(ModelRunner(model, pools.kv), pools.pages, config.max_batch)
+        self._waiting: deque[Job] = deque()
+        self._transfers: list[_Arrival] = []
+        self._draining: list[_Arrival] = []
+
+    def add(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def abort(self, job: Job, reason: str) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.emit(Output(finish_reason="abort"))
+            return
+        arrival = next((arrival for arrival in self._transfers if arrival.job is job), None)
+        if arrival is not None:
+            self._end(arrival, Output(finish_reason="abort"), reason)
+            return
+        self._batch.remove(job)
+
+    def step(self) -> bool:
+        worked = self._poll_transfers()
+        worked = self._reap() or worked
+        worked = self._admit() or worked
+        return self._batch.step() or worked
+
+    def _admit(self) -> bool:
+        """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
+        admitted = False
+        while self._waiting and self._pools.slots.free:
+            pages = self._pools.take_pages(self._limits.cached_tokens(self._waiting[0].request))
+            if pages is None:
+                break
+            self._expect(self._waiting.popleft(), pages)
+            admitted = True
+        return admitted
+
+    def _expect(self, job: Job, pages: tuple[int, ...]) -> None:
+        """Publish the pages of the prompt and an aux row to the sources."""
+        request, slot = job.request, self._pools.take_slot()
+        assert slot is not None  # noqa: S101 - admission saw a free one
+        count = len(request.prompt_tokens)
+        try:
+            if request.room is None:
+                raise LocalProtocolError("a decode request has no room")
+            receiver = self._manager.receiver(request.room, request.sources)
+        except KVBatonError as error:  # no peer has heard of the pages
+            self._pools.pages.give_back(pages)
+            self._pools.slots.give_back([slot])
+            job.fail(error)
+            return
+        arrival = _Arrival(job, request.room, receiver, pages, slot)
+        self._transfers.append(arrival)
+        kv = Span("kv", 0, count, pages[: self._pools.pages_for(count)])
+        try:
+            receiver.publish([kv, Span("aux", 0, 0, (slot,))], token_count=count)
+        except KVBatonError as error:
+            self._end(arrival, Output(error=error), error.message)
+
+    def _poll_transfers(self) -> bool:
+        worked = False
+        for arrival in list(self._transfers):
+            poll = arrival.receiver.poll()
+            if poll == KVPoll.Failed:
+                error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
+                self._end(arrival, Output(error=error), "")
+                worked = True
+            elif arrival.receiver.concluded:
+                self._begin(arrival)
+                worked = True
+        return worked
+
+    def _begin(self, arrival: _Arrival) -> None:
+        """Everything is here: check the aux row, serve the first token, join the batch."""
+        self._transfers.remove(arrival)
+        prompt = arrival.job.request.prompt_tokens
+        try:
+            row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
+            if row.first_token >= self._model.geometry.vocab_size:
+                raise RemoteProtocolError(f"first token {row.first_token} is not in the vocabulary", room=arrival.room)
+            generation = Generation(arrival.job, self._model, arrival.pages, row.seed)
+        except KVBatonError as error:
+            self._release(arrival)
+            arrival.job.fail(error)
+            return
+        self._pools.slots.give_back([arrival.slot])
+        self._batch.join(
+            generation,
+            Pick(row.first_token, row.logprob),
+            handoff_bytes=arrival.receiver.bytes,
+            handoff_seconds=arrival.receiver.handoff_seconds,
+        )
+
+    def _end(self, arrival: _Arrival, last: Output, reason: str) -> None:
+        """Take ``arrival`` out of the transfer queue; its memory follows when nothing can touch it."""
+        self._transfers.remove(arrival)
+        with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
+            arrival.receiver.abort(reason)
+        self._draining.append(arrival)
+        self._reap()
+        arrival.job.emit(last)
+
+    def _reap(self) -> bool:
+        settled = [arrival for arrival in self._draining if arrival.receiver.concluded]
+        for arrival in settled:
+            self._draining.remove(arrival)
+            self._release(arrival)
+        return bool(settled)
+
+    def _release(self, arrival: _Arrival) -> None:
+        self._pools.pages.give_back(arrival.pages)
+        self._pools.slots.give_back([arrival.slot])
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._transfers or self._draining or len(self._batch))
+
+    def stats(self) -> Stats:
+        holders = [*self._transfers, *self._draining]
+        return Stats(
+            pages_free=self._pools.pages.free,
+            pages_used=self._pools.pages.used,
+            pages_leased=sum(len(arrival.pages) for arrival in holders if arrival.receiver.leased),
+            slots_used=self._pools.slots.used,
+            running=self._batch.running,
+            queues={
+                "waiting": len(self._waiting),
+                "transfer": len(self._transfers),
+                "draining": len(self._draining),
+                "ready": len(self._batch) - self._batch.running,
+            },
+        )
+
+
+def decode_scheduler(
+    model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig | None = None
+) -> Scheduler:
+    """A scheduler that collects prompts and continues them. ``manager`` must know ``pools.layout``."""
+    config = config or SchedulerConfig()
+    limits = limits_of(model, pools, needs_room=True)
+    role = Decode(model, pools, manager, limits, config)
+    return Scheduler(role, limits, config, wakeup=manager.wakeup, name="decode")

@@ -1,0 +1,59 @@
+"""An answer in the making: the state of one request from its first token to its last.
+
+This file must not know of peers, batches or queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbaton.engine.job import Job
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.request import Output
+from kvbaton.engine.runner import Step
+from kvbaton.engine.sampling import Draw, Pick
+from kvbaton.engine.text import TextStream
+
+
+class Generation:
+    """``pages`` hold everything but the newest token, which the next step computes. ``seed`` is the one in use."""
+
+    def __init__(self, job: Job, model: LoadedModel, pages: Sequence[int], seed: int) -> None:
+        request, sampling = job.request, job.request.sampling
+        self.job = job
+        self.pages = pages
+        self._seed = seed
+        self._newest = -1
+        self._position = len(request.prompt_tokens) - 1
+        self._text = TextStream(
+            model.tokenizer,
+            request.prompt_tokens,
+            stops=sampling.stop,
+            eos_tokens=frozenset() if sampling.ignore_eos else model.eos_tokens,
+            max_tokens=sampling.max_tokens,
+        )
+
+    def draw(self) -> Draw:
+        """How the next token is to be picked."""
+        return Draw(self.job.request.sampling, self._seed, self._position + 1)
+
+    def step(self) -> Step:
+        """What the model must compute before the next token can be picked."""
+        return Step(self._newest, self._position, self.pages)
+
+    def push(self, pick: Pick, *, handoff_bytes: int = 0, handoff_seconds: float = 0.0) -> Output:
+        """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
+        self._newest = pick.token
+        self._position += 1
+        piece = self._text.push(pick.token)
+        return Output(
+            tokens=(pick.token,),
+            text=piece.text,
+            logprobs=(pick.logprob,) if self.job.request.sampling.logprobs else (),
+            finish_reason=piece.finish_reason,
+            handoff_bytes=handoff_bytes,
+            handoff_seconds=handoff_seconds,
+        )
+
+    def __repr__(self) -> str:
+        return f"Generation({self.job!r} at position {self._position})"

@@ -1,0 +1,229 @@
+"""The prefill scheduler: bootstrap queue, chunked prefill, in-flight queue.
+
+Rules: pages are taken only when the target has granted its own (the sender says WaitingForInput), so a prompt nobody
+collects holds none. Each chunk is handed over as soon as it is computed and travels while the next one is computed.
+Pages and slot go back when the sender has ended *and* holds no lease; until then the hand-off is ``draining``.
+
+This file must not know of transports, peers' layouts or text.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvbaton.engine import aux_row
+from kvbaton.engine.job import Job
+from kvbaton.engine.limits import limits_of
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import Pools
+from kvbaton.engine.prompt import PromptRun
+from kvbaton.engine.request import Output
+from kvbaton.engine.runner import ModelRunner
+from kvbaton.engine.sampling import Draw, Pick, pick_tokens, seed_of
+from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
+from kvbaton.manager import KVManager, KVPoll, KVSender, Span
+
+
+@dataclass(slots=True)
+class _Handoff:
+    """One prompt on its way. ``sent`` counts tokens submitted, or held by every target already."""
+
+    job: Job
+    room: int
+    sender: KVSender
+    pages: tuple[int, ...] = ()
+    slot: int | None = None
+    sent: int = 0
+    first: Pick | None = None
+
+
+class Prefill(Role):
+    """Queues: ``bootstrap`` waits for targets, ``ready`` for pages; then one computes, some are in flight, draining."""
+
+    def __init__(self, model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig) -> None:
+        self._pools = pools
+        self._manager = manager
+        self._chunk_tokens = config.chunked_prefill_size
+        self._runner = ModelRunner(model, pools.kv)
+        self._bootstrap: list[_Handoff] = []
+        self._ready: list[_Handoff] = []
+        self._computing: tuple[_Handoff, PromptRun] | None = None
+        self._inflight: list[_Handoff] = []
+        self._draining: list[_Handoff] = []
+
+    def add(self, job: Job) -> None:
+        room = job.request.room
+        try:
+            if room is None:
+                raise LocalProtocolError("a prefill request has no room")
+            sender = self._manager.sender(room)
+        except KVBatonError as error:
+            job.fail(error)
+            return
+        self._bootstrap.append(_Handoff(job, room, sender))
+
+    def abort(self, job: Job, reason: str) -> None:
+        handoff = next((handoff for handoff in self._live() if handoff.job is job), None)
+        if handoff is not None:
+            self._end(handoff, Output(finish_reason="abort"), reason)
+
+    def step(self) -> bool:
+        worked = self._drop_failed()
+        worked = self._collect() or worked
+        worked = self._admit() or worked
+        if self._computing is not None:
+            self._compute(*self._computing)
+            worked = True
+        worked = self._conclude() or worked
+        return self._reap() or worked
+
+    def _live(self) -> list[_Handoff]:
+        computing = [self._computing[0]] if self._computing is not None else []
+        return [*self._bootstrap, *self._ready, *computing, *self._inflight]
+
+    def _drop_failed(self) -> bool:
+        """End what the other side, a deadline or the network has ended."""
+        failed = [handoff for handoff in self._live() if handoff.sender.poll() == KVPoll.Failed]
+        for handoff in failed:
+            error = handoff.sender.error or TransferFailedError("the transfer failed", room=handoff.room)
+            self._end(handoff, Output(error=error), "")
+        return bool(failed)
+
+    def _collect(self) -> bool:
+        """Move those whose targets have granted pages to the ready queue, in order of arrival."""
+        granted = [handoff for handoff in self._bootstrap if handoff.sender.poll() == KVPoll.WaitingForInput]
+        for handoff in granted:
+            self._bootstrap.remove(handoff)
+            self._ready.append(handoff)
+        return bool(granted)
+
+    def _admit(self) -> bool:
+        if self._computing is not None or not self._ready or not self._pools.slots.free:
+            return False
+        handoff = self._ready[0]
+        prompt = handoff.job.request.prompt_tokens
+        pages = self._pools.take_pages(len(prompt))
+        if pages is None:
+            return False
+        self._ready.pop(0)
+        handoff.pages = pages
+        handoff.slot = self._pools.take_slot()
+        handoff.sent = handoff.sender.prefix_len
+        self._computing = (handoff, PromptRun(prompt, pages))
+        return True
+
+    def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
+        """One chunk: compute it, hand it over; after the last one, the first token with it."""
+        try:
+            logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
+            spans = self._unsent(handoff, run.computed)
+            if run.finished:
+                handoff.first = self._first_token(handoff, logits)
+                spans.append(self._write_aux(handoff, handoff.first))
+            if spans:
+                handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
+        except KVBatonError as error:
+            self._end(handoff, Output(error=handoff.sender.error or error), error.message)
+            return
+        if run.finished:
+            self._computing = None
+            self._inflight.append(handoff)
+
+    def _unsent(self, handoff: _Handoff, computed: int) -> list[Span]:
+        """The span of what is computed but neither sent nor held by the targets, if there is any."""
+        start, stop, size = handoff.sent, computed, self._pools.page_size
+        if stop <= start:
+            return []
+        handoff.sent = stop
+        return [Span("kv", start, stop, handoff.pages[start // size : -(-stop // size)])]
+
+    def _first_token(self, handoff: _Handoff, logits: object) -> Pick:
+        request = handoff.job.request
+        draw = Draw(request.sampling, seed_of(request), len(request.prompt_tokens))
+        first = pick_tokens(logits, [draw])[0]
+        if isinstance(first, Pick):
+            return first
+        raise first
+
+    def _write_aux(self, handoff: _Handoff, first: Pick) -> Span:
+        assert handoff.slot is not None  # noqa: S101 - taken with the pages
+        request = handoff.job.request
+        row = aux_row.AuxRow(
+            room=handoff.room,
+            prompt_digest=aux_row.prompt_digest(request.prompt_tokens),
+            prompt_tokens=len(request.prompt_tokens),
+            first_token=first.token,
+            logprob=first.logprob,
+            seed=seed_of(request),
+        )
+        self._pools.row(handoff.slot)[:] = aux_row.encode(row)
+        return Span("aux", 0, 0, (handoff.slot,))
+
+    def _conclude(self) -> bool:
+        """Tell the caller of what has arrived whole."""
+        arrived = [h for h in self._inflight if h.sender.concluded and h.sender.poll() == KVPoll.Success]
+        for handoff in arrived:
+            self._inflight.remove(handoff)
+            self._release(handoff)
+            first = handoff.first
+            assert first is not None  # noqa: S101 - in flight means that it was picked
+            logprobs = (first.logprob,) if handoff.job.request.sampling.logprobs else ()
+            handoff.job.emit(Output(tokens=(first.token,), logprobs=logprobs, finish_reason="length"))
+        return bool(arrived)
+
+    def _end(self, handoff: _Handoff, last: Output, reason: str) -> None:
+        """Take ``handoff`` out of whatever queue it is in; its memory follows when nothing can touch it."""
+        if self._computing is not None and self._computing[0] is handoff:
+            self._computing = None
+        for queue in (self._bootstrap, self._ready, self._inflight):
+            if handoff in queue:
+                queue.remove(handoff)
+        with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
+            handoff.sender.abort(reason)
+        self._draining.append(handoff)
+        self._reap()
+        handoff.job.emit(last)
+
+    def _reap(self) -> bool:
+        settled = [handoff for handoff in self._draining if handoff.sender.concluded]
+        for handoff in settled:
+            self._draining.remove(handoff)
+            self._release(handoff)
+        return bool(settled)
+
+    def _release(self, handoff: _Handoff) -> None:
+        self._pools.pages.give_back(handoff.pages)
+        if handoff.slot is not None:
+            self._pools.slots.give_back([handoff.slot])
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._bootstrap or self._ready or self._computing or self._inflight or self._draining)
+
+    def stats(self) -> Stats:
+        holders = [*self._live(), *self._draining]
+        return Stats(
+            pages_free=self._pools.pages.free,
+            pages_used=self._pools.pages.used,
+            pages_leased=sum(len(handoff.pages) for handoff in holders if handoff.sender.leased),
+            slots_used=self._pools.slots.used,
+            running=int(self._computing is not None),
+            queues={
+                "bootstrap": len(self._bootstrap),
+                "ready": len(self._ready),
+                "inflight": len(self._inflight),
+                "draining": len(self._draining),
+            },
+        )
+
+
+def prefill_scheduler(
+    model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig | None = None
+) -> Scheduler:
+    """A scheduler that computes prompts and hands them over. ``manager`` must know ``pools.layout``."""
+    config = config or SchedulerConfig()
+    limits = limits_of(model, pools, keeps_answer=False, needs_room=True)
+    role = Prefill(model, pools, manager, config)
+    return Scheduler(role, limits, config, wakeup=manager.wakeup, name="prefill")

@@ -1,0 +1,97 @@
+"""Picking tokens: greedy, temperature, top-p, seeded; a pure function of logits, seed and position.
+
+Rules: the random number behind a token depends on (seed, position) alone, never on what was drawn before, on the
+batch, or on the process: prefill draws the first token, decode the rest, and together they equal one process. The
+draw inverts the cumulative distribution in order of token id, not of probability: batch shape may change logits in
+the last bit, and in this order such a change moves every boundary by no more than that, where a sort would let two
+nearly equal tokens swap places. This file must not know of requests' text, pools or peers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvbaton.engine.request import Request, Sampling
+from kvbaton.errors import InternalError
+
+_SEED_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to pick: ``position`` is the absolute one that the token will have."""
+
+    sampling: Sampling
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A picked token and the natural logarithm of its probability under the model (temperature 1, no top-p)."""
+
+    token: int
+    logprob: float
+
+
+def seed_of(request: Request) -> int:
+    """The request's seed as 64 bits; one derived from its id where it has none."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed & _SEED_MASK
+    return int.from_bytes(hashlib.blake2b(request.request_id.encode(), digest_size=8).digest(), "little")
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that (seed, position) stands for: 53 bits of a hash, the same on every machine."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8, person=b"kvbaton draw").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def pick_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick | InternalError]:
+    """Pick one token per row of ``logits`` [rows, vocabulary]. A row that is not finite is that row's error."""
+    logits = logits.float()
+    tokens = logits.argmax(dim=-1).tolist()
+    for row, draw in enumerate(draws):
+        if draw.sampling.temperature > 0:
+            tokens[row] = _sample(logits[row].cpu().numpy(), draw)
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1)).tolist()
+    return [
+        Pick(token, logprob)
+        if math.isfinite(logprob)
+        else InternalError(f"the model's logits at position {draw.position} are not finite; try dtype float32")
+        for token, logprob, draw in zip(tokens, logprobs, draws, strict=True)
+    ]
+
+
+def _sample(logits: npt.NDArray[np.float32], draw: Draw) -> int:
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()
+    with np.errstate(invalid="ignore", over="ignore"):
+        weights = np.exp(scaled / draw.sampling.temperature)
+    if draw.sampling.top_p < 1.0:
+        weights = np.where(_nucleus(weights, draw.sampling.top_p), weights, 0.0)
+    bounds = weights.cumsum()
+    if not math.isfinite(bounds[-1]):
+        return 0  # the caller sees the same row's log-probability and reports it
+    token = int(bounds.searchsorted(uniform(draw.seed, draw.position) * bounds[-1], side="right"))
+    return min(token, int(weights.nonzero()[0][-1]))
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
+    """The fewest likeliest tokens whose probabilities sum to at least ``top_p``."""
+    order = (-weights).argsort(kind="stable")
+    before = weights[order].cumsum() - weights[order]
+    keep = np.zeros(len(weights), dtype=np.bool_)
+    keep[order] = before < top_p * weights.sum()
+    keep[order[0]] = True
+    return keep

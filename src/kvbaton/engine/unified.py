@@ -1,0 +1,125 @@
+"""Prefill and decode in one process (mode ``null``): the reference that a pair of processes must equal.
+
+A round is one chunk of the oldest prompt, then one step of the batch, so that neither starves the other.
+This file must not know of peers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from kvbaton.engine.batch import ContinuousBatch
+from kvbaton.engine.generation import Generation
+from kvbaton.engine.job import Job
+from kvbaton.engine.limits import Limits, limits_of
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import Pools
+from kvbaton.engine.prompt import PromptRun
+from kvbaton.engine.request import Output
+from kvbaton.engine.runner import ModelRunner
+from kvbaton.engine.sampling import pick_tokens, seed_of
+from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.errors import InternalError, KVBatonError
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    run: PromptRun
+    generation: Generation
+
+    @property
+    def job(self) -> Job:
+        return self.generation.job
+
+
+class Unified(Role):
+    """Queues: ``waiting`` for pages, one prompt in ``prefill``, the batch."""
+
+    def __init__(self, model: LoadedModel, pools: Pools, limits: Limits, config: SchedulerConfig) -> None:
+        self._model = model
+        self._pools = pools
+        self._limits = limits
+        self._chunk_tokens = config.chunked_prefill_size
+        self._runner = ModelRunner(model, pools.kv)
+        self._waiting: deque[Job] = deque()
+        self._prompt: _Prompt | None = None
+        self._batch = ContinuousBatch(self._runner, pools.pages, config.max_batch)
+
+    def add(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def abort(self, job: Job, reason: str) -> None:  # noqa: ARG002 - there is no peer to tell
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.emit(Output(finish_reason="abort"))
+        elif self._prompt is not None and self._prompt.job is job:
+            self._drop_prompt(self._prompt, Output(finish_reason="abort"))
+        else:
+            self._batch.remove(job)
+
+    def step(self) -> bool:
+        if self._prompt is None:
+            self._prompt = self._admit()
+        worked = self._prompt is not None
+        if self._prompt is not None:
+            self._compute(self._prompt)
+        return self._batch.step() or worked
+
+    def _admit(self) -> _Prompt | None:
+        """The oldest request, once there are pages for all that it may ever cache."""
+        if not self._waiting:
+            return None
+        job = self._waiting[0]
+        pages = self._pools.take_pages(self._limits.cached_tokens(job.request))
+        if pages is None:
+            return None
+        self._waiting.popleft()
+        run = PromptRun(job.request.prompt_tokens, pages)
+        return _Prompt(run, Generation(job, self._model, pages, seed_of(job.request)))
+
+    def _compute(self, prompt: _Prompt) -> None:
+        try:
+            logits = prompt.run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
+            if not prompt.run.finished:
+                return
+            first = pick_tokens(logits, [prompt.generation.draw()])[0]
+        except KVBatonError as error:
+            self._drop_prompt(prompt, Output(error=error))
+            return
+        if isinstance(first, InternalError):
+            self._drop_prompt(prompt, Output(error=first))
+            return
+        self._prompt = None
+        self._batch.join(prompt.generation, first)
+
+    def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
+        self._prompt = None
+        self._pools.pages.give_back(prompt.run.pages)
+        prompt.job.emit(last)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._prompt or len(self._batch))
+
+    def stats(self) -> Stats:
+        return Stats(
+            pages_free=self._pools.pages.free,
+            pages_used=self._pools.pages.used,
+            pages_leased=0,
+            slots_used=self._pools.slots.used,
+            running=self._batch.running,
+            queues={
+                "waiting": len(self._waiting),
+                "prefill": int(self._prompt is not None),
+                "ready": len(self._batch) - self._batch.running,
+            },
+        )
+
+
+def unified_scheduler(model: LoadedModel, pools: Pools, config: SchedulerConfig | None = None) -> Scheduler:
+    """A scheduler that answers by itself. Start it, or use it as a context manager."""
+    config = config or SchedulerConfig()
+    limits = limits_of(model, pools)
+    return Scheduler(Unified(model, pools, limits, config), limits, config, wakeup=threading.Event(), name="unified")

@@ -1,0 +1,1 @@
+"""What turns the sans-IO core into a running rank: the driver thread, the posting queue, metrics."""

@@ -1,0 +1,287 @@
+"""The one thread of a rank that owns its core, links and transport.
+
+It sleeps until a message, a command of the engine or a deadline wakes it; only while bytes are on the move does it
+poll, and the longer nothing happens the less often. Each turn reads the inbox first, then the writes, then the clock:
+a deadline never beats a message that is already here. A failure inside one event is logged and counted; the thread
+goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvbaton.control.base import Arrived, LinkChange, Links
+from kvbaton.errors import DisconnectedError, KVBatonError, TransportError
+from kvbaton.protocol.core import Core
+from kvbaton.protocol.effects import (
+    CancelWrites,
+    CloseLink,
+    Dial,
+    Effect,
+    FencePeer,
+    PostWrite,
+    PreparePeer,
+    Report,
+    Send,
+)
+from kvbaton.protocol.events import (
+    ChunkSubmitted,
+    Dialed,
+    Event,
+    LinkRefused,
+    LinkUp,
+    MessageArrived,
+    PeerFenced,
+    PeerPrepared,
+    PeerUnprepared,
+    ShutdownRequested,
+    TimePassed,
+    WriteBroken,
+    WriteSettled,
+)
+from kvbaton.runtime.posting import PostingQueue, Window
+from kvbaton.transports.base import Handle, TableId, Transport, WriteState
+
+log = logging.getLogger("kvbaton.driver")
+
+#: Longest pause between two polls while bytes are on the move, and its share of the time since something last happened.
+POLL_MOST_SECONDS = 0.001
+POLL_SHARE = 0.05
+#: How long a closing rank waits for its own writes before it goes without a farewell.
+CLOSE_GRACE_SECONDS = 5.0
+
+Fence = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An event from the engine; a chunk waits until its fence says that the data is there."""
+
+    event: Event
+    fence: Fence | None = None
+
+
+class Driver:
+    """See the module. ``post`` and ``close`` may be called from any thread, everything else happens inside."""
+
+    def __init__(
+        self,
+        core: Core,
+        transport: Transport,
+        links: Links,
+        *,
+        on_report: Callable[[Report], None],
+        window: Window,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._core = core
+        self._transport = transport
+        self._links = links
+        self._on_report = on_report
+        self._clock = clock
+        self._queue = PostingQueue(window)
+        self._commands: deque[Command] = deque()
+        self._fenced_chunks: deque[Command] = deque()
+        self._events: deque[Event] = deque()
+        self._in_flight: dict[Handle, PostWrite] = {}
+        self._tables: dict[str, tuple[TableId, ...]] = {}
+        self._active_at = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
+        self.counters: Counter[str] = Counter()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Hand an event to the core. Returns at once."""
+        self._commands.append(command)
+        self._links.wake()
+
+    def close(self, reason: str) -> None:
+        """Fail what is live, settle, say goodbye, release everything. Idempotent."""
+        if self._closing.is_set():
+            self._thread.join()
+            return
+        self._commands.append(Command(ShutdownRequested(reason)))
+        self._closing.set()
+        self._links.wake()
+        self._thread.join()
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        deadline: float | None = None
+        while True:
+            try:
+                self._turn()
+            except Exception:
+                self.counters["driver_errors"] += 1
+                log.exception("an event failed; the driver goes on")
+            if self._closing.is_set():
+                deadline = deadline if deadline is not None else self._clock() + CLOSE_GRACE_SECONDS
+                if not self._commands and (self._core.quiet or self._clock() > deadline):
+                    break
+            self._sleep()
+        self._farewell()
+
+    def _turn(self) -> None:
+        for item in self._links.receive():
+            self._active_at = self._clock()
+            if isinstance(item, Arrived):
+                self._events.append(MessageArrived(item.link, item.payload))
+            elif item.change is LinkChange.UP:
+                self._events.append(LinkUp(item.link))
+            elif item.change is LinkChange.REFUSED:
+                self._events.append(LinkRefused(item.link))
+        self._take_commands()
+        self._poll_writes()
+        self._feed()
+        deadline = self._core.next_deadline()
+        if deadline is not None and deadline <= self._clock():
+            self._events.append(TimePassed())
+            self._feed()
+        self._post_one()
+        self._feed()
+
+    def _take_commands(self) -> None:
+        for _ in range(len(self._commands)):
+            command = self._commands.popleft()
+            self._active_at = self._clock()
+            if command.fence is not None and (self._fenced_chunks or not command.fence()):
+                self._fenced_chunks.append(command)
+            else:
+                self._events.append(command.event)
+        self._feed()
+        for _ in range(len(self._fenced_chunks)):
+            self._release_fenced(self._fenced_chunks.popleft())
+
+    def _release_fenced(self, command: Command) -> None:
+        """Chunks of one room keep their order, other rooms may overtake; a room that failed wants none any more."""
+        room = command.event.room if isinstance(command.event, ChunkSubmitted) else -1
+        if not self._core.wants_chunks(room):
+            return
+        blocked = any(isinstance(c.event, ChunkSubmitted) and c.event.room == room for c in self._fenced_chunks)
+        if not blocked and (command.fence is None or command.fence()):
+            self._events.append(command.event)
+        else:
+            self._fenced_chunks.append(command)
+
+    def _feed(self) -> None:
+        """Events to the core, effects to the world, until neither brings about the other."""
+        while self._events:
+            event = self._events.popleft()
+            for effect in self._core.handle(event, self._clock()):
+                self._perform(effect)
+
+    def _sleep(self) -> None:
+        busy = bool(self._in_flight) or bool(self._fenced_chunks)
+        if self._transport.capabilities.target_must_progress and self._core.receiving:
+            self._transport.progress()
+            busy = True
+        if self._events or self._commands or self._queue.ready:
+            return
+        now = self._clock()
+        if busy:
+            pause = min(POLL_MOST_SECONDS, POLL_SHARE * (now - self._active_at))
+            if pause < POLL_MOST_SECONDS:
+                time.sleep(pause)
+            else:
+                self._links.wait(POLL_MOST_SECONDS)
+            return
+        deadline = self._core.next_deadline()
+        self._links.wait(None if deadline is None else max(0.0, deadline - now))
+
+    # ---- effects ------------------------------------------------------------------------------------------------
+
+    def _perform(self, effect: Effect) -> None:
+        if isinstance(effect, Send):
+            if not self._links.send(effect.link, effect.payload):
+                self.counters["messages_dropped"] += 1
+        elif isinstance(effect, Report):
+            self._on_report(effect)
+        elif isinstance(effect, PostWrite):
+            self._queue.offer(effect)
+        elif isinstance(effect, CancelWrites):
+            self._events.extend(WriteSettled(write) for write in self._queue.cancel(effect.writes))
+        elif isinstance(effect, PreparePeer):
+            self._prepare(effect)
+        elif isinstance(effect, FencePeer):
+            self._fence(effect.peer)
+        elif isinstance(effect, Dial):
+            self._events.append(Dialed(effect.address, self._links.dial(effect.address)))
+        elif isinstance(effect, CloseLink):
+            self._links.close_link(effect.link)
+
+    def _prepare(self, effect: PreparePeer) -> None:
+        try:
+            self._transport.connect(effect.peer, effect.metadata)
+            self._tables[effect.peer] = tuple(
+                self._transport.prepare(effect.peer, part.source.table, part.target.table) for part in effect.pair.parts
+            )
+        except TransportError as error:
+            log.warning("cannot prepare %s: %s", effect.peer, error)
+            self._events.append(PeerUnprepared(effect.peer, error))
+        else:
+            self._events.append(PeerPrepared(effect.peer))
+
+    def _post_one(self) -> None:
+        """One write a turn: a post may copy its bytes itself, and messages must not wait for all of them."""
+        write = self._queue.take()
+        if write is None:
+            return
+        self._active_at = self._clock()
+        tables = self._tables.get(write.peer)
+        try:
+            if tables is None:
+                raise DisconnectedError("the peer's memory is not reachable", peer=write.peer)
+            handle = self._transport.post(tables[write.part], write.source_entries, write.target_entries)
+        except TransportError as error:
+            self._queue.settled(write)
+            self._events.append(WriteBroken(write.write, error))
+            return
+        self.counters["writes_posted"] += 1
+        self.counters["bytes_posted"] += write.bytes
+        self.counters["entries_posted"] += len(write.source_entries)
+        self._in_flight[handle] = write
+        self._check(handle, write)
+
+    def _poll_writes(self) -> None:
+        for handle, write in list(self._in_flight.items()):
+            self._check(handle, write)
+
+    def _check(self, handle: Handle, write: PostWrite) -> None:
+        state = self._transport.poll(handle)
+        if state is WriteState.PENDING:
+            return
+        self._active_at = self._clock()
+        del self._in_flight[handle]
+        self._queue.settled(write)
+        self._transport.release(handle)
+        if state is WriteState.DONE:
+            self._events.append(WriteSettled(write.write))
+        else:
+            error: KVBatonError = DisconnectedError("a write broke on the wire", peer=write.peer)
+            self._events.append(WriteBroken(write.write, error))
+
+    def _fence(self, peer: str) -> None:
+        self._transport.fence(peer)
+        self._queue.drop_peer(peer)
+        self._tables.pop(peer, None)
+        self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
+        self.counters["peers_fenced"] += 1
+        self._events.append(PeerFenced(peer))
+
+    def _farewell(self) -> None:
+        try:
+            if self._core.quiet:
+                for effect in self._core.farewell("closing"):
+                    self._perform(effect)
+        finally:
+            self._transport.close()
+            self._links.close()

@@ -1,0 +1,1 @@
+"""HTTP: the API servers of prefill and decode, the router in front of them, and what assembles a server."""

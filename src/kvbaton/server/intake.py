@@ -1,0 +1,161 @@
+"""From a parsed OpenAI request to what the engine is asked: prompt as tokens, bounds, room, and where its sources are.
+
+Rules: in prefill and decode mode a request must carry the router's room, in mode null it must not. A decode server asks
+only registries on its allow-list. What the engine checks itself (vocabulary, positions, pool) is not checked twice.
+
+This file must not know HTTP or engines' threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvbaton.control.registry_client import RegistryClient
+from kvbaton.engine.request import Request
+from kvbaton.errors import CapacityError, ConfigError, InternalError
+from kvbaton.server.allow import AllowList
+from kvbaton.server.answers import Answers
+from kvbaton.server.engine import Tokenizer
+from kvbaton.server.openai import (
+    BOOTSTRAP_PORT,
+    CHAT_MAX_TOKENS,
+    COMPLETION_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+)
+
+Mode = Literal["null", "prefill", "decode"]
+#: A prompt with more characters is tokenized beside the event loop.
+INLINE_CHARACTERS = 16 << 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiConfig:
+    """Settings of one API server.
+
+    Args:
+        model: the name that clients use.
+        max_positions: tokens of prompt and answer together that the model can see; bounds a chat's default answer.
+        pool_tokens: tokens that the pool holds; bounds it too. 0: no bound.
+        bootstrap_allow: registries that a decode server may ask.
+        max_requests: requests answered at once.
+    """
+
+    model: str
+    max_positions: int
+    pool_tokens: int = 0
+    mode: Mode = "null"
+    bootstrap_allow: AllowList = field(default_factory=AllowList)
+    max_requests: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that is ready for the engine. ``registry`` is the one that was asked for its sources."""
+
+    request: Request
+    answers: Answers
+    stream: bool
+    registry: tuple[str, int] | None
+
+
+class Intake:
+    """Accepts requests for one engine."""
+
+    def __init__(self, tokenizer: Tokenizer | None, config: ApiConfig, registry: RegistryClient | None) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._registry = registry
+
+    async def accept(self, request: CompletionRequest | ChatRequest) -> Accepted:
+        """Raises ConfigError or CapacityError for what is wrong, RegistryError when the prefill group is not found."""
+        if request.model not in (None, self._config.model):
+            raise ConfigError(f"model: {request.model!r} is not served here; this server has {self._config.model!r}")
+        registry = self._check_room(request)
+        tokens = await self._tokens(request)
+        sampling = request.sampling(
+            max_tokens=self._max_tokens(request, len(tokens)), logprobs=request.logprobs not in (None, False)
+        )
+        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+        request_id = request.rid or f"{prefix}-{uuid.uuid4().hex}"
+        answers = Answers(
+            request,
+            request_id=request_id,
+            model=self._config.model,
+            prompt_tokens=len(tokens),
+            tokenizer=self._tokenizer,
+        )
+        sources = await self._sources(registry)
+        return Accepted(
+            Request(
+                request_id=request_id,
+                prompt_tokens=tokens,
+                sampling=sampling,
+                room=request.bootstrap_room,
+                sources=sources,
+            ),
+            answers,
+            request.stream,
+            registry,
+        )
+
+    def _check_room(self, request: CompletionRequest | ChatRequest) -> tuple[str, int] | None:
+        """The registry to ask, on a decode server."""
+        mode, host = self._config.mode, request.bootstrap_host
+        if mode == "null":
+            if request.bootstrap_room is not None or host is not None:
+                raise ConfigError("bootstrap_room: this server runs both halves itself (mode null) and takes no room")
+            return None
+        if request.bootstrap_room is None:
+            raise ConfigError(
+                f"bootstrap_room: this is a {mode} server, one half of a pair; send requests through the router"
+            )
+        if mode == "prefill":
+            return None
+        if host is None:
+            raise ConfigError("bootstrap_host: is required on a decode server; send requests through the router")
+        port = request.bootstrap_port or BOOTSTRAP_PORT
+        self._config.bootstrap_allow.check(host, port)
+        return host, port
+
+    async def _sources(self, registry: tuple[str, int] | None) -> tuple[str, ...]:
+        if registry is None:
+            return ()
+        if self._registry is None:
+            raise InternalError("a decode server was built without a registry client")
+        return await self._registry.lookup(*registry)
+
+    async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
+        if isinstance(request, CompletionRequest):
+            prompt = request.text_or_tokens()
+            if not isinstance(prompt, str):
+                return prompt
+            tokenizer = self._need_tokenizer("prompt")
+            return await _tokenized(lambda: tokenizer.encode(prompt), len(prompt))
+        messages = [(message.role, message.text()) for message in request.messages]
+        tokenizer = self._need_tokenizer("messages")
+        return await _tokenized(lambda: tokenizer.encode_chat(messages), sum(len(text) for _, text in messages))
+
+    def _need_tokenizer(self, field_name: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ConfigError(f"{field_name}: this model has no tokenizer; send a completion with a list of token ids")
+        return self._tokenizer
+
+    def _max_tokens(self, request: CompletionRequest | ChatRequest, prompt_tokens: int) -> int:
+        if isinstance(request, CompletionRequest):
+            return COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        asked = request.asked_tokens()
+        if asked is not None:
+            return asked
+        limit = min(self._config.max_positions, self._config.pool_tokens or self._config.max_positions)
+        if prompt_tokens >= limit:
+            raise CapacityError(f"messages: {prompt_tokens} tokens leave no room for an answer within {limit} tokens")
+        return min(CHAT_MAX_TOKENS, limit - prompt_tokens)
+
+
+async def _tokenized(tokenize: Callable[[], Sequence[int]], characters: int) -> tuple[int, ...]:
+    return tuple(await asyncio.to_thread(tokenize) if characters > INLINE_CHARACTERS else tokenize())

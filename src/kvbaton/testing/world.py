@@ -1,0 +1,259 @@
+"""A world of ranks without threads, sockets or clocks: real cores, real plans, bytes in numpy arrays.
+
+Everything happens in :meth:`World.run`, in a fixed order, under a virtual clock. A message may be intercepted on its
+way (:attr:`World.network`), so that tests lose, double, delay and reorder as they like.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.control.base import LinkId
+from kvbaton.errors import InternalError
+from kvbaton.layout import CacheLayout
+from kvbaton.messages import AnyMessage, Coordinates, Role, decode
+from kvbaton.plan import PairPlan
+from kvbaton.protocol.core import Core
+from kvbaton.protocol.effects import (
+    CancelWrites,
+    CloseLink,
+    Dial,
+    Effect,
+    FencePeer,
+    PostWrite,
+    PreparePeer,
+    Report,
+    RoomStatus,
+    Send,
+)
+from kvbaton.protocol.events import (
+    Dialed,
+    Event,
+    LinkRefused,
+    LinkUp,
+    MessageArrived,
+    PeerFenced,
+    PeerPrepared,
+    PeerUnprepared,
+    TimePassed,
+    WriteBroken,
+    WriteId,
+    WriteSettled,
+)
+from kvbaton.protocol.session import Identity
+from kvbaton.protocol.settings import Settings
+from kvbaton.runs import merge
+from kvbaton.errors import DisconnectedError
+
+#: What the network does with one message: how many copies arrive (0 loses it).
+Network = Callable[["Rank", "Rank", AnyMessage], int]
+
+
+@dataclass(eq=False)
+class Rank:
+    """One rank of the world: a core, its memory, and what it told its engine."""
+
+    world: World
+    name: str
+    core: Core
+    address: str
+    memory: dict[int, NDArray[np.uint8]]
+    statuses: dict[tuple[Role, int], RoomStatus] = field(default_factory=dict)
+    links: dict[LinkId, tuple[Rank | None, LinkId | None, str]] = field(default_factory=dict)
+    pairs: dict[str, PairPlan] = field(default_factory=dict)
+    held: list[PostWrite] = field(default_factory=list)
+    hold_writes: bool = False
+    alive: bool = True
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self.core.identity.layout
+
+    def do(self, event: Event) -> None:
+        """Something happens at this rank."""
+        if self.alive:
+            self.world.perform(self, self.core.handle(event, self.world.now))
+
+    def status(self, role: Role, room: int) -> RoomStatus:
+        return self.statuses.get((role, room), RoomStatus())
+
+    def view(self, address: int, length: int) -> NDArray[np.uint8]:
+        """The bytes of this rank's memory at an address."""
+        for base, buffer in self.memory.items():
+            if base <= address and address + length <= base + len(buffer):
+                return buffer[address - base : address - base + length]
+        raise InternalError(f"{self.name} has no memory at {address}..{address + length}")
+
+    def release_writes(self) -> None:
+        """Let the writes that were held land and settle, oldest first."""
+        held, self.held = self.held, []
+        for write in held:
+            self.world.land(self, write)
+            self.do(WriteSettled(write.write))
+
+    def break_writes(self, *, landed: bool) -> None:
+        """Let the writes that were held fail, with or without their bytes landing."""
+        held, self.held = self.held, []
+        for write in held:
+            if landed:
+                self.world.land(self, write)
+            self.do(WriteBroken(write.write, DisconnectedError("the wire broke")))
+
+
+class World:
+    """See the module. ``trace`` keeps every message in order: (time, from, to, message)."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.now = 0.0
+        self.settings = settings if settings is not None else Settings()
+        self.ranks: dict[str, Rank] = {}
+        self.network: Network = lambda _from, _to, _message: 1
+        self.trace: list[tuple[float, str, str, AnyMessage]] = []
+        self._link_ids = itertools.count(1)
+        self._mail: deque[tuple[Rank, LinkId, bytes]] = deque()
+        self._todo: deque[tuple[Rank, Event]] = deque()
+
+    def add(
+        self,
+        name: str,
+        layout: CacheLayout,
+        *,
+        group: str = "",
+        group_size: int = 1,
+        coordinates: Coordinates | None = None,
+        address: str = "",
+        instance: str = "",
+    ) -> Rank:
+        """A new rank whose memory is zero. A rank at an address in use replaces the old one there."""
+        identity = Identity(
+            instance=instance or f"i-{name}",
+            group=group or name,
+            group_size=group_size,
+            coordinates=coordinates if coordinates is not None else Coordinates(),
+            layout=layout,
+            agent_metadata=name.encode(),
+            transport="world",
+        )
+        memory = {region.address: np.zeros(region.length, dtype=np.uint8) for region in layout.regions}
+        rank = Rank(self, name, Core(identity, self.settings), address or f"world://{name}", memory)
+        self.ranks[name] = rank
+        return rank
+
+    def kill(self, rank: Rank) -> None:
+        """The process dies: it does nothing any more, whoever dialled it is refused."""
+        rank.alive = False
+        for other in self.ranks.values():
+            for link, (end, _, _) in list(other.links.items()):
+                if end is rank and other.alive:
+                    self._todo.append((other, LinkRefused(link)))
+        self.run()
+
+    def reconnect(self, dialler: Rank, address: str) -> None:
+        """The dialler's link to ``address`` comes up again, to whoever listens there now."""
+        for link, (_, _, where) in list(dialler.links.items()):
+            if where == address:
+                self._connect(dialler, link, address)
+                self._todo.append((dialler, LinkUp(link)))
+        self.run()
+
+    def run(self, until: float | None = None) -> None:
+        """Deliver and do everything that is due; with ``until``, let time pass to it, deadline by deadline."""
+        self._drain()
+        while until is not None and self.now < until:
+            deadlines = [d for r in self.ranks.values() if r.alive and (d := r.core.next_deadline()) is not None]
+            self.now = min([until, *(max(d, self.now) for d in deadlines)])
+            for rank in list(self.ranks.values()):
+                deadline = rank.core.next_deadline()
+                if rank.alive and deadline is not None and deadline <= self.now:
+                    rank.do(TimePassed())
+            self._drain()
+
+    def perform(self, rank: Rank, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._send(rank, effect)
+            elif isinstance(effect, Report):
+                self._note(rank, effect)
+            elif isinstance(effect, Dial):
+                link = LinkId(next(self._link_ids))
+                self._connect(rank, link, effect.address)
+                self._todo.append((rank, Dialed(effect.address, link)))
+            elif isinstance(effect, CloseLink):
+                rank.links.pop(effect.link, None)
+            elif isinstance(effect, PreparePeer):
+                rank.pairs[effect.peer] = effect.pair
+                found = self._by_instance(effect.peer) is not None
+                event = PeerPrepared(effect.peer) if found else PeerUnprepared(effect.peer, DisconnectedError("gone"))
+                self._todo.append((rank, event))
+            elif isinstance(effect, FencePeer):
+                rank.held = [write for write in rank.held if write.peer != effect.peer]
+                self._todo.append((rank, PeerFenced(effect.peer)))
+            elif isinstance(effect, PostWrite):
+                self._post(rank, effect)
+            elif isinstance(effect, CancelWrites):
+                self._cancel(rank, effect.writes)
+
+    def land(self, rank: Rank, write: PostWrite) -> None:
+        """Copy the bytes of a write."""
+        target = self._by_instance(write.peer)
+        if target is None:
+            return
+        part = rank.pairs[write.peer].parts[write.part]
+        runs = merge(part.source.table, write.source_entries, part.target.table, write.target_entries)
+        for source_at, target_at, length in zip(runs.source, runs.target, runs.length, strict=True):
+            target.view(int(target_at), int(length))[:] = rank.view(int(source_at), int(length))
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        while self._todo or self._mail:
+            if self._todo:
+                rank, event = self._todo.popleft()
+                rank.do(event)
+            else:
+                receiver, link, payload = self._mail.popleft()
+                receiver.do(MessageArrived(link, payload))
+
+    def _connect(self, rank: Rank, link: LinkId, address: str) -> None:
+        peer = next((r for r in self.ranks.values() if r.address == address and r.alive), None)
+        back = LinkId(next(self._link_ids)) if peer is not None else None
+        rank.links[link] = (peer, back, address)
+        if peer is not None and back is not None:
+            peer.links[back] = (rank, link, "")
+        else:
+            self._todo.append((rank, LinkRefused(link)))
+
+    def _send(self, rank: Rank, effect: Send) -> None:
+        peer, back, _ = rank.links.get(effect.link, (None, None, ""))
+        if peer is None or back is None or not peer.alive:
+            return
+        message = decode(effect.payload)
+        self.trace.append((self.now, rank.name, peer.name, message))
+        for _ in range(self.network(rank, peer, message)):
+            self._mail.append((peer, back, effect.payload))
+
+    def _note(self, rank: Rank, report: Report) -> None:
+        before = rank.statuses.get((report.role, report.room))
+        ended = before is not None and before.poll.name in ("Failed", "Success")
+        if ended and before is not None and report.status.poll is not before.poll:
+            raise InternalError(f"room {report.room} ended as {before.poll.name} and became {report.status.poll.name}")
+        rank.statuses[report.role, report.room] = report.status
+
+    def _post(self, rank: Rank, write: PostWrite) -> None:
+        if rank.hold_writes:
+            rank.held.append(write)
+            return
+        self.land(rank, write)
+        self._todo.append((rank, WriteSettled(write.write)))
+
+    def _cancel(self, rank: Rank, writes: frozenset[WriteId]) -> None:
+        """Nothing can be cancelled here: every write is posted at once, as on the fastest of drivers."""
+
+    def _by_instance(self, instance: str) -> Rank | None:
+        return next((r for r in self.ranks.values() if r.core.instance == instance and r.alive), None)

@@ -1,0 +1,125 @@
+"""What the engine tests share: tiny models, prompts, and a caller that collects its answer."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import PoolConfig, Pools
+from kvbaton.engine.request import Output, Request, Sampling
+from kvbaton.engine.scheduler import Scheduler
+
+PATIENCE_SECONDS = 30
+EOS = 256
+VOCABULARY = 300
+MAX_POSITIONS = 512
+FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that a character may take several; token 256 ends an answer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def write_model(family: str, directory: Path) -> Path:
+    """A random model whose logits are far enough apart for greedy tokens to be compared."""
+    config_type, model_type = FAMILIES[family]
+    torch.manual_seed(7)
+    config = config_type(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=None,
+    )
+    model_type(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_pools(model: LoadedModel, **sizes: object) -> Pools:
+    return Pools(model.geometry, PoolConfig(**{"pages": 256, **sizes}), model=model.fingerprint)
+
+
+def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    source = random.Random(length * 1000 + seed)
+    return tuple(source.randrange(256) for _ in range(length))
+
+
+def generate(model: LoadedModel, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The reference: greedy tokens of the same model in transformers' own loop."""
+    with torch.inference_mode():
+        answer = model.network.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return tuple(answer[0, len(prompt) :].tolist())
+
+
+def greedy(prompt: tuple[int, ...], count: int, request_id: str = "greedy", **fields: object) -> Request:
+    sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
+    return Request(request_id=request_id, prompt_tokens=prompt, sampling=sampling, **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Caller:
+    """Collects the outputs of one request; ``ended`` is set by the last."""
+
+    outputs: list[Output] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+    first: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, output: Output) -> None:
+        assert not self.ended.is_set(), "an output came after the last one"
+        self.outputs.append(output)
+        self.first.set()
+        if output.final:
+            self.ended.set()
+
+    def wait(self) -> Caller:
+        assert self.ended.wait(PATIENCE_SECONDS), f"no end after {PATIENCE_SECONDS} s: {self.outputs[-3:]}"
+        return self
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(token for output in self.outputs for token in output.tokens)
+
+    @property
+    def text(self) -> str:
+        return "".join(output.text for output in self.outputs)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return tuple(value for output in self.outputs for value in output.logprobs)
+
+    @property
+    def last(self) -> Output:
+        return self.outputs[-1]
+
+
+def call(scheduler: Scheduler, request: Request) -> Caller:
+    caller = Caller()
+    scheduler.submit(request, caller)
+    return caller
