@@ -40,6 +40,7 @@ class End:
         assert spans[0].token_stop == token_count
         with self.wire.lock:
             self.spans.append((tuple(spans), True))
+            self.wire.published.set()
             if self.state != KVPoll.Failed:
                 self.leased = True
                 self.state = KVPoll.WaitingForInput
@@ -54,6 +55,8 @@ class End:
             self.leased = True
             self.state = KVPoll.Transferring
             self.wire.settle()
+            if last:
+                self.wire.sent.set()
 
     def abort(self, reason: str) -> None:
         self.wire.fail(self.room, AbortedError(reason, room=self.room))
@@ -74,6 +77,7 @@ class Manager:
                 raise LocalProtocolError("the room is live already", room=room)
             self._ends[room] = End(self._wire, room, prefix_len=self._wire.prefix_len)
             self._wire.settle()
+            self._wire.opened.set()
             return self._ends[room]
 
     def receiver(self, room: int, sources: Sequence[str]) -> End:
@@ -82,11 +86,15 @@ class Manager:
 
 
 class Wire:
-    """What lies between the two sides' pools. While ``held`` nothing moves and leases last."""
+    """What lies between the two sides' pools. While ``held`` nothing moves and leases last.
+
+    ``opened``, ``published`` and ``sent`` (its last chunk) are set when that has happened to any room.
+    """
 
     def __init__(self, source: Pools, target: Pools, *, prefix_len: int = 0) -> None:
         self.lock = threading.RLock()
         self.held = False
+        self.opened, self.published, self.sent = threading.Event(), threading.Event(), threading.Event()
         self.prefix_len = prefix_len
         self.senders: dict[int, End] = {}
         self.receivers: dict[int, End] = {}

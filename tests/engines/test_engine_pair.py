@@ -77,14 +77,6 @@ def ask_for(room: int, length: int, count: int, **sampling: object) -> Request:
     )
 
 
-def wait_until(scheduler: Scheduler, queue: str, count: int) -> None:
-    """Spin, bounded, until a queue has ``count`` members."""
-    for _ in range(2_000_000):
-        if scheduler.stats().queues[queue] == count:
-            return
-    raise AssertionError(f"{queue} never had {count} members: {scheduler.stats()}")
-
-
 @pytest.mark.parametrize("target_page_size", [16, 64, 5])
 def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) -> None:
     with pair(any_model, target={"page_size": target_page_size}) as both:
@@ -160,7 +152,7 @@ def test_pages_stay_leased_after_a_failure_until_the_wire_is_quiet(model: Loaded
     with pair(model) as both:
         both.wire.hold()
         callers = both.ask(ask_for(1, 40, 9))
-        wait_until(both.prefill, "inflight", 1)
+        assert both.wire.sent.wait(30)
         assert both.decode.stats().pages_leased == 3
         both.wire.fail(1, PeerLostError("gone", room=1))
         for caller in callers:
@@ -177,7 +169,7 @@ def test_abort_in_flight_ends_both_sides(model: LoadedModel, side: str) -> None:
     with pair(model) as both:
         both.wire.hold()
         first, answer = both.ask(ask_for(1, 40, 9))
-        wait_until(both.prefill, "inflight", 1)
+        assert both.wire.sent.wait(30)
         getattr(both, side).abort("r1")
         ours, theirs = (first, answer) if side == "prefill" else (answer, first)
         assert ours.wait().last.finish_reason == "abort"
@@ -189,8 +181,8 @@ def test_abort_in_flight_ends_both_sides(model: LoadedModel, side: str) -> None:
 def test_abort_before_the_other_side_exists(model: LoadedModel) -> None:
     with pair(model) as both:
         first, answer = call(both.prefill, ask_for(1, 40, 9)), call(both.decode, ask_for(2, 40, 9))
-        wait_until(both.prefill, "bootstrap", 1)
-        wait_until(both.decode, "transfer", 1)
+        assert both.wire.opened.wait(30)
+        assert both.wire.published.wait(30)
         assert both.prefill.stats().pages_used == 0
         both.prefill.abort("r1")
         both.decode.abort("r2")
@@ -260,7 +252,7 @@ def test_close_aborts_and_says_whether_leases_are_left(model: LoadedModel) -> No
     with pair(model) as both:
         both.wire.hold()
         first, answer = both.ask(ask_for(1, 40, 9))
-        wait_until(both.prefill, "inflight", 1)
+        assert both.wire.sent.wait(30)
         assert not both.decode.close(0.05)
         assert answer.wait().last.finish_reason == "abort"
         both.wire.release()

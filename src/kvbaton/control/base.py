@@ -5,7 +5,8 @@ Rules:
   in order while it lives; messages may be lost when it breaks, the protocol above re-sends.
 - One thread (the driver) calls everything except :meth:`Links.wake`, which any thread may call.
 - ``send`` never blocks: a full queue drops the message and says so.
-- A link to an address re-dials by itself for as long as it is open.
+- A link to an address re-dials by itself for as long as it is open. What is sent while it is not up waits in
+  the link's bounded queue.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
 
 LinkId = NewType("LinkId", int)
 """One link of this process; never reused."""
@@ -27,7 +32,7 @@ class LinkChange(enum.Enum):
 
     UP = "up"  #: connected (again); messages sent before may be lost
     DOWN = "down"  #: the stream broke; says nothing about the process behind it
-    REFUSED = "refused"  #: nobody listens at the address any more: the process that did has closed or died
+    REFUSED = "refused"  #: nobody listens at the address any more: the process that did has closed or died; may repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,16 @@ class Links(ABC):
 
     @abstractmethod
     def close_link(self, link: LinkId) -> None:
-        """Close one link. Idempotent."""
+        """Close one link. Idempotent. What an accepted link still brings in is ignored; its dialler is not told."""
 
     @abstractmethod
     def close(self) -> None:
         """Close all links and the listening address. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

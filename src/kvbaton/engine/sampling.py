@@ -59,32 +59,32 @@ def uniform(seed: int, position: int) -> float:
 def pick_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick | InternalError]:
     """Pick one token per row of ``logits`` [rows, vocabulary]. A row that is not finite is that row's error."""
     logits = logits.float()
+    totals = logits.logsumexp(dim=-1)
+    finite = [math.isfinite(total) for total in totals.tolist()]
     tokens = logits.argmax(dim=-1).tolist()
     for row, draw in enumerate(draws):
-        if draw.sampling.temperature > 0:
+        if finite[row] and draw.sampling.temperature > 0:
             tokens[row] = _sample(logits[row].cpu().numpy(), draw)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
-    logprobs = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1)).tolist()
+    logprobs = (logits.gather(1, chosen)[:, 0] - totals).tolist()
     return [
-        Pick(token, logprob)
-        if math.isfinite(logprob)
+        Pick(tokens[row], logprobs[row])
+        if finite[row]
         else InternalError(f"the model's logits at position {draw.position} are not finite; try dtype float32")
-        for token, logprob, draw in zip(tokens, logprobs, draws, strict=True)
+        for row, draw in enumerate(draws)
     ]
 
 
 def _sample(logits: npt.NDArray[np.float32], draw: Draw) -> int:
+    """Draw from logits of which the greatest is finite."""
     scaled = logits.astype(np.float64)
-    scaled -= scaled.max()
-    with np.errstate(invalid="ignore", over="ignore"):
-        weights = np.exp(scaled / draw.sampling.temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to minus infinity
+        weights = np.exp((scaled - scaled.max()) / draw.sampling.temperature)
     if draw.sampling.top_p < 1.0:
         weights = np.where(_nucleus(weights, draw.sampling.top_p), weights, 0.0)
     bounds = weights.cumsum()
-    if not math.isfinite(bounds[-1]):
-        return 0  # the caller sees the same row's log-probability and reports it
     token = int(bounds.searchsorted(uniform(draw.seed, draw.position) * bounds[-1], side="right"))
-    return min(token, int(weights.nonzero()[0][-1]))
+    return min(token, int(weights.nonzero()[0][-1]))  # rounding may have made the last bound the draw itself
 
 
 def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from kvbaton.errors import InternalError, KVBatonError
-from kvbaton.messages import AnyMessage, Grant, PartBytes, TransferKey
+from kvbaton.messages import AnyMessage, Grant, PartBytes, Role, TransferKey
 from kvbaton.plan import PairPlan
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import WriteId
@@ -140,6 +140,11 @@ class Transfer:
 
     def __repr__(self) -> str:
         return f"<Transfer {self.key} with {self.peer}: {self.state.value}>"
+
+    @property
+    def role(self) -> Role:
+        """What this rank is in the transfer."""
+        return "source" if self.outgoing is not None else "target"
 
     @property
     def leased(self) -> bool:

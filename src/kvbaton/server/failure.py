@@ -22,6 +22,7 @@ from kvbaton.errors import (
     IncompatibleError,
     InternalError,
     KVBatonError,
+    LocalProtocolError,
     OverloadedError,
     PeerLostError,
     RegistryError,
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 #: First match wins, so leaves come before their roots.
 _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
     (ConfigError, 400, "invalid_request_error"),
+    (LocalProtocolError, 409, "conflict_error"),  # a room or a request id that is live already
     (AbortedError, CLIENT_CLOSED_REQUEST, "aborted_error"),
     (ExpiredError, 504, "timeout_error"),
     (TransferFailedError, 503, "service_unavailable_error"),

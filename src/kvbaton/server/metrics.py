@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -75,6 +75,14 @@ class ServerMetrics:
             registry=self.registry,
         )
 
+    def counter(self, name: str, text: str) -> Counter:
+        """One more counter, without labels."""
+        return Counter(name, text, registry=self.registry)
+
+    def counters(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """Export a table of counts that somebody else keeps, as ``<name>_total{<label>=...}``."""
+        self.registry.register(_Counts(name, text, label, read))
+
     def gauges(self, read: Callable[[], Iterable[Gauge]]) -> None:
         """Export every number that ``read`` gives, at the time of the scrape. ``read`` runs on the scraping thread."""
         self.registry.register(_Gauges(read))
@@ -131,3 +139,20 @@ class _Gauges(Collector):
                 family = families[gauge.name] = GaugeMetricFamily(gauge.name, gauge.help, labels=list(gauge.labels))
             family.add_metric(list(gauge.labels.values()), gauge.value)
         return families.values()
+
+
+class _Counts(Collector):
+    def __init__(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        self._name = name
+        self._text = text
+        self._label = label
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=[self._label])
+        for key, count in self._read().items():
+            family.add_metric([key], count)
+        return [family]

@@ -27,11 +27,12 @@ COMPLETION_MAX_TOKENS = 16
 CHAT_MAX_TOKENS = 1024
 #: The registry's port, where a request names only its host.
 BOOTSTRAP_PORT = 8998
+MAX_RID_CHARACTERS = 128
 
 _T = TypeVar("_T", bound="CompletionRequest | ChatRequest | AbortRequest")
 
 _Count = Annotated[int, Meta(ge=1, le=1 << 24)]
-_Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+_Id = Annotated[str, Meta(min_length=1, max_length=MAX_RID_CHARACTERS, pattern=r"^[\x21-\x7e]+$")]
 _Host = Annotated[str, Meta(min_length=1, max_length=255)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 #: A room is a positive 63-bit number: 0 means "none" to other engines, and 64 bits do not survive their int64.

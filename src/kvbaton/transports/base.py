@@ -15,7 +15,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,30 @@ TableId = NewType("TableId", int)
 """One prepared pair of tables; minted by the transport."""
 
 
+#: Most entries a table may have: entries are int32.
+MAX_ENTRIES = (1 << 31) - 1
+_MAX_ADDRESS = (1 << 63) - 1
+
+
 class WriteState(enum.Enum):
     """What is known about a posted write."""
 
     PENDING = "pending"  #: may still touch memory
     DONE = "done"  #: all bytes are in the target's memory and nothing will touch either side
     BROKEN = "broken"  #: failed; part may have landed and more may land until the peer is fenced
+
+
+def check_entries(
+    source: Table, target: Table, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]
+) -> None:
+    """Raise TransportError unless the two index arrays name a write between the two tables."""
+    for table, entries in ((source, source_entries), (target, target_entries)):
+        if entries.dtype != np.int32 or entries.ndim != 1 or not len(entries):
+            raise TransportError(f"entries are a non-empty int32 vector, not {entries.dtype} {list(entries.shape)}")
+        if entries.min() < 0 or entries.max() >= table.entries:
+            raise TransportError(f"entries {entries.min()}..{entries.max()} leave a table of {table.entries}")
+    if len(source_entries) != len(target_entries):
+        raise TransportError(f"{len(source_entries)} source entries cannot fill {len(target_entries)} target entries")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +86,7 @@ class Transport(ABC):
 
     @abstractmethod
     def metadata(self) -> bytes:
-        """What a peer needs for :meth:`connect`; changes after :meth:`register`."""
+        """What a peer needs for :meth:`connect`; changes after :meth:`register`, and may after :meth:`fence`."""
 
     @abstractmethod
     def connect(self, peer: str, metadata: bytes) -> None:
@@ -85,9 +103,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def post(
-        self, table: TableId, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]
-    ) -> Handle:
+    def post(self, table: TableId, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]) -> Handle:
         """Start writing ``source_entries[i]`` to ``target_entries[i]`` for all i (equal lengths, not empty).
 
         Raises TransportError or DisconnectedError; bytes may be on the wire then, until the peer is fenced.
@@ -104,7 +120,11 @@ class Transport(ABC):
     @abstractmethod
     def fence(self, peer: str) -> None:
         """Cut ``peer`` off: tables and handles towards it are gone, and when this returns nothing posted to it
-        from here reads local memory any more. ``connect`` makes it reachable again."""
+        from here reads local memory any more. ``connect`` makes it reachable again.
+
+        Bytes that had left local memory (socket buffers, a wire) may still land at the peer. Where writes were
+        still pending this can take a second, and writes to *other* peers that do not settle meanwhile become
+        BROKEN; their tables stay valid."""
 
     @abstractmethod
     def progress(self) -> None:
@@ -117,3 +137,11 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

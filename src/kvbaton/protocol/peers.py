@@ -1,0 +1,177 @@
+"""All sessions of this rank: by link, by the address that was dialled, by the peer's instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvbaton.control.base import LinkId
+from kvbaton.errors import PeerLostError
+from kvbaton.messages import AnyMessage, Hello, Role
+from kvbaton.protocol.effects import CloseLink, Dial, Effect, FencePeer
+from kvbaton.protocol.events import Dialed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
+from kvbaton.protocol.session import Identity, Session, SessionState
+from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.surroundings import Surroundings
+
+
+class Peers:
+    """See the module. ``on_change`` hears of every state that a session enters, before anything else happens."""
+
+    def __init__(self, around: Surroundings, on_change: Callable[[Session], None]) -> None:
+        self._around = around
+        self._on_change = on_change
+        self._dialing: set[str] = set()
+        self._by_link: dict[LinkId, Session] = {}
+        self._by_address: dict[str, Session] = {}
+        self._by_instance: dict[tuple[str, Role], Session] = {}
+
+    # ---- lookups ------------------------------------------------------------------------------------------------
+
+    def on_link(self, link: LinkId) -> Session | None:
+        return self._by_link.get(link)
+
+    def at(self, address: str) -> Session | None:
+        return self._by_address.get(address)
+
+    def of(self, instance: str, role: Role) -> Session | None:
+        return self._by_instance.get((instance, role))
+
+    def all(self) -> list[Session]:
+        return list({id(s): s for s in (*self._by_link.values(), *self._by_instance.values())}.values())
+
+    def dial(self, address: str) -> None:
+        """Begin a session with whoever listens at ``address``, unless there is one."""
+        if address not in self._by_address and address not in self._dialing:
+            self._dialing.add(address)
+            self._around.emit(Dial(address))
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_dialed(self, event: Dialed) -> None:
+        self._dialing.discard(event.address)
+        session = Session(self, event.link, "target", event.address)
+        self._by_link[event.link] = self._by_address[event.address] = session
+        session.greet(self._around.now)
+
+    def on_link_up(self, event: LinkUp) -> None:
+        session = self._by_link.get(event.link)
+        if session is not None and session.role == "target":
+            session.greet_again(self._around.now)
+
+    def on_link_refused(self, event: LinkRefused) -> None:
+        session = self._by_link.get(event.link)
+        if session is not None and session.role == "target":
+            session.bury(
+                PeerLostError(
+                    f"nobody listens at {session.address} any more: the prefill rank is gone", peer=session.name
+                ),
+                self._around.now,
+            )
+
+    def on_peer_prepared(self, event: PeerPrepared) -> None:
+        session = self._by_instance.get((event.peer, "source"))
+        if session is not None:
+            session.prepared(self._around.now)
+
+    def on_peer_unprepared(self, event: PeerUnprepared) -> None:
+        session = self._by_instance.get((event.peer, "source"))
+        if session is not None:
+            session.unprepared(event.error, self._around.now)
+
+    def on_hello(self, link: LinkId, hello: Hello) -> None:
+        session = self._by_link.get(link)
+        if session is not None and session.role == "target":
+            self._on_answer(session, hello)
+        elif hello.answers:
+            self._around.counters["messages_from_strangers"] += 1
+        else:
+            self._on_greeting(link, session, hello)
+
+    def _on_answer(self, session: Session, hello: Hello) -> None:
+        if hello.answers != self._around.instance:
+            self._around.counters["messages_from_strangers"] += 1
+            return
+        if session.hello is not None and session.peer != hello.sender:
+            successor = Session(self, session.link, "target", session.address)
+            self._by_link[session.link] = self._by_address[session.address] = successor
+            session.bury(
+                PeerLostError(f"the prefill rank was replaced by {hello.sender} at its address", peer=session.name),
+                self._around.now,
+            )
+            session = successor
+        session.answered(hello, self._around.now)
+
+    def _on_greeting(self, link: LinkId, session: Session | None, hello: Hello) -> None:
+        known = self._by_instance.get((hello.sender, "source"))
+        if known is not None and known.link != link:
+            self._by_link.pop(known.link, None)
+            known.link = link
+            self._by_link[link] = known
+            session = known
+        if session is not None and session.peer != hello.sender:
+            session.bury(PeerLostError(f"replaced by {hello.sender} on its link", peer=session.name), self._around.now)
+            session = None
+        if session is None:
+            self._lose_predecessor(hello)
+            if len(self._by_link) >= self._around.settings.sessions:
+                self._around.counters["sessions_refused"] += 1
+                return
+            session = Session(self, link, "source")
+            self._by_link[link] = self._by_instance[hello.sender, "source"] = session
+        session.heard(self._around.now)
+        session.greeted(hello, self._around.now)
+
+    def _lose_predecessor(self, hello: Hello) -> None:
+        """A new process stands where another one stood in its group: the other one will not be heard of again."""
+        place = (hello.group, hello.coordinates)
+        for (_, role), other in list(self._by_instance.items()):
+            if role == "source" and other.hello and (other.hello.group, other.hello.coordinates) == place:
+                other.lose(PeerLostError(f"replaced by {hello.sender}", peer=other.name), self._around.now)
+
+    def fenced(self, instance: str) -> None:
+        """Our writes towards a peer were cut off. If it lives, make it reachable again."""
+        session = self.of(instance, "source")
+        if session is not None and session.state is SessionState.READY:
+            session.prepare_again(self._around.now)
+
+    # ---- surroundings of sessions (Desk) --------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> Identity:
+        return self._around.identity
+
+    @property
+    def settings(self) -> Settings:
+        return self._around.settings
+
+    def emit(self, effect: Effect) -> None:
+        self._around.emit(effect)
+
+    def send_on(self, link: LinkId, message: AnyMessage) -> None:
+        self._around.send_on(link, message)
+
+    def set_session_timer(self, session: Session, name: str, when: float) -> None:
+        self._around.timers.set(session, name, when)
+
+    def cancel_session_timers(self, session: Session) -> None:
+        self._around.timers.cancel(session, "deadline", "retry", "heartbeat", "forget")
+
+    def session_changed(self, session: Session) -> None:
+        if session.state is SessionState.READY:
+            self._by_instance[session.peer, session.role] = session
+        if session.state is SessionState.GONE:
+            self._drop(session)
+        self._on_change(session)
+
+    def _drop(self, session: Session) -> None:
+        self.cancel_session_timers(session)
+        if self._by_link.get(session.link) is session:
+            del self._by_link[session.link]
+            if session.role == "target":
+                self._around.emit(CloseLink(session.link))
+        if self._by_address.get(session.address) is session:
+            del self._by_address[session.address]
+        if self._by_instance.get((session.peer, session.role)) is session:
+            del self._by_instance[session.peer, session.role]
+        if session.role == "source" and session.peer:
+            self._around.emit(FencePeer(session.peer))

@@ -1,0 +1,314 @@
+"""All rooms of this rank: what its engine asked for, what peers opened, and what is reported to the engine."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import cast
+
+from kvbaton.errors import (
+    AbortedError,
+    ExpiredError,
+    IncompatibleError,
+    InternalError,
+    KVBatonError,
+    LayoutError,
+    OverloadedError,
+    PeerLostError,
+    RemoteProtocolError,
+)
+from kvbaton.messages import Failed, Open, Role, TransferKey, clip
+from kvbaton.plan import PairPlan, check_coverage
+from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
+from kvbaton.protocol.events import (
+    AbortRequested,
+    ChunkSubmitted,
+    GrantsPublished,
+    ReceiverOpened,
+    SenderOpened,
+    ShutdownRequested,
+)
+from kvbaton.protocol.grants import check_grants, parts_of
+from kvbaton.protocol.peers import Peers
+from kvbaton.protocol.room import Room, SourceRoom, TargetRoom
+from kvbaton.protocol.session import Session, SessionState
+from kvbaton.protocol.surroundings import Surroundings
+from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
+from kvbaton.protocol.transfers import Transfers
+
+#: Rooms that failed before our engine asked for them, remembered so that it learns why.
+MAX_RECENT_FAILURES = 1_024
+
+
+class Rooms:
+    """See the module. Every change touches a room; ``settle`` then draws the conclusions and reports."""
+
+    def __init__(self, around: Surroundings, peers: Peers, transfers: Transfers) -> None:
+        self._around = around
+        self._peers = peers
+        self._transfers = transfers
+        self._sources: dict[int, SourceRoom] = {}
+        self._targets: dict[int, TargetRoom] = {}
+        self._touched: dict[int, Room] = {}
+        self._recent_failures: OrderedDict[int, KVBatonError] = OrderedDict()
+        self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
+
+    def all(self) -> list[Room]:
+        return [*self._sources.values(), *self._targets.values()]
+
+    def find(self, room: int) -> list[Room]:
+        """The records of a room, as source and as target."""
+        return [record for record in (self._sources.get(room), self._targets.get(room)) if record is not None]
+
+    def wants_chunks(self, room: int) -> bool:
+        """Whether a chunk for this room would still be used."""
+        source = self._sources.get(room)
+        return source is not None and source.error is None
+
+    def transfer_changed(self, transfer: Transfer) -> None:
+        room = (self._sources if transfer.role == "source" else self._targets).get(transfer.key.room)
+        if room is not None and room.transfers.get(transfer.peer) is transfer:
+            self._touch(room)
+
+    def session_changed(self, session: Session) -> None:
+        """Rooms that wait for a session go on, or fail with its reason."""
+        for room in list(self._targets.values()):
+            if session.address not in room.sources or room.transfers:
+                continue
+            if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
+                self.fail(room, session.error or PeerLostError("the peer is gone", peer=session.name))
+            elif session.state is SessionState.READY:
+                self._try_open(room)
+                self._touch(room)
+
+    # ---- source rooms -------------------------------------------------------------------------------------------
+
+    def on_sender_opened(self, event: SenderOpened) -> None:
+        room = self._sources.get(event.room)
+        if room is None:
+            room = self._sources[event.room] = SourceRoom(room=event.room)
+            room.error = self._recent_failures.pop(event.room, None)
+        room.has_sender = True
+        self._around.tell(event.room, "sender opened")
+        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_seconds)
+        self._touch(room)
+
+    def on_open(self, session: Session, message: Open) -> None:
+        """A target opens a room here, perhaps before our engine knows it."""
+        if session.state is not SessionState.READY or session.pair is None or session.hello is None:
+            return
+        key = message.key
+        try:
+            room = self._room_for(session, message)
+            grants = check_grants(message.grants, session.hello.layout)
+            expected = parts_of(session.pair, message.grants)
+            if frozenset(expected) != frozenset(message.parts):
+                raise RemoteProtocolError(
+                    f"the parts wanted {message.parts} are not those of the plan {expected}", peer=session.name
+                )
+        except (RemoteProtocolError, LayoutError, OverloadedError) as error:
+            self._around.tell(key.room, f"{key} from {session.name} refused: {error}")
+            self._around.send_on(
+                session.link,
+                Failed(
+                    sender=self._around.instance,
+                    receiver=session.peer,
+                    key=key,
+                    code=error.code,
+                    reason=clip(error.message),
+                    drained=True,
+                ),
+            )
+            return
+        outgoing = Outgoing(pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count)
+        transfer = Transfer(key, session.peer, self._transfers, outgoing=outgoing)
+        self._sources[key.room] = room
+        room.group, room.expected = session.hello.group, session.hello.group_size
+        room.transfers[session.peer] = transfer
+        self._recent_failures.pop(key.room, None)
+        self._around.tell(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
+        self._transfers.begin(transfer)
+        if room.error is not None:
+            self._transfers.step(transfer, On.GIVEN_UP, room.error)
+        for chunk in room.chunks:
+            self._transfers.step(transfer, On.CHUNK_SUBMITTED, chunk)
+        self._touch(room)
+
+    def _room_for(self, session: Session, message: Open) -> SourceRoom:
+        key = message.key
+        if self._transfers.is_forgotten(session.peer, key):
+            raise RemoteProtocolError(f"transfer {key} has ended here; open the room again with a new id")
+        room = self._sources.get(key.room)
+        if room is None:
+            if len(self._sources) >= self._around.settings.rooms:
+                raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
+            return SourceRoom(room=key.room)
+        if session.peer in room.transfers:
+            raise RemoteProtocolError(f"room {key.room} is open already for another request: rooms must be unique")
+        if room.transfers and session.hello is not None and room.group != session.hello.group:
+            raise RemoteProtocolError(f"room {key.room} is open already for decode group {room.group!r}")
+        return room
+
+    def on_chunk_submitted(self, event: ChunkSubmitted) -> None:
+        room = self._sources.get(event.room)
+        if room is None or room.error is not None:
+            return
+        room.chunks.append(event.chunk)
+        self._around.tell(
+            event.room, f"chunk to token {event.chunk.token_stop} submitted{', the last' if event.chunk.last else ''}"
+        )
+        for transfer in list(room.transfers.values()):
+            self._transfers.step(transfer, On.CHUNK_SUBMITTED, event.chunk)
+        self._touch(room)
+
+    # ---- target rooms -------------------------------------------------------------------------------------------
+
+    def on_receiver_opened(self, event: ReceiverOpened) -> None:
+        room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources)
+        self._around.tell(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
+        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_seconds)
+        for address in event.sources:
+            self._peers.dial(address)
+            session = self._peers.at(address)
+            if session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
+                self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
+        self._touch(room)
+
+    def on_grants_published(self, event: GrantsPublished) -> None:
+        room = self._targets.get(event.room)
+        if room is None or room.error is not None:
+            return
+        room.grants, room.token_count = event.grants, event.token_count
+        self._try_open(room)
+        self._touch(room)
+
+    def _try_open(self, room: TargetRoom) -> None:
+        """Open the room with every source rank, once it is granted and all sessions are ready."""
+        if room.grants is None or room.transfers or room.error is not None:
+            return
+        sessions = [self._peers.at(address) for address in room.sources]
+        ready = [s for s in sessions if s is not None and s.state is SessionState.READY]
+        if len(ready) < len(sessions):
+            return
+        try:
+            self._check_group(ready)
+            manifests = [parts_of(cast(PairPlan, session.pair), room.grants) for session in ready]
+        except (IncompatibleError, LayoutError) as error:
+            self.fail(room, error)
+            return
+        key = TransferKey(room.room, next(self._around.serial))
+        for session, parts in zip(ready, manifests, strict=True):
+            wanted = {part.part.pool for part in parts}
+            grants = tuple(grant for grant in room.grants if grant.pool in wanted)
+            incoming = Incoming(grants=grants, parts=parts, token_count=room.token_count)
+            transfer = Transfer(key, session.peer, self._transfers, incoming=incoming)
+            room.transfers[session.peer] = transfer
+            self._transfers.begin(transfer)
+        self._around.timers.cancel(room, "deadline")
+        self._around.tell(room.room, f"{key} opened with {len(ready)} source ranks")
+
+    def _check_group(self, sessions: list[Session]) -> None:
+        """The sources must be one whole group whose ranks together write all of our memory, once."""
+        instances = tuple(session.peer for session in sessions)
+        if instances in self._covered:
+            return
+        hellos = [session.hello for session in sessions if session.hello is not None]
+        if len({hello.group for hello in hellos}) != 1 or len(hellos) != hellos[0].group_size:
+            raise IncompatibleError(
+                f"the source addresses belong to groups {sorted({h.group for h in hellos})} with "
+                f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the address of every rank",
+                field="sources",
+            )
+        check_coverage([hello.layout for hello in hellos], self._around.identity.layout)
+        self._covered[instances] = None
+        if len(self._covered) > self._around.settings.sessions:
+            self._covered.popitem(last=False)
+
+    def on_abort_requested(self, event: AbortRequested) -> None:
+        room: Room | None
+        room = self._sources.get(event.room) if event.role == "source" else self._targets.get(event.room)
+        if room is None or room.status().poll in (KVPoll.Failed, KVPoll.Success):
+            return
+        self.fail(room, event.error)
+
+    def on_shutdown(self, event: ShutdownRequested) -> None:
+        for room in self.all():
+            if room.status().poll not in (KVPoll.Failed, KVPoll.Success):
+                self.fail(room, AbortedError(f"this rank is closing: {event.reason}", room=room.room))
+
+    def fail(self, room: Room, error: KVBatonError) -> None:
+        """First root cause wins; every transfer that still runs is given up with it."""
+        if room.error is None:
+            error.room = room.room if error.room is None else error.room
+            room.error = error
+            self._around.tell(room.room, f"failed: {error}")
+        for transfer in list(room.transfers.values()):
+            self._transfers.step(transfer, On.GIVEN_UP, room.error)
+        self._touch(room)
+
+    def _touch(self, room: Room) -> None:
+        self._touched[id(room)] = room
+
+    def settle(self) -> None:
+        """Draw the conclusions for every room that something happened to, and report what changed."""
+        while self._touched:
+            _, room = self._touched.popitem()
+            if room.error is None:
+                failed = next((t.error for t in room.transfers.values() if t.error is not None), None)
+                if failed is not None:
+                    self.fail(room, failed)
+                    continue
+            if isinstance(room, SourceRoom) and room.opened:
+                self._around.timers.cancel(room, "deadline")
+            self._report(room)
+            if room.over:
+                self._remove(room)
+
+    def _report(self, room: Room) -> None:
+        status: RoomStatus = room.status()
+        if status != room.reported:
+            room.reported = status
+            role: Role = "source" if isinstance(room, SourceRoom) else "target"
+            if role == "target" or (isinstance(room, SourceRoom) and room.has_sender):
+                self._around.emit(Report(room.room, role, status))
+
+    def _remove(self, room: Room) -> None:
+        self._around.timers.cancel(room, "deadline")
+        if isinstance(room, TargetRoom):
+            self._targets.pop(room.room, None)
+            return
+        self._sources.pop(room.room, None)
+        if not room.has_sender and room.error is not None:
+            self._recent_failures[room.room] = room.error
+            if len(self._recent_failures) > MAX_RECENT_FAILURES:
+                self._recent_failures.popitem(last=False)
+
+    def _bootstrap_error(self, room: Room) -> KVBatonError:
+        seconds = self._around.settings.bootstrap_seconds
+        return ExpiredError(f"not started within {seconds:g} s: {self.waits_for(room)}", room=room.room)
+
+    def waits_for(self, room: Room) -> str:
+        """What a room waits for now, for people."""
+        busy = [f"{t.peer} is {t.state.value}" for t in room.transfers.values() if t.state is not State.CLOSED]
+        if busy:
+            return "transfers: " + ", ".join(busy)
+        if isinstance(room, SourceRoom):
+            if not room.opened:
+                return f"{room.expected or 'no'} decode ranks to open the room; {len(room.transfers)} have"
+            return "the engine to submit chunks"
+        if room.grants is None:
+            return "the engine to publish pages"
+        states = (f"{a}: {s.state.value if (s := self._peers.at(a)) else 'not dialled'}" for a in room.sources)
+        return "sessions: " + ", ".join(states)
+
+    def expire(self, room: Room) -> None:
+        """A room did not start in time."""
+        self.fail(room, self._bootstrap_error(room))
+
+    def check_invariants(self) -> None:
+        for transfer in self._transfers.live():
+            home = (self._sources if transfer.role == "source" else self._targets).get(transfer.key.room)
+            if home is None or home.transfers.get(transfer.peer) is not transfer:
+                raise InternalError(f"{transfer} belongs to no room")
+        for room in self.all():
+            if room.reported != room.status():
+                raise InternalError(f"room {room.room} was reported as {room.reported}, it is {room.status()}")

@@ -1,0 +1,186 @@
+"""All transfers of this rank: live ones, tombstones, and the writes that are out for them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from kvbaton.errors import InternalError, KVBatonError, TransferFailedError, from_code
+from kvbaton.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Opened,
+    Query,
+    Role,
+    TransferKey,
+)
+from kvbaton.protocol import table
+from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.events import PeerFenced, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.peers import Peers
+from kvbaton.protocol.session import Session
+from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.surroundings import Surroundings
+from kvbaton.protocol.transfer import On, Outgoing, State, Transfer
+
+TransferAddress = tuple[str, Role, TransferKey]
+
+
+class Transfers:
+    """See the module. ``on_change`` hears of every transfer that something happened to."""
+
+    def __init__(self, around: Surroundings, peers: Peers, on_change: Callable[[Transfer], None]) -> None:
+        self._around = around
+        self._peers = peers
+        self._on_change = on_change
+        self._live: dict[TransferAddress, Transfer] = {}
+        self._tombstones: OrderedDict[TransferAddress, Transfer] = OrderedDict()
+        self._forgotten_below: OrderedDict[str, int] = OrderedDict()
+        self._writes: dict[WriteId, Transfer] = {}
+
+    @property
+    def quiet(self) -> bool:
+        """No write of ours is in flight."""
+        return not self._writes
+
+    def live(self) -> list[Transfer]:
+        return list(self._live.values())
+
+    def find(self, peer: str, role: Role, key: TransferKey) -> Transfer | None:
+        """A transfer, live or ended."""
+        address = (peer, role, key)
+        return self._live.get(address) or self._tombstones.get(address)
+
+    def is_forgotten(self, peer: str, key: TransferKey) -> bool:
+        """Whether a transfer of this age may have ended here before: it must not begin (again)."""
+        return key.id <= self._forgotten_below.get(peer, 0)
+
+    def begin(self, transfer: Transfer) -> None:
+        self._live[transfer.peer, transfer.role, transfer.key] = transfer
+        table.begin(transfer, self._around.now)
+
+    def step(self, transfer: Transfer, on: On, detail: object = None) -> None:
+        """Apply one event to one transfer. Raises RemoteProtocolError for a message that must not be."""
+        before = transfer.state
+        self._around.counters[f"{before.value}:{on.value}"] += 1
+        try:
+            table.step(transfer, on, self._around.now, detail)
+        finally:
+            if transfer.state is State.CLOSED and before is not State.CLOSED:
+                self._bury(transfer)
+            self._on_change(transfer)
+
+    def _bury(self, transfer: Transfer) -> None:
+        """Move a closed transfer to the tombstones. What is forgotten is refused from then on, never taken for new."""
+        address = (transfer.peer, transfer.role, transfer.key)
+        self._live.pop(address, None)
+        self._tombstones[address] = transfer
+        if transfer.quarantined:
+            self._around.counters["leases_released_by_policy"] += 1
+        if len(self._tombstones) > self._around.settings.tombstones:
+            (peer, role, key), _ = self._tombstones.popitem(last=False)
+            if role == "source":
+                self._refuse_below(peer, key.id)
+
+    def _refuse_below(self, peer: str, transfer_id: int) -> None:
+        """Never accept an Open up to this id again: the target was told that nothing of it is in flight."""
+        self._forgotten_below[peer] = max(self._forgotten_below.pop(peer, 0), transfer_id)
+        if len(self._forgotten_below) > self._around.settings.sessions:
+            self._forgotten_below.popitem(last=False)
+
+    def step_peer(self, session: Session, on: On, error: KVBatonError) -> None:
+        """Something happened to a peer: to all transfers with it."""
+        for transfer in self.live():
+            if (transfer.peer, transfer.role) == (session.peer, session.role):
+                self.step(transfer, on, error)
+
+    def on_write_settled(self, event: WriteSettled) -> None:
+        transfer = self._writes.pop(event.write, None)
+        if transfer is not None:
+            self.step(transfer, On.WRITE_SETTLED, event.write)
+
+    def on_write_broken(self, event: WriteBroken) -> None:
+        transfer = self._writes.get(event.write)
+        if transfer is not None:
+            self.step(transfer, On.WRITE_BROKEN, event.error)
+
+    def on_peer_fenced(self, event: PeerFenced) -> None:
+        for transfer in self.live():
+            if transfer.peer == event.peer and transfer.role == "source":
+                for write in transfer.as_source().outstanding:
+                    self._writes.pop(write, None)
+                self.step(transfer, On.PEER_FENCED, None)
+        self._peers.fenced(event.peer)
+
+    def answer_unknown(self, session: Session, message: AnyMessage, key: TransferKey) -> None:
+        """A message about a transfer that we do not know (any more) creates nothing and is answered truthfully."""
+        self._around.counters["messages_unknown_room"] += 1
+        ours, link = self._around.instance, session.link
+        if isinstance(message, Abort):
+            self._entomb(session, key, from_code(message.code, message.reason, peer=session.peer, room=key.room))
+            self._around.send_on(link, Drained(sender=ours, receiver=session.peer, key=key))
+        elif isinstance(message, Query):
+            self._entomb(session, key, TransferFailedError("forgotten here", peer=session.peer, room=key.room))
+            self._around.send_on(link, Forgotten(sender=ours, receiver=session.peer, key=key))
+        elif isinstance(message, Opened | Done | Failed):
+            self._around.send_on(link, Close(sender=ours, receiver=session.peer, key=key, success=False))
+
+    def _entomb(self, session: Session, key: TransferKey, error: KVBatonError) -> None:
+        """Remember an end that we only heard of: its Open, should it still arrive, must not begin anything."""
+        if session.pair is not None:
+            transfer = Transfer(
+                key, session.peer, self, outgoing=Outgoing(pair=session.pair, grants={}, parts=(), token_count=0)
+            )
+            transfer.error = error
+            transfer.state = State.CLOSED
+            self._bury(transfer)
+
+    def check_invariants(self) -> None:
+        for write, transfer in self._writes.items():
+            if write not in transfer.as_source().outstanding:
+                raise InternalError(f"write {write} is not outstanding in {transfer}")
+        for address, transfer in self._live.items():
+            if transfer.state is State.CLOSED or address in self._tombstones:
+                raise InternalError(f"{transfer} is closed and live at once")
+            owned = transfer.state in (State.DRAINING, State.SETTLING)  # by the peer's session, by the fence
+            if self._around.timers.get(transfer, "deadline") is None and not owned:
+                raise InternalError(f"{transfer} has no deadline")
+        if len(self._tombstones) > self._around.settings.tombstones:
+            raise InternalError("too many tombstones")
+
+    # ---- surroundings of transfers (Wire) -------------------------------------------------------------------------
+
+    @property
+    def instance(self) -> str:
+        return self._around.instance
+
+    @property
+    def settings(self) -> Settings:
+        return self._around.settings
+
+    def send(self, transfer: Transfer, message: AnyMessage) -> None:
+        session = self._peers.of(transfer.peer, transfer.role)
+        if session is not None:
+            self._around.send_on(session.link, message)
+
+    def emit(self, effect: Effect) -> None:
+        self._around.emit(effect)
+
+    def mint_write(self, transfer: Transfer) -> WriteId:
+        write = WriteId(next(self._around.serial))
+        self._writes[write] = transfer
+        return write
+
+    def set_timer(self, transfer: Transfer, name: str, when: float) -> None:
+        self._around.timers.set(transfer, name, when)
+
+    def cancel_timers(self, transfer: Transfer) -> None:
+        self._around.timers.cancel(transfer, "deadline", "retry")
+
+    def tell(self, room: int, text: str) -> None:
+        self._around.tell(room, text)

@@ -1,0 +1,176 @@
+"""Loading, and the model over the paged pool compared with the model by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from engine_kit import EOS, MAX_POSITIONS, VOCABULARY, make_pools, make_prompt
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MistralConfig, Qwen3NextConfig
+
+from kvbaton.engine.limits import limits_of
+from kvbaton.engine.model import LoadedModel, fingerprint, load_model, locate_model, probe_geometry
+from kvbaton.engine.prompt import PromptRun, chunk_stop
+from kvbaton.engine.request import Request, Sampling
+from kvbaton.engine.runner import ModelRunner, Step
+from kvbaton.errors import CapacityError, ConfigError, InternalError
+
+
+def test_a_model_says_what_it_is(any_model: LoadedModel) -> None:
+    geometry = any_model.geometry
+    assert (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.head_bytes) == (3, 2, 16, 64)
+    assert (geometry.max_positions, geometry.vocab_size, geometry.dtype) == (MAX_POSITIONS, VOCABULARY, "float32")
+    assert any_model.eos_tokens == {EOS}
+    assert any_model.tokenizer.decode([]) == ""
+
+
+def test_fingerprint_follows_config_and_weights(model_directories: dict[str, Path], tmp_path: Path) -> None:
+    original, copy = model_directories["qwen3"], tmp_path / "copy"
+    shutil.copytree(original, copy)
+    assert fingerprint(copy) == fingerprint(original) != fingerprint(model_directories["llama"])
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert fingerprint(copy) == fingerprint(original)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert fingerprint(copy) != fingerprint(original)
+
+
+def test_what_does_not_exist_is_a_config_error(tmp_path: Path, model_directories: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="no bundled model"):
+        load_model("nonesuch")
+    with pytest.raises(ConfigError, match="no directory"):
+        load_model(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="dtype"):
+        load_model(str(model_directories["qwen3"]), dtype="int4")
+    with pytest.raises(ConfigError, match="threads"):
+        load_model(str(model_directories["qwen3"]), threads=0)
+    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+    with pytest.raises(ConfigError, match="does not load"):
+        load_model(str(tmp_path))
+
+
+def test_a_directory_wins_over_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recall").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("recall") == (tmp_path / "recall").resolve()
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (MistralConfig(**SMALL, sliding_window=16), "DynamicSlidingWindowLayer"),
+        (DeepseekV3Config(**SMALL, n_routed_experts=8, first_k_dense_replace=2), "MLA"),
+        (Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]), "LinearAttentionLayer"),
+    ],
+)
+def test_other_caches_are_refused(config: object, says: str) -> None:
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match=says):
+        probe_geometry(network, "float32")
+
+
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+def test_chunks_compute_what_one_pass_computes(any_model: LoadedModel, order: str) -> None:
+    pools = make_pools(any_model, order=order)
+    runner, prompt = ModelRunner(any_model, pools.kv), make_prompt(90)
+    run = PromptRun(prompt, pools.take_pages(90) or ())
+    while not run.finished:
+        logits = run.advance(runner, 40, pools.page_size)
+        with torch.inference_mode():
+            expected = any_model.network(input_ids=torch.tensor([prompt[: run.computed]])).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_computes_what_single_requests_compute(any_model: LoadedModel) -> None:
+    pools = make_pools(any_model)
+    runner = ModelRunner(any_model, pools.kv)
+    steps = []
+    for i, length in enumerate((1, 15, 16, 17, 100)):
+        prompt, pages = make_prompt(length, i), pools.take_pages(length + 1) or ()
+        runner.prefill_chunk(prompt, 0, pages)
+        steps.append(Step(i, length, pages))
+    together = runner.decode(steps)
+    for step, row in zip(steps, together, strict=True):
+        torch.testing.assert_close(runner.decode([step])[0], row, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_runs(model_directories: dict[str, Path]) -> None:
+    model = load_model(str(model_directories["qwen3"]), dtype="bfloat16")
+    pools = make_pools(model)
+    assert pools.layout.pool("kv").dtype == "bfloat16"
+    assert model.geometry.head_bytes == 32
+    logits = ModelRunner(model, pools.kv).prefill_chunk((1, 2, 3), 0, pools.take_pages(3) or ())
+    assert logits.shape == (1, VOCABULARY)
+
+
+def test_what_torch_raises_is_an_internal_error(model: LoadedModel) -> None:
+    with pytest.raises(InternalError, match="the model failed"):
+        ModelRunner(model, make_pools(model).kv).prefill_chunk((VOCABULARY + 1,), 0, (0,))
+
+
+def test_chunks_end_on_pages() -> None:
+    assert [chunk_stop(start, 100, 32, 16) for start in (0, 32, 64, 96)] == [32, 64, 96, 100]
+    assert chunk_stop(0, 100, 40, 16) == 32
+    assert chunk_stop(0, 100, 5, 16) == 16
+    assert chunk_stop(0, 9, 5, 16) == 9
+
+
+def ask(prompt: tuple[int, ...] = (1, 2), **sampling: object) -> Request:
+    return Request(request_id="r", prompt_tokens=prompt, sampling=Sampling(**sampling))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (ask(()), "prompt"),
+        (ask((1, VOCABULARY)), "prompt"),
+        (ask((-1,)), "prompt"),
+        (ask(max_tokens=0), "max_tokens"),
+        (ask(temperature=-0.1), "temperature"),
+        (ask(temperature=float("nan")), "temperature"),
+        (ask(temperature=float("inf")), "temperature"),
+        (ask(top_p=0.0), "top_p"),
+        (ask(top_p=1.1), "top_p"),
+        (ask(top_p=float("nan")), "top_p"),
+        (ask(stop=("",)), "stop"),
+        (ask(stop=("a",) * 17), "stop"),
+    ],
+)
+def test_a_wrong_request_names_its_field(model: LoadedModel, request_: Request, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        limits_of(model, make_pools(model)).validate(request_)
+
+
+def test_what_never_fits_is_a_capacity_error(model: LoadedModel) -> None:
+    limits = limits_of(model, make_pools(model, pages=4))
+    limits.validate(ask((1,) * 60, max_tokens=5))
+    with pytest.raises(CapacityError, match="whole pool has 64"):
+        limits.validate(ask((1,) * 60, max_tokens=6))
+    with pytest.raises(CapacityError, match="512 positions"):
+        limits_of(model, make_pools(model)).validate(ask((1,) * 500, max_tokens=13))
+    prompt_only = limits_of(model, make_pools(model, pages=4), keeps_answer=False)
+    prompt_only.validate(ask((1,) * 60, max_tokens=100))
+    with pytest.raises(ConfigError, match=r"^bootstrap_room: "):
+        limits_of(model, make_pools(model), needs_room=True).validate(ask())
+    for room in (-1, 1 << 63):
+        request = Request(request_id="r", prompt_tokens=(1,), room=room)
+        with pytest.raises(ConfigError, match=r"^bootstrap_room: "):
+            limits_of(model, make_pools(model), needs_room=True).validate(request)

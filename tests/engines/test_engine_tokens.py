@@ -1,0 +1,174 @@
+"""Tokens: how they are picked, and how they become text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engine_kit import EOS, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbaton.engine.request import Request, Sampling
+from kvbaton.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
+from kvbaton.engine.text import Detokenizer, StopMatcher, TextStream
+from kvbaton.errors import InternalError
+
+TOKENIZER = byte_tokenizer()
+
+
+def encode(text: str) -> list[int]:
+    return list(TOKENIZER(text)["input_ids"])
+
+
+def draw(position: int = 0, seed: int = 1, **fields: float) -> Draw:
+    return Draw(Sampling(**fields), seed, position)  # type: ignore[arg-type]
+
+
+def test_greedy_takes_the_likeliest_and_its_logprob() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 5.0, 0.0]])
+    picks = pick_tokens(logits, [draw(temperature=0.0)] * 2)
+    assert [pick.token for pick in picks] == [1, 0]
+    assert [pick.logprob for pick in picks] == pytest.approx(logits.log_softmax(-1)[[0, 1], [1, 0]].tolist())
+
+
+def test_a_draw_is_a_function_of_seed_and_position() -> None:
+    logits = torch.randn((1, 50), generator=torch.Generator().manual_seed(1))
+    alone = [pick_tokens(logits, [draw(position=p, seed=9)])[0] for p in range(40)]
+    assert pick_tokens(logits.repeat(40, 1), [draw(position=p, seed=9) for p in range(40)]) == alone
+    assert len({pick.token for pick in alone}) > 10
+    assert [pick_tokens(logits, [draw(position=p, seed=8)])[0] for p in range(40)] != alone
+
+
+def test_the_random_sequence_is_pinned() -> None:
+    """Two releases serve one request together during an upgrade: these numbers may never change."""
+    assert [uniform(1, 0), uniform(1, 1), uniform(2**64 - 1, 7)] == pytest.approx(
+        [0.16090057725, 0.20244255519, 0.37326335360], abs=1e-9
+    )
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[math.log(0.6), math.log(0.3), math.log(0.1)]])
+    count = 4000
+    picks = pick_tokens(logits.repeat(count, 1), [draw(position=p) for p in range(count)])
+    shares = [sum(pick.token == token for pick in picks) / count for token in range(3)]
+    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
+
+
+def test_top_p_keeps_the_fewest_likeliest() -> None:
+    logits = torch.tensor([[math.log(0.1), math.log(0.6), math.log(0.3)]]).repeat(300, 1)
+
+    def seen(top_p: float) -> set[int]:
+        return {pick.token for pick in pick_tokens(logits, [draw(position=p, top_p=top_p) for p in range(300)])}
+
+    assert seen(0.5) == {1}
+    assert seen(0.7) == {1, 2}
+    assert seen(1.0) == {0, 1, 2}
+    assert seen(1e-9) == {1}
+
+
+def test_low_temperature_is_greedy_and_small_changes_do_not_matter() -> None:
+    logits = torch.randn((64, 1000), generator=torch.Generator().manual_seed(2))
+    cold = pick_tokens(logits, [draw(position=p, temperature=1e-30) for p in range(64)])
+    assert [pick.token for pick in cold] == logits.argmax(-1).tolist()
+    draws = [draw(position=p, top_p=0.9) for p in range(64)]
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)) * 1e-6
+    assert [p.token for p in pick_tokens(logits, draws)] == [p.token for p in pick_tokens(logits + noise, draws)]
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.full((200, 4), -math.inf)
+    logits[:, 2] = 0.0
+    assert {pick.token for pick in pick_tokens(logits, [draw(position=p) for p in range(200)])} == {2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_that_rows_error(temperature: float, value: float) -> None:
+    logits = torch.zeros((3, 5))
+    logits[1, 3] = value
+    picks = pick_tokens(logits, [draw(temperature=temperature)] * 3)
+    assert isinstance(picks[1], InternalError)
+    assert isinstance(picks[0], Pick)
+    assert isinstance(picks[2], Pick)
+
+
+def test_seeds() -> None:
+    def ask(name: str, seed: int | None) -> int:
+        return seed_of(Request(request_id=name, prompt_tokens=(1,), sampling=Sampling(seed=seed)))
+
+    assert ask("a", 5) == ask("b", 5) == 5
+    assert ask("a", -1) == 2**64 - 1
+    assert ask("a", None) == ask("a", None) != ask("b", None)
+
+
+def pieces(text: str, context: str = "") -> list[str]:
+    detokenizer = Detokenizer(TOKENIZER, encode(context))
+    return [detokenizer.push(token) for token in encode(text)] + [detokenizer.flush()]
+
+
+@given(st.text(max_size=40), st.text(max_size=8))
+def test_pieces_make_the_text(text: str, context: str) -> None:
+    assert "".join(pieces(text, context)) == text
+
+
+def test_no_piece_has_half_a_character() -> None:
+    assert pieces("aé€😀z") == ["a", "", "é", "", "", "€", "", "", "", "😀", "z", ""]
+
+
+def test_bytes_that_are_no_text_do_not_pile_up() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    broken = encode("é")[:1] * 100
+    shown = [detokenizer.push(token) for token in broken]
+    assert sum(map(len, shown)) > 80
+    assert len("".join(shown) + detokenizer.flush()) == 100
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    detokenizer = Detokenizer(None, (1, 2))
+    assert (detokenizer.push(3), detokenizer.flush()) == ("", "")
+
+
+@given(
+    st.text(alphabet="ab", max_size=24),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=3),
+    st.data(),
+)
+def test_stop_strings_cut_at_the_first_and_never_leak(text: str, stops: list[str], data: st.DataObject) -> None:
+    ends = [at for at in map(text.find, stops) if at >= 0]
+    matcher, shown, stopped, rest = StopMatcher(stops), "", False, text
+    while rest and not stopped:
+        size = data.draw(st.integers(1, len(rest)))
+        piece, stopped = matcher.push(rest[:size])
+        shown, rest = shown + piece, rest[size:]
+    if not ends:
+        assert not stopped
+        assert shown + matcher.flush() == text
+        return
+    assert stopped
+    seen = text[: len(text) - len(rest)]  # a later piece may hold an earlier match only if it overlaps what was held
+    assert shown == seen[: min(at for at in map(seen.find, stops) if at >= 0)]
+    assert not any(stop in shown for stop in stops)
+
+
+def stream(text: str, **fields: object) -> tuple[list[str], str | None]:
+    options: dict = {"stops": (), "eos_tokens": frozenset([EOS]), "max_tokens": 1000, **fields}
+    answer = TextStream(TOKENIZER, encode("prompt"), **options)
+    shown = []
+    for token in [*encode(text), EOS]:
+        piece = answer.push(token)
+        shown.append(piece.text)
+        if piece.finish_reason:
+            return shown, piece.finish_reason
+    return shown, None
+
+
+def test_stream_ends() -> None:
+    assert stream("héy") == (["h", "", "é", "y", ""], "stop")
+    assert stream("héy", max_tokens=2) == (["h", "\ufffd"], "length")
+    assert stream("hello", stops=("ll",)) == (["h", "e", "", ""], "stop")
+    assert stream("hell", stops=("lo", "lll")) == (["h", "e", "", "", "ll"], "stop")
+    assert stream("hel", stops=("lo",), max_tokens=3) == (["h", "e", "l"], "length")
+    assert stream("hel", stops=("l",), max_tokens=3) == (["h", "e", ""], "stop")
+    assert stream("a", eos_tokens=frozenset(), max_tokens=2)[1] == "length"
