@@ -306,8 +306,8 @@ class KVManager:
         return [f"+{line.at - start:.6f} {line.text}" for line in lines]
 
     def evidence(self) -> str:
-        """How bytes travel to the last peer, as the transport observed it; empty if unknown."""
-        return self._transport.evidence("")
+        """How bytes were seen to travel from here to each peer, distinct answers joined; empty before any has."""
+        return ", ".join(sorted({path for path in list(self._driver.evidence.values()) if path}))
 
     def _add(self, side: _Side) -> None:
         if not 0 <= side.room <= MAX_ROOM:

@@ -38,6 +38,7 @@ from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import (
     AbortRequested,
     ChunkSubmitted,
+    DialFailed,
     Dialed,
     Event,
     GrantsPublished,
@@ -88,6 +89,7 @@ class Core:
         self._rooms = Rooms(self._around, self._peers, self._transfers)
         self._handlers: dict[type, Callable[..., None]] = {
             Dialed: self._peers.on_dialed,
+            DialFailed: self._on_dial_failed,
             LinkUp: self._peers.on_link_up,
             LinkRefused: self._peers.on_link_refused,
             PeerPrepared: self._peers.on_peer_prepared,
@@ -238,6 +240,10 @@ class Core:
             self._rooms.on_open(session, message)
         else:
             self._transfers.answer_unknown(session, message, key)
+
+    def _on_dial_failed(self, event: DialFailed) -> None:
+        self._peers.on_dial_failed(event)
+        self._rooms.dial_failed(event.address, event.error)
 
     def _session_changed(self, session: Session) -> None:
         """A session entered a state: transfers and rooms that depend on it learn it at once."""

@@ -35,6 +35,14 @@ class Dialed:
 
 
 @dataclass(frozen=True, slots=True)
+class DialFailed:
+    """There can be no link to ``address``."""
+
+    address: str
+    error: KVBatonError
+
+
+@dataclass(frozen=True, slots=True)
 class MessageArrived:
     link: LinkId
     payload: bytes
@@ -144,6 +152,7 @@ class ShutdownRequested:
 
 Event = (
     Dialed
+    | DialFailed
     | MessageArrived
     | LinkUp
     | LinkRefused

@@ -8,7 +8,7 @@ from kvbaton.control.base import LinkId
 from kvbaton.errors import PeerLostError
 from kvbaton.messages import AnyMessage, Hello, Role
 from kvbaton.protocol.effects import CloseLink, Dial, Effect, FencePeer
-from kvbaton.protocol.events import Dialed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
+from kvbaton.protocol.events import DialFailed, Dialed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
 from kvbaton.protocol.session import Identity, Session, SessionState
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.surroundings import Surroundings
@@ -52,6 +52,9 @@ class Peers:
         session = Session(self, event.link, "target", event.address)
         self._by_link[event.link] = self._by_address[event.address] = session
         session.greet(self._around.now)
+
+    def on_dial_failed(self, event: DialFailed) -> None:
+        self._dialing.discard(event.address)
 
     def on_link_up(self, event: LinkUp) -> None:
         session = self._by_link.get(event.link)

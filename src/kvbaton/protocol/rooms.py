@@ -69,6 +69,11 @@ class Rooms:
         if room is not None and room.transfers.get(transfer.peer) is transfer:
             self._touch(room)
 
+    def dial_failed(self, address: str, error: KVBatonError) -> None:
+        for room in list(self._targets.values()):
+            if address in room.sources and not room.transfers:
+                self.fail(room, error)
+
     def session_changed(self, session: Session) -> None:
         """Rooms that wait for a session go on, or fail with its reason."""
         for room in list(self._targets.values()):
@@ -264,12 +269,14 @@ class Rooms:
                 self._remove(room)
 
     def _report(self, room: Room) -> None:
+        """Tell our engine what changed. A room that it has not asked for yet is reported in full once it does."""
+        if isinstance(room, SourceRoom) and not room.has_sender:
+            return
         status: RoomStatus = room.status()
         if status != room.reported:
             room.reported = status
             role: Role = "source" if isinstance(room, SourceRoom) else "target"
-            if role == "target" or (isinstance(room, SourceRoom) and room.has_sender):
-                self._around.emit(Report(room.room, role, status))
+            self._around.emit(Report(room.room, role, status))
 
     def _remove(self, room: Room) -> None:
         self._around.timers.cancel(room, "deadline")
@@ -310,5 +317,6 @@ class Rooms:
             if home is None or home.transfers.get(transfer.peer) is not transfer:
                 raise InternalError(f"{transfer} belongs to no room")
         for room in self.all():
-            if room.reported != room.status():
+            unknown_to_engine = isinstance(room, SourceRoom) and not room.has_sender
+            if not unknown_to_engine and room.reported != room.status():
                 raise InternalError(f"room {room.room} was reported as {room.reported}, it is {room.status()}")

@@ -31,6 +31,7 @@ from kvbaton.protocol.effects import (
 )
 from kvbaton.protocol.events import (
     ChunkSubmitted,
+    DialFailed,
     Dialed,
     Event,
     LinkRefused,
@@ -54,6 +55,8 @@ POLL_MOST_SECONDS = 0.001
 POLL_SHARE = 0.05
 #: How long a closing rank waits for its own writes before it goes without a farewell.
 CLOSE_GRACE_SECONDS = 5.0
+#: How often the transport is asked for evidence of the path in the life of a rank.
+MAX_EVIDENCE_ASKED = 1_000
 
 Fence = Callable[[], bool]
 
@@ -94,6 +97,8 @@ class Driver:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
+        #: How bytes were seen to travel, by peer; filled in after the first writes.
+        self.evidence: dict[str, str] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -214,9 +219,15 @@ class Driver:
         elif isinstance(effect, FencePeer):
             self._fence(effect.peer)
         elif isinstance(effect, Dial):
-            self._events.append(Dialed(effect.address, self._links.dial(effect.address)))
+            self._dial(effect.address)
         elif isinstance(effect, CloseLink):
             self._links.close_link(effect.link)
+
+    def _dial(self, address: str) -> None:
+        try:
+            self._events.append(Dialed(address, self._links.dial(address)))
+        except KVBatonError as error:
+            self._events.append(DialFailed(address, error))
 
     def _prepare(self, effect: PreparePeer) -> None:
         try:
@@ -265,14 +276,22 @@ class Driver:
         self._transport.release(handle)
         if state is WriteState.DONE:
             self._events.append(WriteSettled(write.write))
+            self._note_evidence(write.peer)
         else:
             error: KVBatonError = DisconnectedError("a write broke on the wire", peer=write.peer)
             self._events.append(WriteBroken(write.write, error))
+
+    def _note_evidence(self, peer: str) -> None:
+        """Ask the transport how the bytes went, until it knows or has been asked often enough."""
+        if not self.evidence.get(peer) and self.counters["evidence_asked"] < MAX_EVIDENCE_ASKED:
+            self.counters["evidence_asked"] += 1
+            self.evidence[peer] = self._transport.evidence(peer)
 
     def _fence(self, peer: str) -> None:
         self._transport.fence(peer)
         self._queue.drop_peer(peer)
         self._tables.pop(peer, None)
+        self.evidence.pop(peer, None)
         self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
         self.counters["peers_fenced"] += 1
         self._events.append(PeerFenced(peer))

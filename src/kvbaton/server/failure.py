@@ -90,8 +90,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         message = f"{request.method} {request.path}: {error.reason}"
         return _response(error.status, ErrorBody(ErrorDetail(message=message, type="http_error", code="http")))
-    except ConnectionError:
-        raise  # the client is gone: aiohttp ends the request without a word
+    except ConnectionError:  # a write found the client gone; nobody reads this, and aiohttp takes it without a word
+        return response_of(AbortedError("the client has gone"))
     except Exception:  # noqa: BLE001 - the top of a handler: a bug must end one request and be told to its client
         _log.exception("%s %s failed", request.method, request.path)
         return response_of(InternalError("the server failed on this request; its log says where"))

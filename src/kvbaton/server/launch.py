@@ -72,7 +72,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.max_total_tokens < self.page_size:
             raise ConfigError(
-                f"--max-total-tokens {self.max_total_tokens} must hold at least one page of --page-size {self.page_size}"
+                f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
             )
 
 
@@ -85,8 +85,10 @@ class Rank:
 
 
 def build_manager(config: ServeConfig, pools: Pools, rank: Rank, *, secret: str | None) -> KVManager:
-    """The hand-off manager of this rank: transport by ``config.backend``, ZeroMQ links bound to ``config.registry_host``
-    (CURVE with ``secret``). The caller starts and closes it. Raises ConfigError."""
+    """The hand-off manager of this rank: transport by ``config.backend``, links bound to ``config.registry_host``.
+
+    With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
+    """
     raise ConfigError(
         f"--disaggregation-transfer-backend {config.backend} is not wired yet (launch.build_manager) "
         f"for {rank.instance}, {pools!r}, {'with' if secret else 'without'} a secret"
@@ -174,7 +176,7 @@ class _Server:
             if registry is not None:
                 table = await listen(registry_app(Registry(), secret=self._secret), registry, flag=BOOTSTRAP_FLAG)
                 closing.push_async_callback(table.cleanup)
-                where = (self._config.registry_host, port_of(registry))
+                where = (_reachable(self._config.registry_host), port_of(registry))
                 await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
             listening(port_of(port))
             await signals.stop.wait()
@@ -225,7 +227,7 @@ class _Server:
                 "evidence": manager.evidence(),
                 "address": manager.address,
                 "group": self._rank.group,
-                "layout_digest": manager.layout.digest,
+                "layout_digest": manager.layout.digest(),
                 "live_rooms": manager.live_rooms,
                 "leased_rooms": manager.leased_rooms,
                 "counters": manager.counters(),
@@ -243,7 +245,7 @@ class _Server:
             instance=self._rank.instance,
             group=self._rank.group,
             address=manager.address,
-            layout_digest=manager.layout.digest,
+            layout_digest=manager.layout.digest(),
             http_port=http_port,
         )
 
@@ -268,3 +270,8 @@ class _Server:
 
     def _on_registered(self, _answer: Registered) -> None:
         self._registered = True
+
+
+def _reachable(host: str) -> str:
+    """Where this machine itself finds what listens at ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -17,6 +17,7 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from types import TracebackType
 
 import aiohttp
@@ -162,7 +163,7 @@ class Legs:
         headers = {"Content-Type": "application/json"}
         try:
             response = await self._session.post(
-                worker.url + self._path, data=body, headers=headers, allow_redirects=False
+                worker.url + self._path, data=BytesIO(body), headers=headers, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
             raise _unreachable(worker, error) from None

@@ -30,7 +30,7 @@ from kvbaton.server.gate import Gate
 from kvbaton.server.legs import LegFailed, Legs, Pair, mint_room, strip
 from kvbaton.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
 from kvbaton.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
-from kvbaton.server.workers import ROLES, Worker, Workers
+from kvbaton.server.workers import ROLES, Worker, Workers, check_roles
 
 MAX_BODY_BYTES = 16 << 20
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
@@ -51,6 +51,9 @@ class RouterConfig:
     probe_interval_seconds: float = 1.0
     probe_path: str = "/ready"
     max_requests: int = 1024
+
+    def __post_init__(self) -> None:
+        check_roles(self.workers)
 
 
 class Router:

@@ -74,6 +74,16 @@ def parse_worker(role: Role, values: Sequence[str]) -> Worker:
     return Worker(role, url, int(port))
 
 
+def check_roles(workers: Sequence[Worker]) -> None:
+    """Raises ConfigError unless there is a worker of each role, and no URL twice within one."""
+    for role in ROLES:
+        urls = [worker.url for worker in workers if worker.role == role]
+        if not urls:
+            raise ConfigError(f"a router needs at least one --{role} URL")
+        if len(set(urls)) != len(urls):
+            raise ConfigError(f"--{role} names {max(urls, key=urls.count)} twice")
+
+
 class Workers:
     """All workers of one router, with a turn per role."""
 
@@ -85,9 +95,6 @@ class Workers:
         probe_path: str = "/ready",
         probe_timeout_seconds: float = 2.0,
     ) -> None:
-        for role in ROLES:
-            if not any(worker.role == role for worker in workers):
-                raise ConfigError(f"a router needs at least one --{role} URL")
         self._workers = tuple(workers)
         self._session = session
         self._probe_path = probe_path

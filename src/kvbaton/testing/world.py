@@ -1,23 +1,24 @@
 """A world of ranks without threads, sockets or clocks: real cores, real plans, bytes in numpy arrays.
 
 Everything happens in :meth:`World.run`, in a fixed order, under a virtual clock. A message may be intercepted on its
-way (:attr:`World.network`), so that tests lose, double, delay and reorder as they like.
+way (:attr:`World.network`), so that tests lose, double, delay, reorder and forge as they like. After every step of
+every rank the invariants are checked: the core's own, and that whoever may still be written holds a lease.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbaton.control.base import LinkId
-from kvbaton.errors import InternalError
+from kvbaton.errors import DisconnectedError, InternalError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import AnyMessage, Coordinates, Role, decode
+from kvbaton.messages import AnyMessage, Coordinates, Ping, Pong, Role, decode, encode
 from kvbaton.plan import PairPlan
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
@@ -41,6 +42,8 @@ from kvbaton.protocol.events import (
     PeerFenced,
     PeerPrepared,
     PeerUnprepared,
+    ReceiverOpened,
+    SenderOpened,
     TimePassed,
     WriteBroken,
     WriteId,
@@ -49,10 +52,9 @@ from kvbaton.protocol.events import (
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.runs import merge
-from kvbaton.errors import DisconnectedError
 
-#: What the network does with one message: how many copies arrive (0 loses it).
-Network = Callable[["Rank", "Rank", AnyMessage], int]
+#: What the network does with one message: how many copies arrive (0 loses it), or what arrives instead, in order.
+Network = Callable[["Rank", "Rank", AnyMessage], "int | Sequence[AnyMessage]"]
 
 
 @dataclass(eq=False)
@@ -77,8 +79,32 @@ class Rank:
 
     def do(self, event: Event) -> None:
         """Something happens at this rank."""
-        if self.alive:
-            self.world.perform(self, self.core.handle(event, self.world.now))
+        if not self.alive:
+            return
+        if isinstance(event, SenderOpened):
+            self.statuses.pop(("source", event.room), None)
+        elif isinstance(event, ReceiverOpened):
+            self.statuses.pop(("target", event.room), None)
+        self.world.perform(self, self.core.handle(event, self.world.now))
+        if self.world.checking:
+            self.core.check_invariants()
+            self._check_leases()
+
+    def _check_leases(self) -> None:
+        """A write that is posted and not settled may touch memory: both ends must know."""
+        if self.held and self.core.quiet:
+            raise InternalError(f"{self.name} holds writes that its core has forgotten")
+        for write in self.held:
+            target = self.world.by_instance(write.peer)
+            if target is not None and not target.core.receiving:
+                raise InternalError(f"{self.name} may still write to {target.name}, which holds no lease")
+
+    def link_to(self, other: Rank) -> LinkId:
+        """The link over which this rank and ``other`` talk."""
+        for link, (end, _, _) in self.links.items():
+            if end is other:
+                return link
+        raise InternalError(f"{self.name} has no link to {other.name}")
 
     def status(self, role: Role, room: int) -> RoomStatus:
         return self.statuses.get((role, room), RoomStatus())
@@ -107,10 +133,16 @@ class Rank:
 
 
 class World:
-    """See the module. ``trace`` keeps every message in order: (time, from, to, message)."""
+    """See the module. ``trace`` keeps every message in order: (time, from, to, message).
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    Args:
+        settings: of every rank.
+        checking: check the invariants after every step.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, checking: bool = True) -> None:
         self.now = 0.0
+        self.checking = checking
         self.settings = settings if settings is not None else Settings()
         self.ranks: dict[str, Rank] = {}
         self.network: Network = lambda _from, _to, _message: 1
@@ -154,6 +186,36 @@ class World:
                     self._todo.append((other, LinkRefused(link)))
         self.run()
 
+    def replace(self, rank: Rank, name: str) -> Rank:
+        """The process dies and another one with the same memory layout stands at its address, as another instance."""
+        rank.alive = False
+        old = rank.core.identity
+        successor = self.add(
+            name,
+            old.layout,
+            group=old.group,
+            group_size=old.group_size,
+            coordinates=old.coordinates,
+            address=rank.address,
+        )
+        for dialler in list(self.ranks.values()):
+            if dialler.alive:
+                self.reconnect(dialler, rank.address)
+        return successor
+
+    def inject(self, sender: Rank, receiver: Rank, message: AnyMessage) -> None:
+        """``message`` arrives at ``receiver`` as if ``sender`` had sent it."""
+        receiver.do(MessageArrived(receiver.link_to(sender), encode(message)))
+        self._drain()
+
+    def describe(self) -> str:
+        """Every message so far but the heartbeat, one line each: what a failed test prints."""
+        return "\n".join(
+            f"{at:9.3f} {sender} → {receiver} {str(message)[:200]}"
+            for at, sender, receiver, message in self.trace
+            if not isinstance(message, Ping | Pong)
+        )
+
     def reconnect(self, dialler: Rank, address: str) -> None:
         """The dialler's link to ``address`` comes up again, to whoever listens there now."""
         for link, (_, _, where) in list(dialler.links.items()):
@@ -188,7 +250,7 @@ class World:
                 rank.links.pop(effect.link, None)
             elif isinstance(effect, PreparePeer):
                 rank.pairs[effect.peer] = effect.pair
-                found = self._by_instance(effect.peer) is not None
+                found = self.by_instance(effect.peer) is not None
                 event = PeerPrepared(effect.peer) if found else PeerUnprepared(effect.peer, DisconnectedError("gone"))
                 self._todo.append((rank, event))
             elif isinstance(effect, FencePeer):
@@ -201,13 +263,17 @@ class World:
 
     def land(self, rank: Rank, write: PostWrite) -> None:
         """Copy the bytes of a write."""
-        target = self._by_instance(write.peer)
+        target = self.by_instance(write.peer)
         if target is None:
             return
         part = rank.pairs[write.peer].parts[write.part]
         runs = merge(part.source.table, write.source_entries, part.target.table, write.target_entries)
         for source_at, target_at, length in zip(runs.source, runs.target, runs.length, strict=True):
             target.view(int(target_at), int(length))[:] = rank.view(int(source_at), int(length))
+
+    def by_instance(self, instance: str) -> Rank | None:
+        """The living rank of that instance."""
+        return next((r for r in self.ranks.values() if r.core.instance == instance and r.alive), None)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -235,8 +301,9 @@ class World:
             return
         message = decode(effect.payload)
         self.trace.append((self.now, rank.name, peer.name, message))
-        for _ in range(self.network(rank, peer, message)):
-            self._mail.append((peer, back, effect.payload))
+        arriving = self.network(rank, peer, message)
+        payloads = [effect.payload] * arriving if isinstance(arriving, int) else [encode(m) for m in arriving]
+        self._mail.extend((peer, back, payload) for payload in payloads)
 
     def _note(self, rank: Rank, report: Report) -> None:
         before = rank.statuses.get((report.role, report.room))
@@ -254,6 +321,3 @@ class World:
 
     def _cancel(self, rank: Rank, writes: frozenset[WriteId]) -> None:
         """Nothing can be cancelled here: every write is posted at once, as on the fastest of drivers."""
-
-    def _by_instance(self, instance: str) -> Rank | None:
-        return next((r for r in self.ranks.values() if r.core.instance == instance and r.alive), None)

@@ -20,17 +20,31 @@ from typing import TYPE_CHECKING, NewType
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbaton.errors import TransportError
 from kvbaton.layout import Region
 from kvbaton.table import Table
 
-__all__ = ["Capabilities", "Handle", "Table", "TableId", "Transport", "WriteState"]
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+__all__ = [
+    "MAX_ENTRIES",
+    "Capabilities",
+    "Handle",
+    "Table",
+    "TableId",
+    "Transport",
+    "WriteState",
+    "check_entries",
+    "check_table",
+]
 
 Handle = NewType("Handle", int)
 """One posted write; minted by the transport, never reused while the transport lives."""
 
 TableId = NewType("TableId", int)
 """One prepared pair of tables; minted by the transport."""
-
 
 #: Most entries a table may have: entries are int32.
 MAX_ENTRIES = (1 << 31) - 1
@@ -45,6 +59,20 @@ class WriteState(enum.Enum):
     BROKEN = "broken"  #: failed; part may have landed and more may land until the peer is fenced
 
 
+def check_table(table: Table) -> None:
+    """Raise TransportError where the rows are no table: shape, type, sign, overlap of blocks, overflow."""
+    rows = table.rows
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 5 or not len(rows):
+        raise TransportError(f"a table is an int64 array of shape [n, 5], not {rows.dtype} {list(rows.shape)}")
+    address, length, _, stride, count = rows.T
+    if (rows < 0).any() or (length < 1).any() or (count < 1).any() or ((count > 1) & (stride < length)).any():
+        raise TransportError("a row of a table is negative or empty, or its blocks overlap")
+    if (count > MAX_ENTRIES).any() or count.sum() > MAX_ENTRIES:
+        raise TransportError(f"a table has more than {MAX_ENTRIES} entries")
+    if (length > _MAX_ADDRESS - address).any() or (stride > (_MAX_ADDRESS - address - length) // count).any():
+        raise TransportError("a row of a table leaves the address space")
+
+
 def check_entries(
     source: Table, target: Table, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]
 ) -> None:
@@ -52,8 +80,8 @@ def check_entries(
     for table, entries in ((source, source_entries), (target, target_entries)):
         if entries.dtype != np.int32 or entries.ndim != 1 or not len(entries):
             raise TransportError(f"entries are a non-empty int32 vector, not {entries.dtype} {list(entries.shape)}")
-        if entries.min() < 0 or entries.max() >= table.entries:
-            raise TransportError(f"entries {entries.min()}..{entries.max()} leave a table of {table.entries}")
+        if entries.min() < 0 or entries.max() >= table.rows[:, 4].sum():
+            raise TransportError(f"entries {entries.min()}..{entries.max()} leave a table of {table.rows[:, 4].sum()}")
     if len(source_entries) != len(target_entries):
         raise TransportError(f"{len(source_entries)} source entries cannot fill {len(target_entries)} target entries")
 

@@ -30,7 +30,16 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import DisconnectedError, TransportError
 from kvbaton.layout import Region
-from kvbaton.transports.base import Capabilities, Handle, Table, TableId, Transport, WriteState, check_entries
+from kvbaton.transports.base import (
+    Capabilities,
+    Handle,
+    Table,
+    TableId,
+    Transport,
+    WriteState,
+    check_entries,
+    check_table,
+)
 
 #: Most pieces the kernel takes in one call (IOV_MAX).
 PIECES_PER_CALL = 1024
@@ -168,7 +177,7 @@ class _Prepared:
 
 def _check_covered(table: Table, regions: Sequence[Region], whose: str) -> None:
     """Every row must lie in one region of its memory kind."""
-    table.validate()
+    check_table(table)
     fitting = sorted((r.address, r.address + r.length) for r in regions if r.memory == table.memory)
     bounds = np.array(fitting, dtype=np.int64).reshape(-1, 2)
     start = table.rows[:, 0]

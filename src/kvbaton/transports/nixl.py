@@ -15,35 +15,60 @@ This file must not know links, layouts' meaning, or the protocol.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from kvbaton.errors import ConfigError, DisconnectedError, TransportError
 from kvbaton.layout import Region
-from kvbaton.transports.base import Capabilities, Handle, Table, TableId, Transport, WriteState, check_entries
+from kvbaton.transports.base import (
+    Capabilities,
+    Handle,
+    Table,
+    TableId,
+    Transport,
+    WriteState,
+    check_entries,
+    check_table,
+)
 from kvbaton.transports.ucxlog import UcxLog
 
 #: How long ``fence`` lets writes to the fenced peer settle before it replaces the agent.
 FENCE_SETTLE_SECONDS = 0.05
 #: How long a replacement of the agent lets writes to the other peers settle.
 REPLACE_SETTLE_SECONDS = 1.0
+#: Largest metadata accepted from a peer, in bytes.
+MAX_METADATA_BYTES = 16 << 20
+
+
+class _Metadata(Struct, frozen=True, array_like=True):
+    """What peers exchange. The digest keeps damaged bytes away from NIXL, which would half load them."""
+
+    agent_name: str
+    digest: bytes
+    exported: bytes
+
+
+def _digest(exported: bytes) -> bytes:
+    return hashlib.blake2b(exported, digest_size=16).digest()
 
 
 @dataclass(slots=True)
 class _Peer:
     """A peer and its nixl agent. ``lost``: disconnected. ``unsettled``: a write failed in a way that may go on."""
 
-    agent_name: str
-    metadata: bytes
+    metadata: _Metadata
     lost: bool = False
     unsettled: bool = False
     wrote: bool = False
@@ -76,10 +101,12 @@ class _Library:
         self.log = UcxLog()
         self.api = self._import()
         bindings: ModuleType = self.api.nixlBind
-        raised = [kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-        self.errors = (*raised, RuntimeError, ValueError, TypeError, LookupError)
-        self._gone = (bindings.nixlRemoteDisconnectError,)  # type: ignore[attr-defined]
-        self._no_table = (bindings.nixlNotFoundError,)  # type: ignore[attr-defined]
+        raised: list[type[Exception]] = [
+            kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)
+        ]
+        self.errors: tuple[type[Exception], ...] = (*raised, RuntimeError, ValueError, TypeError, LookupError)
+        self._gone = (bindings.nixlRemoteDisconnectError,)
+        self._no_table = (bindings.nixlNotFoundError,)
 
     @staticmethod
     def _import() -> Any:
@@ -165,6 +192,10 @@ class NixlTransport(Transport):
 
     def metadata(self) -> bytes:
         self._check_open()
+        exported = self._export()
+        return msgspec.msgpack.encode(_Metadata(self._instance, _digest(exported), exported))
+
+    def _export(self) -> bytes:
         try:
             return bytes(self._agent.get_agent_metadata())
         except self._nixl.errors as error:
@@ -173,19 +204,29 @@ class NixlTransport(Transport):
     def connect(self, peer: str, metadata: bytes) -> None:
         self._check_open()
         self.fence(peer)
-        name = self._add(peer, metadata)
-        if any(known.agent_name == name for known in self._peers.values()):
-            raise TransportError(f"another peer already uses the nixl agent name {name!r}", peer=peer)
-        self._peers[peer] = _Peer(name, metadata)
-
-    def _add(self, peer: str, metadata: bytes) -> str:
+        if len(metadata) > MAX_METADATA_BYTES:
+            raise TransportError(f"metadata of {len(metadata)} bytes is too large", peer=peer)
         try:
-            if metadata == bytes(self._agent.get_agent_metadata()):  # loopback: nixl knows itself
-                return self._instance
-            name = self._agent.add_remote_agent(metadata)
+            there = msgspec.msgpack.decode(metadata, type=_Metadata)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"metadata is not of a nixl transport: {error}", peer=peer) from error
+        if there.digest != _digest(there.exported):
+            raise TransportError("metadata is damaged", peer=peer)
+        if any(known.metadata.agent_name == there.agent_name for known in self._peers.values()):
+            raise TransportError(f"another peer already uses the nixl agent name {there.agent_name!r}", peer=peer)
+        self._add(peer, there)
+        self._peers[peer] = _Peer(there)
+
+    def _add(self, peer: str, there: _Metadata) -> None:
+        if there.agent_name == self._instance:
+            if there.exported != self._export():
+                raise TransportError("the peer has our own instance id", peer=peer)
+            return  # loopback: nixl knows itself
+        try:
+            self._agent.add_remote_agent(there.exported)
         except self._nixl.errors as error:
+            self._remove(there)  # it may be half loaded, and could not be loaded again
             raise self._nixl.translate(error, "reading the peer's metadata", peer) from error
-        return name.decode() if isinstance(name, bytes) else str(name)
 
     # -- tables
 
@@ -194,8 +235,8 @@ class NixlTransport(Transport):
         known = self._peers.get(peer)
         if known is None:
             raise TransportError("peer is not connected", peer=peer)
-        source.validate()
-        target.validate()
+        check_table(source)
+        check_table(target)
         prepared = _Prepared(peer, source, target)
         self._build(prepared, known)
         table = TableId(next(self._ids))
@@ -209,7 +250,7 @@ class NixlTransport(Transport):
         local = None
         try:
             local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", source.rows, source.memory)
-            prepared.remote = self._agent.prep_xfer_dlist(peer.agent_name, target.rows, target.memory)
+            prepared.remote = self._agent.prep_xfer_dlist(peer.metadata.agent_name, target.rows, target.memory)
         except self._nixl.errors as error:
             if local is not None:
                 self._release_quietly(local)
@@ -236,9 +277,9 @@ class NixlTransport(Transport):
         except self._nixl.errors as error:  # nothing was posted yet
             peer.lost = peer.lost or self._nixl.is_disconnect(error)
             raise self._nixl.translate(error, "making a write", prepared.peer) from error
-        return self._start(prepared.peer, peer, handle)
+        return self._start(prepared.peer, handle)
 
-    def _start(self, name: str, peer: _Peer, nixl_handle: Any) -> Handle:
+    def _start(self, name: str, nixl_handle: Any) -> Handle:
         write = _Write(name, nixl_handle)
         handle = Handle(next(self._ids))
         self._writes[handle] = write
@@ -298,7 +339,7 @@ class NixlTransport(Transport):
         try:
             self._agent.get_new_notifs()  # drives UCX; kvbaton sends no notifications
         except self._nixl.errors as error:
-            raise self._nixl.translate(error, "progress") from error
+            _logger.debug("progress: %r", error)  # whose writes suffer learns it at poll or post
         for handle in [handle for handle, write in self._writes.items() if write.forgotten]:
             self._refresh(self._writes[handle])
             self.release(handle)
@@ -330,15 +371,15 @@ class NixlTransport(Transport):
             self._release_quietly(self._writes.pop(handle).nixl_handle)
         for table in [table for table, prepared in self._tables.items() if prepared.peer == peer]:
             self._release_tables(self._tables.pop(table))
-        self._remove(self._peers.pop(peer))
+        self._remove(self._peers.pop(peer).metadata)
 
-    def _remove(self, peer: _Peer) -> None:
-        if peer.agent_name == self._instance:
+    def _remove(self, there: _Metadata) -> None:
+        if there.agent_name == self._instance:
             return
         try:
-            self._agent.remove_remote_agent(peer.agent_name)
+            self._agent.remove_remote_agent(there.agent_name)
         except self._nixl.errors as error:
-            _logger.debug("removing %s: %r", peer.agent_name, error)  # a disconnect has removed it already
+            _logger.debug("removing %s: %r", there.agent_name, error)  # a disconnect has removed it already
 
     def _replace_agent(self) -> None:
         """Destroy the agent, which stops every write, and make a new one that knows the same memory and peers."""
@@ -352,7 +393,7 @@ class NixlTransport(Transport):
         for prepared in self._tables.values():
             self._release_tables(prepared)
         for peer in self._peers.values():
-            self._remove(peer)
+            self._remove(peer.metadata)
         regions = [region for group, _ in self._registered for region in group]
         self._destroy_agent()
         self._agent = self._new_agent()
@@ -413,7 +454,7 @@ class NixlTransport(Transport):
         known = self._peers.get(peer)
         if known is None or not known.wrote:
             return ""
-        loopback = known.agent_name == self._instance
+        loopback = known.metadata.agent_name == self._instance
         tables = [t for t in self._nixl.log.chosen(self._instance) if (t.scope == "self") == loopback]
         if len({table.ways for table in tables}) != 1:
             starts = sorted(other.log_start for other in self._peers.values() if other.wrote)

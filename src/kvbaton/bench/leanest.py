@@ -1,0 +1,100 @@
+"""Baselines on NIXL itself: the leanest loop that moves a room, and one write of the same bytes.
+
+Leanest: prepared tables, no progress thread, one post with a notification per room and peer, spinning on both sides;
+no protocol, no failure handling, no fairness. It shares the plan's tables with kvbaton, nothing else: besides the NIXL
+transport this is the only file that imports nixl, so that the baseline cannot inherit what the transport does.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.errors import TransportError
+from kvbaton.layout import Region
+from kvbaton.plan import PartPlan
+
+Entries = tuple[NDArray[np.int32], NDArray[np.int32]]
+
+
+class Leanest:
+    """One raw NIXL agent over one registered region."""
+
+    def __init__(self, name: str, region: Region) -> None:
+        from nixl_cu12._api import nixl_agent, nixl_agent_config
+
+        self.agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, num_threads=0, backends=["UCX"]))
+        self._region = region
+        rows = np.array([[region.address, region.length, 0]], dtype=np.uint64)
+        self._registered = self.agent.register_memory(rows, "DRAM")
+        self._tables: dict[str, tuple[Any, Any]] = {}
+        self._wholes: dict[str, tuple[Any, Any]] = {}
+
+    def metadata(self) -> bytes:
+        metadata: bytes = self.agent.get_agent_metadata()
+        return metadata
+
+    def add_peer(self, metadata: bytes) -> str:
+        peer = self.agent.add_remote_agent(metadata)
+        return peer.decode() if isinstance(peer, bytes) else str(peer)
+
+    def notify(self, peers: list[str]) -> None:
+        for peer in peers:
+            self.agent.send_notif(peer, b"go")
+
+    def connect(self, metadata: bytes, part: PartPlan | None, region: Region, chunk: int) -> str:
+        """Prepare the tables of one part, and tables of whole runs of ``chunk`` bytes for the single write."""
+        peer = self.add_peer(metadata)
+        if part is not None:
+            self._tables[peer] = self._prepare(peer, part.source.table.rows, part.target.table.rows)
+        sides = []
+        for base, length in ((self._region.address, self._region.length), (region.address, region.length)):
+            sides.append(np.array([[base, chunk, 0, chunk, length // chunk]], dtype=np.int64))
+        self._wholes[peer] = self._prepare(peer, sides[0], sides[1])
+        return peer
+
+    def _prepare(self, peer: str, source: NDArray[np.int64], target: NDArray[np.int64]) -> tuple[Any, Any]:
+        return (
+            self.agent.prep_xfer_dlist("", source.astype(np.uint64), "DRAM"),
+            self.agent.prep_xfer_dlist(peer, target.astype(np.uint64), "DRAM"),
+        )
+
+    def write_rooms(self, rooms: list[dict[str, Entries]]) -> None:
+        """Write every room to every peer, a notification with each."""
+        for number, room in enumerate(rooms):
+            handles = []
+            for peer, (source, target) in room.items():
+                local, remote = self._tables[peer]
+                handle = self.agent.make_prepped_xfer("WRITE", local, source, remote, target, b"%d" % number)
+                self.agent.transfer(handle)
+                handles.append(handle)
+            self._settle(handles)
+
+    def write_wholes(self, peer: str, count: int) -> None:
+        """Write ``count`` contiguous chunks, one request each, a notification with each."""
+        local, remote = self._wholes[peer]
+        for number in range(count):
+            index = np.array([number], dtype=np.int32)
+            handle = self.agent.make_prepped_xfer("WRITE", local, index, remote, index, b"%d" % number)
+            self.agent.transfer(handle)
+            self._settle([handle])
+
+    def _settle(self, handles: list[Any]) -> None:
+        for handle in handles:
+            while (state := self.agent.check_xfer_state(handle)) == "PROC":
+                pass
+            if state != "DONE":
+                raise TransportError(f"the baseline's write ended as {state}")
+            self.agent.release_xfer_handle(handle)
+
+    def await_notifications(self, count: int, timeout_seconds: float) -> None:
+        """Spin until ``count`` notifications are in."""
+        deadline = time.monotonic() + timeout_seconds
+        while count > 0:
+            for messages in self.agent.get_new_notifs().values():
+                count -= len(messages)
+            if time.monotonic() > deadline:
+                raise TransportError(f"{count} notifications of the baseline are missing after {timeout_seconds:g} s")

@@ -1,0 +1,90 @@
+"""What a transfer benchmark moves: the shape of rooms, pools and groups, and the memory that this needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.errors import ConfigError
+from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
+
+PageOrder = Literal["contiguous", "shuffled"]
+HEADS = 8
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """One benchmark. A room is ``pages`` pages in each of ``layers`` layers, K and V, ``item_bytes`` bytes apiece.
+
+    ``item_bytes`` is what one page of one layer's K (or V) takes over all tensor-parallel ranks together.
+    ``concurrency`` rooms are open at a time.
+    """
+
+    name: str = "custom"
+    layers: int = 8
+    pages: int = 64
+    item_bytes: int = 32 << 10
+    order: PageOrder = "shuffled"
+    rooms: int = 64
+    concurrency: int = 64
+    source_tp: int = 1
+    target_tp: int = 1
+    rounds: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "pages", "rooms", "concurrency", "source_tp", "target_tp", "rounds"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.item_bytes < 1 or self.item_bytes % (HEADS * PAGE_SIZE):
+            raise ConfigError(
+                f"item_bytes={self.item_bytes} must be a multiple of {HEADS * PAGE_SIZE} "
+                f"({HEADS} heads of {PAGE_SIZE} tokens)"
+            )
+        if self.order not in ("contiguous", "shuffled"):
+            raise ConfigError(f"order={self.order!r} must be contiguous or shuffled")
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * PAGE_SIZE
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that arrive on all target ranks together for one room."""
+        replicas = max(1, self.target_tp // HEADS)
+        return self.layers * 2 * self.pages * self.item_bytes * replicas
+
+    def layout(self, address: int, tp_size: int, tp_rank: int) -> CacheLayout:
+        """The layout of one rank whose pool begins at ``address``."""
+        pool = kv_pool(
+            range(self.layers),
+            pages=self.rooms * self.pages,
+            page_size=PAGE_SIZE,
+            heads=HEADS,
+            head_bytes=self.item_bytes // (HEADS * PAGE_SIZE),
+            dtype="bytes",
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+        )
+        return CacheLayout("bench", (Region(address, pool_bytes(pool)),), (pool,))
+
+    def pages_of(self, side: Literal["source", "target"]) -> list[NDArray[np.int64]]:
+        """Page ids of every room on one side; the same for all ranks of the side."""
+        ids = np.arange(self.rooms * self.pages, dtype=np.int64)
+        if self.order == "shuffled":
+            np.random.default_rng([self.seed, side == "target"]).shuffle(ids)
+        return list(ids.reshape(self.rooms, self.pages))
+
+
+def buffer(length: int, *, seed: int | None) -> NDArray[np.uint8]:
+    """Touched memory: random bytes with a seed, zeros without."""
+    if seed is None:
+        empty = np.empty(length, dtype=np.uint8)
+        empty.fill(0)
+        return empty
+    words = np.random.default_rng(seed).integers(0, 1 << 63, -(-length // 8), dtype=np.int64)
+    return words.view(np.uint8)[:length]

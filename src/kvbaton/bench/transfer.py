@@ -1,0 +1,173 @@
+"""Runs one scenario: spawns the ranks, lets the contestants take turns, verifies the bytes, sums up in medians."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from kvbaton.bench.rank import TIMEOUT_SECONDS, RankSpec, serve
+from kvbaton.bench.scenario import Scenario
+from kvbaton.errors import ExpiredError, TransportError
+
+CONTESTANTS = ("memcpy", "raw", "leanest", "kvbaton")
+IDLE_SECONDS = 5.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """Figures of one scenario. ``seconds`` holds every round of every contestant; a ratio compares medians."""
+
+    scenario: Scenario
+    seconds: dict[str, list[float]]
+    verified_bytes: int
+    idle_cpu: dict[str, float] = field(default_factory=dict)
+    evidence: str = ""
+    leased_after: int = 0
+
+    def median(self, contestant: str) -> float | None:
+        times = self.seconds.get(contestant)
+        return statistics.median(times) if times else None
+
+    def over(self, contestant: str) -> float | None:
+        """kvbaton's median time as a multiple of another's; below 1 is faster."""
+        other, ours = self.median(contestant), self.median("kvbaton")
+        return ours / other if other and ours else None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.scenario.room_bytes * self.scenario.rooms
+
+
+class _Rank:
+    """The parent's end of one rank's process."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = f"{spec.side} {spec.rank}"
+        self._pipe: Connection
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(spec, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.described: dict[str, Any] = {}
+
+    def tell(self, command: str, *arguments: object) -> None:
+        self._pipe.send((command, arguments))
+
+    def hear(self) -> tuple[str, Any]:
+        if not self._pipe.poll(TIMEOUT_SECONDS):
+            raise ExpiredError(f"benchmark rank {self.name} did not answer within {TIMEOUT_SECONDS:g} s")
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError as error:
+            raise TransportError(f"benchmark rank {self.name} died (exit code {self._process.exitcode})") from error
+        if kind == "error":
+            raise TransportError(f"benchmark rank {self.name}: {value}")
+        return kind, value
+
+    def ask(self, command: str, *arguments: object) -> Any:
+        self.tell(command, *arguments)
+        return self.hear()[1]
+
+    def end(self) -> None:
+        self._process.join(5.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+
+class TransferBench:
+    """All ranks of one scenario. A context manager; leaving it ends every process."""
+
+    def __init__(self, scenario: Scenario, transport: str = "nixl") -> None:
+        self.scenario = scenario
+        self._sources = [
+            _Rank(RankSpec(side="source", rank=r, scenario=scenario, transport=transport))
+            for r in range(scenario.source_tp)
+        ]
+        self._targets = [
+            _Rank(RankSpec(side="target", rank=r, scenario=scenario, transport=transport))
+            for r in range(scenario.target_tp)
+        ]
+
+    def __enter__(self) -> TransferBench:
+        for rank in (*self._sources, *self._targets):
+            rank.described = rank.hear()[1]
+        for source in self._sources:
+            source.ask("connect", [target.described for target in self._targets])
+        for target in self._targets:
+            target.ask("expect_writers", [source.described for source in self._sources])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        for rank in (*self._sources, *self._targets):
+            if kind is None:
+                rank.ask("stop")
+            rank.end()
+
+    def run(self, progress: Progress, *, idle: bool = False) -> Result:
+        """One warm-up of everything, then ``rounds`` rounds in which the contestants take turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in self._contestants()}
+        verified = 0
+        for number in range(self.scenario.rounds + 1):
+            for name in seconds:
+                progress(f"round {number}/{self.scenario.rounds}: {name}")
+                elapsed = self._play(name)
+                if number:
+                    seconds[name].append(elapsed)
+                elif name in ("leanest", "kvbaton"):
+                    verified = self._verify()
+        idle_cpu = {}
+        if idle:
+            progress(f"idle for {IDLE_SECONDS:g} s")
+            ranks = (*self._sources, *self._targets)
+            for rank in ranks:
+                rank.tell("idle_cpu", IDLE_SECONDS)
+            idle_cpu = {rank.name: rank.hear()[1] for rank in ranks}
+        return Result(
+            scenario=self.scenario,
+            seconds=seconds,
+            verified_bytes=verified,
+            idle_cpu=idle_cpu,
+            evidence=self._sources[0].ask("evidence"),
+        )
+
+    def _contestants(self) -> tuple[str, ...]:
+        """One raw write of the same bytes only means something between two ranks."""
+        equal = self.scenario.source_tp == self.scenario.target_tp == 1
+        return CONTESTANTS if equal else ("memcpy", "leanest", "kvbaton")
+
+    def _play(self, name: str) -> float:
+        if name == "memcpy":
+            return float(self._sources[0].ask("memcpy"))
+        if name == "kvbaton":
+            addresses = [source.described["address"] for source in self._sources]
+            for source in self._sources:
+                source.tell("kvbaton_send")
+            for target in self._targets:
+                target.tell("kvbaton_receive", addresses)
+            elapsed = max(target.hear()[1] for target in self._targets)
+        else:
+            for source in self._sources:
+                source.tell(f"{name}_send")
+            for target in self._targets:
+                target.tell(f"{name}_receive")
+            elapsed = max(target.hear()[1] for target in self._targets)
+        for source in self._sources:
+            source.hear()
+        return float(elapsed)
+
+    def _verify(self) -> int:
+        layouts = [source.described["layout"] for source in self._sources]
+        verified = sum(target.ask("verify", layouts) for target in self._targets)
+        for target in self._targets:
+            target.ask("clear")
+        return int(verified)

@@ -1,0 +1,153 @@
+"""``kvbaton bench transfer``: how fast rooms are handed over, against memcpy and raw NIXL in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvbaton.cli.settings import add_log_level, positive
+from kvbaton.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from kvbaton.bench.scenario import Scenario
+    from kvbaton.bench.transfer import Result
+
+NAME = "bench"
+HELP = "measure the data plane against raw NIXL and memcpy, in one run, with verified bytes"
+MIB = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("transfer",), help="transfer: rooms from source ranks to target ranks")
+    parser.add_argument("--suite", action="store_true", help="run the standard scenarios instead of one")
+    parser.add_argument("--layers", type=positive, default=8, help="layers of the model, K and V each")
+    parser.add_argument("--pages", type=positive, default=64, help="pages of a room, 16 tokens each")
+    parser.add_argument(
+        "--item-bytes", type=positive, default=32 << 10, help="bytes of a page of one layer's K, all heads"
+    )
+    parser.add_argument("--order", choices=("shuffled", "contiguous"), default="shuffled", help="page ids of a room")
+    parser.add_argument("--rooms", type=positive, default=64, help="rooms of a round")
+    parser.add_argument("--concurrency", type=positive, default=64, help="rooms open at a time")
+    parser.add_argument("--source-tp", type=positive, default=1, help="prefill ranks")
+    parser.add_argument("--target-tp", type=positive, default=1, help="decode ranks")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured rounds, after one that warms up")
+    parser.add_argument("--seed", type=int, default=0, help="of bytes and page order")
+    parser.add_argument(
+        "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="kvbaton's transport"
+    )
+    parser.add_argument("--json", action="store_true", help="data on stdout, every round")
+    add_log_level(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+
+        from kvbaton.bench.transfer import TransferBench
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"bench needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
+    results: list[Result] = []
+    console = Console(stderr=True)
+    for scenario in _scenarios(options):
+        with (
+            console.status(f"{scenario.name}: starting ranks") as status,
+            TransferBench(scenario, options.disaggregation_transfer_backend) as bench,
+        ):
+            results.append(bench.run(partial(_show, status, scenario.name), idle=not results))
+        console.print(f"{scenario.name}: done", highlight=False)
+    if options.json:
+        sys.stdout.write(msgspec.json.encode([_data(result) for result in results]).decode() + "\n")
+    else:
+        _print(results)
+    return 0
+
+
+def _show(status: Status, name: str, text: str) -> None:
+    status.update(f"{name}: {text}")
+
+
+def _scenarios(options: argparse.Namespace) -> Sequence[Scenario]:
+    from kvbaton.bench.scenario import Scenario
+
+    if not options.suite:
+        return [
+            Scenario(
+                layers=options.layers,
+                pages=options.pages,
+                item_bytes=options.item_bytes,
+                order=options.order,
+                rooms=options.rooms,
+                concurrency=options.concurrency,
+                source_tp=options.source_tp,
+                target_tp=options.target_tp,
+                rounds=options.rounds,
+                seed=options.seed,
+            )
+        ]
+    rounds, seed = options.rounds, options.seed
+    return [
+        Scenario(name="64 rooms, shuffled", rounds=rounds, seed=seed),
+        Scenario(name="64 rooms, contiguous", order="contiguous", rounds=rounds, seed=seed),
+        Scenario(name="one small room", pages=2, rooms=1, concurrency=1, rounds=max(rounds, 50), seed=seed),
+        Scenario(name="TP 2 to 1", source_tp=2, rooms=16, rounds=rounds, seed=seed),
+        Scenario(name="TP 1 to 2", target_tp=2, rooms=16, rounds=rounds, seed=seed),
+    ]
+
+
+def _data(result: Result) -> dict[str, object]:
+    return {
+        "scenario": result.scenario.name,
+        "layers": result.scenario.layers,
+        "pages": result.scenario.pages,
+        "item_bytes": result.scenario.item_bytes,
+        "order": result.scenario.order,
+        "rooms": result.scenario.rooms,
+        "concurrency": result.scenario.concurrency,
+        "source_tp": result.scenario.source_tp,
+        "target_tp": result.scenario.target_tp,
+        "total_bytes": result.total_bytes,
+        "verified_bytes": result.verified_bytes,
+        "seconds": result.seconds,
+        "median_seconds": {name: result.median(name) for name in result.seconds},
+        "over": {name: result.over(name) for name in result.seconds if name != "kvbaton"},
+        "idle_cpu": result.idle_cpu,
+        "evidence": result.evidence,
+    }
+
+
+def _print(results: Sequence[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="medians; a ratio is kvbaton's time over the other's", title_justify="left")
+    for heading in ("scenario", "MiB", "kvbaton ms", "leanest ms", "raw ms", "memcpy ms", "/ leanest", "/ raw", "path"):
+        table.add_column(heading, justify="left" if heading in ("scenario", "path") else "right")
+    for result in results:
+        table.add_row(
+            result.scenario.name,
+            f"{result.total_bytes / MIB:.1f}",
+            *(_milliseconds(result.median(name)) for name in ("kvbaton", "leanest", "raw", "memcpy")),
+            *(_ratio(result.over(name)) for name in ("leanest", "raw")),
+            result.evidence or "unknown",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for result in results:
+        checked = f"{result.verified_bytes / MIB:.1f} MiB verified"
+        idle = "; ".join(f"{name} idle: {share:.2%} of a core" for name, share in result.idle_cpu.items())
+        console.print(f"{result.scenario.name}: {checked}{'; ' if idle else ''}{idle}", highlight=False)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

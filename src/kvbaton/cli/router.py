@@ -1,0 +1,76 @@
+"""``kvbaton router``: one address in front of prefill and decode servers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+
+from kvbaton.cli.settings import add_log_level, port, positive, seconds
+from kvbaton.cli.signals import exit_on_sigterm
+from kvbaton.errors import ConfigError
+
+NAME = "router"
+HELP = "send every request to a prefill and a decode server at once"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pd-disaggregation", action="store_true", help="accepted for familiarity: the only mode")
+    parser.add_argument(
+        "--prefill",
+        nargs="+",
+        action="append",
+        metavar=("URL", "BOOTSTRAP_PORT"),
+        help="a prefill server and its registry's port (8998 if left out), repeatable",
+    )
+    parser.add_argument("--decode", nargs=1, action="append", metavar="URL", help="a decode server, repeatable")
+    parser.add_argument("--policy", choices=("round_robin",), default="round_robin", help="whose turn it is")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
+    parser.add_argument("--port", type=port, default=8000, help="where to listen")
+    parser.add_argument("--request-timeout-secs", type=seconds, default=1800.0, help="limit of one request")
+    parser.add_argument("--health-check-interval-secs", type=seconds, default=1.0, help="pause between probes")
+    parser.add_argument("--health-check-endpoint", default="/ready", help="what a probe asks a worker for")
+    parser.add_argument("--max-concurrent-requests", type=positive, default=1024, help="requests answered at once")
+    parser.add_argument("--grace-period-secs", type=seconds, default=30.0, help="time to finish after SIGTERM")
+    add_log_level(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    exit_on_sigterm()
+    try:
+        asyncio.run(_route(options))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"routing needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
+    return 0
+
+
+async def _route(options: argparse.Namespace) -> None:
+    from kvbaton.server.lifecycle import reserve
+    from kvbaton.server.lifecycle import run as run_server
+    from kvbaton.server.router import Router, RouterConfig
+    from kvbaton.server.workers import parse_worker
+
+    if not options.health_check_endpoint.startswith("/"):
+        raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
+    prefill = [parse_worker("prefill", values) for values in options.prefill or ()]
+    decode = [parse_worker("decode", values) for values in options.decode or ()]
+    config = RouterConfig(
+        workers=(*prefill, *decode),
+        request_timeout_seconds=options.request_timeout_secs,
+        probe_interval_seconds=options.health_check_interval_secs,
+        probe_path=options.health_check_endpoint,
+        max_requests=options.max_concurrent_requests,
+    )
+    with reserve(options.host, options.port) as bound:
+        router = Router(config)
+        await run_server(
+            router.app,
+            router.gate,
+            bound,
+            grace_seconds=options.grace_period_secs,
+            listening=lambda chosen: _announce(options.host, chosen),
+        )
+
+
+def _announce(host: str, bound: int) -> None:
+    print(f"kvbaton router: listens at http://{host}:{bound}", file=sys.stderr, flush=True)

@@ -1,0 +1,84 @@
+"""``kvbaton serve``: one model behind an OpenAI API: whole (null), or one half of a pair (prefill, decode)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kvbaton.cli.settings import add_log_level, port, positive, seconds
+from kvbaton.cli.signals import exit_on_sigterm
+from kvbaton.errors import ConfigError
+
+NAME = "serve"
+DTYPES = ("float32", "bfloat16", "float16")
+HELP = "serve a model: alone, or as the prefill or decode half of a pair"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", "--model-path", required=True, help="a directory, a bundled model, or a hub id")
+    model.add_argument("--served-model-name", default="", help="the name clients use; empty: that of --model")
+    model.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and cache"
+    )
+    model.add_argument("--torch-threads", type=positive, default=None, help="threads of one forward pass")
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="where to listen")
+    http.add_argument("--port", type=port, default=30000, help="where to listen")
+    http.add_argument("--grace-period-secs", type=seconds, default=30.0, help="time to finish requests after SIGTERM")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--page-size", type=positive, default=16, help="tokens per page")
+    engine.add_argument("--max-total-tokens", type=positive, default=16384, help="tokens that the whole pool holds")
+    engine.add_argument("--chunked-prefill-size", type=positive, default=512, help="prompt tokens per forward pass")
+    engine.add_argument("--max-running-requests", type=positive, default=32, help="requests in one batch")
+    pd = parser.add_argument_group("disaggregation")
+    pd.add_argument("--disaggregation-mode", choices=("null", "prefill", "decode"), default="null", help="which half")
+    pd.add_argument(
+        "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="how bytes travel"
+    )
+    pd.add_argument(
+        "--disaggregation-bootstrap-host", default="", help="where prefill's registry listens; empty: --host"
+    )
+    pd.add_argument("--disaggregation-bootstrap-port", type=port, default=8998, help="where prefill's registry listens")
+    pd.add_argument(
+        "--disaggregation-bootstrap-allow",
+        action="append",
+        metavar="HOST[:PORT]",
+        help="a registry that decode may ask, repeatable (default: loopback only)",
+    )
+    pd.add_argument("--secret-file", type=Path, default=None, help="shared secret; needed beyond loopback")
+    add_log_level(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    exit_on_sigterm()
+    try:
+        from kvbaton.server.launch import ServeConfig, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
+    config = ServeConfig(
+        model=options.model,
+        served_model_name=options.served_model_name,
+        host=options.host,
+        port=options.port,
+        mode=options.disaggregation_mode,
+        backend=options.disaggregation_transfer_backend,
+        bootstrap_host=options.disaggregation_bootstrap_host,
+        bootstrap_port=options.disaggregation_bootstrap_port,
+        bootstrap_allow=tuple(options.disaggregation_bootstrap_allow or ()),
+        page_size=options.page_size,
+        max_total_tokens=options.max_total_tokens,
+        chunked_prefill_size=options.chunked_prefill_size,
+        max_running_requests=options.max_running_requests,
+        dtype=options.dtype,
+        secret_file=options.secret_file,
+        torch_threads=options.torch_threads,
+        grace_seconds=options.grace_period_secs,
+    )
+    serve(config, listening=lambda bound: _announce(options.host, bound, options.disaggregation_mode))
+    return 0
+
+
+def _announce(host: str, bound: int, mode: str) -> None:
+    print(f"kvbaton serve: {mode} listens at http://{host}:{bound}", file=sys.stderr, flush=True)

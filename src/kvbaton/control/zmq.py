@@ -1,0 +1,355 @@
+"""Links over ZeroMQ: a ROUTER where this rank listens, a DEALER for each link it dials.
+
+What to know:
+
+- Sockets never linger and sends never block. A queue holds :data:`QUEUE_MESSAGES`; what does not fit is dropped and
+  ``send`` says so. Messages sent while a dialled link is not up wait in that queue (``IMMEDIATE`` is off, so that a
+  first message needs no round trip); after a restart of the peer the new process may get messages meant for the old
+  one, which is why every message names an instance.
+- A dialled link is UP when the ZMTP handshake, CURVE included, has succeeded. It is DOWN when the stream breaks or
+  heartbeats stay out. While it is not UP, the address is probed (:mod:`kvbaton.control.probe`), and each refused
+  probe is reported as REFUSED, at most once a second.
+- Without a secret only loopback addresses are used. With one, every message is encrypted, and a rank with another
+  secret gets nothing through: its link never comes UP and is never REFUSED, and what it sends stays in its queue.
+- An accepted link lasts as long as one connection of the dialler: after a reconnect it has another id.
+
+All waiting happens in ``wait``; there is no thread but ZeroMQ's own. This file must not know what messages mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvbaton.control.address import Address
+from kvbaton.control.base import MAX_MESSAGE_BYTES, Arrived, Changed, LinkChange, LinkId, Links
+from kvbaton.control.curve import CurveKeys, Gate
+from kvbaton.control.probe import Finding, Probe
+from kvbaton.errors import ConfigError, OverloadedError
+
+#: Most messages that wait in each direction of a link.
+QUEUE_MESSAGES = 1024
+#: Most items that one ``receive`` returns, and most messages that it takes from one socket.
+BATCH = 256
+SOCKET_BATCH = 64
+#: Most links that may be dialled, and accepted links that are remembered (the one silent for longest goes first).
+MAX_DIALLED = 1024
+MAX_ACCEPTED = 4096
+#: A peer that answers no heartbeat for this long is DOWN; one is sent each interval.
+HEARTBEAT_INTERVAL_SECONDS = 2.0
+HEARTBEAT_TIMEOUT_SECONDS = 6.0
+#: A connection that does not finish its handshake in this time is dropped.
+HANDSHAKE_SECONDS = 5.0
+CONNECT_SECONDS = 3.0
+RECONNECT_FIRST_SECONDS = 0.05
+RECONNECT_LONGEST_SECONDS = 1.0
+#: A new link that is not UP after this time is probed.
+PROBE_AFTER_SECONDS = 0.05
+
+_Socket = zmq.Socket[bytes]
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+
+@dataclass(eq=False, slots=True)
+class _Dialled:
+    """A link we opened: its DEALER, the DEALER's monitor, and the probe of its address."""
+
+    link: LinkId
+    socket: _Socket
+    monitor: _Socket
+    probe: Probe
+    up: bool = False
+
+
+@dataclass(slots=True)
+class _Accepted:
+    """The links others opened: ids by connection (a ROUTER identity), the longest silent first."""
+
+    links: OrderedDict[bytes, LinkId] = field(default_factory=OrderedDict)
+    identities: dict[LinkId, bytes] = field(default_factory=dict)
+    closed: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+
+    def heard(self, identity: bytes, ids: itertools.count[int]) -> LinkId | None:
+        """The link of a message, None if we closed it."""
+        if identity in self.closed:
+            return None
+        link = self.links.get(identity)
+        if link is None:
+            link = self.links[identity] = LinkId(next(ids))
+            self.identities[link] = identity
+            if len(self.links) > MAX_ACCEPTED:
+                self.identities.pop(self.links.popitem(last=False)[1])
+        self.links.move_to_end(identity)
+        return link
+
+    def gone(self, link: LinkId) -> bytes | None:
+        """Forget a link; its identity, if it was known."""
+        identity = self.identities.pop(link, None)
+        if identity is not None:
+            self.links.pop(identity)
+        return identity
+
+    def close(self, link: LinkId) -> None:
+        """Forget a link and ignore what it still brings in."""
+        identity = self.gone(link)
+        if identity is not None:
+            self.closed[identity] = None
+            if len(self.closed) > MAX_ACCEPTED:
+                self.closed.popitem(last=False)
+
+
+class ZmqLinks(Links):
+    """See the module.
+
+    Args:
+        bind: where to listen; port 0 lets the system choose.
+        secret: shared by all ranks that may talk to each other; None: this host only, in the clear.
+        advertise: host that peers dial (an IP address), where it differs from the one in ``bind``.
+
+    Raises ConfigError for an address that cannot be, is taken, or is open to the network without a secret.
+    """
+
+    def __init__(self, bind: str = "tcp://127.0.0.1:0", *, secret: str | None = None, advertise: str = "") -> None:
+        here = Address.parse(bind, any_port=True)
+        if secret is None and not here.is_loopback:
+            hint = "set a secret that all ranks share, or bind to 127.0.0.1"
+            raise ConfigError(f"{here} is open to the network and no secret is set", hint=hint)
+        if here.is_wildcard and not advertise:
+            raise ConfigError(f"{here} says not where peers find this rank: set the host to advertise")
+        shown = Address.parse(f"tcp://{advertise}:0", any_port=True) if advertise else here
+        self._keys = CurveKeys.derive(secret) if secret is not None else None
+        self._inbox: deque[Arrived | Changed] = deque()
+        self._dialled: dict[LinkId, _Dialled] = {}
+        self._accepted = _Accepted()
+        self._ids = itertools.count(1)
+        self._turn = 0
+        self._context: zmq.Context[_Socket] = zmq.Context()
+        self._context.max_sockets = 4 * MAX_DIALLED
+        self._poller = zmq.Poller()
+        self._gate = Gate(self._context, self._keys) if self._keys else None
+        self._router = self._new_socket(zmq.ROUTER, here)
+        try:
+            self._listen(here)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot listen at {here}: {error.strerror}") from error
+        port = Address.parse(self._router.getsockopt_string(zmq.LAST_ENDPOINT)).port
+        self._address = Address(shown.host, port)
+        self._wake_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for readable in (self._router, self._wake_fd, *([self._gate.socket] if self._gate else [])):
+            self._poller.register(readable, zmq.POLLIN)
+
+    def __repr__(self) -> str:
+        up = sum(dialled.up for dialled in self._dialled.values())
+        state = "closed" if self._context.closed else f"dialled={len(self._dialled)} ({up} up)"
+        return f"<ZmqLinks {self._address} {state} accepted={len(self._accepted.links)}>"
+
+    @property
+    def address(self) -> str:
+        return str(self._address)
+
+    def _new_socket(self, kind: int, there: Address) -> _Socket:
+        socket: _Socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = QUEUE_MESSAGES
+        socket.maxmsgsize = MAX_MESSAGE_BYTES
+        socket.sndtimeo = 0
+        socket.ipv6 = there.is_ipv6
+        socket.handshake_ivl = _milliseconds(HANDSHAKE_SECONDS)
+        socket.heartbeat_ivl = _milliseconds(HEARTBEAT_INTERVAL_SECONDS)
+        socket.heartbeat_timeout = socket.heartbeat_ttl = _milliseconds(HEARTBEAT_TIMEOUT_SECONDS)
+        return socket
+
+    def _listen(self, here: Address) -> None:
+        self._router.router_mandatory = True
+        if self._keys:
+            self._keys.guard_server(self._router)
+        self._router.bind(str(here))
+
+    # -- links
+
+    def dial(self, address: str) -> LinkId:
+        there = Address.parse(address)
+        if there.is_wildcard:
+            raise ConfigError(f"{there} is no address of a rank: dial the one it advertises")
+        if self._keys is None and not there.is_loopback:
+            raise ConfigError(f"{there} is on the network and no secret is set: set the one of that rank")
+        if self._context.closed:
+            raise ConfigError(f"links of {self._address} are closed")
+        if len(self._dialled) >= MAX_DIALLED:
+            raise OverloadedError(f"{MAX_DIALLED} links are open: close some")
+        socket = self._new_socket(zmq.DEALER, there)
+        socket.reconnect_ivl = _milliseconds(RECONNECT_FIRST_SECONDS)
+        socket.reconnect_ivl_max = _milliseconds(RECONNECT_LONGEST_SECONDS)
+        socket.connect_timeout = _milliseconds(CONNECT_SECONDS)
+        if self._keys:
+            self._keys.guard_client(socket)
+        dialled = _Dialled(LinkId(next(self._ids)), socket, socket.get_monitor_socket(_EVENTS), Probe(there))
+        socket.connect(str(there))
+        dialled.probe.start(time.monotonic(), PROBE_AFTER_SECONDS)
+        self._poller.register(dialled.socket, zmq.POLLIN)
+        self._poller.register(dialled.monitor, zmq.POLLIN)
+        self._dialled[dialled.link] = dialled
+        return dialled.link
+
+    def send(self, link: LinkId, payload: bytes) -> bool:
+        if len(payload) > MAX_MESSAGE_BYTES:
+            return False
+        identity = self._accepted.identities.get(link)
+        try:
+            if identity is not None:
+                self._router.send_multipart((identity, payload), zmq.NOBLOCK)
+            elif link in self._dialled:
+                self._dialled[link].socket.send(payload, zmq.NOBLOCK)
+            else:
+                return False
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._accepted.gone(link)
+            return False
+        return True
+
+    def close_link(self, link: LinkId) -> None:
+        self._accepted.close(link)
+        dialled = self._dialled.pop(link, None)
+        if dialled is None:
+            return
+        dialled.probe.stop()
+        self._poller.unregister(dialled.socket)
+        self._poller.unregister(dialled.monitor)
+        dialled.socket.disable_monitor()
+        dialled.socket.close(linger=0)
+
+    # -- waiting and receiving
+
+    def receive(self) -> list[Arrived | Changed]:
+        if self._context.closed:
+            return []
+        ready = self._poll(0.0)
+        self._serve(ready)
+        self._read_messages(ready)
+        batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
+        return [item for item in batch if item.link in self._dialled or item.link in self._accepted.identities]
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while not self._inbox and not self._context.closed:
+            due = min((d.probe.due for d in self._dialled.values() if d.probe.due is not None), default=math.inf)
+            ready = self._poll(min(until, due) - time.monotonic())
+            self._serve(ready)
+            if self._wake_fd in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+                return
+            if self._router in ready or any(dialled.socket in ready for dialled in self._dialled.values()):
+                return
+            if time.monotonic() >= until:
+                return
+
+    def wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                with contextlib.suppress(BlockingIOError):  # the counter is full: wait returns anyway
+                    os.eventfd_write(self._wake_fd, 1)
+
+    def _poll(self, timeout_seconds: float) -> set[_Socket | int]:
+        """What is ready, probes' file numbers included."""
+        probing = [d.probe.waits_on.fileno() for d in self._dialled.values() if d.probe.waits_on is not None]
+        for number in probing:
+            self._poller.register(number, zmq.POLLOUT)
+        timeout = None if timeout_seconds == math.inf else math.ceil(max(0.0, timeout_seconds) * 1000)
+        try:
+            return {readable for readable, _ in self._poller.poll(timeout)}
+        finally:
+            for number in probing:
+                self._poller.unregister(number)
+
+    def _serve(self, ready: set[_Socket | int]) -> None:
+        """Everything but messages: who may come in, which links changed, which addresses refuse."""
+        if self._gate and self._gate.socket in ready:
+            self._gate.answer()
+        now = time.monotonic()
+        for dialled in self._dialled.values():
+            if dialled.monitor in ready:
+                self._read_monitor(dialled, now)
+            waits_on = dialled.probe.waits_on
+            finding = dialled.probe.step(now, waits_on is not None and waits_on.fileno() in ready)
+            if finding is Finding.REFUSED:
+                self._inbox.append(Changed(dialled.link, LinkChange.REFUSED))
+
+    def _read_monitor(self, dialled: _Dialled, now: float) -> None:
+        for _ in range(SOCKET_BATCH):
+            try:
+                event = parse_monitor_message(dialled.monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                dialled.up = True
+                dialled.probe.stop()
+                self._inbox.append(Changed(dialled.link, LinkChange.UP))
+            elif event == zmq.EVENT_DISCONNECTED and dialled.up:
+                dialled.up = False
+                dialled.probe.start(now)
+                self._read_dealer(dialled, QUEUE_MESSAGES)  # what came before the break comes first
+                self._inbox.append(Changed(dialled.link, LinkChange.DOWN))
+
+    def _read_messages(self, ready: set[_Socket | int]) -> None:
+        """A few from each socket in turn, beginning with another one each time, until a batch is full."""
+        sources = [None, *(dialled for dialled in self._dialled.values() if dialled.socket in ready)]
+        self._turn = (self._turn + 1) % len(sources)
+        for source in sources[self._turn :] + sources[: self._turn]:
+            if len(self._inbox) >= BATCH:
+                return
+            if source is not None:
+                self._read_dealer(source, SOCKET_BATCH)
+            elif self._router in ready:
+                self._read_router()
+
+    def _read_dealer(self, dialled: _Dialled, most: int) -> None:
+        for _ in range(most):
+            try:
+                frames = dialled.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) == 1:  # anything else is not of ours
+                self._inbox.append(Arrived(dialled.link, frames[0]))
+
+    def _read_router(self) -> None:
+        for _ in range(SOCKET_BATCH):
+            try:
+                identity, *payload = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            link = self._accepted.heard(identity, self._ids) if len(payload) == 1 else None
+            if link is not None:
+                self._inbox.append(Arrived(link, payload[0]))
+
+    def close(self) -> None:
+        if self._context.closed:
+            return
+        for link in list(self._dialled):
+            self.close_link(link)
+        with self._wake_lock:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+        self._router.close(linger=0)
+        if self._gate:
+            self._gate.socket.close(linger=0)
+        self._context.term()
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,160 @@
+"""Prefill and decode over the real facade: two managers in one process, memory links, memory transport."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from engine_kit import PATIENCE_SECONDS, Caller, call, generate, make_pools, make_prompt
+
+from kvbaton.control.memory import Network
+from kvbaton.engine.decode import decode_scheduler
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.prefill import prefill_scheduler
+from kvbaton.engine.request import Request, Sampling
+from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
+from kvbaton.engine.unified import unified_scheduler
+from kvbaton.errors import KVBatonError
+from kvbaton.layout import CacheLayout
+from kvbaton.manager import KVManager, KVPoll, new_instance
+from kvbaton.transports.memory import MemoryTransport
+
+CONFIG = SchedulerConfig(chunked_prefill_size=32)
+POLL_SECONDS = 0.001
+
+
+@dataclass
+class Pair:
+    source: KVManager
+    target: KVManager
+    prefill: Scheduler
+    decode: Scheduler
+
+    def request(self, room: int, length: int, count: int, **sampling: object) -> Request:
+        fields: dict = {"temperature": 0.0, "ignore_eos": True, "max_tokens": count, **sampling}
+        return Request(
+            request_id=f"r{room}",
+            prompt_tokens=make_prompt(length, room),
+            sampling=Sampling(**fields),
+            room=room,
+            sources=(self.source.address,),
+        )
+
+    def ask(self, request: Request) -> tuple[Caller, Caller]:
+        return call(self.prefill, request), call(self.decode, request)
+
+    def assert_nothing_held(self) -> None:
+        for scheduler, manager in ((self.prefill, self.source), (self.decode, self.target)):
+            assert scheduler.wait_quiet(PATIENCE_SECONDS), scheduler
+            assert (scheduler.stats().pages_used, scheduler.stats().slots_used) == (0, 0)
+            assert manager.leased_rooms == 0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    pause = threading.Event()
+    for _ in range(int(PATIENCE_SECONDS / POLL_SECONDS)):
+        if condition():
+            return
+        pause.wait(POLL_SECONDS)
+    raise AssertionError(f"never: {what}")
+
+
+@contextmanager
+def pair(model: LoadedModel, *, source: dict | None = None, target: dict | None = None) -> Iterator[Pair]:
+    network = Network()
+
+    def manager(layout: CacheLayout, group: str) -> KVManager:
+        instance = new_instance()
+        return KVManager(layout, MemoryTransport(instance), network.listen(), instance=instance, group=group)
+
+    pools = make_pools(model, **(source or {})), make_pools(model, **(target or {}))
+    with (
+        manager(pools[0].layout, "prefill") as sends,
+        manager(pools[1].layout, "decode") as receives,
+        prefill_scheduler(model, pools[0], sends, CONFIG) as prefill,
+        decode_scheduler(model, pools[1], receives, CONFIG) as decode,
+    ):
+        yield Pair(sends, receives, prefill, decode)
+
+
+@pytest.mark.parametrize("target_page_size", [16, 64, 5])
+def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) -> None:
+    with pair(any_model, target={"page_size": target_page_size}) as both:
+        for room, length in enumerate((1, 16, 17, 32, 33, 100), start=1):
+            request = both.request(room, length, 12)
+            first, answer = both.ask(request)
+            expected = generate(any_model, request.prompt_tokens, 12)
+            assert answer.wait().tokens == expected, length
+            assert first.wait().tokens == expected[:1]
+            geometry = any_model.geometry
+            per_token = geometry.layers * 2 * geometry.kv_heads * geometry.head_bytes
+            assert answer.outputs[0].handoff_bytes >= length * per_token + 64  # whole pages may travel
+            assert answer.outputs[0].handoff_seconds > 0
+        both.assert_nothing_held()
+
+
+def test_many_rooms_at_once_through_small_pools(model: LoadedModel) -> None:
+    small = {"pages": 24, "aux_slots": 3}
+    with pair(model, source=small, target=small) as both:
+        requests = [both.request(room, 3 + 13 * room, 5 + room) for room in range(16)]
+        callers = [both.ask(request) for request in requests]
+        for request, (first, answer) in zip(requests, callers, strict=True):
+            expected = generate(model, request.prompt_tokens, request.sampling.max_tokens)
+            assert answer.wait().tokens == expected
+            assert first.wait().tokens == expected[:1]
+        both.assert_nothing_held()
+
+
+def test_sampled_tokens_equal_one_process(model: LoadedModel) -> None:
+    with pair(model) as both, unified_scheduler(model, make_pools(model), CONFIG) as engine:
+        for room in range(4):
+            request = both.request(room, 20 + 30 * room, 20, temperature=1.0, top_p=0.9, seed=room, logprobs=True)
+            expected = call(engine, request).wait()
+            _, answer = both.ask(request)
+            assert answer.wait().tokens == expected.tokens
+            assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_a_target_that_opens_before_the_sender_exists_is_served(model: LoadedModel) -> None:
+    with pair(model) as both:
+        for caller in both.ask(both.request(1, 4, 2)):
+            caller.wait()
+        request = both.request(2, 40, 6)
+        answer = call(both.decode, request)
+        receivers = both.target._sides
+        until(lambda: receivers["target", 2].poll() == KVPoll.WaitingForInput, "room 2 is open")
+        call(both.prefill, request)
+        assert answer.wait().tokens == generate(model, request.prompt_tokens, 6)
+        both.assert_nothing_held()
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("after_outputs", [0, 1])
+def test_abort_ends_both_sides_and_returns_everything(model: LoadedModel, side: str, after_outputs: int) -> None:
+    with pair(model) as both:
+        for room in range(10):
+            first, answer = both.ask(both.request(room, 100, 100))
+            if after_outputs:
+                assert answer.first.wait(PATIENCE_SECONDS)
+            getattr(both, side).abort(f"r{room}")
+            assert first.wait().last.final
+            if side == "decode" or not after_outputs:
+                assert answer.wait().last.final
+            both.decode.abort(f"r{room}")
+            answer.wait()
+        both.assert_nothing_held()
+
+
+def test_a_lost_prefill_ends_what_waits_for_it(model: LoadedModel) -> None:
+    with pair(model) as both:
+        for caller in both.ask(both.request(1, 4, 2)):
+            caller.wait()
+        orphan = call(both.decode, both.request(2, 40, 6))
+        assert both.prefill.close()
+        both.source.close()
+        assert isinstance(orphan.wait().last.error, KVBatonError)
+        assert both.decode.wait_quiet(PATIENCE_SECONDS)
+        assert both.decode.stats().pages_used == 0

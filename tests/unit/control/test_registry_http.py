@@ -1,0 +1,284 @@
+"""The registry over real HTTP: routes, secrets, the client's retries, its cache and its endless registration."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from kvbaton.control.access import bearer_matches, is_loopback, read_secret
+from kvbaton.control.registry import Registered, Registry, Route, Sizes
+from kvbaton.control.registry_client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
+from kvbaton.control.registry_server import MAX_ROUTE_BYTES, registry_app, start_registry
+from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
+from kvbaton.server.lifecycle import port_of, reserve
+from kvbaton.testing.http import run, serving
+
+SECRET = "a secret of enough characters"
+ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
+
+
+class Sleeps:
+    """Pauses that take no time and are remembered."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+
+    async def __call__(self, seconds: float) -> None:
+        self.taken.append(seconds)
+        await asyncio.sleep(0)
+
+
+def port_in(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def free_port() -> int:
+    with reserve("127.0.0.1", 0) as bound:
+        return port_of(bound)
+
+
+def test_register_then_look_up():
+    async def test() -> None:
+        async with serving(registry_app(Registry())) as url, RegistryClient(sleep=Sleeps()) as client:
+            port = port_in(url)
+            assert (await client.register("127.0.0.1", port, ROUTE)).replaced == ""
+            assert await client.lookup("127.0.0.1", port) == ("tcp://127.0.0.1:41000",)
+            assert (await client.topology("localhost", port)).ranks == (ROUTE,)
+            await client.unregister("127.0.0.1", port, "i1")
+            client.invalidate("127.0.0.1", port)
+            with pytest.raises(RegistryError, match="no prefill rank is registered"):
+                await client.lookup("127.0.0.1", port)
+
+    run(test())
+
+
+def test_an_incomplete_group_is_503_and_says_what_is_missing():
+    async def test() -> None:
+        sleeps = Sleeps()
+        async with serving(registry_app(Registry())) as url, RegistryClient(sleep=sleeps, attempts=3) as client:
+            half = Route(**_fields(sizes=Sizes(tp=2)))
+            await client.register("127.0.0.1", port_in(url), half)
+            async with aiohttp.ClientSession() as session, session.get(f"{url}/route") as response:
+                assert response.status == 503
+                assert response.headers["Retry-After"] == "1"
+                assert "missing dp0.pp0.cp0.tp1" in (await response.json())["error"]["message"]
+            with pytest.raises(RegistryError, match=rf"127.0.0.1:{port_in(url)} answered HTTP 503.*tp1.*3 attempts"):
+                await client.lookup("127.0.0.1", port_in(url))
+            assert sleeps.taken == [FIRST_PAUSE_SECONDS, 2 * FIRST_PAUSE_SECONDS]
+
+    run(test())
+
+
+def _fields(**changes: object) -> dict[str, object]:
+    fields = {name: getattr(ROUTE, name) for name in ROUTE.__struct_fields__}
+    return {**fields, **changes}
+
+
+def test_nobody_listening_is_an_error_that_names_host_and_port():
+    async def test() -> None:
+        port = free_port()
+        async with RegistryClient(sleep=Sleeps(), attempts=2) as client:
+            with pytest.raises(RegistryError, match=rf"127\.0\.0\.1:{port} cannot be reached.*2 attempts") as caught:
+                await client.lookup("127.0.0.1", port)
+            assert caught.value.peer == f"127.0.0.1:{port}"
+
+    run(test())
+
+
+def test_a_silent_registry_runs_into_the_timeout():
+    async def test() -> None:
+        gone = asyncio.Event()
+
+        async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            gone.set()
+
+        server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            async with RegistryClient(sleep=Sleeps(), attempts=1, timeout_seconds=0.05) as client:
+                with pytest.raises(RegistryError, match=r"did not answer within 0\.05 s"):
+                    await client.lookup("127.0.0.1", port)
+            await gone.wait()
+
+    run(test())
+
+
+def test_every_route_but_health_needs_the_secret():
+    async def test() -> None:
+        async with serving(registry_app(Registry(), secret=SECRET)) as url, aiohttp.ClientSession() as session:
+            for headers, status in [
+                ({}, 401),
+                ({"Authorization": "Bearer wrong"}, 401),
+                ({"Authorization": f"Basic {SECRET}"}, 401),
+                ({"Authorization": f"Bearer {SECRET}"}, 503),
+            ]:
+                async with session.get(f"{url}/route", headers=headers) as response:
+                    assert response.status == status, headers
+            async with session.get(f"{url}/health") as response:
+                assert response.status == 200
+
+            port = port_in(url)
+            async with RegistryClient(secret=SECRET) as client:
+                await client.register("127.0.0.1", port, ROUTE)
+                assert await client.lookup("127.0.0.1", port) == (ROUTE.address,)
+            sleeps = Sleeps()
+            async with RegistryClient(secret="another secret altogether", sleep=sleeps) as client:
+                with pytest.raises(AuthenticationError, match="not this deployment's"):
+                    await client.register("127.0.0.1", port, ROUTE)
+            assert not sleeps.taken  # a retry would not help
+
+    run(test())
+
+
+def test_garbage_is_400_and_too_much_of_it_413():
+    async def test() -> None:
+        async with serving(registry_app(Registry())) as url, aiohttp.ClientSession() as session:
+            for body, status in [
+                (b"", 400),
+                (b"nonsense", 400),
+                (b"\xff\xfe", 400),
+                (b"x" * (MAX_ROUTE_BYTES + 1), 413),
+            ]:
+                async with session.put(f"{url}/route", data=body) as response:
+                    assert response.status == status
+                    assert (await response.json())["error"]["message"]
+            async with session.delete(f"{url}/route") as response:
+                assert response.status == 400
+            async with session.post(f"{url}/route") as response:
+                assert response.status == 405
+
+    run(test())
+
+
+def test_a_replaced_instance_learns_that_it_was():
+    async def test() -> None:
+        async with serving(registry_app(Registry())) as url, RegistryClient(sleep=Sleeps()) as client:
+            port = port_in(url)
+            await client.register("127.0.0.1", port, ROUTE)
+            newer = Route(**_fields(instance="i2"))
+            assert (await client.register("127.0.0.1", port, newer)).replaced == "i1"
+            with pytest.raises(LocalProtocolError, match="i1 was replaced"):
+                await client.register_forever("127.0.0.1", port, ROUTE)
+
+    run(test())
+
+
+def test_registering_forever_survives_a_registry_that_restarts():
+    async def test() -> None:
+        port, answers = free_port(), asyncio.Queue()
+        async with RegistryClient(sleep=Sleeps(), attempts=1) as client:
+            task = asyncio.create_task(
+                client.register_forever("127.0.0.1", port, ROUTE, registered=answers.put_nowait)  # nobody there yet
+            )
+            for _ in range(2):
+                registry = Registry()
+                async with serving(registry_app(registry), port=port):
+                    while not answers.empty():
+                        answers.get_nowait()
+                    assert isinstance(await answers.get(), Registered)
+                    assert len(registry) == 1
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(test())
+
+
+def test_lookups_are_cached_for_a_moment_and_forgotten_on_demand():
+    async def test() -> None:
+        registry, now = Registry(), [0.0]
+        app = registry_app(registry, clock=lambda: 0.0)
+        async with serving(app) as url, RegistryClient(clock=lambda: now[0]) as client:
+            port = port_in(url)
+            await client.register("127.0.0.1", port, ROUTE)
+            first = await client.topology("127.0.0.1", port)
+            registry.register(Route(**_fields(instance="i2", address="tcp://127.0.0.1:42000")), 0.0)
+            assert await client.topology("127.0.0.1", port) is first
+            now[0] = CACHE_SECONDS
+            assert (await client.lookup("127.0.0.1", port)) == ("tcp://127.0.0.1:42000",)
+            client.invalidate("127.0.0.1", port)
+            assert not client._cache
+
+    run(test())
+
+
+def test_what_is_remembered_of_lookups_is_bounded():
+    async def test() -> None:
+        async with RegistryClient(attempts=1, sleep=Sleeps()) as client:
+            for port in range(1, MAX_CACHED + 20):
+                client._lock(("127.0.0.1", port))
+            assert len(client._locks) == MAX_CACHED
+
+    run(test())
+
+
+@pytest.mark.parametrize(("host", "port"), [("a/b", 1), ("a b", 1), ("", 1), ("x", 0), ("x", 70000), ("x?y", 1)])
+def test_what_is_no_address_is_refused_before_anything_is_sent(host: str, port: int):
+    async def test() -> None:
+        async with RegistryClient() as client:
+            with pytest.raises(ConfigError, match="no address of a registry"):
+                await client.lookup(host, port)
+
+    run(test())
+
+
+def test_a_redirect_is_not_followed():
+    async def test() -> None:
+        from aiohttp import web
+
+        app = web.Application()
+
+        async def elsewhere(_request: web.Request) -> web.Response:
+            raise web.HTTPFound("http://127.0.0.1:1/secret")
+
+        app.router.add_get("/route", elsewhere)
+        async with serving(app) as url, RegistryClient(attempts=1) as client:
+            with pytest.raises(RegistryError, match="answered HTTP 302, but not as a kvbaton registry"):
+                await client.lookup("127.0.0.1", port_in(url))
+
+    run(test())
+
+
+def test_an_open_bind_needs_a_secret_and_a_used_port_is_named():
+    async def test() -> None:
+        app = registry_app(Registry())
+        with pytest.raises(ConfigError, match=r"0\.0\.0\.0, which others can reach, without a shared secret"):
+            await start_registry(app, host="0.0.0.0", port=0)
+        async with serving(registry_app(Registry())) as url:
+            with pytest.raises(ConfigError, match=rf"cannot listen at 127\.0\.0\.1:{port_in(url)}"):
+                await start_registry(app, host="127.0.0.1", port=port_in(url))
+        runner = await start_registry(registry_app(Registry()), host="127.0.0.1", port=0)
+        await runner.cleanup()
+
+    run(test())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+def test_loopback(host: str):
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com", "localhost.evil.com", ""])
+def test_not_loopback(host: str):
+    assert not is_loopback(host)
+
+
+def test_bearer_tokens():
+    assert bearer_matches(f"Bearer {SECRET}", SECRET)
+    assert bearer_matches(f"bearer {SECRET}", SECRET)
+    for header in (None, "", "Bearer", f"Bearer {SECRET}x", SECRET, "Bearer \udcff"):
+        assert not bearer_matches(header, SECRET)
+
+
+def test_secret_files(tmp_path):
+    path = tmp_path / "secret"
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_secret(path)
+    path.write_text("short\n")
+    with pytest.raises(ConfigError, match="16 to 1024"):
+        read_secret(path)
+    path.write_text(f"  {SECRET}\n")
+    assert read_secret(path) == SECRET

@@ -1,0 +1,679 @@
+"""The router between real servers on loopback: both legs, their failures, and workers that come and go."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from io import BytesIO
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+
+from kvbaton.control.registry import Registry, Route
+from kvbaton.control.registry_client import RegistryClient
+from kvbaton.control.registry_server import registry_app
+from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.server.api import ApiServer
+from kvbaton.server.intake import ApiConfig
+from kvbaton.server.legs import mint_room, strip
+from kvbaton.server.lifecycle import listen, port_of, reserve
+from kvbaton.server.router import MAX_BODY_BYTES, Router, RouterConfig, second_rid
+from kvbaton.server.workers import Worker, Workers, parse_worker
+from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.testing.http import run, serving
+
+ANSWER = {"object": "text_completion", "choices": [{"text": "hi", "index": 0}]}
+EVENTS = b'data: {"choices":[{"text":"h"}]}\n\n', b'data: {"choices":[{"text":"i"}]}\n\n', b"data: [DONE]\n\n"
+
+
+class Backend:
+    """A worker whose behaviour a test writes: ``behave`` answers one request."""
+
+    def __init__(self, behave: Callable[[web.Request, dict], Awaitable[web.StreamResponse]]) -> None:
+        self.behave = behave
+        self.bodies: list[dict] = []
+        self.arrived = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.ready = 200
+        self.aborts: list[str] = []
+        self.probed: asyncio.Queue[None] = asyncio.Queue()
+        self.app = web.Application(client_max_size=64 << 20)
+        self.app.router.add_post("/v1/completions", self._completions)
+        self.app.router.add_post("/abort_request", self._abort)
+        self.app.router.add_get("/ready", self._ready)
+        self.app.router.add_get("/v1/models", self._models)
+        self.app.router.add_get("/get_server_info", self._info)
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.arrived.set()
+        try:
+            return await self.behave(request, body)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborts.append((await request.json())["rid"])
+        return web.json_response({})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        self.probed.put_nowait(None)
+        return web.json_response({"reason": "still loading"}, status=self.ready)
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    async def _info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"model": "m"})
+
+
+async def answer(_request: web.Request, _body: dict) -> web.StreamResponse:
+    return web.json_response(ANSWER)
+
+
+async def stream(request: web.Request, _body: dict) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for piece in EVENTS:
+        await response.write(piece)
+    await response.write_eof()
+    return response
+
+
+async def hang(_request: web.Request, _body: dict) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+def fail(status: int, code: str, message: str):
+    async def behave(_request: web.Request, _body: dict) -> web.StreamResponse:
+        error = {"message": message, "type": "t", "code": code, "param": None}
+        return web.json_response({"error": error}, status=status)
+
+    return behave
+
+
+async def vanish(request: web.Request, _body: dict) -> web.StreamResponse:
+    """Close the connection without a word, as a killed process does."""
+    assert request.transport is not None
+    request.transport.abort()
+    raise asyncio.CancelledError
+
+
+def answer_after(prefills: list[Backend]):
+    """What a decode server does: answers when one of ``prefills`` has been asked, unless that one failed."""
+
+    async def behave(request: web.Request, body: dict) -> web.StreamResponse:
+        def asked() -> list[Backend]:
+            rooms = [(backend, sent["bootstrap_room"]) for backend in prefills for sent in backend.bodies]
+            return [backend for backend, room in rooms if room == body["bootstrap_room"]]
+
+        while not asked():
+            await asyncio.sleep(0)
+        return await (answer if asked()[0].behave is answer else hang)(request, body)
+
+    return behave
+
+
+class Setup:
+    """A router in front of backends, and a session that speaks to it."""
+
+    def __init__(self, router: Router, session: aiohttp.ClientSession, url: str, urls: dict[Backend, str]) -> None:
+        self.router = router
+        self.session = session
+        self.url = url
+        self.urls = urls
+
+    async def post(self, status: int = 200, path: str = "/v1/completions", **fields: object) -> dict:
+        async with self.session.post(self.url + path, json={"prompt": "x", **fields}) as response:
+            body = await response.json()
+            assert response.status == status, body
+            assert ("Retry-After" in response.headers) == (status == 503)
+            return body
+
+    async def get(self, path: str, status: int = 200) -> dict:
+        async with self.session.get(self.url + path) as response:
+            assert response.status == status
+            return await response.json()
+
+    async def metric(self, line: str) -> float:
+        async with self.session.get(f"{self.url}/metrics") as response:
+            found = [row for row in (await response.text()).splitlines() if row.startswith(line + " ")]
+        return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+
+@asynccontextmanager
+async def routed(prefills: list[Backend], decodes: list[Backend], **config: object) -> AsyncIterator[Setup]:
+    async with AsyncExitStack() as closing:
+        urls = {backend: await closing.enter_async_context(serving(backend.app)) for backend in [*prefills, *decodes]}
+        workers = (
+            *(Worker("prefill", urls[backend], 8998) for backend in prefills),
+            *(Worker("decode", urls[backend]) for backend in decodes),
+        )
+        router = Router(RouterConfig(workers=workers, **{"probe_interval_seconds": 60.0, **config}))
+        url = await closing.enter_async_context(serving(router.app))
+        await router.workers.probe_all()
+        session = await closing.enter_async_context(aiohttp.ClientSession())
+        yield Setup(router, session, url, urls)
+
+
+def test_both_legs_get_the_same_room_and_the_client_gets_decodes_answer():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with routed([prefill], [decode]) as setup:
+            assert await setup.post(temperature=0, stream_options=None) == ANSWER
+            await prefill.arrived.wait()
+            (one,), (two,) = prefill.bodies, decode.bodies
+            room = one["bootstrap_room"]
+            assert 0 < room < 1 << 63
+            for body in (one, two):
+                assert (body["prompt"], body["temperature"]) == ("x", 0)
+                assert (body["bootstrap_host"], body["bootstrap_port"]) == ("127.0.0.1", 8998)
+                assert body["bootstrap_room"] == room
+            assert one["rid"] == two["rid"]
+            await setup.post()
+            assert prefill.bodies[1]["bootstrap_room"] != room
+            assert await setup.metric('kvbaton_requests_total{outcome="ok",route="/v1/completions"}') == 2
+
+    run(test())
+
+
+def test_a_stream_passes_through_and_prefill_is_not_asked_to_stream():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(stream)
+        async with routed([prefill], [decode]) as setup:
+            fields = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+            async with setup.session.post(f"{setup.url}/v1/completions", json=fields) as response:
+                assert response.headers["Content-Type"].startswith("text/event-stream")
+                assert int(response.headers["X-KVBaton-Room"]) == decode.bodies[0]["bootstrap_room"]
+                assert await response.read() == b"".join(EVENTS)
+            assert decode.bodies[0]["stream"] is True
+            assert prefill.bodies[0]["stream"] is False
+            assert prefill.bodies[0]["stream_options"] is None
+
+    run(test())
+
+
+def test_topology_from_a_client_is_dropped():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with routed([prefill], [decode]) as setup:
+            await setup.post(bootstrap_host="evil", bootstrap_port=1, bootstrap_room=7, kv_transfer_params={"a": 1})
+            body = decode.bodies[0]
+            assert body["bootstrap_host"] == "127.0.0.1"
+            assert body["bootstrap_room"] != 7
+            assert "kv_transfer_params" not in body
+
+    run(test())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_failing_prefill_is_the_clients_answer_at_once_and_ends_the_decode_leg(streamed):
+    async def test() -> None:
+        prefill, decode = Backend(fail(504, "expired", "nobody collected the prompt")), Backend(hang)
+        async with routed([prefill], [decode]) as setup:
+            error = (await setup.post(504, stream=streamed))["error"]
+            assert error["code"] == "expired"
+            assert error["message"] == f"prefill {setup.urls[prefill]}: nobody collected the prompt"
+            await decode.cancelled.wait()
+            assert await setup.metric('kvbaton_requests_total{outcome="expired",route="/v1/completions"}') == 1
+
+    run(test())
+
+
+def test_a_failing_decode_is_the_clients_answer_at_once_and_ends_the_prefill_leg():
+    async def test() -> None:
+        prefill, decode = Backend(hang), Backend(fail(503, "peer_lost", "it died"))
+        async with routed([prefill], [decode]) as setup:
+            error = (await setup.post(503))["error"]
+            assert error["message"] == f"decode {setup.urls[decode]}: it died"
+            await prefill.cancelled.wait()
+
+    run(test())
+
+
+def test_the_clients_own_mistake_comes_back_as_the_worker_said_it():
+    async def test() -> None:
+        wrong = fail(400, "config", "top_p: must be above 0")
+        async with routed([Backend(wrong)], [Backend(hang)]) as setup:
+            assert (await setup.post(400))["error"]["message"] == "top_p: must be above 0"
+
+    run(test())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_goes_away_ends_both_legs(streamed):
+    async def test() -> None:
+        prefill, decode = Backend(hang), Backend(hang)
+        async with routed([prefill], [decode]) as setup:
+            url = f"{setup.url}/v1/completions"
+            asking = asyncio.create_task(setup.session.post(url, json={"prompt": "x", "stream": streamed}))
+            await prefill.arrived.wait()
+            await decode.arrived.wait()
+            asking.cancel()
+            await prefill.cancelled.wait()
+            await decode.cancelled.wait()
+            assert await setup.router.gate.emptied(5)
+
+    run(test())
+
+
+def test_a_client_that_goes_away_within_a_stream_ends_the_decode_leg():
+    async def test() -> None:
+        async def begin(request: web.Request, body: dict) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(EVENTS[0])
+            return await hang(request, body)
+
+        decode = Backend(begin)
+        async with routed([Backend(answer)], [decode]) as setup:
+            url = f"{setup.url}/v1/completions"
+            response = await setup.session.post(url, json={"prompt": "x", "stream": True})
+            assert await response.content.readuntil(b"\n\n") == EVENTS[0]
+            response.close()
+            await decode.cancelled.wait()
+            assert await setup.router.gate.emptied(5)
+            assert await setup.metric('kvbaton_requests_total{outcome="disconnected",route="/v1/completions"}') == 1
+
+    run(test())
+
+
+def test_a_decode_that_breaks_off_within_a_stream_is_an_error_event():
+    async def test() -> None:
+        read = asyncio.Event()
+
+        async def break_off(request: web.Request, _body: dict) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(EVENTS[0])
+            await read.wait()
+            assert request.transport is not None
+            request.transport.close()
+            return response
+
+        async with routed([Backend(answer)], [decode := Backend(break_off)]) as setup:
+            async with setup.session.post(
+                f"{setup.url}/v1/completions", json={"prompt": "x", "stream": True}
+            ) as response:
+                assert await response.content.readuntil(b"\n\n") == EVENTS[0]
+                read.set()
+                blocks = (await response.read()).split(b"\n\n")
+            error = json.loads(blocks[0].removeprefix(b"data: "))["error"]
+            assert error["code"] == "peer_lost"
+            assert setup.urls[decode] in error["message"]
+            assert blocks[1:] == [b""]
+            assert await setup.metric('kvbaton_requests_total{outcome="peer_lost",route="/v1/completions"}') == 1
+
+    run(test())
+
+
+def test_prefill_failing_after_decode_has_answered_changes_nothing():
+    async def test() -> None:
+        decoding = asyncio.Event()
+
+        async def late(_request: web.Request, _body: dict) -> web.StreamResponse:
+            await decoding.wait()
+            return await fail(500, "internal", "too late to matter")(_request, _body)
+
+        async def slow_stream(request: web.Request, _body: dict) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(EVENTS[0])
+            decoding.set()
+            for piece in EVENTS[1:]:
+                await response.write(piece)
+            await response.write_eof()
+            return response
+
+        async with (
+            routed([Backend(late)], [Backend(slow_stream)]) as setup,
+            setup.session.post(f"{setup.url}/v1/completions", json={"prompt": "x", "stream": True}) as response,
+        ):
+            assert await response.read() == b"".join(EVENTS)
+
+    run(test())
+
+
+def test_workers_take_turns():
+    async def test() -> None:
+        prefills, decodes = [Backend(answer) for _ in range(2)], [Backend(answer) for _ in range(3)]
+        async with routed(prefills, decodes) as setup:
+            for _ in range(6):
+                await setup.post()
+            assert [len(backend.bodies) for backend in prefills] == [3, 3]
+            assert [len(backend.bodies) for backend in decodes] == [2, 2, 2]
+
+    run(test())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("trouble", [vanish, fail(503, "draining", "stopping")])
+def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
+    async def test() -> None:
+        bad, good, other = Backend(trouble), Backend(answer), Backend(answer)
+        prefills, decodes = ([bad, good], [other]) if role == "prefill" else ([other], [bad, good])
+        if role == "prefill":
+            other.behave = answer_after(prefills)
+        async with routed(prefills, decodes) as setup:
+            assert await setup.post(rid="mine") == ANSWER
+            assert good.bodies[0]["bootstrap_room"] != bad.bodies[0]["bootstrap_room"]
+            assert good.bodies[0]["rid"] == second_rid("mine") == "mine~2"
+            assert other.bodies[-1]["rid"] == "mine~2"
+            assert await setup.metric("kvbaton_router_retries_total") == 1
+            line = f'kvbaton_router_worker_usable{{role="{role}",worker="{setup.urls[bad]}"}}'
+            assert await setup.metric(line) == 0
+            await setup.post()
+            assert len(bad.bodies) == 1  # it is out until a probe succeeds
+            await setup.router.workers.probe_all()
+            await setup.post()
+            await setup.post()
+            assert len(bad.bodies) == 2
+
+    run(test())
+
+
+def test_without_another_worker_the_client_is_told_which_one_is_gone():
+    async def test() -> None:
+        async with routed([bad := Backend(vanish)], [decode := Backend(hang)]) as setup:
+            error = (await setup.post(503))["error"]
+            assert error["code"] == "peer_lost"
+            assert error["message"].startswith(f"prefill {setup.urls[bad]}: the server cannot be reached or went away")
+            await decode.cancelled.wait()
+
+    run(test())
+
+
+def test_a_second_failure_is_final():
+    async def test() -> None:
+        bad = [Backend(vanish) for _ in range(3)]
+        async with routed(bad, [Backend(hang)]) as setup:
+            await setup.post(503)
+            assert sorted(len(backend.bodies) for backend in bad) == [0, 1, 1]
+
+    run(test())
+
+
+def test_a_worker_that_is_down_is_skipped_and_comes_back_by_itself():
+    async def test() -> None:
+        port = _free_port()
+        decode = Backend(answer)
+        async with AsyncExitStack() as closing:
+            prefill_url = await closing.enter_async_context(serving(Backend(answer).app))
+            decode_url = await closing.enter_async_context(serving(decode.app))
+            workers = (
+                Worker("prefill", prefill_url),
+                Worker("prefill", f"http://127.0.0.1:{port}"),
+                Worker("decode", decode_url),
+            )
+            router = Router(RouterConfig(workers=workers, probe_interval_seconds=0.01))
+            url = await closing.enter_async_context(serving(router.app))
+            session = await closing.enter_async_context(aiohttp.ClientSession())
+            setup = Setup(router, session, url, {})
+            await setup.post()
+            await setup.post()
+            assert "cannot be reached" in workers[1].trouble
+            late = Backend(answer)
+            async with serving(late.app, port=port):
+                for _ in range(2):  # the second probe has begun: the first one's answer has been taken in
+                    await late.probed.get()
+                await setup.post()
+                await setup.post()
+                assert late.bodies
+            await setup.post()
+
+    run(test())
+
+
+def _free_port() -> int:
+    with reserve("127.0.0.1", 0) as bound:
+        return port_of(bound)
+
+
+def test_the_first_request_after_a_restart_does_not_wait_for_a_probe():
+    async def test() -> None:
+        port = _free_port()
+        async with serving(Backend(answer).app) as decode_url:
+            workers = (Worker("prefill", f"http://127.0.0.1:{port}"), Worker("decode", decode_url))
+            router = Router(RouterConfig(workers=workers, probe_interval_seconds=3600.0))
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                setup = Setup(router, session, url, {})
+                error = (await setup.post(503))["error"]
+                assert (
+                    f"no prefill server takes requests (http://127.0.0.1:{port}: cannot be reached" in error["message"]
+                )
+                async with serving(Backend(answer).app, port=port):
+                    assert await setup.post() == ANSWER
+
+    run(test())
+
+
+def test_readiness_follows_the_workers():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with routed([prefill], [decode]) as setup:
+            assert await setup.get("/health") == {"status": "ok"}
+            assert await setup.get("/ready") == {"ready": True, "reason": ""}
+            decode.ready = 503
+            await setup.router.workers.probe_all()
+            assert (await setup.get("/ready", 503))["reason"] == "no decode server takes requests"
+            assert "still loading" in setup.router.workers.all[1].trouble
+            assert "still loading" in (await setup.post(503))["error"]["message"]
+            decode.ready = 200
+            await setup.router.workers.probe_all()
+            await setup.get("/ready")
+            setup.router.gate.shut()
+            assert (await setup.get("/ready", 503))["reason"] == "the router is stopping"
+            assert (await setup.post(503))["error"]["code"] == "draining"
+
+    run(test())
+
+
+def test_silence_takes_a_worker_out_at_the_second_probe():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with serving(prefill.app) as one, serving(decode.app) as two, aiohttp.ClientSession() as session:
+            workers = (Worker("prefill", one), Worker("decode", two))
+            probes = Workers(workers, session, probe_timeout_seconds=0.2)
+            await probes.probe_all()
+            assert probes.usable("decode")
+            silent = Workers(workers, session, probe_timeout_seconds=1e-9)
+            await silent.probe_all()
+            assert silent.usable("decode")
+            await silent.probe_all()
+            assert workers[1].trouble == "/ready does not answer"
+            with pytest.raises(PeerLostError, match="does not answer"):
+                silent.next("decode")
+            await probes.probe_all()
+            assert probes.usable("decode")
+
+    run(test())
+
+
+def test_a_request_that_takes_too_long_is_504_or_an_error_event():
+    async def test() -> None:
+        async def begin(request: web.Request, body: dict) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(EVENTS[0])
+            return await hang(request, body)
+
+        prefill, decode = Backend(answer), Backend(hang)
+        async with routed([prefill], [decode], request_timeout_seconds=0.1) as setup:
+            assert (await setup.post(504))["error"]["code"] == "expired"
+            await decode.cancelled.wait()
+            decode.behave = begin
+            async with setup.session.post(
+                f"{setup.url}/v1/completions", json={"prompt": "x", "stream": True}
+            ) as response:
+                blocks = (await response.read()).split(b"\n\n")
+            assert json.loads(blocks[1].removeprefix(b"data: "))["error"]["code"] == "expired"
+            assert blocks[2:] == [b""]
+
+    run(test())
+
+
+def test_garbage_never_reaches_a_worker():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with routed([prefill], [decode]) as setup:
+            for body in (b"", b"[]", b"nonsense", b"\xff", b'{"a":', b"3"):
+                async with setup.session.post(f"{setup.url}/v1/completions", data=body) as response:
+                    assert response.status == 400
+            large = BytesIO(b" " * (MAX_BODY_BYTES + 1))
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+                assert response.status == 413
+            assert not prefill.bodies
+            assert not decode.bodies
+
+    run(test())
+
+
+def test_a_large_prompt_passes():
+    async def test() -> None:
+        decode = Backend(answer)
+        async with routed([Backend(answer)], [decode]) as setup:
+            prompt = "x" * (2 << 20)
+            large = BytesIO(json.dumps({"prompt": prompt}).encode())
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+                assert response.status == 200
+            assert decode.bodies[0]["prompt"] == prompt
+
+    run(test())
+
+
+def test_merged_routes_and_aborting():
+    async def test() -> None:
+        prefill, decodes = Backend(answer), [Backend(answer), Backend(answer)]
+        async with routed([prefill], decodes) as setup:
+            assert (await setup.get("/v1/models"))["data"] == [{"id": "m"}]
+            info = await setup.get("/get_server_info")
+            assert info == await setup.get("/server_info")
+            assert [worker["info"] for worker in info["decode"]] == [{"model": "m"}] * 2
+            assert info["prefill"][0]["url"] == setup.urls[prefill]
+            async with setup.session.post(f"{setup.url}/abort_request", json={"rid": "r"}) as response:
+                assert await response.json() == {"rid": "r"}
+            assert all(sorted(backend.aborts) == ["r", "r~2"] for backend in [prefill, *decodes])
+
+    run(test())
+
+
+def test_requests_at_once_are_bounded():
+    async def test() -> None:
+        decode = Backend(hang)
+        async with routed([Backend(answer)], [decode], max_requests=1) as setup:
+            asking = asyncio.create_task(setup.session.post(f"{setup.url}/v1/completions", json={"prompt": "x"}))
+            await decode.arrived.wait()
+            assert (await setup.post(503))["error"]["code"] == "overloaded"
+            asking.cancel()
+            await decode.cancelled.wait()
+
+    run(test())
+
+
+def test_a_pair_of_api_servers_behind_a_router():
+    async def test() -> None:
+        registry = Registry()
+        route = Route(instance="i", group="g", address="tcp://127.0.0.1:41000", layout_digest="", http_port=1)
+        registry.register(route, 0.0)
+        engines = {
+            "prefill": ScriptedEngine(lambda _request: spell("h", finish_reason="length")),
+            "decode": ScriptedEngine(lambda _request: spell("hello")),
+        }
+        async with AsyncExitStack() as closing:
+            lookup = await closing.enter_async_context(RegistryClient(attempts=1))
+            bootstrap = await closing.enter_async_context(serving(registry_app(registry, clock=lambda: 0.0)))
+            urls = {}
+            for role, engine in engines.items():
+                config = ApiConfig(model="m", max_positions=100, mode=role)
+                server = ApiServer(engine, CharacterTokenizer(), config, registry=lookup)
+                urls[role] = await closing.enter_async_context(serving(server.app))
+            workers = (
+                parse_worker("prefill", [urls["prefill"], bootstrap.rpartition(":")[2]]),
+                parse_worker("decode", [urls["decode"]]),
+            )
+            router = Router(RouterConfig(workers=workers))
+            url = await closing.enter_async_context(serving(router.app))
+            session = await closing.enter_async_context(aiohttp.ClientSession())
+            setup = Setup(router, session, url, {})
+            assert (await setup.post())["choices"][0]["text"] == "hello"
+            (one,), (two,) = engines["prefill"].requests, engines["decode"].requests
+            assert one.room == two.room
+            assert two.sources == ("tcp://127.0.0.1:41000",)
+            assert not engines["prefill"].aborted
+            engines["prefill"].script = lambda _request: []
+            engines["decode"].script = lambda _request: []
+            asking = asyncio.create_task(session.post(f"{url}/v1/completions", json={"prompt": "x", "stream": True}))
+            await engines["prefill"].until(lambda: bool(engines["prefill"].live))
+            await engines["decode"].until(lambda: bool(engines["decode"].live))
+            asking.cancel()
+            await engines["prefill"].until(lambda: bool(engines["prefill"].aborted))
+            await engines["decode"].until(lambda: bool(engines["decode"].aborted))
+
+    run(test())
+
+
+def test_rooms_are_positive_63_bit_numbers():
+    rooms = {mint_room() for _ in range(1000)}
+    assert len(rooms) == 1000
+    assert all(0 < room < 1 << 63 for room in rooms)
+
+
+def test_strip():
+    raw = msgspec.Raw(b"1")
+    fields = {"prompt": raw, "bootstrap_room": raw, "bootstrap_pair_key": raw, "disagg_prefill_dp_rank": raw}
+    assert strip({**fields, "kv_transfer_params": raw}) == {"prompt": raw}
+
+
+@pytest.mark.parametrize(
+    ("role", "values"),
+    [
+        ("prefill", ["ftp://x"]),
+        ("prefill", ["127.0.0.1:3000"]),
+        ("prefill", ["http://"]),
+        ("prefill", ["http://h:99999"]),
+        ("prefill", ["http://h", "x"]),
+        ("prefill", ["http://h", "0"]),
+        ("prefill", ["http://h", "1", "2"]),
+        ("prefill", ["http://h/path"]),
+        ("decode", ["http://h", "8998"]),
+        ("decode", ["http://user@h"]),
+    ],
+)
+def test_what_is_no_worker(role, values):
+    with pytest.raises(ConfigError, match=f"--{role}"):
+        parse_worker(role, values)
+
+
+def test_workers_are_parsed():
+    worker = parse_worker("prefill", ["http://10.0.0.1:30000/", "9000"])
+    assert (worker.url, worker.host, worker.bootstrap_port) == ("http://10.0.0.1:30000", "10.0.0.1", 9000)
+    assert parse_worker("prefill", ["http://[::1]:1"]).host == "::1"
+    assert parse_worker("decode", ["http://h"]).bootstrap_port == 8998
+
+
+def test_a_router_needs_both_roles_and_no_doubles():
+    prefill, decode = Worker("prefill", "http://a"), Worker("decode", "http://b")
+    for workers, message in [
+        ((prefill,), "at least one --decode"),
+        ((decode,), "at least one --prefill"),
+        ((prefill, decode, Worker("decode", "http://b")), "http://b twice"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            RouterConfig(workers=workers)
+
+
+def test_listening_twice_at_one_port_is_refused():
+    async def test() -> None:
+        async with serving(Backend(answer).app) as url:
+            with pytest.raises(ConfigError, match="is in use"):
+                reserve("127.0.0.1", int(url.rpartition(":")[2]))
+        with reserve("127.0.0.1", 0) as bound:
+            runner = await listen(Backend(answer).app, bound)
+            await runner.cleanup()
+
+    run(test())

@@ -1,0 +1,149 @@
+"""The facade over a real driver thread, over memory and over real NIXL: what an engine sees."""
+
+from __future__ import annotations
+
+import threading
+from itertools import count
+
+import numpy as np
+import pytest
+from conftest import MakeRank, RankHarness
+
+from kvbaton.errors import AbortedError, ConfigError, LayoutError, LocalProtocolError, OverloadedError
+from kvbaton.manager import READY, KVPoll, KVReceiver, KVSender, Span
+from kvbaton.protocol.settings import Settings
+
+ROOMS = count(1)
+
+
+def begin(source: RankHarness, target: RankHarness, room: int | None = None) -> tuple[KVSender, KVReceiver]:
+    """A room of 40 tokens: pages (4, 6, 2) and slot 3 to pages (5, 3, 1) and slot 2."""
+    room = room if room is not None else next(ROOMS)
+    sender = source.manager.sender(room)
+    receiver = target.manager.receiver(room, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    source.wait_until(lambda: sender.poll() is not KVPoll.Bootstrapping, "the room opens")
+    return sender, receiver
+
+
+def finish(source: RankHarness, target: RankHarness, sender: KVSender, receiver: KVReceiver) -> None:
+    source.wait_until(lambda: sender.concluded, "the sender ends")
+    target.wait_until(lambda: receiver.concluded, "the receiver ends")
+
+
+def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    sender, receiver = begin(source, target)
+    assert sender.poll() is KVPoll.WaitingForInput
+    sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=READY)
+    sender.submit([Span("kv", 16, 40, (6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    assert (sender.poll(), receiver.poll()) == (KVPoll.Success, KVPoll.Success)
+    for mine, theirs in zip((5, 3, 1), (4, 6, 2), strict=True):
+        np.testing.assert_array_equal(target.page(mine), source.page(theirs))
+    np.testing.assert_array_equal(target.slot(2), source.slot(3))
+    untouched = [page for page in range(64) if page not in (5, 3, 1)]
+    assert not target.kv.reshape(4, 64, -1)[:, untouched].any()
+    assert receiver.bytes == sender.bytes == 3 * 4 * 16 * 2 * 64 + 64
+
+
+def test_many_rooms_one_after_another_never_hang(make_rank: MakeRank) -> None:
+    """Whichever side hears of the room first, both get to the end: the order is left to the threads."""
+    source, target = make_rank("prefill", fill=2), make_rank("decode")
+    for _ in range(50):
+        sender, receiver = begin(source, target)
+        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+        finish(source, target, sender, receiver)
+        assert receiver.error is None
+    assert [done.error for done in target.manager.take_finished()] == [None] * 50
+    assert target.manager.take_finished() == []
+    assert source.manager.live_rooms == target.manager.live_rooms == 0
+
+
+def test_nothing_is_read_before_the_fence(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=3), make_rank("decode")
+    sender, receiver = begin(source, target)
+    ready = threading.Event()
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ready.is_set)
+    other_sender, other_receiver = begin(source, target)
+    other_sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    finish(source, target, other_sender, other_receiver)
+    target.kv[:] = 0
+    source.page(4)[:] = 77
+    ready.set()
+    finish(source, target, sender, receiver)
+    assert (target.page(5) == 77).all()
+
+
+def test_an_abort_reaches_the_other_side_with_its_reason(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=4), make_rank("decode")
+    for by_target in (True, False):
+        sender, receiver = begin(source, target)
+        (receiver if by_target else sender).abort("the client hung up")
+        finish(source, target, sender, receiver)
+        for side in (sender, receiver):
+            assert side.poll() is KVPoll.Failed
+            assert isinstance(side.error, AbortedError)
+            assert "the client hung up" in str(side.error)
+            assert side.error.room == side.room
+
+
+def test_a_sender_that_comes_late_learns_why_its_room_failed(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=5), make_rank("decode")
+    begin(source, target)[1].abort("warm up the session")
+    room = next(ROOMS)
+    receiver = target.manager.receiver(room, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1))], token_count=40)
+    target.wait_until(lambda: receiver.poll() is KVPoll.WaitingForInput, "the source knows the room")
+    receiver.abort("gave up early")
+    target.wait_until(lambda: receiver.concluded, "the abort is drained")
+    sender = source.manager.sender(room)
+    source.wait_until(lambda: sender.concluded, "the sender learns of it")
+    assert "gave up early" in str(sender.error)
+
+
+def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:
+    source = make_rank("prefill", settings=Settings(rooms=1))
+    sender = source.manager.sender(5)
+    with pytest.raises(LocalProtocolError, match="room 5 is live already"):
+        source.manager.sender(5)
+    with pytest.raises(OverloadedError, match="1 rooms are live"):
+        source.manager.sender(6)
+    with pytest.raises(LayoutError, match="need 3 units"):
+        sender.submit([Span("kv", 0, 40, (4, 6))], last=True, ready=READY)
+    with pytest.raises(LayoutError, match=r"outside 0\.\.63"):
+        sender.submit([Span("kv", 0, 16, (64,))], last=True, ready=READY)
+    with pytest.raises(LayoutError, match="no pool 'state'"):
+        sender.submit([Span("state", 0, 0, (1,))], last=True, ready=READY)
+    with pytest.raises(ConfigError, match="every prefill rank"):
+        source.manager.receiver(7, [])
+    with pytest.raises(ConfigError, match="outside"):
+        source.manager.receiver(-1, ["memory://1"])
+    source.manager.close()
+    with pytest.raises(LocalProtocolError, match="closed"):
+        sender.abort("too late")
+
+
+def test_closing_fails_what_is_live_and_tells_the_peer(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=6), make_rank("decode")
+    sender, receiver = begin(source, target)
+    source.manager.close()
+    target.wait_until(lambda: receiver.concluded, "the target hears of it")
+    assert sender.poll() is receiver.poll() is KVPoll.Failed
+    assert "closing" in str(receiver.error) or "closed" in str(receiver.error)
+
+
+def test_a_source_that_nobody_listens_for_is_named(make_rank: MakeRank) -> None:
+    target = make_rank("decode")
+    receiver = target.manager.receiver(9, ["memory://nobody"])
+    target.wait_until(lambda: receiver.concluded, "the dial is refused")
+    assert "nobody listens at memory://nobody" in str(receiver.error)
+
+
+def test_a_finished_room_leaves_a_story_and_no_lease(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=7), make_rank("decode")
+    sender, receiver = begin(source, target)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    assert source.manager.story(sender.room)[-1].endswith("closed")
+    assert target.manager.leased_rooms == 0
