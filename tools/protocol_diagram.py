@@ -82,7 +82,7 @@ class Recorder:
     def cancel_timers(self, transfer: Transfer) -> None:
         self.left.append(transfer.state)
 
-    def mint_write(self, transfer: Transfer) -> WriteId:
+    def mint_write(self, _transfer: Transfer) -> WriteId:
         self._writes += 1
         return WriteId(self._writes)
 
@@ -132,6 +132,8 @@ def _transfers(state: State, on: On) -> Iterator[Callable[[Recorder], Transfer]]
             yield lambda wire, parts=parts: _target(wire, state, parts)
     else:
         for outgoing in _outgoing(state):
+            if on in (On.WRITE_SETTLED, On.WRITE_BROKEN) and WRITE not in outgoing["outstanding"]:
+                continue  # the core reports only writes that are out
             yield lambda wire, outgoing=outgoing: _source(wire, state, Outgoing(**outgoing))
 
 

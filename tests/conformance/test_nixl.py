@@ -51,7 +51,7 @@ def test_nothing_is_read_after_a_fence_even_over_tcp(monkeypatch: pytest.MonkeyP
         transport.fence("stuck")
         source.memory[:] = 7
         stuck.go_on()
-        assert transport.poll(fine) is WriteState.DONE, "the fence let the other peer's write finish"
+        assert settled(transport, fine) is WriteState.DONE, "the fence let the other peer's write finish"
         assert stuck.ask("count 7") == 0
         assert other.ask("count 2") == PIECE * PIECES
         write(transport, spared, everything.tolist(), everything.tolist())

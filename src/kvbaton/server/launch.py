@@ -22,6 +22,7 @@ from kvbaton.control.access import read_secret, require_secret
 from kvbaton.control.registry import Registered, Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
+from kvbaton.control.zmq import ZmqLinks
 from kvbaton.engine.decode import decode_scheduler
 from kvbaton.engine.model import LoadedModel, load_model
 from kvbaton.engine.pool import PoolConfig, Pools
@@ -35,6 +36,7 @@ from kvbaton.server.api import ApiServer
 from kvbaton.server.intake import ApiConfig, Mode
 from kvbaton.server.lifecycle import Signals, drain, listen, port_of, reserve
 from kvbaton.server.tokens import ServerTokenizer
+from kvbaton.transports import make_transport
 
 #: How long the scheduler may take to end what was aborted, leases included.
 CLOSE_SECONDS = 10.0
@@ -89,10 +91,15 @@ def build_manager(config: ServeConfig, pools: Pools, rank: Rank, *, secret: str 
 
     With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
     """
-    raise ConfigError(
-        f"--disaggregation-transfer-backend {config.backend} is not wired yet (launch.build_manager) "
-        f"for {rank.instance}, {pools!r}, {'with' if secret else 'without'} a secret"
-    )
+    host = config.registry_host
+    bind = f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
+    links = ZmqLinks(bind, secret=secret)
+    try:
+        transport = make_transport(config.backend, rank.instance)
+        return KVManager(pools.layout, transport, links, instance=rank.instance, group=rank.group)
+    except KVBatonError:
+        links.close()
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,720 @@
+"""Transfers end to end: who learns what, when, and that no page is free while it may be written.
+
+Every scene runs real cores on both ends; the world checks the invariants after every step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from protocol_diagram import derive
+
+from kvbaton.errors import AbortedError, KVBatonError
+from kvbaton.messages import Abort, AnyMessage, Close, Done, Drained, Failed, Grant, Open, Opened, PartBytes, Query
+from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, SenderOpened, WriteId, WriteSettled
+from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.transfer import State
+from kvbaton.testing.world import Rank
+from unit.protocol.scene import PAIR, QUICK, SHAPES, Fault, Scene, Shape, dropping, holding
+
+STEPS = {(a, b) for edge in derive() for a, b in zip(edge.path, edge.path[1:], strict=False)}
+LONG = 3 * (QUICK.transfer_seconds + QUICK.bootstrap_seconds)
+
+
+# ---- scripts: what the engines do -----------------------------------------------------------------------------------
+
+
+def deliver(scene: Scene) -> None:
+    scene.open_senders()
+    scene.open_receivers()
+    scene.publish()
+    scene.drive(LONG)
+
+
+def target_aborts(scene: Scene) -> None:
+    """The decode engine gives up while the first chunk is on the wire; the writes land late."""
+    scene.open_senders()
+    scene.open_receivers()
+    scene.publish()
+    scene.drive(1.0)
+    scene.abort("target")
+    scene.world.run(until=scene.world.now + 1.0)
+    for rank in scene.sources:
+        rank.release_writes()
+    scene.world.run(until=scene.world.now + LONG)
+
+
+def source_aborts(scene: Scene) -> None:
+    scene.open_senders()
+    scene.open_receivers()
+    scene.publish()
+    scene.drive(1.0)
+    scene.abort("source")
+    scene.world.run(until=scene.world.now + 1.0)
+    for rank in scene.sources:
+        rank.release_writes()
+    scene.world.run(until=scene.world.now + LONG)
+
+
+def writes_break(scene: Scene) -> None:
+    scene.open_senders()
+    scene.open_receivers()
+    scene.publish()
+    scene.drive(1.0)
+    for rank in scene.sources:
+        rank.break_writes(landed=rank is scene.source)
+    scene.world.run(until=scene.world.now + LONG)
+
+
+SCRIPTS: dict[str, Callable[[Scene], None]] = {
+    "deliver": deliver,
+    "target aborts": target_aborts,
+    "source aborts": source_aborts,
+    "writes break": writes_break,
+}
+
+
+def run_script(script: str, shape: str, fault: Fault | None = None) -> Scene:
+    scene = Scene(SHAPES[shape] if script == "deliver" else holding(SHAPES[shape]))
+    if fault is not None:
+        scene.world.network = fault
+    SCRIPTS[script](scene)
+    expect_known_steps(scene)
+    return scene
+
+
+def expect_known_steps(scene: Scene) -> None:
+    """Every change of state in the stories is one that the diagram in docs/protocol.md shows."""
+    entered = re.compile(r"^(\S+ with \S+) (\w+)(?:: .*)?$")
+    for rank in scene.ranks:
+        last: dict[str, State] = {}
+        for line in rank.core.story(scene.room):
+            match = entered.match(line.text)
+            if match:
+                state = State(match[2])
+                if match[1] in last:
+                    assert (last[match[1]], state) in STEPS, (line, scene.explain())
+                last[match[1]] = state
+
+
+def messages(script: str, shape: str) -> int:
+    """How many messages a run without faults sends before the heartbeats begin to matter."""
+    scene = run_script(script, shape)
+    first_ping = next((i for i, (at, *_) in enumerate(scene.world.trace) if at >= 5.0), len(scene.world.trace))
+    return first_ping
+
+
+CASES = [
+    pytest.param(script, shape, Fault(kind, index), id=f"{script}-{shape}-{kind}-{index}")
+    for script in SCRIPTS
+    for shape in SHAPES
+    if script == "deliver" or shape in ("1→1", "2→1", "1→2", "bystander")
+    for kind in ("lost", "doubled", "delayed")
+    for index in range(messages(script, shape))
+]
+
+
+@pytest.mark.parametrize(("script", "shape", "fault"), CASES)
+def test_any_one_message_may_be_lost_doubled_or_late(script: str, shape: str, fault: Fault) -> None:
+    scene = run_script(script, shape, Fault(fault.kind, fault.index))
+    if script == "deliver":
+        scene.expect_success()
+    else:
+        scene.expect_failed()
+
+
+# ---- the happy path -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes_arrive(shape: str) -> None:
+    scene = run_script("deliver", shape)
+    scene.expect_success()
+    assert scene.world.now < 2.0
+    assert not any(rank.core.counters["messages_forbidden"] for rank in scene.ranks)
+
+
+def test_waiting_for_input_only_after_every_target_has_opened() -> None:
+    scene = Scene(SHAPES["1→2"])
+    scene.open_senders()
+    scene.open_receivers()
+    scene.world.run()
+    for rank, poll in zip(scene.targets, (KVPoll.Bootstrapping, KVPoll.WaitingForInput), strict=True):
+        rank_grants = scene.grants(rank)
+        from kvbaton.protocol.events import GrantsPublished
+
+        rank.do(GrantsPublished(scene.room, rank_grants, scene.shape.tokens))
+        scene.world.run()
+        assert scene.status("source").poll is poll
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_a_chunk_that_comes_before_the_open_is_sent_when_it_comes() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.submit_all()
+    scene.open_receivers()
+    scene.publish()
+    scene.world.run()
+    scene.expect_success()
+
+
+def test_a_bystander_is_told_and_concludes() -> None:
+    scene = Scene(SHAPES["bystander"])
+    scene.start()
+    bystander = scene.sources[1]
+    assert bystander.status("source", scene.room).poll is KVPoll.WaitingForInput
+    scene.submit_all()
+    assert bystander.status("source", scene.room).poll is KVPoll.Success
+    assert bystander.status("source", scene.room).bytes == 0
+    scene.expect_success()
+
+
+def test_a_full_prefix_hit_moves_the_aux_row_alone() -> None:
+    scene = run_script("deliver", "hit")
+    scene.expect_success()
+    done = next(message for _, _, _, message in scene.world.trace if isinstance(message, Done))
+    assert [part.part.pool for part in done.parts] == ["aux"]
+    assert scene.status("target").bytes == 8
+
+
+def test_a_prefix_is_told_to_the_source_and_not_sent() -> None:
+    scene = Scene(SHAPES["prefix"])
+    scene.start()
+    assert scene.status("source").prefix_len == 8
+    scene.submit_all()
+    scene.expect_success()
+    full = run_script("deliver", "1→1")
+    assert scene.status("target").bytes < full.status("target").bytes
+
+
+def test_chunks_may_begin_at_the_prefix() -> None:
+    scene = Scene(Shape(prefix=8))
+    scene.start()
+    units = scene.source_units()
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 8, 22, tuple(units[2:])), slot(scene)), last=True)))
+    scene.world.run()
+    scene.expect_success()
+
+
+def slot(scene: Scene) -> Grant:
+    return Grant("aux", 0, 0, (scene.room % 3,))
+
+
+def test_rooms_do_not_mix() -> None:
+    scene = Scene(Shape(tokens=10, chunks=(10,)))
+    for room in (1, 2, 3):
+        scene.open_senders(room)
+        scene.open_receivers(room)
+    for room in (3, 1, 2):
+        scene.publish(room)
+    scene.world.run()
+    expected = {}
+    for room in (2, 3, 1):
+        scene.submit(0, room)
+        scene.world.run()
+        expected[room] = scene.status("target", room).poll
+        scene.expect_bytes(room)
+    assert set(expected.values()) == {KVPoll.Success}
+
+
+def test_writes_are_cut_into_pieces_within_the_settings() -> None:
+    settings = Settings(write_bytes=64, write_entries=3)
+    scene = Scene(holding(PAIR), settings=settings)
+    scene.start()
+    scene.submit_all()
+    assert len(scene.source.held) > 4
+    assert all(write.bytes <= 64 and len(write.source_entries) <= 3 for write in scene.source.held)
+    scene.source.release_writes()
+    scene.world.run()
+    scene.expect_success()
+
+
+def test_the_source_is_free_before_the_target_confirms() -> None:
+    """Every write has settled: nothing reads the source's units any more, whatever becomes of Done."""
+    scene = Scene()
+    scene.start()
+    scene.world.network = dropping(Done)
+    scene.submit(0)
+    assert scene.status("source").leased
+    scene.submit(1)
+    scene.world.run()
+    assert scene.status("source").poll is KVPoll.Transferring
+    assert not scene.status("source").leased
+    assert scene.status("target").leased
+
+
+def test_silence_is_asked_about() -> None:
+    scene = Scene()
+    scene.start()
+    lost = []
+
+    def lose_the_first_three(_from: Rank, _to: Rank, message: AnyMessage) -> int:
+        if isinstance(message, Done) and len(lost) < 3:
+            lost.append(message)
+            return 0
+        return 1
+
+    scene.world.network = lose_the_first_three
+    scene.submit_all()
+    scene.world.run(until=20.0)
+    assert len(lost) == 3
+    assert any(isinstance(message, Query) for _, _, _, message in scene.world.trace)
+    scene.expect_success()
+
+
+# ---- abort by the target --------------------------------------------------------------------------------------------
+
+PHASES = ("bootstrapping", "waiting", "one chunk", "all chunks", "delivered")
+
+
+def bring_to(scene: Scene, phase: str) -> None:
+    """All writes are held (but for ``delivered``), so what was posted may still touch memory."""
+    scene.open_senders()
+    scene.open_receivers()
+    scene.world.run()
+    if phase == "bootstrapping":
+        return
+    scene.publish()
+    scene.world.run()
+    if phase == "waiting":
+        return
+    scene.submit(0)
+    if phase != "one chunk":
+        scene.submit(1)
+    if phase == "delivered":
+        scene.world.network = dropping(Done)
+        for rank in scene.sources:
+            rank.release_writes()
+    scene.world.run()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_abort_by_the_target_ends_leases_only_after_drained(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    held = bool(scene.source.held)
+    scene.abort("target")
+    assert scene.status("target").poll is KVPoll.Failed  # at once
+    assert scene.status("target").leased == (phase != "bootstrapping")
+    scene.world.run(until=scene.world.now + QUICK.settle_seconds - 1.0)
+    assert scene.status("target").leased == held, scene.explain()
+    assert scene.status("source").leased == held, scene.explain()
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.source.release_writes()
+    scene.world.run(until=scene.world.now + LONG)
+    scene.expect_failed()
+    for side in ("source", "target"):
+        if phase != "bootstrapping" or side == "target":
+            assert scene.status(side).error.code == "aborted", scene.explain()  # type: ignore[arg-type, union-attr]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_writes_that_never_settle_are_cut_off(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.abort("target")
+    scene.world.run(until=scene.world.now + LONG)
+    assert not scene.source.held
+    scene.expect_failed()
+
+
+def test_drained_follows_the_last_write_and_not_the_abort() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "all chunks")
+    scene.abort("target")
+    scene.world.run(until=1.0)
+    assert not any(isinstance(m, Drained) for *_, m in scene.world.trace)
+    held, scene.source.held = scene.source.held, []
+    for write in held:
+        assert scene.status("target").leased
+        assert not any(isinstance(m, Drained) for *_, m in scene.world.trace)
+        scene.world.land(scene.source, write)
+        scene.source.do(WriteSettled(write.write))
+        scene.world.run()
+    assert any(isinstance(m, Drained) for *_, m in scene.world.trace)
+    assert not scene.status("target").leased
+
+
+# ---- abort by the source, broken writes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", PHASES[1:-1])
+def test_an_abort_by_the_source_reaches_the_target_at_once(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.abort("source", "evicted")
+    scene.world.run()
+    status = scene.status("target")
+    assert status.poll is KVPoll.Failed
+    assert isinstance(status.error, AbortedError)
+    assert status.error.message == "evicted"
+    assert status.leased == bool(scene.source.held)
+    scene.source.release_writes()
+    scene.world.run(until=LONG)
+    scene.expect_failed()
+
+
+def test_an_abort_after_the_delivery_leaves_the_outcome_to_the_target() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "delivered")
+    scene.abort("source")
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=LONG)
+    assert scene.status("target").poll is KVPoll.Success
+    assert scene.status("source").poll is KVPoll.Failed
+    scene.expect_over()
+
+
+@pytest.mark.parametrize("landed", [False, True])
+@pytest.mark.parametrize("phase", ["one chunk", "all chunks"])
+def test_a_broken_write_fails_both_sides_and_cuts_the_peer_off(phase: str, landed: bool) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.source.break_writes(landed=landed)
+    scene.world.run(until=scene.world.now + 1.0)
+    scene.expect_failed()
+    assert scene.status("source").error.code == scene.status("target").error.code == "disconnected"  # type: ignore[union-attr]
+
+
+def test_one_broken_write_among_others_leaves_none_in_flight() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "all chunks")
+    first = scene.source.held.pop(0)
+    kept = list(scene.source.held)
+    from kvbaton.errors import DisconnectedError
+    from kvbaton.protocol.events import WriteBroken
+
+    scene.source.do(WriteBroken(first.write, DisconnectedError("the wire broke")))
+    scene.world.run(until=1.0)
+    scene.expect_failed()
+    for write in (first, *kept):  # reports that come after the fence
+        scene.source.do(WriteSettled(write.write))
+        scene.source.do(WriteBroken(write.write, DisconnectedError("late")))
+    scene.source.do(WriteSettled(WriteId(999)))
+    scene.expect_failed()
+
+
+def test_a_peer_that_was_cut_off_can_be_written_to_again() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "all chunks")
+    scene.source.break_writes(landed=False)
+    scene.world.run(until=1.0)
+    scene.source.hold_writes = False
+    scene.room = 8
+    scene.start()
+    scene.world.run(until=3.0)
+    scene.submit_all()
+    scene.expect_success()
+
+
+# ---- processes that die, are replaced, or fall silent ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["1→1", "2→1", "1→2"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_source_that_dies_is_proof(phase: str, shape: str) -> None:
+    scene = Scene(holding(SHAPES[shape]))
+    bring_to(scene, phase)
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.kill(scene.source)
+    for rank in scene.targets:
+        status = rank.status("target", scene.room)
+        assert status.poll is KVPoll.Failed, scene.explain()
+        assert status.error is not None
+        assert status.error.code == "peer_lost"
+    for rank in scene.sources:
+        rank.release_writes()
+    scene.world.run(until=LONG)
+    scene.expect_failed()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_source_replaced_at_its_address_is_proof(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.world.network = lambda _from, _to, _message: 1
+    successor = scene.world.replace(scene.source, "q0")
+    assert scene.status("target").poll is KVPoll.Failed, scene.explain()
+    assert scene.status("target").error.code == "peer_lost"  # type: ignore[union-attr]
+    assert not scene.status("target").leased
+    scene.sources = [successor]
+    scene.room = 8
+    scene.start()
+    scene.submit_all()
+    scene.expect_success()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_target_that_dies_is_lost_and_cut_off(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.world.kill(scene.target)
+    scene.world.run(until=scene.world.now + LONG)
+    assert not scene.source.held
+    scene.expect_failed()
+
+
+@pytest.mark.parametrize("phase", PHASES[1:])
+def test_a_silent_target_is_lost_then_fenced(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.world.network = lambda _from, _to, _message: 0
+    silent_at = scene.world.now
+    scene.world.run(until=silent_at + QUICK.silence_seconds - 0.1)
+    assert scene.status("source").poll is not KVPoll.Failed
+    scene.world.run(until=silent_at + QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    assert scene.status("source").poll is KVPoll.Failed
+    assert scene.status("source").error.code == "peer_lost"  # type: ignore[union-attr]
+    assert not scene.status("source").leased
+    assert scene.status("target").poll is KVPoll.Failed
+    assert scene.status("target").leased  # silence proves nothing about the source's writes
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=scene.world.now + LONG)
+    scene.expect_failed()
+
+
+@pytest.mark.parametrize("phase", PHASES[1:])
+def test_no_time_frees_pages_while_the_network_is_down(phase: str) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=2_000.0)
+    assert scene.status("target").poll is KVPoll.Failed
+    assert scene.status("target").leased
+    assert scene.target.core.quarantined == 1
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=scene.world.now + 60.0)
+    assert scene.target.core.quarantined == 0
+    scene.expect_failed()
+
+
+def test_a_policy_may_free_pages_by_time_and_is_counted() -> None:
+    settings = Settings(transfer_seconds=30.0, quarantine_seconds=40.0)
+    scene = Scene(settings=settings)
+    scene.start()
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=QUICK.silence_seconds + 39.0)
+    assert scene.status("target").leased
+    assert scene.target.core.counters["leases_released_by_policy"] == 0
+    scene.world.run(until=QUICK.silence_seconds + 50.0)
+    assert not scene.status("target").leased
+    assert scene.target.core.counters["leases_released_by_policy"] == 1
+    scene.expect_over()
+
+
+def test_a_bystander_that_says_nothing_holds_no_lease_and_ends_by_itself() -> None:
+    scene = Scene(SHAPES["bystander"])
+    scene.start()
+    scene.world.network = dropping(Drained, Failed)
+    scene.abort("target")
+    scene.world.run()
+    assert scene.status("target").leased
+    scene.world.network = lambda sender, _to, _message: 0 if sender.name == "p1" else 1
+    scene.world.run(until=10.0)
+    assert not scene.status("target").leased
+    scene.world.run(until=LONG)
+    assert scene.target.core.counters["leases_released_by_policy"] == 0
+    assert scene.target.core.live_rooms == 0
+
+
+# ---- what a source may get wrong ------------------------------------------------------------------------------------
+
+
+def expect_source_fails(scene: Scene, code: str, pattern: str) -> None:
+    scene.world.run(until=scene.world.now + 1.0)
+    scene.expect_failed()
+    for side in ("source", "target"):
+        error = scene.status(side).error  # type: ignore[arg-type]
+        assert isinstance(error, KVBatonError)
+        assert error.code == code, repr(error)
+        assert re.search(pattern, error.message), error.message
+
+
+def test_done_that_is_not_the_manifest_fails_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+
+    def forge(_from: Rank, _to: Rank, message: AnyMessage) -> int | list[AnyMessage]:
+        if isinstance(message, Done):
+            parts = tuple(PartBytes(part.part, part.bytes - 1) for part in message.parts)
+            return [Done(sender=message.sender, receiver=message.receiver, key=message.key, parts=parts, token_count=22)]
+        return 1
+
+    scene.world.network = forge
+    scene.submit_all()
+    scene.expect_failed()
+    assert scene.status("target").error.code == "protocol"  # type: ignore[union-attr]
+    assert "the manifest says" in scene.status("target").error.message  # type: ignore[union-attr]
+    assert scene.status("source").error.code == "transfer_failed"  # type: ignore[union-attr]
+
+
+def test_done_for_another_token_count_fails_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+
+    def forge(_from: Rank, _to: Rank, message: AnyMessage) -> int | list[AnyMessage]:
+        if isinstance(message, Done):
+            return [
+                Done(
+                    sender=message.sender, receiver=message.receiver, key=message.key, parts=message.parts, token_count=21
+                )
+            ]
+        return 1
+
+    scene.world.network = forge
+    scene.submit_all()
+    scene.expect_failed()
+    assert "for 21 tokens" in scene.status("target").error.message  # type: ignore[union-attr]
+
+
+def test_prompts_of_different_length_fail_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+    spans = (Grant("kv", 0, 21, tuple(scene.source_units())), slot(scene))
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=spans, last=True)))
+    expect_source_fails(scene, "misuse", r"ends at token 21, the decode rank expects 22")
+
+
+def test_a_gap_between_chunks_fails_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+    scene.submit(0)
+    units = scene.source_units()
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 16, 22, tuple(units[4:])), slot(scene)), last=True)))
+    expect_source_fails(scene, "misuse", r"chunk starts at token 16 but 12 is next")
+
+
+def test_a_chunk_that_does_not_end_on_a_page_fails_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+    units = scene.source_units()
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 0, 10, tuple(units[:3])),), last=False)))
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 10, 22, tuple(units[2:])), slot(scene)), last=True)))
+    expect_source_fails(scene, "layout", r"token 10 is no multiple of 4")
+
+
+def test_a_last_chunk_without_the_aux_row_fails_both_sides() -> None:
+    scene = Scene()
+    scene.start()
+    spans = (Grant("kv", 0, 22, tuple(scene.source_units())),)
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=spans, last=True)))
+    expect_source_fails(scene, "misuse", r"not complete: aux items 0..0 \(8 B\)")
+
+
+def test_a_wrong_chunk_among_writes_in_flight_drains_first() -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    scene.submit(0)
+    units = scene.source_units()
+    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 16, 22, tuple(units[4:])),), last=True)))
+    scene.world.run(until=1.0)
+    assert scene.status("target").poll is KVPoll.Failed
+    assert scene.status("target").leased
+    scene.submit(1)  # the engine has not seen the failure yet
+    scene.source.release_writes()
+    expect_source_fails(scene, "misuse", "chunk starts at token 16")
+
+
+def test_tokens_outside_the_grant_are_the_targets_already() -> None:
+    scene = Scene(Shape(tokens=22, prefix=12, chunks=(8, 12, 22)))
+    scene.start()
+    scene.submit_all()
+    scene.expect_success()
+
+
+# ---- late and foreign messages --------------------------------------------------------------------------------------
+
+
+def ended() -> Scene:
+    scene = Scene()
+    scene.start()
+    scene.submit_all()
+    scene.expect_success()
+    return scene
+
+
+@pytest.mark.parametrize("kind", [Open, Close, Abort, Query, Opened, Done, Failed, Drained])
+def test_a_transfer_that_succeeded_stays_so_whatever_comes_late(kind: type) -> None:
+    scene = ended()
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    late = {type(m): (sender, to, m) for _, sender, to, m in scene.world.trace}
+    p, d = scene.source.core.instance, scene.target.core.instance
+    late.setdefault(Abort, ("d0", "p0", Abort(sender=d, receiver=p, key=key, code="aborted", reason="late")))
+    late.setdefault(Query, ("d0", "p0", Query(sender=d, receiver=p, key=key)))
+    late.setdefault(Failed, ("p0", "d0", Failed(sender=p, receiver=d, key=key, code="x", reason="", drained=True)))
+    late.setdefault(Drained, ("p0", "d0", Drained(sender=p, receiver=d, key=key)))
+    sender, to, message = late[kind]
+    for _ in range(2):
+        scene.world.inject(scene.world.ranks[sender], scene.world.ranks[to], message)
+    scene.expect_success()
+
+
+def test_a_query_after_the_end_is_answered_with_the_outcome() -> None:
+    scene = ended()
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    before = len(scene.world.trace)
+    query = Query(sender=scene.target.core.instance, receiver=scene.source.core.instance, key=key)
+    scene.world.inject(scene.target, scene.source, query)
+    assert [type(m) for *_, m in scene.world.trace[before:]] == [Done, Close]
+
+
+def test_messages_that_go_the_wrong_way_are_counted_and_change_nothing() -> None:
+    scene = Scene()
+    scene.start()
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    p, d = scene.source.core.instance, scene.target.core.instance
+    for sender, receiver, message in (
+        (scene.source, scene.target, Open(sender=p, receiver=d, key=key, token_count=1, grants=(), parts=(), ttl_seconds=1)),
+        (scene.source, scene.target, Abort(sender=p, receiver=d, key=key, code="x", reason="")),
+        (scene.target, scene.source, Done(sender=d, receiver=p, key=key, parts=(), token_count=1)),
+        (scene.target, scene.source, Drained(sender=d, receiver=p, key=key)),
+    ):
+        scene.world.inject(sender, receiver, message)
+    assert scene.source.core.counters["messages_forbidden"] == 2
+    assert scene.target.core.counters["messages_forbidden"] == 2
+    assert "forbidden: " in "".join(line.text for line in scene.target.core.story(scene.room))
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_drained_without_an_abort_is_forbidden() -> None:
+    scene = Scene()
+    scene.start()
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    drained = Drained(sender=scene.source.core.instance, receiver=scene.target.core.instance, key=key)
+    scene.world.inject(scene.source, scene.target, drained)
+    assert scene.target.core.counters["messages_forbidden"] == 1
+    assert scene.status("target").leased
+
+
+def test_a_close_before_the_end_fails_the_source() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    close = Close(sender=scene.target.core.instance, receiver=scene.source.core.instance, key=key, success=False)
+    scene.world.inject(scene.target, scene.source, close)
+    assert scene.status("source").poll is KVPoll.Failed
+    scene.source.release_writes()
+    scene.world.run(until=LONG)
+    scene.expect_over()
+
+
+def test_a_second_sender_event_for_a_live_room_changes_nothing() -> None:
+    scene = Scene()
+    scene.start()
+    scene.world.perform(scene.source, scene.source.core.handle(SenderOpened(scene.room), scene.world.now))
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_an_abort_of_a_room_that_ended_or_never_was_does_nothing() -> None:
+    scene = ended()
+    scene.abort("target")
+    scene.abort("source")
+    scene.target.do(AbortRequested(99, "target", AbortedError("nothing")))
+    scene.expect_success()
