@@ -54,6 +54,8 @@ RECONNECT_FIRST_SECONDS = 0.05
 RECONNECT_LONGEST_SECONDS = 1.0
 #: A new link that is not UP after this time is probed.
 PROBE_AFTER_SECONDS = 0.05
+#: What CURVE adds to a message before libzmq measures it (33 bytes in libzmq 4.3), and some room.
+_CURVE_OVERHEAD_BYTES = 64
 
 _Socket = zmq.Socket[bytes]
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -162,7 +164,7 @@ class ZmqLinks(Links):
         socket: _Socket = self._context.socket(kind)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = QUEUE_MESSAGES
-        socket.maxmsgsize = MAX_MESSAGE_BYTES
+        socket.maxmsgsize = MAX_MESSAGE_BYTES + _CURVE_OVERHEAD_BYTES
         socket.sndtimeo = 0
         socket.ipv6 = there.is_ipv6
         socket.handshake_ivl = _milliseconds(HANDSHAKE_SECONDS)
@@ -231,6 +233,7 @@ class ZmqLinks(Links):
         self._poller.unregister(dialled.socket)
         self._poller.unregister(dialled.monitor)
         dialled.socket.disable_monitor()
+        dialled.monitor.close(linger=0)  # a socket left open would make close() wait for ever
         dialled.socket.close(linger=0)
 
     # -- waiting and receiving
@@ -324,7 +327,7 @@ class ZmqLinks(Links):
                 frames = dialled.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) == 1:  # anything else is not of ours
+            if _is_ours(frames):
                 self._inbox.append(Arrived(dialled.link, frames[0]))
 
     def _read_router(self) -> None:
@@ -333,7 +336,7 @@ class ZmqLinks(Links):
                 identity, *payload = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            link = self._accepted.heard(identity, self._ids) if len(payload) == 1 else None
+            link = self._accepted.heard(identity, self._ids) if _is_ours(payload) else None
             if link is not None:
                 self._inbox.append(Arrived(link, payload[0]))
 
@@ -349,6 +352,10 @@ class ZmqLinks(Links):
         if self._gate:
             self._gate.socket.close(linger=0)
         self._context.term()
+
+
+def _is_ours(frames: list[bytes]) -> bool:
+    return len(frames) == 1 and len(frames[0]) <= MAX_MESSAGE_BYTES
 
 
 def _milliseconds(seconds: float) -> int:

@@ -28,7 +28,7 @@ from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Arrival:
     """One prompt whose cache is expected in ``pages``, its aux row in ``slot``."""
 

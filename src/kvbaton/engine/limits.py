@@ -60,9 +60,9 @@ class Limits:
         prompt, answer = len(request.prompt_tokens), request.sampling.max_tokens
         if prompt == 0:
             raise ConfigError("prompt: it has no tokens")
-        foreign = [token for token in request.prompt_tokens if not 0 <= token < self.vocab_size]
-        if foreign:
-            raise ConfigError(f"prompt: token {foreign[0]} is outside the vocabulary of {self.vocab_size}")
+        foreign = next((token for token in request.prompt_tokens if not 0 <= token < self.vocab_size), None)
+        if foreign is not None:
+            raise ConfigError(f"prompt: token {foreign} is outside the vocabulary of {self.vocab_size}")
         if prompt + answer > self.max_positions:
             raise CapacityError(
                 f"max_tokens: a prompt of {prompt} tokens and max_tokens={answer} exceed "

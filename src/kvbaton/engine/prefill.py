@@ -26,7 +26,7 @@ from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVManager, KVPoll, KVSender, Span
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Handoff:
     """One prompt on its way. ``sent`` counts tokens submitted, or held by every target already."""
 
@@ -80,8 +80,9 @@ class Prefill(Role):
         return self._reap() or worked
 
     def _live(self) -> list[_Handoff]:
-        computing = [self._computing[0]] if self._computing is not None else []
-        return [*self._bootstrap, *self._ready, *computing, *self._inflight]
+        computing = self._computing  # read once: stats() comes from other threads
+        now = [computing[0]] if computing is not None else []
+        return [*self._bootstrap, *self._ready, *now, *self._inflight]
 
     def _drop_failed(self) -> bool:
         """End what the other side, a deadline or the network has ended."""

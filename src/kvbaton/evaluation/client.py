@@ -112,7 +112,7 @@ class CompletionClient:
             async with self._need_session().get(f"{self._url}/v1/models") as response:
                 models = msgspec.json.decode(await response.read(), type=_Models).data
         except (aiohttp.ClientError, OSError) as error:
-            raise PeerLostError(f"no server answers at {self._url} ({error or type(error).__name__})") from None
+            raise PeerLostError(f"no server answers at {self._url}: {error or type(error).__name__}") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise PeerLostError(f"{self._url}/v1/models does not answer as an OpenAI server does: {error}") from None
         if not models:

@@ -42,6 +42,6 @@ def _entry(text: str) -> tuple[str, int | None]:
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
         host, port = text, ""
-    if not is_printable_host(host) or (port and not (port.isdigit() and 0 < int(port) <= 65535)):
+    if not is_printable_host(host) or (port and not (port.isdecimal() and 0 < int(port) <= 65535)):
         raise ConfigError(f"--disaggregation-bootstrap-allow {text!r} is neither HOST nor HOST:PORT")
     return bare(host), int(port) if port else None

@@ -25,7 +25,7 @@ import msgspec
 
 from kvbaton.server.failure import DRAINING, RETRY_AFTER_SECONDS
 from kvbaton.server.openai import ErrorBody, ErrorDetail
-from kvbaton.server.workers import Worker
+from kvbaton.server.workers import Worker, cause_of
 
 #: Largest error body, and largest whole answer, that is read from a worker.
 MAX_ERROR_BYTES = 64 << 10
@@ -178,7 +178,7 @@ class Legs:
 
 
 def _unreachable(worker: Worker, error: Exception) -> LegFailed:
-    message = f"the server cannot be reached or went away ({error or type(error).__name__})"
+    message = f"the server cannot be reached or went away ({cause_of(error)})"
     detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
     return LegFailed(worker, 503, detail, again=True)
 

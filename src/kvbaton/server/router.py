@@ -30,7 +30,7 @@ from kvbaton.server.gate import Gate
 from kvbaton.server.legs import LegFailed, Legs, Pair, mint_room, strip
 from kvbaton.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
 from kvbaton.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
-from kvbaton.server.workers import ROLES, Worker, Workers, check_roles
+from kvbaton.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 MAX_BODY_BYTES = 16 << 20
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
@@ -206,8 +206,8 @@ class Router:
         try:
             piece: bytes = await answer.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            cause = str(error) or type(error).__name__
-            raise PeerLostError(f"{pair.decode} went away within its answer ({cause})", room=pair.room) from None
+            message = f"{pair.decode} went away within its answer ({cause_of(error)})"
+            raise PeerLostError(message, room=pair.room) from None
         return piece
 
     # operating

@@ -69,7 +69,7 @@ def parse_worker(role: Role, values: Sequence[str]) -> Worker:
     if len(values) > (2 if role == "prefill" else 1):
         raise ConfigError(f"--{role} takes {'URL [BOOTSTRAP_PORT]' if role == 'prefill' else 'one URL'}")
     port = values[1] if len(values) == 2 else str(BOOTSTRAP_PORT)
-    if not (port.isdigit() and 0 < int(port) <= 65535):
+    if not (port.isdecimal() and 0 < int(port) <= 65535):
         raise ConfigError(f"--{role} {url}: bootstrap port {port!r} is not a port")
     return Worker(role, url, int(port))
 
@@ -165,12 +165,19 @@ class Workers:
                 self.take_out(worker, f"{self._probe_path} does not answer")
             return
         except (aiohttp.ClientError, OSError) as error:
-            self.take_out(worker, f"cannot be reached ({error or type(error).__name__})")
+            self.take_out(worker, f"cannot be reached ({cause_of(error)})")
             return
         if not worker.usable:
             _log.info("%s takes requests", worker)
         worker.trouble = ""
         worker.silent = 0
+
+
+def cause_of(error: Exception) -> str:
+    """A connection error without aiohttp's address and TLS details: the worker's name stands beside it anyway."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _reason(payload: bytes) -> str:

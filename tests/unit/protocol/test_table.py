@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from protocol_diagram import derive
 
-from kvbaton.errors import InternalError, RemoteProtocolError
-from kvbaton.messages import Abort, AnyMessage, Close, Done, Drained, Failed, Opened, TransferKey
+from kvbaton.errors import DisconnectedError, InternalError, RemoteProtocolError
+from kvbaton.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Goodbye,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Query,
+    TransferKey,
+)
 from kvbaton.protocol.effects import Effect
-from kvbaton.protocol.events import WriteId
+from kvbaton.protocol.events import PeerFenced, ShutdownRequested, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
 from kvbaton.protocol.transfer import Incoming, On, State, Transfer
-from unit.protocol.scene import PAIR, QUICK, Scene, dropping, holding
+from unit.protocol.scene import ENDED, PAIR, QUICK, Scene, dropping, holding
 
 CELLS = [(state, on) for state in State for on in On]
 
@@ -162,3 +178,120 @@ def test_draining_ends_only_by_word_or_proof() -> None:
     scene.world.network = dropping(Drained)
     scene.world.run(until=scene.world.now + 86_400.0 / 8)
     assert scene.status("target").leased
+
+
+# ---- every event in every live state, through the cores -------------------------------------------------------------
+
+
+def say(kind: type, **fields: object) -> Callable[[Scene], None]:
+    """A message of the transfer arrives, whether or not its sender would send it now."""
+
+    def inject(scene: Scene) -> None:
+        opened = next(m for *_, m in scene.world.trace if isinstance(m, Open))
+        to_source = kind in (Open, Close, Abort, Query)
+        sender, receiver = (scene.target, scene.source) if to_source else (scene.source, scene.target)
+        head = {"sender": sender.core.instance, "receiver": receiver.core.instance, "key": opened.key}
+        whole = {name: getattr(opened, name) for name in ("token_count", "grants", "parts", "ttl_seconds")}
+        names = kind.__struct_fields__  # type: ignore[attr-defined]
+        scene.world.inject(sender, receiver, kind(**head, **{k: v for k, v in (whole | fields).items() if k in names}))
+
+    return inject
+
+
+def let_time_pass(scene: Scene) -> None:
+    """Deadlines pass while both ranks are alive and only heartbeats get through."""
+    scene.world.network = lambda _from, _to, message: int(isinstance(message, Ping | Pong))
+    scene.world.run(until=scene.world.now + 100.0)
+
+
+def fall_silent(scene: Scene) -> None:
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=scene.world.now + 20.0)
+
+
+def fence(scene: Scene) -> None:
+    """Another room's write broke: the driver has cut the peer off."""
+    scene.source.held.clear()
+    scene.source.do(PeerFenced(scene.target.core.instance))
+    scene.target.do(PeerFenced(scene.source.core.instance))
+
+
+def report_writes(scene: Scene) -> None:
+    """Writes that nobody knows of, and every one that is out, settle and then break as well."""
+    held, scene.source.held = scene.source.held, []
+    for write in (*(write.write for write in held), WriteId(999)):
+        scene.source.do(WriteSettled(write))
+        scene.source.do(WriteBroken(write, DisconnectedError("late")))
+
+
+STIMULI: dict[str, Callable[[Scene], None]] = {
+    "Open": say(Open),
+    "Opened": say(Opened),
+    "Done": say(Done),
+    "Done of other parts": say(Done, parts=()),
+    "Close": say(Close, success=False),
+    "Close, success": say(Close, success=True),
+    "Failed": say(Failed, code="aborted", reason="r", drained=False),
+    "Failed, drained": say(Failed, code="aborted", reason="r", drained=True),
+    "Failed, unknown code": say(Failed, code="from the future", reason="r", drained=True),
+    "Abort": say(Abort, code="aborted", reason="r"),
+    "Drained": say(Drained),
+    "Query": say(Query),
+    "Forgotten": say(Forgotten),
+    "target gives up": lambda scene: scene.abort("target"),
+    "source gives up": lambda scene: scene.abort("source"),
+    "deadline": let_time_pass,
+    "silence": fall_silent,
+    "source dies": lambda scene: scene.world.kill(scene.source),
+    "source says goodbye": lambda scene: scene.world.inject(
+        scene.source, scene.target, Goodbye(sender=scene.source.core.instance, receiver=scene.target.core.instance)
+    ),
+    "target says goodbye": lambda scene: scene.world.inject(
+        scene.target, scene.source, Goodbye(sender=scene.target.core.instance, receiver=scene.source.core.instance)
+    ),
+    "fence": fence,
+    "write reports": report_writes,
+    "shutdown of the source": lambda scene: scene.source.do(ShutdownRequested("restart")),
+    "shutdown of the target": lambda scene: scene.target.do(ShutdownRequested("restart")),
+}
+#: What ends as tests/unit/protocol/test_bugs_found.py says, or as src says that it never happens.
+ELSEWHERE = {(State.WAITING, "fence"), (State.OPENED, "fence"), (State.OPENING, "fence")}
+
+
+@pytest.mark.parametrize("stimulus", STIMULI)
+@pytest.mark.parametrize("state", PATHS, ids=lambda s: s.value)
+def test_whatever_happens_in_whatever_state_both_ends_come_to_an_end(state: State, stimulus: str) -> None:
+    if (state, stimulus) in ELSEWHERE:
+        return
+    scene = Scene(holding(PAIR))
+    PATHS[state][1](scene)
+    scene.world.checking = False  # some of these peers lie about their writes
+    STIMULI[stimulus](scene)
+    for rank in scene.ranks:
+        rank.core.check_invariants()
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.source.release_writes()
+    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.expect_over()
+    for rank in scene.ranks:
+        for status in rank.statuses.values() if rank.alive else ():
+            assert status.poll in ENDED, scene.explain()
+            assert status.error is None or status.error.code != "internal", scene.explain()
+
+
+@pytest.mark.parametrize(("state", "on"), CELLS, ids=[f"{s.value}:{o.value}" for s, o in CELLS])
+def test_what_is_ignored_or_illegal_changes_nothing(state: State, on: On) -> None:
+    rule = TABLE[state][on]
+    if not isinstance(rule, Ignored | Illegal):
+        return
+    transfer = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(grants=(), parts=(), token_count=1))
+    transfer.state = state
+    if isinstance(rule, Ignored):
+        step(transfer, on, 0.0)
+    else:
+        error = RemoteProtocolError if on.is_message else InternalError
+        with pytest.raises(error, match=re.escape(f"{on.value} while {state.value}: {rule.reason}")):
+            step(transfer, on, 0.0)
+    assert transfer.state is state
+    assert transfer.error is None

@@ -637,6 +637,7 @@ def test_strip():
         ("prefill", ["http://"]),
         ("prefill", ["http://h:99999"]),
         ("prefill", ["http://h", "x"]),
+        ("prefill", ["http://h", "²"]),
         ("prefill", ["http://h", "0"]),
         ("prefill", ["http://h", "1", "2"]),
         ("prefill", ["http://h/path"]),

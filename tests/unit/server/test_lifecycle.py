@@ -1,0 +1,118 @@
+"""Signals, draining and the order of a server's end."""
+
+import asyncio
+import os
+import signal
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from kvbaton.errors import ConfigError, OverloadedError
+from kvbaton.server import lifecycle
+from kvbaton.server.failure import DrainingError, errors
+from kvbaton.server.gate import Gate
+from kvbaton.testing.http import run
+
+
+class Served:
+    """A server whose one route waits until it is told to go on."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.gate = Gate(10)
+        self.inside = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self._port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        app = web.Application(middlewares=[web.middleware(errors)])
+        app.router.add_get("/work", self._work)
+        app.router.add_get("/health", self._health)
+        bound = lifecycle.reserve("127.0.0.1", 0)
+        self.task = asyncio.create_task(
+            lifecycle.run(app, self.gate, bound, grace_seconds=grace_seconds, listening=self._port.set_result)
+        )
+
+    async def url(self) -> str:
+        return f"http://127.0.0.1:{await self._port}"
+
+    async def _work(self, _request: web.Request) -> web.Response:
+        with self.gate.entered():
+            self.inside.set()
+            try:
+                await self.go_on.wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+            return web.Response(text="done")
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(text="alive")
+
+
+async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
+    async with session.get(url) as response:
+        return response.status, await response.text()
+
+
+@pytest.mark.parametrize("number", lifecycle.SIGNALS)
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number):
+    async def test() -> None:
+        served = Served(grace_seconds=10)
+        url = await served.url()
+        async with aiohttp.ClientSession() as session:
+            working = asyncio.create_task(get(session, f"{url}/work"))
+            await served.inside.wait()
+            os.kill(os.getpid(), number)
+            while not served.gate.is_shut:
+                await asyncio.sleep(0)
+            assert (await get(session, f"{url}/work"))[0] == 503
+            assert await get(session, f"{url}/health") == (200, "alive")
+            served.go_on.set()
+            assert await working == (200, "done")
+            await served.task
+
+    run(test())
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_outlives_the_grace_period_or_a_second_signal_is_cancelled(signals, monkeypatch):
+    monkeypatch.setattr(lifecycle, "CLEANUP_SECONDS", 0.05)
+
+    async def test() -> None:
+        served = Served(grace_seconds=0.05 if signals == 1 else 1000)
+        url = await served.url()
+        async with aiohttp.ClientSession() as session:
+            working = asyncio.create_task(get(session, f"{url}/work"))
+            await served.inside.wait()
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not served.gate.is_shut:
+                    await asyncio.sleep(0)
+            await served.task
+            assert served.cancelled.is_set()
+            with pytest.raises(aiohttp.ClientError):
+                await working
+
+    run(test())
+
+
+def test_a_gate_counts_and_refuses():
+    async def test() -> None:
+        gate = Gate(2)
+        with gate.entered(), gate.entered():
+            assert gate.inside == 2
+            with pytest.raises(OverloadedError), gate.entered():
+                pass
+            assert not await gate.emptied(0)
+        assert gate.inside == 0
+        assert await gate.emptied(1)
+        gate.shut()
+        with pytest.raises(DrainingError), gate.entered():
+            pass
+
+    run(test())
+
+
+def test_an_address_that_cannot_be():
+    with pytest.raises(ConfigError, match="cannot listen at 203\\.0\\.113\\.1:0"):
+        lifecycle.reserve("203.0.113.1", 0)
