@@ -7,10 +7,7 @@ import pytest
 from kvbaton.control.base import Links
 from kvbaton.control.memory import Network
 from kvbaton.control.zmq import ZmqLinks
-
-pytest.register_assert_rewrite("kvbaton.testing.links_conformance")
-
-from kvbaton.testing.links_conformance import LinksConformance  # noqa: E402 - after the line above
+from kvbaton.testing.links_conformance import LinksConformance
 
 
 class TestMemory(LinksConformance):

@@ -155,3 +155,33 @@ def test_released_while_pending_is_reaped_when_it_settles(source: Rank) -> None:
         source.transport.progress()
         assert source.transport.poll(handle) is WriteState.BROKEN
         assert (target.memory[3 * PIECE : 4 * PIECE] == 2).all()
+
+
+def test_a_post_that_fails_is_unsettled_until_the_fence_has_replaced_the_agent(
+    source: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part of it is on its way, only the end of the agent stops it."""
+    from nixl_cu12._bindings import nixlBackendError
+
+    transport = source.transport
+    assert isinstance(transport, NixlTransport)
+    with TargetProcess("nixl", "target", PIECE * PIECES) as target, TargetProcess("nixl", "other", PIECE) as other:
+        prepared = connect(source, target)
+        transport.connect("other", other.metadata)
+        spared = transport.prepare("other", source.table((0, PIECE, PIECE, 1)), table(other.address, (0, PIECE, 0, 1)))
+        write(transport, prepared, [0], [0])
+        agent = transport._agent
+
+        def fail(*_: object) -> None:
+            raise nixlBackendError("half of it is posted")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(agent, "transfer", fail)
+            with pytest.raises(TransportError, match="nixlBackendError"):
+                transport.post(prepared, indices(1), indices(1))
+        transport.fence("target")
+        assert transport._agent is not agent
+        write(transport, spared, [0], [0])
+        write(transport, connect(source, target), [2], [2])
+        assert target.ask("count 2") == 2 * PIECE
+        assert other.ask("count 2") == PIECE

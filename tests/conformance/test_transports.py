@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvbaton.errors import ConfigError
+from kvbaton.testing.transport_conformance import TransportConformance
 from kvbaton.transports import make_transport
-
-pytest.register_assert_rewrite("kvbaton.testing.transport_conformance")
-
-from kvbaton.testing.transport_conformance import TransportConformance  # noqa: E402 - after the line above
 
 
 class TestMemory(TransportConformance):

@@ -135,12 +135,16 @@ def send_done(t: Transfer, now: float, _: object) -> None:
 
 def write_broken(t: Transfer, now: float, detail: object) -> None:
     """The write stays outstanding: it may have put bytes on the wire. Only cutting the peer off settles it."""
-    error = expect(detail, KVBatonError)
-    error.room = t.key.room
-    error.peer = error.peer or t.peer
+    cause = expect(detail, KVBatonError)
     t.wire.emit(FencePeer(t.peer))
     if t.state is State.SENDING:
-        fail_sending(t, now, error)
+        fail_sending(
+            t,
+            now,
+            DisconnectedError(
+                f"the connection to the decode rank broke: {cause.message}", peer=t.peer, room=t.key.room
+            ),
+        )
 
 
 def give_up_source(t: Transfer, now: float, detail: object) -> None:

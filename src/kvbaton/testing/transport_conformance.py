@@ -130,6 +130,16 @@ class TransportConformance:
         write(source.transport, prepared, range(4096), range(4096), target.transport)
         np.testing.assert_array_equal(target.memory, source.memory)
 
+    def test_the_stride_of_a_single_block_means_nothing(self, rank: Callable[..., Rank]) -> None:
+        source, target = rank("source", 4096), rank("target", 4096, 0)
+        source.transport.connect("target", target.transport.metadata())
+        prepared = source.transport.prepare(
+            "target", source.table((0, 64, 0, 1), (4032, 64, 1, 1)), target.table((4032, 64, 1 << 40, 1), (0, 64, 0, 1))
+        )
+        write(source.transport, prepared, [0, 1], [0, 1], target.transport)
+        np.testing.assert_array_equal(target.memory[4032:], source.memory[:64])
+        np.testing.assert_array_equal(target.memory[:64], source.memory[4032:])
+
     def test_random_entries_match_a_model(self, rank: Callable[..., Rank]) -> None:
         source, target = rank("source", 64 * 96), rank("target", 64 * 160, 0)
         source.transport.connect("target", target.transport.metadata())

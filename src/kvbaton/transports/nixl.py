@@ -249,8 +249,8 @@ class NixlTransport(Transport):
         source, target = prepared.source, prepared.target
         local = None
         try:
-            local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", source.rows, source.memory)
-            prepared.remote = self._agent.prep_xfer_dlist(peer.metadata.agent_name, target.rows, target.memory)
+            local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", _rows(source), source.memory)
+            prepared.remote = self._agent.prep_xfer_dlist(peer.metadata.agent_name, _rows(target), target.memory)
         except self._nixl.errors as error:
             if local is not None:
                 self._release_quietly(local)
@@ -469,6 +469,13 @@ class NixlTransport(Transport):
 
 
 _logger = logging.getLogger(__name__)
+
+
+def _rows(table: Table) -> NDArray[np.int64]:
+    """Rows as nixl takes them: it refuses a stride below the length even where there is one block only."""
+    rows = table.rows.copy()
+    rows[:, 3] = np.where(rows[:, 4] == 1, rows[:, 1], rows[:, 3])
+    return rows
 
 
 def _by_memory(regions: Sequence[Region]) -> list[list[Region]]:

@@ -312,6 +312,19 @@ def test_writes_that_never_settle_are_cut_off(phase: str) -> None:
     scene.expect_failed()
 
 
+def test_a_target_that_falls_silent_while_we_settle_is_cut_off_at_once() -> None:
+    scene = Scene(holding(PAIR), settings=Settings(settle_seconds=1_000.0, announce_seconds=15.0))
+    bring_to(scene, "all chunks")
+    scene.abort("source")
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=scene.world.now + QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    assert not scene.source.held
+    assert not scene.status("source").leased
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=scene.world.now + LONG)
+    scene.expect_failed()
+
+
 def test_drained_follows_the_last_write_and_not_the_abort() -> None:
     scene = Scene(holding(PAIR))
     bring_to(scene, "all chunks")

@@ -1,0 +1,508 @@
+"""The core as a whole: bounds, forgetting, unknown rooms, garbage, deadlines, stories, shutdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from kvbaton.errors import AbortedError, InternalError
+from kvbaton.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Grant,
+    Open,
+    Opened,
+    PartBytes,
+    Query,
+    TransferKey,
+    encode,
+)
+from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.events import (
+    ChunkSubmitted,
+    GrantsPublished,
+    MessageArrived,
+    PeerFenced,
+    ReceiverOpened,
+    SenderOpened,
+    ShutdownRequested,
+    TimePassed,
+    WriteId,
+    WriteSettled,
+)
+from kvbaton.protocol.settings import Settings
+from kvbaton.testing.world import Rank, World
+from unit.protocol.scene import PAIR, QUICK, SHAPES, Scene, add_group, dropping, holding
+
+
+def first_open(scene: Scene) -> Open:
+    return next(m for *_, m in scene.world.trace if isinstance(m, Open))
+
+
+def said(scene: Scene, since: int, kind: type) -> list[AnyMessage]:
+    return [m for *_, m in scene.world.trace[since:] if isinstance(m, kind)]
+
+
+# ---- what an Open may not say ---------------------------------------------------------------------------------------
+
+
+def refused(scene: Scene, message: Open) -> Failed:
+    """Inject an Open; returns how it was refused."""
+    since = len(scene.world.trace)
+    rooms = scene.source.core.live_rooms
+    scene.world.inject(scene.target, scene.source, message)
+    answers = said(scene, since, Failed)
+    assert len(answers) == 1, scene.explain()
+    assert scene.source.core.live_rooms == rooms
+    answer = answers[0]
+    assert isinstance(answer, Failed)
+    assert answer.drained
+    return answer
+
+
+GRANTS: dict[str, tuple[Grant, str, str]] = {
+    "out of range": (Grant("kv", 0, 22, (0, 1, 2, 3, 4, 12)), "layout", "outside 0..11"),
+    "duplicate": (Grant("kv", 0, 22, (0, 1, 2, 3, 4, 4)), "layout", "given twice"),
+    "unknown pool": (Grant("lora", 0, 22, (0, 1, 2, 3, 4, 5)), "layout", "no pool 'lora'"),
+    "too few": (Grant("kv", 0, 22, (0, 1)), "layout", "need 6 units"),
+    "backwards": (Grant("kv", 22, 0, ()), "layout", "backwards"),
+    "inside a page": (Grant("kv", 2, 22, (0, 1, 2, 3, 4, 5)), "layout", "no multiple of 4"),
+    "slots with tokens": (Grant("aux", 0, 4, (0,)), "layout", "token range must be 0..0"),
+}
+
+
+@pytest.mark.parametrize("what", GRANTS)
+def test_grants_that_cannot_be_are_refused(what: str) -> None:
+    grant, code, text = GRANTS[what]
+    scene = Scene()
+    scene.start()
+    good = first_open(scene)
+    grants = tuple(grant if g.pool == grant.pool else g for g in good.grants)
+    grants = grants if grant in grants else (*grants, grant)
+    answer = refused(scene, msgspec.structs.replace(good, key=TransferKey(8, 100), grants=grants))
+    assert answer.code == code
+    assert text in answer.reason
+
+
+def test_the_same_pool_twice_is_refused() -> None:
+    scene = Scene()
+    scene.start()
+    good = first_open(scene)
+    answer = refused(scene, msgspec.structs.replace(good, key=TransferKey(8, 100), grants=(*good.grants, good.grants[0])))
+    assert "granted twice" in answer.reason
+
+
+@pytest.mark.parametrize("change", ["less", "none", "other bytes"])
+def test_a_manifest_that_is_not_the_plans_is_refused(change: str) -> None:
+    scene = Scene()
+    scene.start()
+    good = first_open(scene)
+    parts = {
+        "less": good.parts[:1],
+        "none": (),
+        "other bytes": tuple(PartBytes(p.part, p.bytes + 1) for p in good.parts),
+    }[change]
+    answer = refused(scene, msgspec.structs.replace(good, key=TransferKey(8, 100), parts=parts))
+    assert answer.code == "protocol"
+    assert "are not those of the plan" in answer.reason
+
+
+def test_a_room_opened_twice_by_the_same_peer_is_refused() -> None:
+    scene = Scene()
+    scene.start()
+    answer = refused(scene, msgspec.structs.replace(first_open(scene), key=TransferKey(scene.room, 100)))
+    assert "rooms must be unique" in answer.reason
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_a_room_opened_by_another_group_is_refused_and_the_first_one_goes_on() -> None:
+    scene = Scene()
+    scene.start()
+    intruder = add_group(scene.world, PAIR, side="target", name="e")[0]
+    intruder.do(ReceiverOpened(scene.room, scene.addresses))
+    intruder.do(GrantsPublished(scene.room, scene.grants(intruder), scene.shape.tokens))
+    scene.world.run()
+    status = intruder.status("target", scene.room)
+    assert status.poll is KVPoll.Failed
+    assert status.error is not None
+    assert "open already for decode group 'd'" in status.error.message
+    assert not status.leased
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_an_open_for_a_session_that_is_not_ready_is_repeated_until_it_is() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.open_receivers()
+    scene.world.run()
+    scene.source.do(PeerFenced(scene.target.core.instance))  # prepares the peer again
+    scene.publish()
+    scene.drive(3.0)
+    scene.expect_success()
+
+
+# ---- bounds and forgetting ------------------------------------------------------------------------------------------
+
+
+def test_too_many_rooms_are_refused_as_overloaded() -> None:
+    scene = Scene(settings=Settings(rooms=2))
+    scene.start()
+    for room in (8, 9):
+        scene.open_receivers(room)
+        scene.publish(room)
+    scene.world.run()
+    status = scene.status("target", 9)
+    assert status.poll is KVPoll.Failed
+    assert status.error is not None
+    assert status.error.code == "overloaded"
+    assert scene.status("target", 8).poll is KVPoll.WaitingForInput
+    assert scene.source.core.live_rooms == 2
+
+
+def test_tombstones_are_bounded_and_what_they_forget_is_refused() -> None:
+    scene = Scene(settings=Settings(tombstones=2))
+    opens = []
+    for room in range(10, 15):
+        scene.room = room
+        scene.start()
+        opens.append(next(m for *_, m in reversed(scene.world.trace) if isinstance(m, Open)))
+        scene.submit_all()
+        scene.expect_success()
+    answers = {}
+    for message in opens:
+        since = len(scene.world.trace)
+        scene.world.inject(scene.target, scene.source, message)
+        answers[message.key.room] = [type(m) for *_, m in scene.world.trace[since:] if not isinstance(m, Close)]
+    assert answers == {10: [Failed], 11: [Failed], 12: [Failed], 13: [Done], 14: [Done]}
+    failed = next(m for *_, m in reversed(scene.world.trace) if isinstance(m, Failed))
+    assert isinstance(failed, Failed)
+    assert "has ended here" in failed.reason
+    assert scene.source.core.live_rooms == 0
+
+
+def test_a_forgotten_transfer_is_still_answered_so_that_nobody_waits() -> None:
+    scene = Scene(settings=Settings(tombstones=1))
+    for room in (10, 11):
+        scene.room = room
+        scene.start()
+        scene.submit_all()
+    key = first_open(scene).key
+    d, p = scene.target.core.instance, scene.source.core.instance
+    for message, answer in (
+        (Abort(sender=d, receiver=p, key=key, code="aborted", reason=""), Drained),
+        (Query(sender=d, receiver=p, key=TransferKey(99, 99)), Forgotten),
+        (Close(sender=d, receiver=p, key=TransferKey(98, 98), success=True), None),
+    ):
+        since = len(scene.world.trace)
+        scene.world.inject(scene.target, scene.source, message)
+        assert [type(m) for *_, m in scene.world.trace[since:]] == ([answer] if answer else [])
+    assert scene.source.core.live_rooms == 0
+
+
+@pytest.mark.parametrize("kind", [Opened, Done, Failed, Drained, Forgotten])
+def test_news_of_a_transfer_that_the_target_does_not_know_end_with_a_close(kind: type) -> None:
+    scene = Scene()
+    scene.start()
+    head = {"sender": scene.source.core.instance, "receiver": scene.target.core.instance, "key": TransferKey(99, 99)}
+    fields = {"parts": (), "token_count": 1, "code": "x", "reason": "", "drained": True}
+    names = kind.__struct_fields__  # type: ignore[attr-defined]
+    since = len(scene.world.trace)
+    scene.world.inject(scene.source, scene.target, kind(**head, **{k: v for k, v in fields.items() if k in names}))
+    closes = said(scene, since, Close)
+    assert len(closes) == (kind in (Opened, Done, Failed))
+    assert all(not close.success for close in closes if isinstance(close, Close))
+    assert scene.target.core.counters["messages_unknown_room"] == 1
+    assert scene.target.core.live_rooms == 1
+
+
+@pytest.mark.parametrize("kind", [Abort, Query])
+def test_an_open_that_its_abort_has_overtaken_begins_nothing(kind: type) -> None:
+    """Delivered in the other order: Drained was said, so nothing may be written later."""
+    scene = Scene(holding(PAIR))
+    scene.open_senders()
+    kept: list[Open] = []
+
+    def keep_open(_from: Rank, _to: Rank, message: AnyMessage) -> int:
+        if isinstance(message, Open):
+            kept.append(message)
+            return 0
+        return 1
+
+    scene.world.network = keep_open
+    scene.open_receivers()
+    scene.publish()
+    scene.world.run()
+    d, p = scene.target.core.instance, scene.source.core.instance
+    message = {
+        Abort: Abort(sender=d, receiver=p, key=kept[0].key, code="aborted", reason=""),
+        Query: Query(sender=d, receiver=p, key=kept[0].key),
+    }[kind]
+    scene.world.inject(scene.target, scene.source, message)
+    scene.world.inject(scene.target, scene.source, kept[0])
+    scene.submit_all()
+    assert not scene.source.held
+    assert scene.status("target").poll is KVPoll.Failed
+
+
+def test_a_sender_that_comes_after_the_target_aborted_learns_the_cause_at_once() -> None:
+    scene = Scene()
+    scene.open_receivers()
+    scene.publish()
+    scene.world.run()
+    scene.abort("target", "user left")
+    scene.world.run()
+    assert scene.source.core.live_rooms == 0
+    scene.open_senders()
+    status = scene.status("source")
+    assert status.poll is KVPoll.Failed
+    assert isinstance(status.error, AbortedError)
+    assert status.error.message == "user left"
+    assert scene.source.core.live_rooms == 0
+    scene.open_senders()  # told once: the room may be used again
+    assert scene.status("source").poll is KVPoll.Bootstrapping
+
+
+# ---- nobody comes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sender_that_nobody_opens_expires() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.world.run(until=QUICK.bootstrap_seconds - 0.1)
+    assert scene.status("source").poll is KVPoll.Bootstrapping
+    scene.world.run(until=QUICK.bootstrap_seconds)
+    error = scene.status("source").error
+    assert error is not None
+    assert error.code == "expired"
+    assert "no decode ranks to open the room" in error.message
+    scene.expect_over()
+
+
+def test_a_receiver_whose_source_never_answers_is_told_so() -> None:
+    scene = Scene()
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.open_receivers()
+    scene.world.run(until=QUICK.handshake_seconds)
+    error = scene.status("target").error
+    assert error is not None
+    assert error.code == "peer_lost"
+    scene.expect_over()
+
+
+def test_a_receiver_that_is_never_granted_pages_expires() -> None:
+    scene = Scene()
+    scene.open_receivers()
+    scene.world.run(until=QUICK.bootstrap_seconds)
+    error = scene.status("target").error
+    assert error is not None
+    assert error.code == "expired"
+    assert "the engine to publish pages" in error.message
+    scene.publish()
+    scene.expect_over()
+
+
+def test_an_open_that_is_never_acknowledged_expires_and_drains() -> None:
+    scene = Scene()
+    scene.world.network = dropping(Open)
+    scene.start()
+    scene.world.run(until=QUICK.transfer_seconds)
+    error = scene.status("target").error
+    assert error is not None
+    assert error.code == "expired"
+    assert "did not acknowledge the room within 30 s" in error.message
+    scene.expect_over_target = scene.target.core.live_rooms == 0  # type: ignore[attr-defined]
+    assert scene.target.core.live_rooms == 0
+
+
+def test_a_target_that_never_confirms_lets_the_source_go() -> None:
+    scene = Scene()
+    scene.start()
+    scene.world.network = dropping(Done)
+    scene.submit_all()
+    scene.world.network = dropping(Done, Query)
+    scene.world.run(until=QUICK.announce_seconds + 1.0)
+    error = scene.status("source").error
+    assert error is not None
+    assert error.code == "expired"
+    assert "did not confirm the delivery" in error.message
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=scene.world.now + 60.0)
+    scene.expect_over()
+
+
+# ---- garbage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x00", b"garbage", b"\xc1" * 100, b"\x81\xa4type\xa5hello", encode(Query(sender="a", receiver="b", key=TransferKey(1, 1)))[:-1]])
+def test_garbage_is_counted_and_changes_nothing(payload: bytes) -> None:
+    scene = Scene()
+    scene.start()
+    scene.source.do(MessageArrived(scene.source.link_to(scene.target), payload))
+    scene.source.do(MessageArrived(999, payload))  # type: ignore[arg-type]
+    assert scene.source.core.counters["messages_malformed"] == 2
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_events_of_unknown_rooms_writes_and_peers_change_nothing() -> None:
+    scene = Scene()
+    for rank in scene.ranks:
+        rank.do(ChunkSubmitted(99, scene.chunk(scene.source, 0)))
+        rank.do(GrantsPublished(99, (), 1))
+        rank.do(WriteSettled(WriteId(99)))
+        rank.do(PeerFenced("nobody"))
+        rank.do(TimePassed())
+        assert rank.core.live_rooms == 0
+        assert rank.core.next_deadline() is None
+
+
+# ---- deadlines and stories ------------------------------------------------------------------------------------------
+
+
+def test_the_next_deadline_is_the_earliest_of_all() -> None:
+    scene = Scene()
+    core = scene.source.core
+    assert core.next_deadline() is None
+    scene.world.now = 100.0
+    scene.source.do(SenderOpened(1))
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
+    scene.world.now = 101.0
+    scene.source.do(SenderOpened(2))
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
+    scene.source.do(TimePassed())
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
+    scene.world.run(until=100.0 + QUICK.bootstrap_seconds)
+    assert scene.status("source", 1).poll is KVPoll.Failed
+    assert scene.status("source", 2).poll is KVPoll.Bootstrapping
+    assert core.next_deadline() == 101.0 + QUICK.bootstrap_seconds
+    scene.world.run(until=200.0)
+    assert core.next_deadline() is None
+
+
+@pytest.mark.parametrize("shape", ["1→1", "1→2", "bystander"])
+def test_no_deadline_is_ever_in_the_past(shape: str) -> None:
+    scene = Scene(holding(SHAPES[shape]))
+    scene.start()
+    scene.submit(0)
+    scene.abort("target")
+    for second in range(100):
+        scene.world.run(until=float(second))
+        for rank in scene.ranks:
+            deadline = rank.core.next_deadline()
+            assert deadline is None or deadline > scene.world.now
+
+
+def waits(scene: Scene, rank: Rank) -> str:
+    return rank.core.story(scene.room)[-1].text
+
+
+def test_a_story_says_what_a_room_waits_for() -> None:
+    scene = Scene(SHAPES["1→2"])
+    scene.open_senders()
+    assert waits(scene, scene.source) == "now Bootstrapping: no decode ranks to open the room; 0 have"
+    scene.open_receivers()
+    assert waits(scene, scene.target) == "now Bootstrapping: the engine to publish pages"
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.publish()
+    scene.world.run()
+    assert waits(scene, scene.target) == "now Bootstrapping: sessions: world://p0: greeting"
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=1.0)
+    assert waits(scene, scene.source).startswith("now WaitingForInput: transfers: i-d0 is waiting")
+    assert waits(scene, scene.target) == "now WaitingForInput: transfers: i-p0 is opened"
+    scene.submit_all()
+    scene.expect_success()
+    told = [line.text for line in scene.source.core.story(scene.room)]
+    assert told[0] == "sender opened"
+    assert "chunk to token 12 submitted" in told
+    assert "chunk to token 22 submitted, the last" in told
+    assert told[-1].endswith("closed")
+    assert scene.source.core.story(12345) == []
+
+
+def test_a_story_tells_the_first_root_cause() -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    scene.submit(0)
+    scene.abort("target", "user left")
+    scene.abort("target", "something else")
+    scene.world.run()
+    scene.source.release_writes()
+    scene.world.run()
+    scene.expect_failed()
+    for rank in scene.ranks:
+        told = "\n".join(line.text for line in rank.core.story(scene.room))
+        assert "user left" in told
+        assert "something else" not in told
+        status = rank.status("source" if rank is scene.source else "target", scene.room)
+        assert status.error is not None
+        assert status.error.message == "user left"
+
+
+# ---- shutdown -------------------------------------------------------------------------------------------------------
+
+SIDES: dict[str, Callable[[Scene], Rank]] = {"source": lambda s: s.source, "target": lambda s: s.target}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_shutdown_fails_what_is_live_and_tells_the_peer(side: str) -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    scene.submit(0)
+    closing = SIDES[side](scene)
+    closing.do(ShutdownRequested("upgrade"))
+    scene.world.run()
+    for role in ("source", "target"):
+        status = scene.status(role)  # type: ignore[arg-type]
+        assert status.poll is KVPoll.Failed
+        assert status.error is not None
+        assert status.error.message == "this rank is closing: upgrade"
+    scene.source.release_writes()
+    scene.world.run()
+    assert closing.core.quiet
+    scene.world.perform(closing, closing.core.farewell("upgrade"))
+    scene.world.run(until=60.0)
+    scene.expect_failed()
+
+
+def test_a_farewell_with_writes_in_flight_is_our_own_bug() -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    scene.submit(0)
+    with pytest.raises(InternalError, match="no write is in flight"):
+        scene.source.core.farewell("now")
+
+
+def test_what_a_driver_asks() -> None:
+    scene = Scene(holding(PAIR))
+    assert not scene.source.core.wants_chunks(scene.room)
+    scene.start()
+    assert scene.source.core.wants_chunks(scene.room)
+    assert scene.target.core.receiving
+    assert not scene.source.core.receiving
+    scene.submit(0)
+    assert not scene.source.core.quiet
+    scene.abort("source")
+    assert not scene.source.core.wants_chunks(scene.room)
+    assert scene.target.core.receiving
+    scene.source.release_writes()
+    scene.world.run()
+    assert not scene.target.core.receiving
+    assert scene.source.core.quiet
+
+
+def test_worlds_without_traffic_stay_empty() -> None:
+    world = World(QUICK)
+    rank = add_group(world, PAIR, side="source")[0]
+    world.run(until=1_000.0)
+    assert world.trace == []
+    assert rank.core.sessions() == []

@@ -1,0 +1,406 @@
+"""Sessions: greeting, verdict on both sides, heartbeat, loss, replacement, proof of death."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
+from kvbaton.layout import CacheLayout
+from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict
+from kvbaton.protocol.effects import KVPoll, PreparePeer
+from kvbaton.protocol.events import (
+    LinkRefused,
+    LinkUp,
+    MessageArrived,
+    PeerPrepared,
+    PeerUnprepared,
+    ReceiverOpened,
+)
+from kvbaton.testing.world import Rank, World
+from unit.protocol.scene import PAIR, QUICK, Scene, Shape, add_group, dropping, layouts
+
+
+def states(rank: Rank) -> list[str]:
+    return [state for _, _, state in rank.core.sessions()]
+
+
+def pair(shape: Shape = PAIR, **target: str) -> tuple[World, Rank, Rank]:
+    """A source and a target that have not met."""
+    world = World(QUICK)
+    return world, add_group(world, shape, side="source")[0], add_group(world, shape, side="target", **target)[0]
+
+
+def meet(world: World, source: Rank, target: Rank, room: int = 1) -> None:
+    target.do(ReceiverOpened(room, (source.address,)))
+    world.run()
+
+
+def error_of(rank: Rank, room: int = 1) -> KVBatonError:
+    error = rank.status("target", room).error
+    assert error is not None
+    return error
+
+
+def test_both_sides_agree_before_any_room_opens() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    assert states(source) == states(target) == ["ready"]
+    kinds = [type(message) for *_, message in world.trace]
+    assert kinds == [Hello, Hello, Verdict, Verdict]
+    digests = {m.plan_digest for *_, m in world.trace if isinstance(m, Verdict)}
+    assert len(digests) == 1
+
+
+def test_nobody_is_dialled_twice_and_one_session_serves_all_rooms() -> None:
+    world, source, target = pair()
+    for room in (1, 2, 3):
+        target.do(ReceiverOpened(room, (source.address,)))
+    world.run()
+    meet(world, source, target, 4)
+    assert len(target.core.sessions()) == 1
+    assert sum(isinstance(m, Hello) for *_, m in world.trace) == 2
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_greeting_survives_loss_and_doubling(index: int, copies: int) -> None:
+    world, source, target = pair()
+    seen: list[AnyMessage] = []
+
+    def network(_from: Rank, _to: Rank, message: AnyMessage) -> int:
+        seen.append(message)
+        return copies if len(seen) == index + 1 else 1
+
+    world.network = network
+    meet(world, source, target)
+    world.run(until=5.0)
+    assert states(source) == states(target) == ["ready"], world.describe()
+
+
+def test_greetings_are_repeated_ever_more_slowly() -> None:
+    world, source, target = pair()
+    world.network = lambda _from, _to, _message: 0
+    meet(world, source, target)
+    world.run(until=9.9)
+    assert [at for at, *_ in world.trace] == [0.0, 0.5, 1.5, 3.5, 7.5]
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
+DIFFERENT: dict[str, tuple[Callable[[], tuple[CacheLayout, CacheLayout]], str, str, str]] = {
+    "model": (lambda: (one("source", model="a"), one("target", model="b")), "model", "a", "b"),
+    "dtype": (lambda: (one("source", dtype="f2"), one("target", dtype="e4m3")), "kv.dtype", "f2", "e4m3"),
+    "heads": (
+        lambda: (one("source", Shape(heads=4)), one("target", Shape(heads=8))),
+        "kv.0.k.items",
+        "4",
+        "8",
+    ),
+}
+
+
+def one(side: str, shape: Shape = PAIR, **fields: str) -> CacheLayout:
+    return layouts(shape, side=side, **fields)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_an_incompatible_pair_is_told_to_both_mirrored(what: str) -> None:
+    make, field, ours, theirs = DIFFERENT[what]
+    world = World(QUICK)
+    s_layout, t_layout = make()
+    source, target = world.add("p0", s_layout), world.add("d0", t_layout)
+    meet(world, source, target)
+    assert states(source) == states(target) == ["refused"]
+    error = error_of(target)
+    assert isinstance(error, IncompatibleError)
+    assert (error.field, error.ours, error.theirs) == (field, theirs, ours)
+    said = {m.sender: m for *_, m in world.trace if isinstance(m, Verdict)}
+    assert (said["i-p0"].field, said["i-p0"].ours, said["i-p0"].theirs) == (field, ours, theirs)
+    assert (said["i-d0"].field, said["i-d0"].ours, said["i-d0"].theirs) == (field, theirs, ours)
+    assert not said["i-p0"].compatible
+    assert not said["i-d0"].compatible
+    assert said["i-p0"].reason == said["i-d0"].reason == error.message
+
+
+def test_a_refused_peer_is_refused_at_once_the_next_time() -> None:
+    world, source, target = pair(dtype="f2")
+    meet(world, source, target)
+    sent = len(world.trace)
+    meet(world, source, target, 2)
+    assert target.status("target", 2).poll is KVPoll.Failed
+    assert len(world.trace) == sent
+
+
+def altered(**fields: object) -> Callable[[Rank, Rank, AnyMessage], int | list[AnyMessage]]:
+    """A network that changes the Hello of the source."""
+
+    def network(sender: Rank, _to: Rank, message: AnyMessage) -> int | list[AnyMessage]:
+        if isinstance(message, Hello) and sender.name == "p0":
+            return [msgspec.structs.replace(message, **fields)]
+        return 1
+
+    return network
+
+
+@pytest.mark.parametrize(("field", "value"), [("version", 2), ("transport", "pigeon")])
+def test_another_version_or_transport_is_refused_by_name(field: str, value: object) -> None:
+    world, source, target = pair()
+    world.network = altered(**{field: value})
+    meet(world, source, target)
+    error = error_of(target)
+    assert isinstance(error, IncompatibleError)
+    assert error.field == field
+    assert error.theirs == str(value)
+    assert states(source) == states(target) == ["refused"]
+
+
+def test_a_source_of_another_version_says_so_to_its_target() -> None:
+    world, source, target = pair()
+    world.network = lambda sender, _to, message: (
+        [msgspec.structs.replace(message, version=9)] if isinstance(message, Hello) and sender.name == "d0" else 1
+    )
+    meet(world, source, target)
+    error = error_of(target)
+    assert isinstance(error, IncompatibleError)
+    assert (error.field, error.ours, error.theirs) == ("version", "9", "1")
+
+
+def test_a_layout_that_contradicts_itself_is_refused() -> None:
+    world, source, target = pair()
+    bad = msgspec.structs.replace(target.layout, regions=())
+    world.network = lambda sender, _to, message: (
+        [msgspec.structs.replace(message, layout=bad)] if isinstance(message, Hello) and sender.name == "d0" else 1
+    )
+    meet(world, source, target)
+    assert error_of(target).code == "layout"
+    assert states(source) == ["refused"]
+
+
+def test_different_plans_from_the_same_layouts_are_refused_on_both_sides() -> None:
+    world, source, target = pair()
+    world.network = lambda sender, _to, message: (
+        [msgspec.structs.replace(message, plan_digest="00")] if isinstance(message, Verdict) and sender.name == "p0" else 1
+    )
+    meet(world, source, target)
+    error = error_of(target)
+    assert isinstance(error, IncompatibleError)
+    assert error.field == "plan_digest"
+    assert states(source) == states(target) == ["refused"]
+
+
+def test_memory_that_cannot_be_reached_is_refused_with_the_reason() -> None:
+    world, source, target = pair()
+    prepare = []
+    original = world.perform
+
+    target.do(ReceiverOpened(1, (source.address,)))
+    world.kill(target)  # so that the world cannot find it when it prepares
+    assert original == world.perform
+    hello = target.core.identity.hello()
+    effects = source.core.handle(MessageArrived(source.links and next(iter(source.links)), msgspec.msgpack.encode(hello)), 0.0)
+    prepare = [effect for effect in effects if isinstance(effect, PreparePeer)]
+    assert [effect.peer for effect in prepare] == ["i-d0"]
+    source.do(PeerUnprepared("i-d0", TransportError("no route")))
+    assert states(source) == ["refused"]
+    refused = [m for *_, m in world.trace if isinstance(m, Verdict)]
+    assert not refused  # nobody is there to hear it
+    source.do(PeerUnprepared("i-d0", TransportError("again")))
+    source.do(PeerPrepared("i-d0"))
+    source.do(PeerPrepared("nobody"))
+    assert states(source) == ["refused"]
+
+
+# ---- life and loss --------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_ping_and_neither_is_lost() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.run(until=100.0)
+    assert states(source) == states(target) == ["ready"]
+    for name in ("p0", "d0"):
+        assert sum(isinstance(m, Ping) and sender == name for _, sender, _, m in world.trace) == 20
+        assert sum(isinstance(m, Pong) and sender == name for _, sender, _, m in world.trace) == 20
+
+
+def test_one_missed_heartbeat_is_no_loss_and_two_are() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=9.9)
+    assert states(source) == states(target) == ["ready"]
+    world.run(until=10.0)
+    assert states(source) == states(target) == ["lost"]
+
+
+def test_any_message_is_a_sign_of_life() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = dropping(Ping, Pong)
+    for second in range(1, 40):
+        world.run(until=float(second))
+        world.inject(source, target, Pong(sender="i-p0", receiver="i-d0"))
+    assert states(target) == ["ready"]
+    assert states(source) == ["lost"]
+
+
+def test_a_lost_peer_that_speaks_again_is_greeted_and_prepared_again() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=12.0)
+    assert states(source) == states(target) == ["lost"]
+    world.network = lambda _from, _to, _message: 1
+    world.run(until=20.0)
+    assert states(source) == states(target) == ["ready"], world.describe()
+
+
+def test_a_lost_peer_fails_new_rooms_at_once() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=12.0)
+    meet(world, source, target, 2)
+    assert error_of(target, 2).code == "peer_lost"
+
+
+def test_a_source_forgets_a_target_that_stays_away_and_knows_it_when_it_returns() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=10.0 + QUICK.announce_seconds + 1.0)
+    assert source.core.sessions() == []
+    world.network = lambda _from, _to, _message: 1
+    world.run(until=40.0)  # ping → Stranger → Hello
+    assert states(source) == states(target) == ["ready"], world.describe()
+    assert any(isinstance(m, Stranger) for *_, m in world.trace)
+
+
+def test_an_address_where_nobody_listens_fails_the_room_at_once_and_is_dialled_again() -> None:
+    world = World(QUICK)
+    target = add_group(world, PAIR, side="target")[0]
+    target.do(ReceiverOpened(1, ("world://p0",)))
+    world.run()
+    assert error_of(target).code == "peer_lost"
+    assert "nobody listens at world://p0" in str(error_of(target))
+    assert target.core.sessions() == []
+    source = add_group(world, PAIR, side="source")[0]
+    meet(world, source, target, 2)
+    assert states(target) == ["ready"]
+
+
+def test_goodbye_ends_the_session_on_the_other_side() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.perform(source, source.core.farewell("maintenance"))
+    world.run()
+    assert target.core.sessions() == []
+    assert error_of(target).message == "the peer has closed: maintenance"
+    assert [m.reason for *_, m in world.trace if isinstance(m, Goodbye)] == ["maintenance"]
+
+
+def test_another_instance_at_the_same_address_is_another_session() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    successor = world.replace(source, "q0")
+    assert [(peer.split()[0], state) for peer, _, state in target.core.sessions()] == [("i-q0", "ready")]
+    assert states(successor) == ["ready"]
+    assert "replaced by i-q0" in error_of(target).message
+
+
+def test_a_link_that_comes_up_again_to_the_same_instance_changes_nothing() -> None:
+    scene = Scene()
+    scene.start()
+    scene.world.reconnect(scene.target, scene.source.address)
+    assert states(scene.source) == states(scene.target) == ["ready"]
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_a_new_target_process_takes_the_place_of_the_old_one_in_its_group() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    target.alive = False
+    again = world.add("d1", target.layout, group="d")
+    meet(world, source, again)
+    assert sorted(states(source)) == ["lost", "ready"]
+
+
+def test_link_events_of_unknown_links_and_roles_change_nothing() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    for rank in (source, target):
+        rank.do(LinkUp(999))  # type: ignore[arg-type]
+        rank.do(LinkRefused(999))  # type: ignore[arg-type]
+    source.do(LinkUp(source.link_to(target)))
+    source.do(LinkRefused(source.link_to(target)))
+    assert states(source) == states(target) == ["ready"]
+
+
+# ---- strangers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_for_another_instance_is_answered_with_stranger_and_greeted_again() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.inject(target, source, Ping(sender="i-d0", receiver="i-gone"))
+    assert source.core.counters["messages_from_strangers"] == 1
+    kinds = [type(m) for *_, m in world.trace[4:]]
+    assert kinds == [Stranger, Hello, Hello, Verdict, Verdict]
+    assert states(source) == states(target) == ["ready"]
+
+
+def test_a_message_from_another_instance_is_never_acted_on() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.inject(source, target, Goodbye(sender="i-forged", receiver="i-d0"))
+    assert states(target) == ["ready"]
+    assert target.core.counters["messages_from_strangers"] == 1
+
+
+def test_an_answer_to_another_instance_is_never_acted_on() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.inject(source, target, source.core.identity.hello(answers="i-other"))
+    world.inject(target, source, target.core.identity.hello(answers="i-other"))
+    assert states(target) == states(source) == ["ready"]
+    assert target.core.counters["messages_from_strangers"] == 1
+
+
+def test_a_stranger_for_another_instance_is_not_believed() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    sent = len(world.trace)
+    world.inject(source, target, Stranger(sender="i-p0", receiver="i-other"))
+    world.inject(target, source, Stranger(sender="i-d0", receiver="i-p0"))
+    assert len(world.trace) == sent
+
+
+def test_more_sessions_than_the_bound_are_refused_and_counted() -> None:
+    world = World(msgspec_settings := type(QUICK)(sessions=1))
+    assert msgspec_settings.sessions == 1
+    source = add_group(world, PAIR, side="source")[0]
+    for name in ("x", "y"):
+        meet(world, source, add_group(world, PAIR, side="target", name=name)[0])
+    assert states(source) == ["ready"]
+    assert source.core.counters["sessions_refused"] == 1
+
+
+def test_sources_of_two_groups_or_half_a_group_are_refused() -> None:
+    world = World(QUICK)
+    half = add_group(world, Shape(source_tp=2), side="source", name="a")
+    other = add_group(world, PAIR, side="source", name="b")
+    target = add_group(world, PAIR, side="target")[0]
+    scene_grants = Scene().grants(target)
+    from kvbaton.protocol.events import GrantsPublished
+
+    for room, sources in ((1, (half[0].address,)), (2, (half[0].address, other[0].address))):
+        target.do(ReceiverOpened(room, sources))
+        target.do(GrantsPublished(room, scene_grants, 22))
+        world.run()
+        error = error_of(target, room)
+        assert isinstance(error, IncompatibleError)
+        assert error.field == "sources"
