@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbaton.control.base import Links
@@ -41,8 +41,9 @@ from kvbaton.transports.base import Transport
 
 __all__ = ["READY", "Finished", "KVManager", "KVPoll", "KVReceiver", "KVSender", "Span", "new_instance"]
 
-#: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory,
-#: position in the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
+#: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
+#: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
+#: the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
 Span = Grant
 
 MAX_ROOM = (1 << 63) - 1
@@ -78,6 +79,7 @@ class _Side:
         self._status = RoomStatus()
         self._started_at = time.monotonic()
         self._ended_at: float | None = None
+        self._pledged = False
 
     def poll(self) -> KVPoll:
         """State of the room. Failed and Success never change any more."""
@@ -90,8 +92,12 @@ class _Side:
 
     @property
     def leased(self) -> bool:
-        """A write may still touch this room's units: they must not be freed."""
-        return self._status.leased
+        """A write may still touch this room's units, or will: they must not be freed."""
+        return self._status.leased or (self._pledged and not self._ended)
+
+    @property
+    def _ended(self) -> bool:
+        return self._status.poll in (KVPoll.Failed, KVPoll.Success)
 
     @property
     def bytes(self) -> int:
@@ -106,12 +112,20 @@ class _Side:
     @property
     def concluded(self) -> bool:
         """Failed or Success, and no unit is leased: everything may be freed."""
-        return self._status.poll in (KVPoll.Failed, KVPoll.Success) and not self._status.leased
+        return self._ended and not self._status.leased
+
+    @property
+    def exposed_seconds(self) -> float:
+        """What the hand-off adds to the prefill: from the last chunk's submission to its last byte having settled."""
+        return self._status.exposed_seconds
+
+    def fail(self, error: KVBatonError) -> None:
+        """End the room on both sides, with ``error`` as the cause. Does nothing once it has ended."""
+        self._manager._command(AbortRequested(self.room, self.role, error), even_if_closed=True)
 
     def abort(self, reason: str) -> None:
         """Give the room up on both sides. Does nothing once it has ended."""
-        error = AbortedError(reason, room=self.room)
-        self._manager._command(AbortRequested(self.room, self.role, error))
+        self.fail(AbortedError(reason, room=self.room))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} room {self.room}: {self.poll().name}{', leased' if self.leased else ''}>"
@@ -143,6 +157,7 @@ class KVSender(_Side):
         """
         chunk = Chunk(spans=tuple(spans), last=last)
         check_grants(chunk.spans, self._manager.layout, distinct=False)
+        self._pledged = True
         self._manager._command(ChunkSubmitted(self.room, chunk), ready)
 
 
@@ -164,6 +179,7 @@ class KVReceiver(_Side):
         """
         grants = tuple(spans)
         check_grants(grants, self._manager.layout)
+        self._pledged = True
         self._started_at = time.monotonic()
         self._manager._command(GrantsPublished(self.room, grants, token_count))
 
@@ -225,7 +241,6 @@ class KVManager:
         self._finished: deque[Finished] | None = deque() if collect_finished else None
         self._closed = False
         self.outcomes: Counter[str] = Counter()
-        self.on_outcome: Callable[[_Side], None] | None = None
 
     def __enter__(self) -> KVManager:
         self.start()
@@ -319,8 +334,10 @@ class KVManager:
                 raise OverloadedError(f"{len(self._sides)} rooms are live; try again later", room=side.room)
             self._sides[side.role, side.room] = side
 
-    def _command(self, event: Event, fence: Fence | None = None) -> None:
+    def _command(self, event: Event, fence: Fence | None = None, *, even_if_closed: bool = False) -> None:
         if self._closed:
+            if even_if_closed:
+                return
             raise LocalProtocolError("the manager is closed")
         self._driver.post(Command(event, fence))
 
@@ -336,8 +353,6 @@ class KVManager:
         side._status = report.status
         if ended and not ended_before:
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
-            if self.on_outcome is not None:
-                self.on_outcome(side)
         if side.concluded:
             with self._lock:
                 self._sides.pop((report.role, report.room), None)

@@ -28,7 +28,8 @@ MAX_TEXT = 2048
 InstanceId = Annotated[str, Meta(min_length=1, max_length=64)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+MAX_SECONDS = 86_400.0
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Units = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=MAX_UNITS_PER_GRANT)]
 Role = Literal["source", "target"]
 
@@ -145,10 +146,11 @@ class Opened(TransferMessage, frozen=True, tag="opened"):
 
 
 class Done(TransferMessage, frozen=True, tag="done"):
-    """Source → target: every write of every chunk has settled; these bytes are in your memory. Repeated until closed."""
+    """Source → target: every write of every chunk has settled, these bytes are in your memory. Repeated."""
 
     parts: Annotated[tuple[PartBytes, ...], Meta(max_length=MAX_GRANTS)]
     token_count: Count
+    exposed_seconds: Seconds = 0.0  #: from the submission of the last chunk to its last write having settled
 
 
 class Close(TransferMessage, frozen=True, tag="close"):

@@ -192,7 +192,7 @@ def check_coverage(sources: Sequence[CacheLayout], target: CacheLayout) -> None:
             if written != wanted:
                 raise IncompatibleError(
                     f"pool {pool.name!r} layer {plane.layer} plane {plane.name!r}: the target needs items "
-                    f"{wanted} once each, the prefill ranks write {written}; check that every prefill rank is registered",
+                    f"{wanted} once each, the prefill ranks write {written}; is every prefill rank registered?",
                     field=f"{pool.name}.{plane.layer}.{plane.name}",
                     ours=str(wanted),
                     theirs=str(written),

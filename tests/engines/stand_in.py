@@ -28,6 +28,7 @@ class End:
     spans: list[tuple[tuple[Span, ...], bool]] = field(default_factory=list)
     bytes: int = 4096
     handoff_seconds: float = 0.25
+    exposed_seconds: float = 0.125
 
     def poll(self) -> KVPoll:
         return self.state

@@ -14,7 +14,7 @@ from kvbaton.engine.decode import decode_scheduler
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Pools
 from kvbaton.engine.prefill import prefill_scheduler
-from kvbaton.engine.request import Request, Sampling
+from kvbaton.engine.request import Handoff, Request, Sampling
 from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import (
@@ -86,7 +86,7 @@ def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) ->
             expected = generate(any_model, request.prompt_tokens, 12)
             assert answer.wait().tokens == expected, length
             assert answer.last.finish_reason == "length"
-            assert (answer.outputs[0].handoff_bytes, answer.outputs[0].handoff_seconds) == (4096, 0.25)
+            assert answer.outputs[0].handoff == Handoff(bytes=4096, seconds=0.25, exposed_seconds=0.125)
             assert first.wait().tokens == expected[:1]
             assert first.last.finish_reason == "length"
         both.assert_nothing_held()

@@ -1,11 +1,10 @@
-"""Hypothesis strategies for layouts and topologies, and a reference reshard that shares nothing with the plan."""
+"""Layouts of whole groups in any topology, and a reference reshard that shares nothing with the plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, aux_pool, kv_pool, pool_bytes
@@ -22,16 +21,6 @@ class Group:
     pp: int
     page_size: int
     pages: int
-
-
-@st.composite
-def groups(draw: st.DrawFn, *, side: int, heads: int, layers: int, head_bytes: int, page_size: int) -> Group:
-    tp = draw(st.sampled_from([t for t in (1, 2, 4, 8, 16) if heads % t == 0 or t % heads == 0]), label="tp")
-    pp = draw(st.integers(1, min(3, layers)), label="pp")
-    order = draw(st.sampled_from(["HND", "NHD", "fused"]), label="order") if side == 0 else None
-    return make_group(
-        side=side, heads=heads, layers=layers, head_bytes=head_bytes, page_size=page_size, tp=tp, pp=pp, order=order or "HND"
-    )
 
 
 def make_group(
@@ -118,7 +107,7 @@ class Memory:
     def everything(self) -> list[NDArray[np.uint8]]:
         return [buffer for _, buffer in self._buffers]
 
-    def item(self, layout: CacheLayout, pool: Pool, plane: Plane, unit: int, row: int, item: int) -> NDArray[np.uint8]:
+    def item(self, layout: CacheLayout, plane: Plane, unit: int, row: int, item: int) -> NDArray[np.uint8]:
         """One item of one row of one unit, straight from the definition of a layout. ``item`` is absolute."""
         address = (
             layout.regions[plane.region].address

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import Group, Memory, make_group
+from numpy.typing import NDArray
 
-from kvbaton.layout import Axis, CacheLayout
+from kvbaton.layout import Axis, CacheLayout, Plane, Pool
 from kvbaton.plan import make_plan, overlap
 from kvbaton.runs import Runs, merge
 from kvbaton.verify import check_bounds, check_disjoint
 
 SIZES = (1, 2, 4, 8, 16)
+Ids = NDArray[np.int64]
+Slots = tuple[int, int]
 
 
 @pytest.mark.parametrize("heads", SIZES)
@@ -25,7 +28,8 @@ def test_every_item_is_written_exactly_once(heads: int) -> None:
             for target_rank in range(targets):
                 target = Axis(heads, targets, target_rank)
                 written = sorted(i for p in range(sources) for i in overlap(Axis(heads, sources, p), target))
-                assert written == list(range(target.first, target.first + target.width)), (sources, targets, target_rank)
+                wanted = list(range(target.first, target.first + target.width))
+                assert written == wanted, (sources, targets, target_rank)
 
 
 @st.composite
@@ -74,14 +78,18 @@ def test_bytes_equal_a_naive_reshard(case: tuple[Group, Group, int, int], seed: 
     expect_resharded(source, target, source_memory, target_memory, source_pages, target_pages, prefix, tokens, slots)
 
 
-def write(source: Group, target: CacheLayout, source_pages, target_pages, prefix: int, tokens: int, slots) -> list[Runs]:
+def write(
+    source: Group, target: CacheLayout, source_pages: Ids, target_pages: Ids, prefix: int, tokens: int, slots: Slots
+) -> list[Runs]:
     plan = make_plan(source.layouts, target)
     runs = []
     for layout, pair in zip(source.layouts, plan.pairs, strict=True):
         check_bounds(pair, layout, target)
         for part in pair.parts:
             blocks = part.blocks(prefix, tokens)
-            s_units, t_units = (source_pages, target_pages) if part.paged else (np.array([slots[0]]), np.array([slots[1]]))
+            s_units, t_units = source_pages, target_pages
+            if not part.paged:
+                s_units, t_units = np.array([slots[0]]), np.array([slots[1]])
             first = prefix // part.target.unit_rows if part.paged else 0
             entries = part.entries(blocks, s_units.astype(np.int64), 0, t_units.astype(np.int64), first)
             run = merge(part.source.table, entries[0], part.target.table, entries[1])
@@ -90,7 +98,17 @@ def write(source: Group, target: CacheLayout, source_pages, target_pages, prefix
     return runs
 
 
-def expect_resharded(source, target, source_memory, target_memory, source_pages, target_pages, prefix, tokens, slots) -> None:
+def expect_resharded(
+    source: Group,
+    target: Group,
+    source_memory: Memory,
+    target_memory: Memory,
+    source_pages: Ids,
+    target_pages: Ids,
+    prefix: int,
+    tokens: int,
+    slots: Slots,
+) -> None:
     """Item by item: what a token's item is on the target equals what it is on a source rank that has it."""
     first_page = prefix // target.page_size
     for layout in target.layouts:
@@ -99,19 +117,16 @@ def expect_resharded(source, target, source_memory, target_memory, source_pages,
                 for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
                     positions = range(prefix, tokens) if pool.paged else range(1)
                     for token in positions:
-                        got = (
-                            target_memory.item(
-                                layout,
-                                pool,
-                                plane,
-                                int(target_pages[token // pool.rows - first_page]) if pool.paged else slots[1],
-                                token % pool.rows,
-                                item,
-                            )
+                        got = target_memory.item(
+                            layout,
+                            plane,
+                            int(target_pages[token // pool.rows - first_page]) if pool.paged else slots[1],
+                            token % pool.rows,
+                            item,
                         )
                         owner, s_pool, s_plane = find_owner(source, pool.name, plane.layer, plane.name, item)
                         unit = int(source_pages[token // s_pool.rows]) if pool.paged else slots[0]
-                        wanted = source_memory.item(owner, s_pool, s_plane, unit, token % s_pool.rows, item)
+                        wanted = source_memory.item(owner, s_plane, unit, token % s_pool.rows, item)
                         np.testing.assert_array_equal(got, wanted)
 
 
@@ -121,15 +136,15 @@ def make_replicas_equal(source: Group, memory: Memory) -> None:
         for pool in layout.pools:
             for plane in pool.planes:
                 for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
-                    owner, s_pool, s_plane = find_owner(source, pool.name, plane.layer, plane.name, item)
+                    owner, _, s_plane = find_owner(source, pool.name, plane.layer, plane.name, item)
                     if owner is not layout:
                         for unit in range(pool.units):
                             for row in range(pool.rows):
-                                original = memory.item(owner, s_pool, s_plane, unit, row, item)
-                                memory.item(layout, pool, plane, unit, row, item)[:] = original
+                                original = memory.item(owner, s_plane, unit, row, item)
+                                memory.item(layout, plane, unit, row, item)[:] = original
 
 
-def find_owner(source: Group, pool_name: str, layer: int, name: str, item: int):
+def find_owner(source: Group, pool_name: str, layer: int, name: str, item: int) -> tuple[CacheLayout, Pool, Plane]:
     for layout in source.layouts:
         for pool in layout.pools:
             for plane in pool.planes:
@@ -160,6 +175,6 @@ def test_bytes_outside_the_grant_stay_untouched(case: tuple[Group, Group, int, i
                 for unit in target_pages if pool.paged else [1]:
                     for row in range(pool.rows):
                         for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
-                            allowed.item(layout, pool, plane, int(unit), row, item)[:] = 1
+                            allowed.item(layout, plane, int(unit), row, item)[:] = 1
     for touched, permitted in zip(target_memory.everything(), allowed.everything(), strict=True):
         assert not (touched.astype(bool) & ~permitted.astype(bool)).any()

@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from conftest import MakeRank, RankHarness
+from ranks import MakeRank, RankHarness
 
 from kvbaton.errors import AbortedError, ConfigError, LayoutError, LocalProtocolError, OverloadedError
 from kvbaton.manager import READY, KVPoll, KVReceiver, KVSender, Span
@@ -121,7 +121,8 @@ def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:
         source.manager.receiver(-1, ["memory://1"])
     source.manager.close()
     with pytest.raises(LocalProtocolError, match="closed"):
-        sender.abort("too late")
+        source.manager.sender(8)
+    sender.abort("a closed manager has ended every room: nothing to do")
 
 
 def test_closing_fails_what_is_live_and_tells_the_peer(make_rank: MakeRank) -> None:

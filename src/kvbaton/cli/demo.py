@@ -134,6 +134,7 @@ def _data(compared: list[Compared], path: str) -> dict[str, object]:
                 "equal": one.equal,
                 "handoff_bytes": one.answer.bytes,
                 "handoff_seconds": one.answer.seconds,
+                "exposed_seconds": one.answer.exposed_seconds,
                 "error": one.answer.error or one.reference.error,
             }
             for one in compared
@@ -149,7 +150,7 @@ def _print(compared: list[Compared], path: str) -> None:
     table = Table(title="prefill → decode, against a single process", title_justify="left")
     for heading in ("what", "prompt ends with", "answer", "equal"):
         table.add_column(heading)
-    for heading in ("bytes handed over", "hand-off ms"):
+    for heading in ("bytes handed over", "grant to arrival ms", "exposed hand-off ms"):
         table.add_column(heading, justify="right")
     for one in compared:
         answer = one.answer
@@ -160,8 +161,9 @@ def _print(compared: list[Compared], path: str) -> None:
             Text("yes", "green") if one.equal else Text("NO", "bold red"),
             f"{answer.bytes:,}",
             f"{answer.seconds * 1e3:.1f}",
+            f"{answer.exposed_seconds * 1e3:.2f}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(table)
     equal = sum(one.equal for one in compared)
     total = sum(one.answer.bytes for one in compared)

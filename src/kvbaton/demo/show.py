@@ -49,6 +49,7 @@ class Answer:
     tokens: tuple[int, ...] = ()
     bytes: int = 0
     seconds: float = 0.0
+    exposed_seconds: float = 0.0
     error: str = ""
 
 
@@ -99,6 +100,7 @@ async def ask(http: aiohttp.ClientSession, url: str, question: Question) -> Answ
         tokens=tuple(choice["token_ids"]),
         bytes=handoff.get("bytes", 0),
         seconds=handoff.get("seconds", 0.0),
+        exposed_seconds=handoff.get("exposed_seconds", 0.0),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from kvbaton.engine.generation import Generation
 from kvbaton.engine.job import Job
 from kvbaton.engine.pool import Allocator
-from kvbaton.engine.request import Output
+from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick, pick_tokens
 from kvbaton.errors import ConfigError, InternalError, KVBatonError
@@ -39,12 +39,10 @@ class ContinuousBatch:
     def running(self) -> int:
         return min(len(self._members), self._max_batch)
 
-    def join(
-        self, generation: Generation, first: Pick, *, handoff_bytes: int = 0, handoff_seconds: float = 0.0
-    ) -> None:
+    def join(self, generation: Generation, first: Pick, handoff: Handoff | None = None) -> None:
         """Add an answer with its first token; it stays only if that is not the last one, too."""
         self._members.append(generation)
-        self._push(generation, first, handoff_bytes, handoff_seconds)
+        self._push(generation, first, handoff)
 
     def remove(self, job: Job) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
@@ -77,9 +75,9 @@ class ContinuousBatch:
     def _logits(self, batch: Sequence[Generation]) -> Any:
         return self._runner.decode([generation.step() for generation in batch])
 
-    def _push(self, generation: Generation, pick: Pick, handoff_bytes: int = 0, handoff_seconds: float = 0.0) -> None:
+    def _push(self, generation: Generation, pick: Pick, handoff: Handoff | None = None) -> None:
         try:
-            output = generation.push(pick, handoff_bytes=handoff_bytes, handoff_seconds=handoff_seconds)
+            output = generation.push(pick, handoff)
         except KVBatonError as error:
             output = Output(error=error)
         if output.final:

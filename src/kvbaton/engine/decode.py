@@ -20,7 +20,7 @@ from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Pools
-from kvbaton.engine.request import Output
+from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
@@ -137,8 +137,11 @@ class Decode(Role):
         self._batch.join(
             generation,
             Pick(row.first_token, row.logprob),
-            handoff_bytes=arrival.receiver.bytes,
-            handoff_seconds=arrival.receiver.handoff_seconds,
+            Handoff(
+                bytes=arrival.receiver.bytes,
+                seconds=arrival.receiver.handoff_seconds,
+                exposed_seconds=arrival.receiver.exposed_seconds,
+            ),
         )
 
     def _end(self, arrival: _Arrival, last: Output, reason: str) -> None:

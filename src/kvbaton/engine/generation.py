@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvbaton.engine.job import Job
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.request import Output
+from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import Step
 from kvbaton.engine.sampling import Draw, Pick
 from kvbaton.engine.text import TextStream
@@ -41,7 +41,7 @@ class Generation:
         """What the model must compute before the next token can be picked."""
         return Step(self._newest, self._position, self.pages)
 
-    def push(self, pick: Pick, *, handoff_bytes: int = 0, handoff_seconds: float = 0.0) -> Output:
+    def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
         """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
         self._newest = pick.token
         self._position += 1
@@ -51,8 +51,7 @@ class Generation:
             text=piece.text,
             logprobs=(pick.logprob,) if self.job.request.sampling.logprobs else (),
             finish_reason=piece.finish_reason,
-            handoff_bytes=handoff_bytes,
-            handoff_seconds=handoff_seconds,
+            handoff=handoff,
         )
 
     def __repr__(self) -> str:

@@ -36,6 +36,19 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Handoff:
+    """What the hand-off of a request moved and took.
+
+    ``seconds`` runs from the grant of pages to the arrival and so contains the prefill; ``exposed_seconds`` is what
+    disaggregation adds: from the last chunk being computed to its last byte having settled.
+    """
+
+    bytes: int
+    seconds: float
+    exposed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
     """One step of a request's answer. The last one has ``finish_reason`` ("stop", "length", "abort") or ``error``."""
 
@@ -44,8 +57,7 @@ class Output:
     logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
     error: KVBatonError | None = None
-    handoff_bytes: int = 0
-    handoff_seconds: float = 0.0
+    handoff: Handoff | None = None
 
     @property
     def final(self) -> bool:

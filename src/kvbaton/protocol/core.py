@@ -38,8 +38,8 @@ from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import (
     AbortRequested,
     ChunkSubmitted,
-    DialFailed,
     Dialed,
+    DialFailed,
     Event,
     GrantsPublished,
     LinkRefused,

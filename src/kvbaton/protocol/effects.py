@@ -87,6 +87,7 @@ class RoomStatus:
         error: first root cause, when Failed.
         leased: a write may still touch this room's units.
         prefix_len: tokens that every target holds already (source side).
+        exposed_seconds: from the last chunk's submission to its last write having settled, the longest of all writers.
         bytes: bytes that the room moves here: the manifest (target), posted so far (source).
     """
 
@@ -95,6 +96,7 @@ class RoomStatus:
     leased: bool = False
     prefix_len: int = 0
     bytes: int = 0
+    exposed_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

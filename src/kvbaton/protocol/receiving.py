@@ -47,6 +47,7 @@ def query(t: Transfer, now: float, _: object) -> None:
 def delivered(t: Transfer, now: float, detail: object) -> None:
     done = expect(detail, Done)
     incoming = t.as_target()
+    incoming.exposed_seconds = done.exposed_seconds
     if frozenset(done.parts) != frozenset(incoming.parts) or done.token_count != incoming.token_count:
         t.error = RemoteProtocolError(
             f"the source wrote {describe(done.parts)} for {done.token_count} tokens, the manifest says "

@@ -67,6 +67,7 @@ class SourceRoom:
             leased=unfinished or any(transfer.leased for transfer in transfers),
             prefix_len=self._prefix_len(),
             bytes=sum(sum(t.outgoing.sent.values()) for t in transfers if t.outgoing is not None),
+            exposed_seconds=max((t.outgoing.exposed_seconds for t in transfers if t.outgoing is not None), default=0.0),
         )
 
     def _settled(self) -> bool:
@@ -122,6 +123,7 @@ class TargetRoom:
             error=self.error,
             leased=any(transfer.leased for transfer in transfers),
             bytes=sum(part.bytes for t in writers if t.incoming is not None for part in t.incoming.parts),
+            exposed_seconds=max((t.incoming.exposed_seconds for t in writers if t.incoming is not None), default=0.0),
         )
 
 

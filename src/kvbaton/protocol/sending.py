@@ -17,7 +17,7 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import Abort, Close, Done, Drained, Failed, Opened, PartBytes, clip
+from kvbaton.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Opened, PartBytes, clip
 from kvbaton.plan import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite
 from kvbaton.protocol.events import Chunk, WriteId
@@ -42,7 +42,8 @@ def send_chunk(t: Transfer, now: float, detail: object) -> None:
     except (LayoutError, LocalProtocolError) as error:
         fail_sending(t, now, error)
         return
-    outgoing.last_submitted = outgoing.last_submitted or chunk.last
+    if chunk.last:
+        outgoing.last_submitted, outgoing.last_submitted_at = True, now
     conclude_if_settled(t, now)
 
 
@@ -113,6 +114,7 @@ def write_settled(t: Transfer, now: float, detail: object) -> None:
 def conclude_if_settled(t: Transfer, now: float) -> None:
     outgoing = t.as_source()
     if outgoing.last_submitted and not outgoing.outstanding:
+        outgoing.exposed_seconds = max(0.0, now - outgoing.last_submitted_at)
         t.enter(State.DELIVERED)
         t.set_deadline(now, t.wire.settings.announce_seconds)
         send_done(t, now, None)
@@ -128,6 +130,7 @@ def send_done(t: Transfer, now: float, _: object) -> None:
             key=t.key,
             parts=outgoing.parts,
             token_count=outgoing.token_count,
+            exposed_seconds=min(outgoing.exposed_seconds, MAX_SECONDS),
         ),
     )
     t.retry_later(now)

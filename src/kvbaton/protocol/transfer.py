@@ -102,6 +102,8 @@ class Outgoing:
     sent: dict[int, int] = field(default_factory=dict)
     outstanding: set[WriteId] = field(default_factory=set)
     last_submitted: bool = False
+    last_submitted_at: float = 0.0
+    exposed_seconds: float = 0.0
     abort_arrived: bool = False
 
 
@@ -112,6 +114,7 @@ class Incoming:
     grants: tuple[Grant, ...]
     parts: tuple[PartBytes, ...]
     token_count: int
+    exposed_seconds: float = 0.0
 
 
 class Transfer:

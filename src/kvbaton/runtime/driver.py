@@ -31,8 +31,8 @@ from kvbaton.protocol.effects import (
 )
 from kvbaton.protocol.events import (
     ChunkSubmitted,
-    DialFailed,
     Dialed,
+    DialFailed,
     Event,
     LinkRefused,
     LinkUp,

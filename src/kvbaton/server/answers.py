@@ -11,7 +11,7 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from kvbaton.engine.request import Output
+from kvbaton.engine.request import Handoff, Output
 from kvbaton.server.engine import Tokenizer
 from kvbaton.server.openai import (
     Answer,
@@ -24,7 +24,6 @@ from kvbaton.server.openai import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
-    Handoff,
     Usage,
 )
 
@@ -118,8 +117,8 @@ class Answers:
 
     def _count(self, output: Output) -> None:
         self._tokens += len(output.tokens)
-        if output.handoff_bytes or output.handoff_seconds:
-            self._handoff = Handoff(bytes=output.handoff_bytes, seconds=output.handoff_seconds)
+        if output.handoff is not None:
+            self._handoff = output.handoff
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens)

@@ -173,7 +173,7 @@ class ApiServer:
 
     def _count_handoff(self, answers: Answers) -> None:
         if answers.handoff is not None:
-            self._handoffs.observe(handoff_bytes=answers.handoff.bytes, seconds=answers.handoff.seconds)
+            self._handoffs.observe(answers.handoff)
 
     def _learn(self, error: KVBatonError, accepted: Accepted) -> None:
         """What a failure says about more than its request."""

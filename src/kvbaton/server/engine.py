@@ -109,6 +109,5 @@ def _joined(first: Output, second: Output) -> Output:
         text=first.text + second.text,
         logprobs=first.logprobs + second.logprobs,
         finish_reason=second.finish_reason,
-        handoff_bytes=max(first.handoff_bytes, second.handoff_bytes),
-        handoff_seconds=max(first.handoff_seconds, second.handoff_seconds),
+        handoff=first.handoff or second.handoff,
     )

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvbaton.engine.request import Handoff
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Upper bounds in seconds: requests last from one short answer to a long one under load.
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -119,9 +121,17 @@ class HandoffMetrics:
             registry=registry,
         )
 
-    def observe(self, *, handoff_bytes: int, seconds: float) -> None:
-        self._seconds.observe(seconds)
-        self._bytes.observe(handoff_bytes)
+        self._exposed = Histogram(
+            "kvbaton_handoff_exposed_seconds",
+            "From the last chunk being computed to its last byte having settled, per request: what hand-off adds.",
+            buckets=HANDOFF_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(self, handoff: Handoff) -> None:
+        self._seconds.observe(handoff.seconds)
+        self._exposed.observe(handoff.exposed_seconds)
+        self._bytes.observe(handoff.bytes)
 
 
 class _Gauges(Collector):

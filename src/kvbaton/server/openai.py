@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from kvbaton.engine.request import Sampling
+from kvbaton.engine.request import Handoff, Sampling
 from kvbaton.errors import ConfigError
 
 #: max_tokens of a completion that does not say, as OpenAI's; of a chat, clipped to what the model has room for.
@@ -171,13 +171,6 @@ class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-class Handoff(Struct, frozen=True):
-    """What the hand-off of this request moved, and how long it took."""
-
-    bytes: int
-    seconds: float
 
 
 class CompletionLogprobs(Struct, frozen=True):

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 
 import pytest
-
 from protocol_diagram import derive
 
 from kvbaton.errors import DisconnectedError, InternalError, RemoteProtocolError

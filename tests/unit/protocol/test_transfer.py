@@ -14,7 +14,16 @@ from protocol_diagram import derive
 from kvbaton.errors import AbortedError, DisconnectedError, KVBatonError
 from kvbaton.messages import Abort, AnyMessage, Close, Done, Drained, Failed, Grant, Open, Opened, PartBytes, Query
 from kvbaton.protocol.effects import KVPoll
-from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, GrantsPublished, SenderOpened, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.events import (
+    AbortRequested,
+    Chunk,
+    ChunkSubmitted,
+    GrantsPublished,
+    SenderOpened,
+    WriteBroken,
+    WriteId,
+    WriteSettled,
+)
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.transfer import State
 from kvbaton.testing.world import Rank

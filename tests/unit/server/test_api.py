@@ -16,7 +16,7 @@ from kvbaton import errors
 from kvbaton.control.registry import Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
-from kvbaton.engine.request import Output
+from kvbaton.engine.request import Handoff, Output
 from kvbaton.server import failure
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import MAX_BODY_BYTES, ApiServer
@@ -495,15 +495,18 @@ async def decode_with_registry(script=lambda _request: spell("hello"), allow: tu
 
 def test_a_decode_server_looks_its_sources_up():
     async def test() -> None:
-        handed = [Output(tokens=(97,), text="a", handoff_bytes=4096, handoff_seconds=0.25), *spell("b")]
+        handed = [
+            Output(tokens=(97,), text="a", handoff=Handoff(bytes=4096, seconds=0.25, exposed_seconds=0.125)),
+            *spell("b"),
+        ]
         async with decode_with_registry(lambda _request: handed) as (client, _, port):
             where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 9}
             body = await client.post(prompt="x", **where)
-            assert body["handoff"] == {"bytes": 4096, "seconds": 0.25}
+            assert body["handoff"] == {"bytes": 4096, "seconds": 0.25, "exposed_seconds": 0.125}
             assert client.engine.requests[0].sources == ("tcp://127.0.0.1:41000",)
             assert client.engine.requests[0].room == 9
             events = await client.events(prompt="x", **where)
-            assert events[-2]["handoff"] == {"bytes": 4096, "seconds": 0.25}
+            assert events[-2]["handoff"] == {"bytes": 4096, "seconds": 0.25, "exposed_seconds": 0.125}
             assert await client.metric("kvbaton_handoff_bytes_sum") == 8192
             assert await client.metric("kvbaton_handoff_seconds_sum") == 0.5
 

@@ -1,0 +1,70 @@
+"""A rank with a small pool in this process, for tests of the facade."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.control.memory import Network
+from kvbaton.layout import CacheLayout, Region, aux_pool, kv_pool, pool_bytes
+from kvbaton.manager import KVManager, new_instance
+from kvbaton.protocol.settings import Settings
+from kvbaton.transports import make_transport
+
+AUX_BYTES = 64
+SLOTS = 8
+
+
+class RankHarness:
+    """A manager with a small pool of its own in this process."""
+
+    def __init__(
+        self, name: str, network: Network, transport: str, settings: Settings | None, fill: int | None
+    ) -> None:
+        pool = kv_pool(range(2), pages=64, page_size=16, heads=2, head_bytes=64, dtype="float32")
+        rng = np.random.default_rng(fill)
+        self.kv: NDArray[np.uint8] = np.zeros(pool_bytes(pool), np.uint8)
+        self.aux: NDArray[np.uint8] = np.zeros(SLOTS * AUX_BYTES, np.uint8)
+        if fill is not None:
+            self.kv[:] = rng.integers(1, 256, len(self.kv), dtype=np.uint8)
+            self.aux[:] = rng.integers(1, 256, len(self.aux), dtype=np.uint8)
+        self.layout = CacheLayout(
+            "model",
+            (Region(self.kv.ctypes.data, len(self.kv)), Region(self.aux.ctypes.data, len(self.aux))),
+            (pool, aux_pool(slots=SLOTS, slot_bytes=AUX_BYTES, region=1)),
+        )
+        instance = new_instance()
+        self.manager = KVManager(
+            self.layout,
+            make_transport(transport, instance),
+            network.listen(),
+            instance=instance,
+            group=name,
+            settings=settings,
+            collect_finished=True,
+        )
+        self.manager.start()
+
+    def page(self, page: int) -> NDArray[np.uint8]:
+        """All bytes of one page, over layers, K and V."""
+        return self.kv.reshape(4, 64, -1)[:, page]
+
+    def slot(self, slot: int) -> NDArray[np.uint8]:
+        return self.aux.reshape(SLOTS, -1)[slot]
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+        """Sleep on the manager's wake-up until ``condition`` holds; fail with the counters when it does not."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.manager.wakeup.clear()
+            if condition():
+                return
+            left = deadline - time.monotonic()
+            assert left > 0, f"never: {what}; {self.manager.counters()}"
+            self.manager.wakeup.wait(min(left, 0.5))
+
+
+MakeRank = Callable[..., RankHarness]
