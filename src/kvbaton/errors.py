@@ -28,6 +28,7 @@ says what to do. ``peer`` and ``room`` are filled where they are known. Errors c
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar, Literal
 
 Fault = Literal["local", "remote", "environment", "bug"]
@@ -52,6 +53,12 @@ class KVBatonError(Exception):
         self.peer = peer
         self.room = room
         self.hint = hint
+
+    def in_room(self, room: int) -> KVBatonError:
+        """The same error as the cause of one room's end; the original may be the cause of many."""
+        twin = copy.copy(self)
+        twin.room = room
+        return twin
 
     def __str__(self) -> str:
         where = "".join(

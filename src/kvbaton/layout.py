@@ -35,6 +35,7 @@ NO_LAYER = -1
 MAX_PLANES = 65_536
 MAX_POOLS = 64
 MAX_UNITS = 1 << 31
+MAX_STRIDE = 1 << 48
 
 
 class Axis(Struct, frozen=True, array_like=True):
@@ -171,6 +172,8 @@ def _validate_pool(pool: Pool, regions: Sequence[Region]) -> None:
         seen.add((plane.layer, plane.name))
         if plane.item_bytes < 1 or min(plane.unit_stride, plane.row_stride, plane.item_stride) < plane.item_bytes:
             raise LayoutError(f"{where}: every stride must be at least item_bytes={plane.item_bytes}")
+        if max(plane.unit_stride, plane.row_stride, plane.item_stride, plane.offset) > MAX_STRIDE:
+            raise LayoutError(f"{where}: a stride or offset exceeds {MAX_STRIDE} bytes")
         if not 0 <= plane.region < len(regions):
             raise LayoutError(f"{where}: region {plane.region} does not exist, the layout has {len(regions)}")
         interior = (pool.rows - 1) * plane.row_stride + (plane.axis.width - 1) * plane.item_stride + plane.item_bytes

@@ -160,11 +160,15 @@ class Close(TransferMessage, frozen=True, tag="close"):
 
 
 class Failed(TransferMessage, frozen=True, tag="failed"):
-    """Source → target: this transfer failed. ``drained``: none of our writes can touch your memory any more."""
+    """Source → target: this transfer failed. ``drained``: we have no write in flight for it, now or later.
+
+    ``fenced``: we had to cut you off to be sure; bytes may still be in the wire's buffers on your side.
+    """
 
     code: Text
     reason: Text
     drained: bool
+    fenced: bool = False
 
 
 class Abort(TransferMessage, frozen=True, tag="abort"):
@@ -175,7 +179,9 @@ class Abort(TransferMessage, frozen=True, tag="abort"):
 
 
 class Drained(TransferMessage, frozen=True, tag="drained"):
-    """Source → target: none of our writes for this transfer can touch your memory, now or later."""
+    """Source → target: we have no write in flight for this transfer, now or later. ``fenced`` as in Failed."""
+
+    fenced: bool = False
 
 
 class Query(TransferMessage, frozen=True, tag="query"):

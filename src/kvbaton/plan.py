@@ -30,6 +30,8 @@ from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region
 from kvbaton.table import Table
 
+#: Most rows of one table: bounds what a peer's layout can make us allocate.
+MAX_ROWS = 1 << 20
 #: Entries of one table are numbered with 32-bit integers.
 MAX_ENTRIES = (1 << 31) - 1
 
@@ -226,6 +228,12 @@ def _part(
         if not shared:
             continue
         length, s_offsets, t_offsets = _lanes(s_geometry, t_geometry, shared, block_rows)
+        per_lane = max(source.rows, target.rows) // block_rows
+        if len(pairs) * len(s_offsets) * per_lane > MAX_ROWS:
+            raise LayoutError(
+                f"pool {source.name!r}: the pairing needs more than {MAX_ROWS} table rows; "
+                "use page sizes with a larger common factor, or the same interior order on both sides"
+            )
         for side, pool, regions, offsets in (
             (0, source, source_regions, s_offsets),
             (1, target, target_regions, t_offsets),
@@ -271,6 +279,8 @@ def _lanes(source: _Geometry, target: _Geometry, items: range, block_rows: int) 
     while dense := [d for d in dimensions if d[1] == length and d[2] == length]:
         length *= dense[0][0]
         dimensions.remove(dense[0])
+    if math.prod(d[0] for d in dimensions) > MAX_ROWS:
+        raise LayoutError(f"a block falls into more than {MAX_ROWS} pieces; use the same interior order on both sides")
     s_offsets = np.array([(items.start - source[3].first) * source[1]], dtype=np.int64)
     t_offsets = np.array([(items.start - target[3].first) * target[1]], dtype=np.int64)
     for count, s_stride, t_stride in reversed(dimensions):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import cast
 
 from kvbaton.control.base import LinkId
-from kvbaton.errors import InternalError, MessageError, PeerLostError, RemoteProtocolError
+from kvbaton.errors import InternalError, MessageError, PeerLostError, RemoteProtocolError, from_code
 from kvbaton.messages import (
     Abort,
     AnyMessage,
@@ -47,6 +47,7 @@ from kvbaton.protocol.events import (
     MessageArrived,
     PeerFenced,
     PeerPrepared,
+    PeerQuiesced,
     PeerUnprepared,
     ReceiverOpened,
     SenderOpened,
@@ -95,6 +96,7 @@ class Core:
             PeerPrepared: self._peers.on_peer_prepared,
             PeerUnprepared: self._peers.on_peer_unprepared,
             PeerFenced: self._transfers.on_peer_fenced,
+            PeerQuiesced: self._transfers.on_peer_quiesced,
             WriteSettled: self._transfers.on_write_settled,
             WriteBroken: self._transfers.on_write_broken,
             SenderOpened: self._rooms.on_sender_opened,
@@ -108,11 +110,11 @@ class Core:
         }
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Apply one event. Deadlines that have passed are judged after it."""
+        """Apply one event. Deadlines are judged by TimePassed alone, which the caller feeds when its inbox is empty."""
         self._around.now = now
         self._handlers[type(event)](event)
         self._rooms.settle()
-        while (due := self._around.timers.pop_due(now)) is not None:
+        while isinstance(event, TimePassed) and (due := self._around.timers.pop_due(now)) is not None:
             self._on_timer(*due)
             self._rooms.settle()
         return self._around.take_effects()
@@ -240,6 +242,8 @@ class Core:
             self._rooms.on_open(session, message)
         else:
             self._transfers.answer_unknown(session, message, key)
+            if isinstance(message, Abort):
+                self._rooms.abort_unopened(key.room, from_code(message.code, message.reason, peer=session.peer))
 
     def _on_dial_failed(self, event: DialFailed) -> None:
         self._peers.on_dial_failed(event)

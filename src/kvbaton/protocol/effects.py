@@ -78,6 +78,13 @@ class FencePeer:
     peer: str
 
 
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """Flush what ``peer``, whose writes have ended, may have left in our transport's buffers; answer PeerQuiesced."""
+
+    peer: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoomStatus:
     """What an engine may know of a room.
@@ -108,4 +115,4 @@ class Report:
     status: RoomStatus
 
 
-Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Report
+Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Quiesce | Report

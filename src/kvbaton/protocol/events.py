@@ -139,8 +139,15 @@ class PeerFenced:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerQuiesced:
+    """Whatever an ended or fenced peer had put on the wire before has landed in our memory, or never will."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Nothing happened, but a deadline may be over."""
+    """The inbox is empty: judge the deadlines. No other event does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +173,7 @@ Event = (
     | PeerPrepared
     | PeerUnprepared
     | PeerFenced
+    | PeerQuiesced
     | TimePassed
     | ShutdownRequested
 )

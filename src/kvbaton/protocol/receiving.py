@@ -13,7 +13,8 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import Abort, Close, Done, Failed, Open, Query, clip
+from kvbaton.messages import Abort, Close, Done, Drained, Failed, Open, Query, clip
+from kvbaton.protocol.effects import Quiesce
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
 
@@ -72,7 +73,9 @@ def source_failed(t: Transfer, now: float, detail: object) -> None:
     failed = expect(detail, Failed)
     if t.error is None:
         t.error = from_code(failed.code, failed.reason, peer=t.peer, room=t.key.room)
-    if failed.drained:
+    if failed.drained and failed.fenced:
+        quiesce(t)
+    elif failed.drained:
         close(t, now, detail)
     elif t.state is not State.DRAINING:
         drain(t, now)
@@ -117,8 +120,21 @@ def lose_source(t: Transfer, now: float, detail: object) -> None:
     drain(t, now)
 
 
-def drained(t: Transfer, _now: float, _: object) -> None:
-    t.enter(State.CLOSED)
+def drained(t: Transfer, _now: float, detail: object) -> None:
+    if expect(detail, Drained).fenced:
+        quiesce(t)
+    else:
+        t.enter(State.CLOSED)
+
+
+def quiesce(t: Transfer) -> None:
+    """The source can write no more, but was stopped by force: flush what is left on our side of the wire."""
+    t.enter(State.QUIESCING)
+    t.wire.emit(Quiesce(t.peer))
+
+
+def quiesced(t: Transfer, now: float, _: object) -> None:
+    close(t, now, None)
 
 
 def forgotten(t: Transfer, _now: float, _: object) -> None:
@@ -130,7 +146,7 @@ def forgotten(t: Transfer, _now: float, _: object) -> None:
 
 def source_gone(t: Transfer, _now: float, detail: object) -> None:
     t.error = t.error or expect(detail, KVBatonError)
-    t.enter(State.CLOSED)
+    quiesce(t)
 
 
 def release_by_policy(t: Transfer, _now: float, _: object) -> None:

@@ -44,9 +44,11 @@ class SourceRoom:
     def over(self) -> bool:
         """Nothing is left to do or to say: the record can go."""
         closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
-        if not self.has_sender:
-            return closed
-        return closed and self.status().poll in (KVPoll.Failed, KVPoll.Success)
+        return closed and (self.concluded or not self.has_sender)
+
+    @property
+    def concluded(self) -> bool:
+        return self.status().poll in (KVPoll.Failed, KVPoll.Success)
 
     def status(self) -> RoomStatus:
         transfers = self.transfers.values()

@@ -7,16 +7,17 @@ from typing import cast
 
 from kvbaton.errors import (
     AbortedError,
+    CapacityError,
+    ConfigError,
     ExpiredError,
     IncompatibleError,
     InternalError,
     KVBatonError,
-    LayoutError,
     OverloadedError,
     PeerLostError,
     RemoteProtocolError,
 )
-from kvbaton.messages import Failed, Open, Role, TransferKey, clip
+from kvbaton.messages import MAX_UNITS_PER_GRANT, Failed, Open, Role, TransferKey, clip
 from kvbaton.plan import PairPlan, check_coverage
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
@@ -35,7 +36,7 @@ from kvbaton.protocol.surroundings import Surroundings
 from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
 from kvbaton.protocol.transfers import Transfers
 
-#: Rooms that failed before our engine asked for them, remembered so that it learns why.
+#: Rooms that failed before the other party came (our engine, or a target), remembered so that it learns why.
 MAX_RECENT_FAILURES = 1_024
 
 
@@ -49,7 +50,9 @@ class Rooms:
         self._sources: dict[int, SourceRoom] = {}
         self._targets: dict[int, TargetRoom] = {}
         self._touched: dict[int, Room] = {}
-        self._recent_failures: OrderedDict[int, KVBatonError] = OrderedDict()
+        self._homes: dict[Transfer, Room] = {}
+        self._failed_before_sender: OrderedDict[int, KVBatonError] = OrderedDict()
+        self._failed_before_open: OrderedDict[int, KVBatonError] = OrderedDict()
         self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
 
     def all(self) -> list[Room]:
@@ -65,8 +68,8 @@ class Rooms:
         return source is not None and source.error is None
 
     def transfer_changed(self, transfer: Transfer) -> None:
-        room = (self._sources if transfer.role == "source" else self._targets).get(transfer.key.room)
-        if room is not None and room.transfers.get(transfer.peer) is transfer:
+        room = self._homes.get(transfer)
+        if room is not None:
             self._touch(room)
 
     def dial_failed(self, address: str, error: KVBatonError) -> None:
@@ -89,9 +92,10 @@ class Rooms:
 
     def on_sender_opened(self, event: SenderOpened) -> None:
         room = self._sources.get(event.room)
-        if room is None:
+        if room is None or (room.has_sender and room.concluded):  # the old record only has to announce its outcome
             room = self._sources[event.room] = SourceRoom(room=event.room)
-            room.error = self._recent_failures.pop(event.room, None)
+            room.error = self._failed_before_sender.pop(event.room, None)
+        self._failed_before_open.pop(event.room, None)
         room.has_sender = True
         self._around.tell(event.room, "sender opened")
         self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_seconds)
@@ -110,7 +114,7 @@ class Rooms:
                 raise RemoteProtocolError(
                     f"the parts wanted {message.parts} are not those of the plan {expected}", peer=session.name
                 )
-        except (RemoteProtocolError, LayoutError, OverloadedError) as error:
+        except KVBatonError as error:
             self._around.tell(key.room, f"{key} from {session.name} refused: {error}")
             self._around.send_on(
                 session.link,
@@ -129,7 +133,8 @@ class Rooms:
         self._sources[key.room] = room
         room.group, room.expected = session.hello.group, session.hello.group_size
         room.transfers[session.peer] = transfer
-        self._recent_failures.pop(key.room, None)
+        self._homes[transfer] = room
+        self._failed_before_sender.pop(key.room, None)
         self._around.tell(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
         self._transfers.begin(transfer)
         if room.error is not None:
@@ -144,6 +149,8 @@ class Rooms:
             raise RemoteProtocolError(f"transfer {key} has ended here; open the room again with a new id")
         room = self._sources.get(key.room)
         if room is None:
+            if key.room in self._failed_before_open:
+                raise self._failed_before_open[key.room]
             if len(self._sources) >= self._around.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)
@@ -197,16 +204,21 @@ class Rooms:
         try:
             self._check_group(ready)
             manifests = [parts_of(cast(PairPlan, session.pair), room.grants) for session in ready]
-        except (IncompatibleError, LayoutError) as error:
+            for grant in room.grants:
+                if len(grant.units) > MAX_UNITS_PER_GRANT:
+                    raise CapacityError(
+                        f"pool {grant.pool!r}: {len(grant.units)} units are more than the {MAX_UNITS_PER_GRANT} that a "
+                        "message carries; use larger pages"
+                    )
+        except (IncompatibleError, ConfigError) as error:
             self.fail(room, error)
             return
         key = TransferKey(room.room, next(self._around.serial))
         for session, parts in zip(ready, manifests, strict=True):
-            wanted = {part.part.pool for part in parts}
-            grants = tuple(grant for grant in room.grants if grant.pool in wanted)
-            incoming = Incoming(grants=grants, parts=parts, token_count=room.token_count)
+            incoming = Incoming(grants=room.grants, parts=parts, token_count=room.token_count)
             transfer = Transfer(key, session.peer, self._transfers, incoming=incoming)
             room.transfers[session.peer] = transfer
+            self._homes[transfer] = room
             self._transfers.begin(transfer)
         self._around.timers.cancel(room, "deadline")
         self._around.tell(room.room, f"{key} opened with {len(ready)} source ranks")
@@ -243,8 +255,7 @@ class Rooms:
     def fail(self, room: Room, error: KVBatonError) -> None:
         """First root cause wins; every transfer that still runs is given up with it."""
         if room.error is None:
-            error.room = room.room if error.room is None else error.room
-            room.error = error
+            room.error = error.in_room(room.room)
             self._around.tell(room.room, f"failed: {error}")
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
@@ -257,7 +268,7 @@ class Rooms:
         """Draw the conclusions for every room that something happened to, and report what changed."""
         while self._touched:
             _, room = self._touched.popitem()
-            if room.error is None:
+            if room.error is None and room.status().poll is not KVPoll.Success:
                 failed = next((t.error for t in room.transfers.values() if t.error is not None), None)
                 if failed is not None:
                     self.fail(room, failed)
@@ -270,7 +281,7 @@ class Rooms:
 
     def _report(self, room: Room) -> None:
         """Tell our engine what changed. A room that it has not asked for yet is reported in full once it does."""
-        if isinstance(room, SourceRoom) and not room.has_sender:
+        if not self._is_current(room) or (isinstance(room, SourceRoom) and not room.has_sender):
             return
         status: RoomStatus = room.status()
         if status != room.reported:
@@ -278,16 +289,31 @@ class Rooms:
             role: Role = "source" if isinstance(room, SourceRoom) else "target"
             self._around.emit(Report(room.room, role, status))
 
+    def _is_current(self, room: Room) -> bool:
+        """Whether this record is the one that its number stands for; an older one only ends what it owes."""
+        return self._sources.get(room.room) is room or self._targets.get(room.room) is room
+
     def _remove(self, room: Room) -> None:
         self._around.timers.cancel(room, "deadline")
-        if isinstance(room, TargetRoom):
-            self._targets.pop(room.room, None)
+        for transfer in room.transfers.values():
+            self._homes.pop(transfer, None)
+        if not self._is_current(room):
             return
-        self._sources.pop(room.room, None)
-        if not room.has_sender and room.error is not None:
-            self._recent_failures[room.room] = room.error
-            if len(self._recent_failures) > MAX_RECENT_FAILURES:
-                self._recent_failures.popitem(last=False)
+        if isinstance(room, TargetRoom):
+            del self._targets[room.room]
+            return
+        del self._sources[room.room]
+        if room.error is not None and not (room.has_sender and room.transfers):
+            remembered = self._failed_before_open if room.has_sender else self._failed_before_sender
+            remembered[room.room] = room.error
+            if len(remembered) > MAX_RECENT_FAILURES:
+                remembered.popitem(last=False)
+
+    def abort_unopened(self, number: int, error: KVBatonError) -> None:
+        """A target gave up a room whose Open never came: nobody else will open it for our engine."""
+        room = self._sources.get(number)
+        if room is not None and not room.transfers:
+            self.fail(room, error)
 
     def _bootstrap_error(self, room: Room) -> KVBatonError:
         seconds = self._around.settings.bootstrap_seconds
@@ -313,7 +339,7 @@ class Rooms:
 
     def check_invariants(self) -> None:
         for transfer in self._transfers.live():
-            home = (self._sources if transfer.role == "source" else self._targets).get(transfer.key.room)
+            home = self._homes.get(transfer)
             if home is None or home.transfers.get(transfer.peer) is not transfer:
                 raise InternalError(f"{transfer} belongs to no room")
         for room in self.all():

@@ -188,9 +188,11 @@ def cut_off(t: Transfer, _now: float, _: object) -> None:
 
 
 def fenced(t: Transfer, now: float, _: object) -> None:
-    t.as_source().outstanding.clear()
-    if t.state is State.SENDING:
-        t.error = DisconnectedError("the connection to the decode rank broke", peer=t.peer, room=t.key.room)
+    outgoing = t.as_source()
+    outgoing.fenced = outgoing.fenced or bool(outgoing.outstanding)
+    outgoing.outstanding.clear()
+    t.error = t.error or DisconnectedError("the connection to the decode rank broke", peer=t.peer, room=t.key.room)
+    if t.state is not State.SETTLING:
         t.enter(State.SETTLING)
     drained_here(t, now)
 
@@ -217,13 +219,14 @@ def send_failed(t: Transfer, now: float, _: object) -> None:
             code=error.code,
             reason=clip(error.message),
             drained=t.state is not State.SETTLING,
+            fenced=t.as_source().fenced,
         ),
     )
     t.retry_later(now)
 
 
 def send_drained(t: Transfer, _now: float, _: object) -> None:
-    t.wire.send(t, Drained(sender=t.wire.instance, receiver=t.peer, key=t.key))
+    t.wire.send(t, Drained(sender=t.wire.instance, receiver=t.peer, key=t.key, fenced=t.as_source().fenced))
 
 
 def abort_delivered(t: Transfer, now: float, detail: object) -> None:

@@ -306,6 +306,8 @@ class Session:
                 return
             if self.peer:
                 self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
+            else:
+                self.desk.send_on(self.link, self.desk.identity.hello())
             self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_seconds)
 
     def _enter(self, state: SessionState, now: float) -> None:
@@ -316,6 +318,6 @@ class Session:
             self.error = None
         if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
             self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_seconds)
-        if state is SessionState.LOST and self.role == "source":
+        if state in (SessionState.LOST, SessionState.REFUSED) and self.role == "source":
             self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
         self.desk.session_changed(self)

@@ -43,6 +43,7 @@ _TARGET_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.WRITE_SETTLED: _NO_WRITES,
     On.WRITE_BROKEN: _NO_WRITES,
     On.PEER_FENCED: Ignored("fencing our writes towards the peer says nothing of its writes towards us"),
+    On.PEER_QUIESCED: Ignored("asked for another transfer with the same peer"),
 }
 _SOURCE_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.OPENED_ARRIVED: _TO_TARGET,
@@ -50,6 +51,7 @@ _SOURCE_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.FAILED_ARRIVED: _TO_TARGET,
     On.DRAINED_ARRIVED: _TO_TARGET,
     On.FORGOTTEN_ARRIVED: _TO_TARGET,
+    On.PEER_QUIESCED: Ignored("asked for a transfer in the other direction"),
 }
 
 #: Every (state, event): a handler, a reason to ignore it, or why it cannot be.
@@ -92,6 +94,20 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.RETRY_DUE: receiving.send_abort,
         On.PEER_LOST: Ignored("losing a source proves nothing about its writes"),
         On.PEER_GONE: receiving.source_gone,
+    },
+    State.QUIESCING: {
+        **_TARGET_NEVER,
+        On.OPENED_ARRIVED: _STALE,
+        On.DONE_ARRIVED: _STALE,
+        On.FAILED_ARRIVED: Ignored("acknowledged once quiesced; repeated until then"),
+        On.DRAINED_ARRIVED: _STALE,
+        On.FORGOTTEN_ARRIVED: _STALE,
+        On.GIVEN_UP: Ignored("given up already"),
+        On.DEADLINE_REACHED: _NO_TIMER,
+        On.RETRY_DUE: _NO_TIMER,
+        On.PEER_LOST: Ignored("its writes have ended"),
+        On.PEER_GONE: Ignored("its writes have ended"),
+        On.PEER_QUIESCED: receiving.quiesced,
     },
     State.WAITING: {
         **_SOURCE_NEVER,
@@ -192,6 +208,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.PEER_LOST: _ENDED,
         On.PEER_GONE: _ENDED,
         On.PEER_FENCED: _ENDED,
+        On.PEER_QUIESCED: _ENDED,
     },
 }
 

@@ -3,11 +3,13 @@
 The two ends run the same table from different states. "A write may still touch memory" is a state, not a counter:
 
     target:  OPENING → OPENED → CLOSED                       source:  WAITING → SENDING → DELIVERED → CLOSED
-                 ╲        ╲→ DRAINING → CLOSED                            ╲        ╲→ SETTLING → FAILING → CLOSED
+                 ╲        ╲→ DRAINING → QUIESCING → CLOSED                ╲        ╲→ SETTLING → FAILING → CLOSED
 
 - OPENING    target: Open sent, not yet acknowledged
 - OPENED     target: the source knows the room; it may write from now on
 - DRAINING   target: failed for the engine, but the source may still write; units stay leased
+- QUIESCING  target: the source's writes have ended by force (fence, death); what they left in our own transport's
+  buffers is flushed before units are free
 - WAITING    source: the target's units are known, nothing posted yet
 - SENDING    source: writes posted or to be posted
 - DELIVERED  source: every write has settled and Done was sent; repeated until closed
@@ -40,6 +42,7 @@ class State(enum.Enum):
     OPENING = "opening"
     OPENED = "opened"
     DRAINING = "draining"
+    QUIESCING = "quiescing"
     WAITING = "waiting"
     SENDING = "sending"
     DELIVERED = "delivered"
@@ -69,6 +72,7 @@ class On(enum.Enum):
     PEER_LOST = "peer lost"
     PEER_GONE = "peer gone"
     PEER_FENCED = "peer fenced"
+    PEER_QUIESCED = "peer quiesced"
 
     @property
     def is_message(self) -> bool:
@@ -105,6 +109,7 @@ class Outgoing:
     last_submitted_at: float = 0.0
     exposed_seconds: float = 0.0
     abort_arrived: bool = False
+    fenced: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from kvbaton.messages import (
 )
 from kvbaton.protocol import table
 from kvbaton.protocol.effects import Effect
-from kvbaton.protocol.events import PeerFenced, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.session import Session
 from kvbaton.protocol.settings import Settings
@@ -97,7 +97,12 @@ class Transfers:
         """Something happened to a peer: to all transfers with it."""
         for transfer in self.live():
             if (transfer.peer, transfer.role) == (session.peer, session.role):
-                self.step(transfer, on, error)
+                self.step(transfer, on, error.in_room(transfer.key.room))
+
+    def on_peer_quiesced(self, event: PeerQuiesced) -> None:
+        for transfer in self.live():
+            if transfer.peer == event.peer:
+                self.step(transfer, On.PEER_QUIESCED)
 
     def on_write_settled(self, event: WriteSettled) -> None:
         transfer = self._writes.pop(event.write, None)
@@ -147,7 +152,7 @@ class Transfers:
         for address, transfer in self._live.items():
             if transfer.state is State.CLOSED or address in self._tombstones:
                 raise InternalError(f"{transfer} is closed and live at once")
-            owned = transfer.state in (State.DRAINING, State.SETTLING)  # by the peer's session, by the fence
+            owned = transfer.state in (State.DRAINING, State.SETTLING, State.QUIESCING)  # by session, fence, transport
             if self._around.timers.get(transfer, "deadline") is None and not owned:
                 raise InternalError(f"{transfer} has no deadline")
         if len(self._tombstones) > self._around.settings.tombstones:

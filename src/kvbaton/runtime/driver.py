@@ -13,10 +13,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvbaton.control.base import Arrived, LinkChange, Links
-from kvbaton.errors import DisconnectedError, KVBatonError, TransportError
+from kvbaton.errors import DisconnectedError, ExpiredError, KVBatonError, TransportError
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
     CancelWrites,
@@ -26,6 +28,7 @@ from kvbaton.protocol.effects import (
     FencePeer,
     PostWrite,
     PreparePeer,
+    Quiesce,
     Report,
     Send,
 )
@@ -39,6 +42,7 @@ from kvbaton.protocol.events import (
     MessageArrived,
     PeerFenced,
     PeerPrepared,
+    PeerQuiesced,
     PeerUnprepared,
     ShutdownRequested,
     TimePassed,
@@ -55,10 +59,19 @@ POLL_MOST_SECONDS = 0.001
 POLL_SHARE = 0.05
 #: How long a closing rank waits for its own writes before it goes without a farewell.
 CLOSE_GRACE_SECONDS = 5.0
+#: Bytes of a peer that was stopped by force may sit in our transport's buffers: it is polled at least so long and so
+#: often before they count as landed. Only where the target must help writes to land.
+QUIESCE_SECONDS = 0.5
+QUIESCE_POLLS = 500
 #: How often the transport is asked for evidence of the path in the life of a rank.
 MAX_EVIDENCE_ASKED = 1_000
 
+#: How long a question may wait for the thread, which may be copying a large write; how often it is looked after.
+ASK_SECONDS = 5.0
+ASK_SHARE_SECONDS = 0.1
+
 Fence = Callable[[], bool]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +104,10 @@ class Driver:
         self._commands: deque[Command] = deque()
         self._fenced_chunks: deque[Command] = deque()
         self._events: deque[Event] = deque()
+        self._questions: deque[Callable[[], None]] = deque()
         self._in_flight: dict[Handle, PostWrite] = {}
         self._tables: dict[str, tuple[TableId, ...]] = {}
+        self._quiescing: dict[str, tuple[float, int]] = {}
         self._active_at = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
@@ -107,6 +122,37 @@ class Driver:
         """Hand an event to the core. Returns at once."""
         self._commands.append(command)
         self._links.wake()
+
+    def ask(self, question: Callable[[Core, float], T]) -> T:
+        """What ``question(core, now)`` finds, asked on the driver's thread, or here where that does not run.
+
+        Raises ExpiredError if the thread does not come to it in time.
+        """
+        answer: Future[T] = Future()
+        deadline = self._clock() + ASK_SECONDS
+        self._questions.append(lambda: answer.set_result(question(self._core, self._clock())))
+        self._links.wake()
+        while self._thread.is_alive():
+            try:
+                return answer.result(ASK_SHARE_SECONDS)
+            except TimeoutError:
+                if self._clock() > deadline:
+                    raise ExpiredError(f"the driver thread did not answer within {ASK_SECONDS:g} s") from None
+        return question(self._core, self._clock())
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of every table here and in what the driver owns. Driver's thread only, like all of it."""
+        return {
+            "commands": len(self._commands) + len(self._events),
+            "fenced_chunks": len(self._fenced_chunks),
+            "writes_in_flight": len(self._in_flight),
+            "peers_with_tables": len(self._tables),
+            "peers_with_evidence": len(self.evidence),
+            "peers_posting": len(self._queue),
+            "counter_names": len(self.counters),
+            **{f"transport_{name}": size for name, size in self._transport.sizes().items()},
+            **{f"links_{name}": size for name, size in self._links.sizes().items()},
+        }
 
     def close(self, reason: str) -> None:
         """Fail what is live, settle, say goodbye, release everything. Idempotent."""
@@ -145,7 +191,10 @@ class Driver:
             elif item.change is LinkChange.REFUSED:
                 self._events.append(LinkRefused(item.link))
         self._take_commands()
+        while self._questions:
+            self._questions.popleft()()
         self._poll_writes()
+        self._poll_quiescing()
         self._feed()
         deadline = self._core.next_deadline()
         if deadline is not None and deadline <= self._clock():
@@ -185,7 +234,7 @@ class Driver:
                 self._perform(effect)
 
     def _sleep(self) -> None:
-        busy = bool(self._in_flight) or bool(self._fenced_chunks)
+        busy = bool(self._in_flight) or bool(self._fenced_chunks) or bool(self._quiescing)
         if self._transport.capabilities.target_must_progress and self._core.receiving:
             self._transport.progress()
             busy = True
@@ -218,6 +267,8 @@ class Driver:
             self._prepare(effect)
         elif isinstance(effect, FencePeer):
             self._fence(effect.peer)
+        elif isinstance(effect, Quiesce):
+            self._quiescing[effect.peer] = (self._clock() + QUIESCE_SECONDS, QUIESCE_POLLS)
         elif isinstance(effect, Dial):
             self._dial(effect.address)
         elif isinstance(effect, CloseLink):
@@ -265,6 +316,15 @@ class Driver:
     def _poll_writes(self) -> None:
         for handle, write in list(self._in_flight.items()):
             self._check(handle, write)
+
+    def _poll_quiescing(self) -> None:
+        for peer, (until, polls) in list(self._quiescing.items()):
+            if self._transport.capabilities.target_must_progress and (polls > 0 or self._clock() < until):
+                self._transport.progress()
+                self._quiescing[peer] = (until, polls - 1)
+            else:
+                del self._quiescing[peer]
+                self._events.append(PeerQuiesced(peer))
 
     def _check(self, handle: Handle, write: PostWrite) -> None:
         state = self._transport.poll(handle)

@@ -41,6 +41,10 @@ class PostingQueue:
         self._window = window
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Peers that something waits for or is in flight to."""
+        return len(self._peers)
+
     def offer(self, write: PostWrite) -> None:
         self._peers.setdefault(write.peer, _Peer()).waiting.append(write)
 

@@ -29,6 +29,7 @@ from kvbaton.protocol.effects import (
     FencePeer,
     PostWrite,
     PreparePeer,
+    Quiesce,
     Report,
     RoomStatus,
     Send,
@@ -41,6 +42,7 @@ from kvbaton.protocol.events import (
     MessageArrived,
     PeerFenced,
     PeerPrepared,
+    PeerQuiesced,
     PeerUnprepared,
     ReceiverOpened,
     SenderOpened,
@@ -256,6 +258,8 @@ class World:
             elif isinstance(effect, FencePeer):
                 rank.held = [write for write in rank.held if write.peer != effect.peer]
                 self._todo.append((rank, PeerFenced(effect.peer)))
+            elif isinstance(effect, Quiesce):
+                self._todo.append((rank, PeerQuiesced(effect.peer)))
             elif isinstance(effect, PostWrite):
                 self._post(rank, effect)
             elif isinstance(effect, CancelWrites):
