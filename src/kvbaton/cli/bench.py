@@ -25,7 +25,11 @@ MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("transfer",), help="transfer: rooms from source ranks to target ranks")
+    parser.add_argument(
+        "what",
+        choices=("transfer", "plan"),
+        help="transfer: rooms from source ranks to target ranks; plan: building plans and merging runs (no other flags)",
+    )
     parser.add_argument("--suite", action="store_true", help="run the standard scenarios instead of one")
     parser.add_argument("--layers", type=positive, default=8, help="layers of the model, K and V each")
     parser.add_argument("--pages", type=positive, default=64, help="pages of a room, 16 tokens each")
@@ -47,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.what == "plan":
+        return _run_plan(options)
     try:
         from rich.console import Console
 
@@ -66,6 +72,26 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(msgspec.json.encode([_data(result) for result in results]).decode() + "\n")
     else:
         _print(results)
+    return 0
+
+
+def _run_plan(options: argparse.Namespace) -> int:
+    from kvbaton.bench.plan_cost import measure
+
+    costs = [
+        measure(source_tp=8, target_tp=2, layers=64, pages=2048),
+        measure(source_tp=8, target_tp=8, layers=64, pages=2048),
+        measure(source_tp=1, target_tp=1, layers=64, pages=2048),
+    ]
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(costs).decode() + "\n")
+        return 0
+    for cost in costs:
+        print(
+            f"TP {cost.source_tp} to {cost.target_tp}, {cost.layers} layers, {cost.pages} contiguous pages: plan "
+            f"{cost.plan_seconds * 1e3:.2f} ms, entries {cost.entries_seconds * 1e3:.2f} ms, {cost.writers} writers, "
+            f"{cost.entries} entries in {cost.runs} runs"
+        )
     return 0
 
 
