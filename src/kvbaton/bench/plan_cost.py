@@ -15,6 +15,8 @@ from kvbaton.runs import merge
 HEADS = 8
 HEAD_BYTES = 256
 PAGE_SIZE = 16
+#: The pool is larger than the prompt, so that the runs of neighbouring layers do not touch.
+SPARE_PAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ def measure(
 def _layout(layers: int, pages: int, order: InteriorOrder, tp_size: int, tp_rank: int, *, side: int) -> CacheLayout:
     pool = kv_pool(
         range(layers),
-        pages=pages,
+        pages=pages + SPARE_PAGES,
         page_size=PAGE_SIZE,
         heads=HEADS,
         head_bytes=HEAD_BYTES,

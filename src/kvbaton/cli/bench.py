@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=("transfer", "plan"),
-        help="transfer: rooms from source ranks to target ranks; plan: building plans and merging runs (no other flags)",
+        help="transfer: rooms from source to target ranks; plan: building plans and merging runs (no flags)",
     )
     parser.add_argument("--suite", action="store_true", help="run the standard scenarios instead of one")
     parser.add_argument("--layers", type=positive, default=8, help="layers of the model, K and V each")
