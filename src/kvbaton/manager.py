@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbaton.control.base import Links
@@ -39,7 +39,7 @@ from kvbaton.runtime.driver import Command, Driver, Fence
 from kvbaton.runtime.posting import Window
 from kvbaton.transports.base import Transport
 
-__all__ = ["READY", "Finished", "KVManager", "KVPoll", "KVReceiver", "KVSender", "Span", "new_instance"]
+__all__ = ["READY", "Finished", "KVManager", "KVPoll", "KVReceiver", "KVSender", "Moment", "Span", "new_instance"]
 
 #: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
 #: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
@@ -60,6 +60,15 @@ def new_instance() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """One line of a room's story, as old as ``seconds_ago`` when it was asked for: durations can be compared between
+    machines, instants can not."""
+
+    seconds_ago: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A room that ended and whose units are free: told exactly once to engines that ask for it."""
 
@@ -77,7 +86,7 @@ class _Side:
         self.room = room
         self._manager = manager
         self._status = RoomStatus()
-        self._started_at = time.monotonic()
+        self._started_at = manager.clock()
         self._ended_at: float | None = None
         self._pledged = False
 
@@ -107,7 +116,7 @@ class _Side:
     @property
     def handoff_seconds(self) -> float:
         """From ``publish`` (receiver) or creation (sender) to the outcome, or to now."""
-        return (self._ended_at if self._ended_at is not None else time.monotonic()) - self._started_at
+        return (self._ended_at if self._ended_at is not None else self._manager.clock()) - self._started_at
 
     @property
     def concluded(self) -> bool:
@@ -180,7 +189,7 @@ class KVReceiver(_Side):
         grants = tuple(spans)
         check_grants(grants, self._manager.layout)
         self._pledged = True
-        self._started_at = time.monotonic()
+        self._started_at = self._manager.clock()
         self._manager._command(GrantsPublished(self.room, grants, token_count))
 
 
@@ -198,6 +207,7 @@ class KVManager:
         window: most in flight towards one peer.
         wakeup: set whenever a room's status changes; an engine loop may sleep on it.
         collect_finished: keep ended rooms for :meth:`take_finished` (step-driven engines).
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -214,11 +224,13 @@ class KVManager:
         window: Window | None = None,
         wakeup: threading.Event | None = None,
         collect_finished: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout.validate()
         transport.register(layout.regions)
         self.layout = layout
         self.instance = instance
+        self.clock = clock
         self.wakeup = wakeup if wakeup is not None else threading.Event()
         self._links = links
         self._transport = transport
@@ -234,7 +246,12 @@ class KVManager:
         )
         self._core = Core(identity, self._settings)
         self._driver = Driver(
-            self._core, transport, links, on_report=self._report, window=window if window is not None else Window()
+            self._core,
+            transport,
+            links,
+            on_report=self._report,
+            window=window if window is not None else Window(),
+            clock=clock,
         )
         self._lock = threading.Lock()
         self._sides: dict[tuple[Role, int], _Side] = {}
@@ -316,9 +333,26 @@ class KVManager:
 
     def story(self, room: int) -> list[str]:
         """What happened to a room and what it waits for now, one line each, times in seconds since the first."""
-        lines = self._core.story(room)
-        start = lines[0].at if lines else 0.0
-        return [f"+{line.at - start:.6f} {line.text}" for line in lines]
+        moments = self.timeline(room)
+        start = moments[0].seconds_ago if moments else 0.0
+        return [f"+{start - moment.seconds_ago:.6f} {moment.text}" for moment in moments]
+
+    def timeline(self, room: int) -> list[Moment]:
+        """The same as data, oldest first; what it waits for now is the last, of age 0. Waits for the driver's thread.
+
+        Raises ExpiredError when that does not answer.
+        """
+
+        def look(core: Core, now: float) -> list[Moment]:
+            past = [Moment(now - line.at, line.text) for line in core.told(room)]
+            return [*past, *(Moment(0.0, text) for text in core.state_of(room))]
+
+        return self._driver.ask(look)
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of every table of this rank, by name; waits for the driver's thread like :meth:`timeline`."""
+        tables = self._driver.ask(lambda core, _now: {**core.sizes(), **self._driver.sizes()})
+        return {"sides": len(self._sides), **tables}
 
     def evidence(self) -> str:
         """How bytes were seen to travel from here to each peer, distinct answers joined; empty before any has."""
@@ -349,7 +383,7 @@ class KVManager:
         ended_before = side._ended_at is not None
         ended = report.status.poll in (KVPoll.Failed, KVPoll.Success)
         if ended and not ended_before:
-            side._ended_at = time.monotonic()
+            side._ended_at = self.clock()
         side._status = report.status
         if ended and not ended_before:
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1

@@ -63,6 +63,13 @@ class Grant(Struct, frozen=True, array_like=True):
     units: Units
 
 
+class StagingGrant(Struct, frozen=True, array_like=True):
+    """Slots of the target's staging memory through which a part is to travel."""
+
+    part: PartId
+    slots: Units
+
+
 class PartBytes(Struct, frozen=True, array_like=True):
     """A part and the bytes it moves."""
 
@@ -86,7 +93,11 @@ class Hello(Message, frozen=True, tag="hello"):
     layout: CacheLayout
     agent_metadata: bytes
     transport: Text
-    answers: str = ""  #: instance whose Hello this answers; empty when dialling
+    answers: Text = ""  #: instance whose Hello this answers; empty when dialling
+    #: Grows with every greeting of an instance, and ``receiver`` is whom it takes the other side for: a greeting that was
+    #: recorded, or that was meant for another rank, moves no session to another link.
+    greeting: Count = 0
+    receiver: Text = ""
 
 
 class Verdict(Message, frozen=True, tag="verdict"):
@@ -139,6 +150,7 @@ class Open(TransferMessage, frozen=True, tag="open"):
     grants: Annotated[tuple[Grant, ...], Meta(max_length=MAX_GRANTS)]
     parts: Annotated[tuple[PartBytes, ...], Meta(max_length=MAX_GRANTS)]
     ttl_seconds: Seconds
+    staging: Annotated[tuple[StagingGrant, ...], Meta(max_length=MAX_GRANTS)] = ()
 
 
 class Opened(TransferMessage, frozen=True, tag="opened"):

@@ -10,7 +10,8 @@ Both ends compute :func:`pair_plan` from the same two layouts and compare its di
 target also checks with :func:`make_plan` that its sources together cover every plane once.
 
 Geometry. A part is moved in *blocks* of ``block_rows`` tokens (the greatest common divisor of both page sizes; whole
-slots for slot pools). Within a block, what is contiguous on both sides is one *lane*: (plane, piece of the interior).
+slots for slot pools). Within a block, what is contiguous on both sides is one *lane*: (plane, piece of the interior),
+or several of them that lie side by side on both sides, as fused K and V do.
 A lane is one strided row of a descriptor table per block position in a page, so that (lane, page) is one table entry
 and a chunk of pages is two index arrays, computed by :func:`PartPlan.entries`.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,9 @@ from kvbaton.table import Table
 MAX_ROWS = 1 << 20
 #: Entries of one table are numbered with 32-bit integers.
 MAX_ENTRIES = (1 << 31) - 1
+
+#: Most items that a message lists by number.
+MOST_ITEMS_SHOWN = 64
 
 Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
@@ -104,15 +108,22 @@ class PartPlan:
 
         ``source_units[i]`` is the page that holds absolute page ``source_first + i``; likewise for the target.
         """
-        numbers = np.arange(blocks.start, blocks.stop, dtype=np.int64)
         return (
-            _entries(self.source, len(self.lane_bytes), numbers, source_units, source_first),
-            _entries(self.target, len(self.lane_bytes), numbers, target_units, target_first),
+            self.source_entries(blocks, source_units, source_first),
+            self.target_entries(blocks, target_units, target_first),
         )
 
+    def source_entries(self, blocks: range, units: Int64s, first: int) -> Int32s:
+        """The source's half of :meth:`entries`."""
+        return _entries(self.source, len(self.lane_bytes), blocks, units, first)
 
-def _entries(side: Side, lanes: int, numbers: Int64s, units: Int64s, first: int) -> Int32s:
-    page, position = np.divmod(numbers, side.blocks_per_unit)
+    def target_entries(self, blocks: range, units: Int64s, first: int) -> Int32s:
+        """The target's half of :meth:`entries`."""
+        return _entries(self.target, len(self.lane_bytes), blocks, units, first)
+
+
+def _entries(side: Side, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:
+    page, position = np.divmod(np.arange(blocks.start, blocks.stop, dtype=np.int64), side.blocks_per_unit)
     within_lane = position * side.units + units[page - first]
     stride = side.blocks_per_unit * side.units
     lane_base = np.arange(0, lanes * stride, stride, dtype=np.int64)
@@ -176,6 +187,12 @@ def make_plan(sources: Sequence[CacheLayout], target: CacheLayout) -> Plan:
 
 def check_coverage(sources: Sequence[CacheLayout], target: CacheLayout) -> None:
     """Raise IncompatibleError unless ``sources`` write every item of every plane of ``target`` exactly once."""
+    for gap in coverage_gaps(sources, target):
+        raise gap
+
+
+def coverage_gaps(sources: Sequence[CacheLayout], target: CacheLayout) -> Iterator[IncompatibleError]:
+    """Everything in ``target`` that ``sources`` do not write exactly once; alike planes of a pool are told once."""
     for pool in target.pools:
         offers: dict[tuple[int, str], list[Axis]] = {}
         for source in sources:
@@ -189,23 +206,54 @@ def check_coverage(sources: Sequence[CacheLayout], target: CacheLayout) -> None:
             if (plane.axis, axes) in checked:
                 continue
             checked.add((plane.axis, axes))
-            written = sorted(item for axis in axes for item in overlap(axis, plane.axis))
-            wanted = list(range(plane.axis.first, plane.axis.first + plane.axis.width))
-            if written != wanted:
-                raise IncompatibleError(
+            written = sorted((r.start, r.stop) for axis in axes if (r := overlap(axis, plane.axis)))
+            wanted = (plane.axis.first, plane.axis.first + plane.axis.width)
+            if not _tiles(written, wanted):
+                ours, theirs = _items([wanted]), _items(written)
+                yield IncompatibleError(
                     f"pool {pool.name!r} layer {plane.layer} plane {plane.name!r}: the target needs items "
-                    f"{wanted} once each, the prefill ranks write {written}; is every prefill rank registered?",
+                    f"{ours} once each, the prefill ranks write {theirs}; is every prefill rank registered?",
                     field=f"{pool.name}.{plane.layer}.{plane.name}",
-                    ours=str(wanted),
-                    theirs=str(written),
+                    ours=ours,
+                    theirs=theirs,
                 )
 
 
-_Geometry = tuple[int, int, int, Axis]
+def _tiles(written: Sequence[tuple[int, int]], wanted: tuple[int, int]) -> bool:
+    """Whether the ranges, sorted, cover ``wanted`` once each item and nothing else."""
+    begin, end = wanted
+    for start, stop in written:
+        if start != begin:
+            return False
+        begin = stop
+    return begin == end
 
 
-def _geometry(plane: Plane) -> _Geometry:
-    return (plane.row_stride, plane.item_stride, plane.item_bytes, plane.axis)
+def _items(ranges: Sequence[tuple[int, int]]) -> str:
+    """Items for people: each by number, or ranges where there are many."""
+    if sum(stop - start for start, stop in ranges) <= MOST_ITEMS_SHOWN:
+        return str([item for start, stop in ranges for item in range(start, stop)])
+    return f"[{', '.join(f'{start}..{stop - 1}' for start, stop in ranges[:MOST_ITEMS_SHOWN])}]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What planes that go through the plan together have in common on one side. ``rows``: of a whole unit."""
+
+    rows: int
+    row_stride: int
+    item_stride: int
+    item_bytes: int
+    axis: Axis
+
+
+def _geometry(pool: Pool, plane: Plane) -> _Geometry:
+    return _Geometry(pool.rows_of(plane), plane.row_stride, plane.item_stride, plane.item_bytes, plane.axis)
+
+
+#: Columns of a side's lanes: address and length of the piece in the first block of unit 0, the stride from block to
+#: block in a unit, the stride from unit to unit, device, region.
+_ADDRESS, _LENGTH, _BLOCK_STRIDE, _UNIT_STRIDE, _DEVICE, _REGION = range(6)
 
 
 def _part(
@@ -217,72 +265,84 @@ def _part(
     for plane in source.planes:
         twin = theirs.get((plane.layer, plane.name))
         if twin is not None:
-            groups.setdefault((_geometry(plane), _geometry(twin)), []).append((plane, twin))
+            groups.setdefault((_geometry(source, plane), _geometry(target, twin)), []).append((plane, twin))
     block_rows = math.gcd(source.rows, target.rows) if source.paged else source.rows
-    lane_bytes: list[Int64s] = []
-    rows: tuple[list[Int64s], list[Int64s]] = ([], [])
+    blocks = (source.rows // block_rows, target.rows // block_rows)
+    lanes: tuple[list[Int64s], list[Int64s]] = ([], [])
     layers: list[int] = []
     items: list[int] = []
-    for (s_geometry, t_geometry), pairs in groups.items():
-        shared = overlap(s_geometry[3], t_geometry[3])
+    for (mine, other), pairs in groups.items():
+        shared = overlap(mine.axis, other.axis)
         if not shared:
             continue
-        length, s_offsets, t_offsets = _lanes(s_geometry, t_geometry, shared, block_rows)
-        per_lane = max(source.rows, target.rows) // block_rows
-        if len(pairs) * len(s_offsets) * per_lane > MAX_ROWS:
+        length, s_offsets, t_offsets = _pieces(mine, other, shared, _rows_in_block(source, mine, target, other, blocks))
+        if len(pairs) * len(s_offsets) * max(blocks) > MAX_ROWS:
             raise LayoutError(
                 f"pool {source.name!r}: the pairing needs more than {MAX_ROWS} table rows; "
                 "use page sizes with a larger common factor, or the same interior order on both sides"
             )
-        for side, pool, regions, offsets in (
-            (0, source, source_regions, s_offsets),
-            (1, target, target_regions, t_offsets),
-        ):
-            rows[side].append(_rows([pair[side] for pair in pairs], regions, pool, offsets, length, block_rows))
-        lane_bytes.append(np.full(len(pairs) * len(s_offsets), length, dtype=np.int64))
+        lanes[0].append(_lanes([pair[0] for pair in pairs], source_regions, mine, s_offsets, length, blocks[0]))
+        lanes[1].append(_lanes([pair[1] for pair in pairs], target_regions, other, t_offsets, length, blocks[1]))
         layers += [pair[0].layer for pair in pairs]
         items += [shared.start, shared.stop]
     if not layers:
         return None
+    s_lanes, t_lanes = _fused(np.concatenate(lanes[0]), np.concatenate(lanes[1]))
     return PartPlan(
         id=PartId(source.name, min(layers), max(layers) + 1, min(items), max(items)),
         paged=source.paged,
         block_rows=block_rows,
-        lane_bytes=np.concatenate(lane_bytes),
-        source=_side(source, source_regions, rows[0], block_rows),
-        target=_side(target, target_regions, rows[1], block_rows),
+        lane_bytes=s_lanes[:, _LENGTH].copy(),
+        source=_side(source, source_regions, s_lanes, blocks[0]),
+        target=_side(target, target_regions, t_lanes, blocks[1]),
     )
 
 
-def _side(pool: Pool, regions: Sequence[Region], rows: list[Int64s], block_rows: int) -> Side:
-    table = Table(rows=np.concatenate(rows), memory=regions[pool.planes[0].region].memory)
-    if int(table.rows[:, 4].sum()) > MAX_ENTRIES:
+def _rows_in_block(source: Pool, mine: _Geometry, target: Pool, other: _Geometry, blocks: tuple[int, int]) -> int:
+    """Rows of a block, the same on both sides."""
+    rows = mine.rows // blocks[0]
+    if mine.rows % blocks[0] or other.rows % blocks[1] or rows != other.rows // blocks[1]:
+        raise LayoutError(
+            f"pool {source.name!r}: pages of {source.rows} tokens in {mine.rows} rows and of {target.rows} in "
+            f"{other.rows} do not pair; use the same page size on both sides"
+        )
+    return rows
+
+
+def _side(pool: Pool, regions: Sequence[Region], lanes: Int64s, blocks: int) -> Side:
+    """A descriptor table: lane by lane, and within a lane one row per block position in a unit."""
+    positions = np.arange(blocks, dtype=np.int64)
+    rows = np.empty((len(lanes) * blocks, 5), dtype=np.int64)
+    rows[:, 0] = (lanes[:, _ADDRESS, None] + positions * lanes[:, _BLOCK_STRIDE, None]).ravel()
+    for column, of_lane in ((1, _LENGTH), (2, _DEVICE), (3, _UNIT_STRIDE)):
+        rows[:, column] = np.repeat(lanes[:, of_lane], blocks)
+    rows[:, 4] = pool.units
+    if len(rows) * pool.units > MAX_ENTRIES:
         raise LayoutError(
             f"pool {pool.name!r}: more than {MAX_ENTRIES} table entries; use larger pages or a smaller pool"
         )
-    return Side(
-        table=table,
-        units=pool.units,
-        unit_rows=pool.rows,
-        blocks_per_unit=pool.rows // block_rows,
-    )
+    table = Table(rows=rows, memory=regions[pool.planes[0].region].memory)
+    return Side(table=table, units=pool.units, unit_rows=pool.rows, blocks_per_unit=blocks)
 
 
-def _lanes(source: _Geometry, target: _Geometry, items: range, block_rows: int) -> tuple[int, Int64s, Int64s]:
+def _pieces(source: _Geometry, target: _Geometry, items: range, block_rows: int) -> tuple[int, Int64s, Int64s]:
     """Length of each contiguous piece of a block, and the pieces' offsets from the unit on both sides.
 
     A dimension (rows, items) disappears into the piece when it is dense on both sides.
     """
-    length = source[2]
-    dimensions = [(block_rows, source[0], target[0]), (len(items), source[1], target[1])]
+    length = source.item_bytes
+    dimensions = [
+        (block_rows, source.row_stride, target.row_stride),
+        (len(items), source.item_stride, target.item_stride),
+    ]
     dimensions = [d for d in dimensions if d[0] > 1]
     while dense := [d for d in dimensions if d[1] == length and d[2] == length]:
         length *= dense[0][0]
         dimensions.remove(dense[0])
     if math.prod(d[0] for d in dimensions) > MAX_ROWS:
         raise LayoutError(f"a block falls into more than {MAX_ROWS} pieces; use the same interior order on both sides")
-    s_offsets = np.array([(items.start - source[3].first) * source[1]], dtype=np.int64)
-    t_offsets = np.array([(items.start - target[3].first) * target[1]], dtype=np.int64)
+    s_offsets = np.array([(items.start - source.axis.first) * source.item_stride], dtype=np.int64)
+    t_offsets = np.array([(items.start - target.axis.first) * target.item_stride], dtype=np.int64)
     for count, s_stride, t_stride in reversed(dimensions):
         steps = np.arange(count, dtype=np.int64)
         s_offsets = (s_offsets[:, None] + steps * s_stride).ravel()
@@ -290,17 +350,31 @@ def _lanes(source: _Geometry, target: _Geometry, items: range, block_rows: int) 
     return length, s_offsets, t_offsets
 
 
-def _rows(
-    planes: Sequence[Plane], regions: Sequence[Region], pool: Pool, offsets: Int64s, length: int, block_rows: int
+def _lanes(
+    planes: Sequence[Plane], regions: Sequence[Region], geometry: _Geometry, offsets: Int64s, length: int, blocks: int
 ) -> Int64s:
-    """Table rows of a group of planes: lane by lane, and within a lane one row per block position in a unit."""
+    """Lanes of a group of planes on one side, plane by plane."""
+    lanes = np.empty((len(planes), len(offsets), 6), dtype=np.int64)
     bases = np.array([regions[plane.region].address + plane.offset for plane in planes], dtype=np.int64)
-    positions = np.arange(pool.rows // block_rows, dtype=np.int64) * (block_rows * planes[0].row_stride)
-    addresses = bases[:, None, None] + offsets[None, :, None] + positions[None, None, :]
-    rows = np.empty((addresses.size, 5), dtype=np.int64)
-    rows[:, 0] = addresses.ravel()
-    rows[:, 1] = length
-    rows[:, 2] = np.repeat([regions[plane.region].device for plane in planes], len(offsets) * len(positions))
-    rows[:, 3] = np.repeat([plane.unit_stride for plane in planes], len(offsets) * len(positions))
-    rows[:, 4] = pool.units
-    return rows
+    lanes[:, :, _ADDRESS] = bases[:, None] + offsets[None, :]
+    lanes[:, :, _LENGTH] = length
+    lanes[:, :, _BLOCK_STRIDE] = geometry.rows // blocks * geometry.row_stride if blocks > 1 else 0
+    lanes[:, :, _UNIT_STRIDE] = np.array([plane.unit_stride for plane in planes])[:, None]
+    lanes[:, :, _DEVICE] = np.array([regions[plane.region].device for plane in planes])[:, None]
+    lanes[:, :, _REGION] = np.array([plane.region for plane in planes])[:, None]
+    return lanes.reshape(-1, 6)
+
+
+def _fused(source: Int64s, target: Int64s) -> tuple[Int64s, Int64s]:
+    """Lanes that follow each other in memory on both sides become one: K and V of a page, latent and rope of a row."""
+    order = np.argsort(source[:, _ADDRESS], kind="stable")
+    source, target = source[order], target[order]
+    joined = np.ones(len(source) - 1, dtype=bool)
+    for lanes in (source, target):
+        joined &= lanes[1:, _ADDRESS] == lanes[:-1, _ADDRESS] + lanes[:-1, _LENGTH]
+        joined &= (lanes[1:, _BLOCK_STRIDE:] == lanes[:-1, _BLOCK_STRIDE:]).all(axis=1)
+    starts = np.flatnonzero(np.concatenate(([True], ~joined)))
+    lengths = np.add.reduceat(source[:, _LENGTH], starts)
+    source, target = source[starts], target[starts]
+    source[:, _LENGTH] = target[:, _LENGTH] = lengths
+    return source, target

@@ -7,29 +7,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_kit import FAMILIES, write_model
+from engine_kit import LoadedModels, write_model
 
-from kvbaton.engine.model import LoadedModel, load_model
+from kvbaton.conformance.families import FAMILIES
+from kvbaton.engine.model import LoadedModel
 
 
 @pytest.fixture(scope="session")
 def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: write_model(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    root = tmp_path_factory.mktemp("models")
+    return {family: write_model(family, root / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")
-def loaded_models(model_directories: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {family: load_model(str(path), threads=1) for family, path in model_directories.items()}
+def loaded_models(model_directories: dict[str, Path]) -> LoadedModels:
+    return LoadedModels(model_directories)
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def any_model(request: pytest.FixtureRequest, loaded_models: LoadedModels) -> LoadedModel:
+    """Once with each of two dense families."""
+    return loaded_models[request.param]
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def any_model(request: pytest.FixtureRequest, loaded_models: dict[str, LoadedModel]) -> LoadedModel:
-    """Once with each family."""
+def each_family(request: pytest.FixtureRequest, loaded_models: LoadedModels) -> LoadedModel:
+    """Once with every family."""
     return loaded_models[request.param]
 
 
 @pytest.fixture
-def model(loaded_models: dict[str, LoadedModel]) -> LoadedModel:
+def model(loaded_models: LoadedModels) -> LoadedModel:
     return loaded_models["qwen3"]
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from kvbaton.engine.model import LoadedModel
+from kvbaton.conformance.families import make_config, write_weights
+from kvbaton.engine.model import LoadedModel, load_model
 from kvbaton.engine.pool import PoolConfig, Pools
 from kvbaton.engine.request import Output, Request, Sampling
 from kvbaton.engine.scheduler import Scheduler
@@ -20,7 +21,6 @@ PATIENCE_SECONDS = 30
 EOS = 256
 VOCABULARY = 300
 MAX_POSITIONS = 512
-FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,25 +35,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_model(family: str, directory: Path) -> Path:
     """A random model whose logits are far enough apart for greedy tokens to be compared."""
-    config_type, model_type = FAMILIES[family]
-    torch.manual_seed(7)
-    config = config_type(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=None,
-    )
-    model_type(config).save_pretrained(directory)
+    config = make_config(family, vocab_size=VOCABULARY, max_positions=MAX_POSITIONS, eos=EOS)
     byte_tokenizer().save_pretrained(directory)
-    return directory
+    return write_weights(config, directory)
+
+
+class LoadedModels:
+    """Models by family, each loaded when it is first asked for."""
+
+    def __init__(self, directories: dict[str, Path]) -> None:
+        self._directories = directories
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def __getitem__(self, family: str) -> LoadedModel:
+        if family not in self._loaded:
+            self._loaded[family] = load_model(str(self._directories[family]), threads=1)
+        return self._loaded[family]
+
+
+def poison(pools: Pools) -> None:
+    """Make whatever nobody has written yet unfit to be read."""
+    memories = [*pools.paged.values(), *([pools.states] if pools.states is not None else [])]
+    for memory in memories:
+        for tensor in memory.tensors.values():
+            tensor.fill_(float("nan"))
 
 
 def make_pools(model: LoadedModel, **sizes: object) -> Pools:

@@ -155,6 +155,7 @@ class Wire:
         for position in range(ours.token_start, ours.token_stop):
             size = source.page_size
             page = ours.units[position // size - ours.token_start // size]
-            token = source.kv.tensor[:, :, page, :, position % size]
+            token = [tensor[page, :, position % size] for tensor in source.paged[ours.pool].tensors.values()]
             page = theirs.units[position // target.page_size]
-            target.kv.tensor[:, :, page, :, position % target.page_size] = token
+            for tensor, value in zip(target.paged[ours.pool].tensors.values(), token, strict=True):
+                tensor[page, :, position % target.page_size] = value

@@ -89,11 +89,9 @@ def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) ->
             expected = generate(any_model, request.prompt_tokens, 12)
             assert answer.wait().tokens == expected, length
             assert first.wait().tokens == expected[:1]
-            geometry = any_model.geometry
-            per_token = geometry.layers * 2 * geometry.kv_heads * geometry.head_bytes
             handoff = answer.outputs[0].handoff
             assert handoff is not None
-            assert handoff.bytes >= length * per_token + 64  # whole pages may travel
+            assert handoff.bytes >= length * any_model.geometry.token_bytes + 64  # whole pages may travel
             assert handoff.seconds >= handoff.exposed_seconds > 0
         both.assert_nothing_held()
 

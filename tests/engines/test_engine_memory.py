@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-import math
 
 import pytest
 import torch
-from engine_kit import make_pools
+from engine_kit import LoadedModels, make_pools
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.engine import aux_row
-from kvbaton.engine.model import Geometry, LoadedModel
-from kvbaton.engine.pool import ALIGNMENT_BYTES, Allocator, KVMemory, PoolConfig
-from kvbaton.errors import CapacityError, ConfigError, InternalError, RemoteProtocolError
-from kvbaton.layout import pool_bytes
+from kvbaton.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import ALIGNMENT_BYTES, Allocator, PoolConfig, Pools
+from kvbaton.engine.shard import Shard
+from kvbaton.errors import CapacityError, ConfigError, InternalError, LayoutError, RemoteProtocolError
+from kvbaton.layout import CacheLayout, Plane
+from kvbaton.manager import Span
 
-GEOMETRY = Geometry(layers=2, kv_heads=3, head_dim=4, max_positions=64, vocab_size=10, dtype="float32")
+TENSORS = tuple(PagedTensor(layer, name, 3, 4) for layer in range(2) for name in "kv")
+GEOMETRY = Geometry(
+    holds=(Holds("full"),) * 2,
+    paged=(PagedGeometry(name="kv", kind="kv", tensors=TENSORS),),
+    max_positions=64,
+    vocab_size=10,
+    dtype="float32",
+)
 
 
 def test_allocator_gives_all_or_nothing() -> None:
@@ -61,33 +70,67 @@ def test_allocator_never_gives_a_unit_twice(script: list[int]) -> None:
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
-def test_layout_addresses_are_where_the_tensor_is(order: str, model: LoadedModel) -> None:
-    pools = make_pools(model, pages=4, order=order)
-    layout, tensor = pools.layout, pools.kv.tensor
-    assert layout.model == model.fingerprint
-    pool = layout.pool("kv")
-    assert pool_bytes(pool) == layout.regions[0].length == tensor.numel() * 4
-    tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape))
-    for index, plane in enumerate(pool.planes):
-        layer, kind = divmod(index, 2)
-        for page, head, row in ((0, 0, 0), (3, 1, 5), (2, 0, 15)):
-            offset = plane.offset + page * plane.unit_stride + row * plane.row_stride + head * plane.item_stride
-            address = layout.regions[plane.region].address + offset
-            found = (ctypes.c_float * 16).from_address(address)
-            inner = (head, row) if order == "HND" else (row, head)
-            assert list(found) == tensor[layer, kind, page][inner].tolist()
-    pools.row(2)[:3] = b"abc"
-    assert ctypes.string_at(layout.regions[1].address + 2 * aux_row.ROW_BYTES, 3) == b"abc"
+def test_layout_addresses_are_where_the_tensors_are(order: str, each_family: LoadedModel) -> None:
+    pools = make_pools(each_family, pages=4, order=order, aux_slots=4, chunk_tokens=1)
+    layout = pools.layout
+    assert layout.model == each_family.fingerprint
     assert all(region.address % ALIGNMENT_BYTES == 0 for region in layout.regions)
+    for memory in pools.paged.values():
+        pool = layout.pool(memory.geometry.name)
+        for value, plane in enumerate(pool.planes):
+            tensor = memory.tensors[plane.layer, plane.name]
+            tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape) + value)
+        for plane in pool.planes:
+            tensor = memory.tensors[plane.layer, plane.name]
+            for page, head, row in ((0, 0, 0), (3, plane.axis.width - 1, 5), (2, 0, 15)):
+                inner = (head, row) if order == "HND" else (row, head)
+                offset = plane.offset + page * plane.unit_stride + row * plane.row_stride + head * plane.item_stride
+                assert floats(layout, plane, offset, tensor.shape[-1]) == tensor[page][inner].tolist()
+    if pools.states is not None:
+        for plane in layout.pool("state").planes:
+            tensor = pools.states.tensors[plane.layer, plane.name]
+            tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+            found = floats(layout, plane, plane.offset + 3 * plane.unit_stride, tensor[0].numel())
+            assert found == tensor[3].flatten().tolist()
+    pools.row(2)[:3] = b"abc"
+    assert ctypes.string_at(layout.regions[-1].address + 2 * aux_row.ROW_BYTES, 3) == b"abc"
 
 
-def test_units_are_zeroed_when_they_are_given_out(model: LoadedModel) -> None:
+def floats(layout: CacheLayout, plane: Plane, offset: int, count: int) -> list[float]:
+    return list((ctypes.c_float * count).from_address(layout.regions[plane.region].address + offset))
+
+
+def test_a_holding_is_all_or_nothing(each_family: LoadedModel) -> None:
+    pools = make_pools(each_family, pages=6, aux_slots=3, chunk_tokens=1)
+    allocators = [a for a in (pools.pages, pools.rings, pools.state_slots) if a is not None]
+    held = []
+    while (holding := pools.take(33)) is not None:
+        held.append(holding)
+    assert 0 < len(held) <= 3
+    used = [allocator.used for allocator in allocators]
+    assert pools.take(33) is None
+    assert [allocator.used for allocator in allocators] == used
+    for holding in held:
+        pools.give_back(holding)
+    assert [allocator.used for allocator in allocators] == [0] * len(allocators)
+
+
+def test_spans_of_a_window_follow_its_ring(loaded_models: LoadedModels) -> None:
+    pools = make_pools(loaded_models["gpt_oss"], pages=20, chunk_tokens=16)
+    holding = pools.take(200)
+    assert holding is not None
+    assert (len(holding.pages), len(holding.ring)) == (13, 4)  # 31 tokens of the window, 16 of a chunk, unaligned
+    full, window = pools.spans(holding, 16, 100)
+    assert full == Span("kv", 16, 100, holding.pages[1:7])
+    assert window == Span("swa", 16, 100, tuple(holding.ring[page % 4] for page in range(1, 7)))
+    full, window = pools.wanted(holding, 64, 100)
+    assert full == Span("kv", 64, 100, holding.pages[4:7])
+    assert window == Span("swa", 64, 100, tuple(holding.ring[page % 4] for page in range(4, 7)))
+    assert pools.spans(holding, 16, 16) == []
+
+
+def test_an_aux_row_is_zeroed_when_it_is_given_out(model: LoadedModel) -> None:
     pools = make_pools(model, pages=3, aux_slots=1)
-    pools.kv.tensor.fill_(math.nan)
-    pages = pools.take_pages(17)
-    assert pages is not None
-    assert len(pages) == 2
-    assert pools.kv.tensor.nan_to_num(1.0).sum() == pools.kv.tensor[:, :, 0].numel()
     slot = pools.take_slot()
     assert slot == 0
     pools.row(slot)[:] = b"x" * aux_row.ROW_BYTES
@@ -98,9 +141,13 @@ def test_units_are_zeroed_when_they_are_given_out(model: LoadedModel) -> None:
 
 def test_a_pool_of_a_wrong_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match="page_size"):
-        KVMemory(GEOMETRY, PoolConfig(page_size=0))
+        Pools(GEOMETRY, PoolConfig(page_size=0), model="m")
     with pytest.raises(ConfigError, match="HND or NHD"):
-        KVMemory(GEOMETRY, PoolConfig(order="DHN"))  # type: ignore[arg-type]
+        Pools(GEOMETRY, PoolConfig(order="DHN"), model="m")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="3 layers"):
+        Shard(pp_size=4).layers(3)
+    with pytest.raises(LayoutError, match="3 items do not divide over 2 ranks"):
+        Pools(GEOMETRY, PoolConfig(), model="m", shard=Shard(tp_size=2))
 
 
 PROMPT = (5, 6, 7)

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from engine_kit import EOS, MAX_POSITIONS, VOCABULARY, make_pools, make_prompt
-from transformers import AutoModelForCausalLM, DeepseekV3Config, MistralConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3NextConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvbaton.engine.geometry import CACHE_LAYERS, probe_geometry
 from kvbaton.engine.limits import limits_of
-from kvbaton.engine.model import LoadedModel, fingerprint, load_model, locate_model, probe_geometry
+from kvbaton.engine.model import LoadedModel, fingerprint, load_model, locate_model
+from kvbaton.engine.pool import Holding
 from kvbaton.engine.prompt import PromptRun, chunk_stop
 from kvbaton.engine.request import Request, Sampling
 from kvbaton.engine.runner import ModelRunner, Step
@@ -21,7 +24,8 @@ from kvbaton.errors import CapacityError, ConfigError, InternalError
 
 def test_a_model_says_what_it_is(any_model: LoadedModel) -> None:
     geometry = any_model.geometry
-    assert (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.head_bytes) == (3, 2, 16, 64)
+    assert geometry.layers == 4
+    assert {(tensor.name, tensor.width) for tensor in geometry.paged[0].tensors} == {("k", 16), ("v", 16)}
     assert (geometry.max_positions, geometry.vocab_size, geometry.dtype) == (MAX_POSITIONS, VOCABULARY, "float32")
     assert any_model.eos_tokens == {EOS}
     assert any_model.tokenizer.decode([]) == ""
@@ -73,25 +77,27 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "forget", "says"),
     [
-        (MistralConfig(**SMALL, sliding_window=16), "DynamicSlidingWindowLayer"),
-        (DeepseekV3Config(**SMALL, n_routed_experts=8, first_k_dense_replace=2), "MLA"),
-        (Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]), "LinearAttentionLayer"),
+        (MistralConfig(**SMALL, sliding_window=16), DynamicSlidingWindowLayer, "DynamicSlidingWindowLayer"),
+        (Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]), DynamicLayer, "DynamicLayer"),
     ],
 )
-def test_other_caches_are_refused(config: object, says: str) -> None:
+def test_an_unknown_cache_layer_is_refused_by_name(
+    config: object, forget: type, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ConfigError, match=says):
+    monkeypatch.delitem(CACHE_LAYERS, forget)
+    with pytest.raises(ConfigError, match=f"needs cache layers of kind {says};"):
         probe_geometry(network, "float32")
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
 def test_chunks_compute_what_one_pass_computes(any_model: LoadedModel, order: str) -> None:
     pools = make_pools(any_model, order=order)
-    runner, prompt = ModelRunner(any_model, pools.kv), make_prompt(90)
-    run = PromptRun(prompt, pools.take_pages(90) or ())
+    runner, prompt = ModelRunner(any_model, pools), make_prompt(90)
+    run = PromptRun(prompt, pools.take(90))
     while not run.finished:
         logits = run.advance(runner, 40, pools.page_size)
         with torch.inference_mode():
@@ -101,12 +107,12 @@ def test_chunks_compute_what_one_pass_computes(any_model: LoadedModel, order: st
 
 def test_a_batch_computes_what_single_requests_compute(any_model: LoadedModel) -> None:
     pools = make_pools(any_model)
-    runner = ModelRunner(any_model, pools.kv)
+    runner = ModelRunner(any_model, pools)
     steps = []
     for i, length in enumerate((1, 15, 16, 17, 100)):
-        prompt, pages = make_prompt(length, i), pools.take_pages(length + 1) or ()
-        runner.prefill_chunk(prompt, 0, pages)
-        steps.append(Step(i, length, pages))
+        prompt, holding = make_prompt(length, i), pools.take(length + 1)
+        runner.prefill_chunk(prompt, 0, holding)
+        steps.append(Step(i, length, holding))
     together = runner.decode(steps)
     for step, row in zip(steps, together, strict=True):
         torch.testing.assert_close(runner.decode([step])[0], row, rtol=1e-4, atol=1e-4)
@@ -116,14 +122,14 @@ def test_bfloat16_runs(model_directories: dict[str, Path]) -> None:
     model = load_model(str(model_directories["qwen3"]), dtype="bfloat16")
     pools = make_pools(model)
     assert pools.layout.pool("kv").dtype == "bfloat16"
-    assert model.geometry.head_bytes == 32
-    logits = ModelRunner(model, pools.kv).prefill_chunk((1, 2, 3), 0, pools.take_pages(3) or ())
+    assert pools.layout.pool("kv").planes[0].item_bytes == 32
+    logits = ModelRunner(model, pools).prefill_chunk((1, 2, 3), 0, pools.take(3))
     assert logits.shape == (1, VOCABULARY)
 
 
 def test_what_torch_raises_is_an_internal_error(model: LoadedModel) -> None:
     with pytest.raises(InternalError, match="the model failed"):
-        ModelRunner(model, make_pools(model).kv).prefill_chunk((VOCABULARY + 1,), 0, (0,))
+        ModelRunner(model, make_pools(model)).prefill_chunk((VOCABULARY + 1,), 0, Holding((0,)))
 
 
 def test_chunks_end_on_pages() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from engine_kit import Caller, call, generate, greedy, make_pools, make_prompt
+from engine_kit import Caller, call, generate, greedy, make_pools, make_prompt, poison
 
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.request import Output, Request, Sampling
@@ -146,7 +146,7 @@ def test_full_pool_makes_requests_wait_not_fail(model: LoadedModel) -> None:
 
 def test_used_pages_do_not_leak_into_the_next_request(model: LoadedModel) -> None:
     pools = make_pools(model, pages=4)
-    pools.kv.tensor.fill_(float("nan"))
+    poison(pools)
     with unified_scheduler(model, pools) as engine:
         for length in (60, 3, 17):
             prompt = make_prompt(length)

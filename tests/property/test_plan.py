@@ -1,24 +1,28 @@
-"""Every target byte is written exactly once, with the right value, for every topology; against a naive reshard."""
+"""Every target byte is written exactly once, with the right value, for every pool kind and topology.
+
+``KVBATON_PROPERTY_CASES`` says how many cases all tests of this file run together (``make properties``: 10,000).
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+from groups import Cut, Group, Model, Prompt, Reference, make_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import Group, Memory, make_group
-from numpy.typing import NDArray
+from property_cases import COUNTED, share
 
-from kvbaton.layout import Axis, CacheLayout, Plane, Pool
+from kvbaton.layout import Axis, CacheLayout, Shard, StateTensor, gated_delta_net, mamba2
 from kvbaton.plan import make_plan, overlap
 from kvbaton.runs import Runs, merge
 from kvbaton.verify import check_bounds, check_disjoint
 
 SIZES = (1, 2, 4, 8, 16)
-Ids = NDArray[np.int64]
-Slots = tuple[int, int]
+TP = (1, 2, 3, 4, 6, 8)
+MAX_RANKS = 8
 
 
 @pytest.mark.parametrize("heads", SIZES)
@@ -32,149 +36,170 @@ def test_every_item_is_written_exactly_once(heads: int) -> None:
                 assert written == wanted, (sources, targets, target_rank)
 
 
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+
+def fits(items: int, *tps: int) -> bool:
+    return all(items % tp == 0 or tp % items == 0 for tp in tps)
+
+
+def heads_for(tps: tuple[int, int]) -> st.SearchStrategy[int]:
+    return st.sampled_from([heads for heads in (1, 2, 3, 4, 6, 8, 12, 24) if fits(heads, *tps)])
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Group, Group, int, int]:
-    heads = draw(st.sampled_from((1, 2, 4, 6, 8)), label="heads")
-    layers = draw(st.integers(1, 4), label="layers")
-    head_bytes = draw(st.sampled_from((2, 8)), label="head_bytes")
-    groups = []
-    for side in (0, 1):
-        tp = draw(st.sampled_from([t for t in (1, 2, 3, 4, 8) if heads % t == 0 or t % heads == 0]), label="tp")
-        groups.append(
-            make_group(
-                side=side,
-                heads=heads,
-                layers=layers,
-                head_bytes=head_bytes,
-                page_size=draw(st.sampled_from((1, 2, 4, 6, 8)), label="page_size"),
-                tp=tp,
-                pp=draw(st.integers(1, min(3, layers)), label="pp"),
-                order=draw(st.sampled_from(("HND", "NHD", "fused")), label="order"),
-            )
-        )
+def general_tensor(draw: st.DrawFn, tps: tuple[int, int], name: str) -> StateTensor:
+    """A state tensor of any shape, sharded anywhere: outer rows, inner remainder, several shards."""
+    before = draw(st.lists(st.integers(1, 3), max_size=2))
+    after = draw(st.lists(st.integers(1, 4), max_size=2))
+    element = draw(st.sampled_from((1, 2, 4)))
+    if draw(st.integers(0, 4)) == 0:
+        return StateTensor(name=name, shape=(*before, 2, *after), element_bytes=element, dtype="x")
+    shards = []
+    for i in range(draw(st.integers(1, 3))):
+        items = draw(heads_for(tps))
+        shards.append(Shard(f"s{i}", items * draw(st.integers(1, 2)), items))
+    shape = (*before, sum(shard.size for shard in shards), *after)
+    return StateTensor(name=name, shape=shape, element_bytes=element, dtype="x", axis=len(before), shards=tuple(shards))
+
+
+@st.composite
+def state_tensors(draw: st.DrawFn, tps: tuple[int, int]) -> tuple[StateTensor, ...]:
+    family = draw(st.sampled_from(("gdn", "mamba2", "any")), label="family")
+    if family == "any":
+        return tuple(draw(general_tensor(tps, f"t{i}")) for i in range(draw(st.integers(1, 2))))
+    sizes = {"conv_width": draw(st.integers(1, 4)), "element_bytes": draw(st.sampled_from((1, 2))), "dtype": "x"}
+    heads, groups = draw(heads_for(tps), label="state heads"), draw(heads_for(tps), label="groups")
+    if family == "gdn":
+        return gated_delta_net(key_heads=groups, value_heads=heads, key_dim=2, value_dim=3, recurrent_bytes=2, **sizes)
+    return mamba2(heads=heads, head_dim=2, groups=groups, state_size=3, state_bytes=2, **sizes)
+
+
+@st.composite
+def cuts(draw: st.DrawFn, tp: int, layers: int) -> Cut:
+    return Cut(
+        tp=tp,
+        pp=draw(st.integers(1, max(1, min(layers, 3, MAX_RANKS // tp))), label="pp"),
+        page_size=draw(st.sampled_from((1, 2, 4, 6, 8, 16)), label="page_size"),
+        swa_page_size=draw(st.sampled_from((1, 2, 4, 8)), label="swa_page_size"),
+        order=draw(st.sampled_from(("HND", "NHD")), label="order"),
+        fusion=draw(st.sampled_from(("none", "page", "item")), label="fusion"),
+        latent_fusion=draw(st.sampled_from(("none", "item")), label="latent_fusion"),
+        slots=draw(st.integers(1, 3), label="slots"),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, kinds: tuple[str, ...] = ("kv", "swa", "mla", "state")) -> tuple[Model, Cut, Cut, Prompt]:
+    tps = (draw(st.sampled_from(TP), label="source tp"), draw(st.sampled_from(TP), label="target tp"))
+    layers = tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4), label="layers"))
+    source, target = draw(cuts(tps[0], len(layers))), draw(cuts(tps[1], len(layers)))
+    common = math.gcd(source.page_size, target.page_size)
+    pooled = st.sampled_from([tokens for tokens in (1, 2, 4, 16) if common % tokens == 0])
+    model = Model(
+        layers=layers,
+        heads=draw(heads_for(tps), label="heads"),
+        head_bytes=draw(st.sampled_from((1, 2, 8)), label="head_bytes"),
+        scale_bytes=draw(st.sampled_from((0, 0, 1, 4)), label="scale_bytes"),
+        scale_tokens=draw(pooled, label="scale_tokens"),
+        swa_heads=draw(heads_for(tps), label="swa_heads"),
+        window=draw(st.integers(1, 24), label="window"),
+        index_bytes=draw(st.sampled_from((0, 4)), label="index_bytes"),
+        index_scale_bytes=draw(st.sampled_from((0, 2)), label="index_scale_bytes"),
+        index_tokens=draw(pooled, label="index_tokens"),
+        tensors=draw(state_tensors(tps)) if "state" in layers else (),
+    )
     tokens = draw(st.integers(1, 40), label="tokens")
-    common = math.lcm(groups[0].page_size, groups[1].page_size)
-    prefix = draw(st.integers(0, tokens // common), label="prefix") * common
-    return groups[0], groups[1], tokens, min(prefix, tokens)
+    page = math.lcm(target.page_size, target.swa_page_size)
+    prefix = draw(st.one_of(st.just(tokens), st.integers(0, tokens // page).map(lambda n: n * page)), label="prefix")
+    return model, source, target, Prompt(tokens=tokens, prefix=prefix, seed=draw(st.integers(0, 2**32), label="seed"))
 
 
-@given(case=cases(), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
-def test_bytes_equal_a_naive_reshard(case: tuple[Group, Group, int, int], seed: int) -> None:
-    source, target, tokens, prefix = case
-    rng = np.random.default_rng(seed)
-    source_memory, target_memory = Memory(source.layouts, rng), Memory(target.layouts)
-    make_replicas_equal(source, source_memory)
-    source_pages = rng.permutation(source.pages)[: -(-tokens // source.page_size)]
-    first_page = prefix // target.page_size
-    target_pages = rng.permutation(target.pages)[: max(0, -(-tokens // target.page_size) - first_page)]
-    slots = (int(rng.integers(4)), int(rng.integers(4)))
+# ---- the plan does the work, the reference judges ---------------------------------------------------------------------
+
+
+def hand_over(source: Group, target: Group, reference: Reference) -> dict[str, int]:
+    """Write what the plan says, and return the granularity of each pool in tokens."""
+    blocks: dict[str, int] = {}
     for layout in target.layouts:
-        runs = write(source, layout, source_pages, target_pages, prefix, tokens, slots)
+        runs = _runs(source, layout, reference, blocks)
         check_disjoint(runs)
         for run in runs:
-            for s, t, n in zip(run.source, run.target, run.length, strict=True):
-                target_memory.view(int(t), int(n))[:] = source_memory.view(int(s), int(n))
-    expect_resharded(source, target, source_memory, target_memory, source_pages, target_pages, prefix, tokens, slots)
+            _copy(source, target, run)
+    return blocks
 
 
-def write(
-    source: Group, target: CacheLayout, source_pages: Ids, target_pages: Ids, prefix: int, tokens: int, slots: Slots
-) -> list[Runs]:
+def _runs(source: Group, target: CacheLayout, reference: Reference, blocks: dict[str, int]) -> list[Runs]:
     plan = make_plan(source.layouts, target)
     runs = []
     for layout, pair in zip(source.layouts, plan.pairs, strict=True):
         check_bounds(pair, layout, target)
         for part in pair.parts:
-            blocks = part.blocks(prefix, tokens)
-            s_units, t_units = source_pages, target_pages
-            if not part.paged:
-                s_units, t_units = np.array([slots[0]]), np.array([slots[1]])
-            first = prefix // part.target.unit_rows if part.paged else 0
-            entries = part.entries(blocks, s_units.astype(np.int64), 0, t_units.astype(np.int64), first)
+            pool = part.id.pool
+            blocks[pool] = part.block_rows if part.paged else 1
+            span = reference.ranges.get(pool, range(0))
+            # a source keeps whole pages of its own: the first one is the page of the first token it was asked for
+            kept = span.start // part.source.unit_rows if part.paged else 0
+            entries = part.entries(
+                part.blocks(span.start, span.stop),
+                reference.source_units[pool][kept:],
+                kept,
+                reference.target_units[pool],
+                span.start // part.target.unit_rows if part.paged else 0,
+            )
             run = merge(part.source.table, entries[0], part.target.table, entries[1])
-            assert run.bytes == part.bytes(prefix, tokens)
+            assert run.bytes == part.bytes(span.start, span.stop)
             runs.append(run)
-    return runs
+    return runs or [Runs(source=np.zeros(0, np.int64), target=np.zeros(0, np.int64), length=np.zeros(0, np.int64))]
 
 
-def expect_resharded(
-    source: Group,
-    target: Group,
-    source_memory: Memory,
-    target_memory: Memory,
-    source_pages: Ids,
-    target_pages: Ids,
-    prefix: int,
-    tokens: int,
-    slots: Slots,
-) -> None:
-    """Item by item: what a token's item is on the target equals what it is on a source rank that has it."""
-    first_page = prefix // target.page_size
-    for layout in target.layouts:
-        for pool in layout.pools:
-            for plane in pool.planes:
-                for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
-                    positions = range(prefix, tokens) if pool.paged else range(1)
-                    for token in positions:
-                        got = target_memory.item(
-                            layout,
-                            plane,
-                            int(target_pages[token // pool.rows - first_page]) if pool.paged else slots[1],
-                            token % pool.rows,
-                            item,
-                        )
-                        owner, s_pool, s_plane = find_owner(source, pool.name, plane.layer, plane.name, item)
-                        unit = int(source_pages[token // s_pool.rows]) if pool.paged else slots[0]
-                        wanted = source_memory.item(owner, s_plane, unit, token % s_pool.rows, item)
-                        np.testing.assert_array_equal(got, wanted)
+def _copy(source: Group, target: Group, runs: Runs) -> None:
+    for length in np.unique(runs.length):
+        chosen = runs.length == length
+        inside = np.arange(length)
+        from_bytes = (runs.source[chosen] - source.base)[:, None] + inside
+        to_bytes = (runs.target[chosen] - target.base)[:, None] + inside
+        target.memory[to_bytes] = source.memory[from_bytes]
 
 
-def make_replicas_equal(source: Group, memory: Memory) -> None:
-    """Ranks that hold the same item hold the same bytes, as in a real model."""
-    for layout in source.layouts:
-        for pool in layout.pools:
-            for plane in pool.planes:
-                for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
-                    owner, _, s_plane = find_owner(source, pool.name, plane.layer, plane.name, item)
-                    if owner is not layout:
-                        for unit in range(pool.units):
-                            for row in range(pool.rows):
-                                original = memory.item(owner, s_plane, unit, row, item)
-                                memory.item(layout, plane, unit, row, item)[:] = original
+def expect_equal(model: Model, source_cut: Cut, target_cut: Cut, prompt: Prompt) -> None:
+    source = make_group(model, source_cut, target=False, tokens=prompt.tokens)
+    target = make_group(model, target_cut, target=True, tokens=prompt.tokens)
+    reference = Reference(source, target, prompt)
+    reference.fill(source)
+    blocks = hand_over(source, target, reference)
+    assert reference.differences(target, blocks) == []
+    COUNTED.update(
+        Counter({"cases": 1})
+        + Counter({pool.name: 1 for pool in {p.name: p for la in target.layouts for p in la.pools}.values()})
+    )
 
 
-def find_owner(source: Group, pool_name: str, layer: int, name: str, item: int) -> tuple[CacheLayout, Pool, Plane]:
-    for layout in source.layouts:
-        for pool in layout.pools:
-            for plane in pool.planes:
-                axis = plane.axis
-                if (pool.name, plane.layer, plane.name) == (pool_name, layer, name) and (
-                    axis.first <= item < axis.first + axis.width
-                ):
-                    return layout, pool, plane
-    raise AssertionError(f"nobody has {pool_name} {layer} {name} {item}")
+@given(case=cases())
+@settings(max_examples=share(0.5), deadline=None)
+def test_every_kind_of_pool_equals_a_numpy_reshard(case: tuple[Model, Cut, Cut, Prompt]) -> None:
+    expect_equal(*case)
 
 
-@given(case=cases(), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
-def test_bytes_outside_the_grant_stay_untouched(case: tuple[Group, Group, int, int], seed: int) -> None:
-    source, target, tokens, prefix = case
-    rng = np.random.default_rng(seed)
-    source_memory, target_memory = Memory(source.layouts, rng), Memory(target.layouts)
-    source_pages = rng.permutation(source.pages)[: -(-tokens // source.page_size)]
-    first_page = prefix // target.page_size
-    target_pages = rng.permutation(target.pages)[: max(0, -(-tokens // target.page_size) - first_page)]
-    allowed = Memory(target.layouts)
-    for layout in target.layouts:
-        for run in write(source, layout, source_pages, target_pages, prefix, tokens, (0, 1)):
-            for s, t, n in zip(run.source, run.target, run.length, strict=True):
-                target_memory.view(int(t), int(n))[:] = source_memory.view(int(s), int(n))
-        for pool in layout.pools:
-            for plane in pool.planes:
-                for unit in target_pages if pool.paged else [1]:
-                    for row in range(pool.rows):
-                        for item in range(plane.axis.first, plane.axis.first + plane.axis.width):
-                            allowed.item(layout, plane, int(unit), row, item)[:] = 1
-    for touched, permitted in zip(target_memory.everything(), allowed.everything(), strict=True):
-        assert not (touched.astype(bool) & ~permitted.astype(bool)).any()
+@given(case=cases(kinds=("kv",)))
+@settings(max_examples=share(0.15), deadline=None)
+def test_dense_models(case: tuple[Model, Cut, Cut, Prompt]) -> None:
+    expect_equal(*case)
+
+
+@given(case=cases(kinds=("kv", "swa")))
+@settings(max_examples=share(0.1), deadline=None)
+def test_sliding_windows(case: tuple[Model, Cut, Cut, Prompt]) -> None:
+    expect_equal(*case)
+
+
+@given(case=cases(kinds=("mla",)))
+@settings(max_examples=share(0.1), deadline=None)
+def test_latents_and_index_keys(case: tuple[Model, Cut, Cut, Prompt]) -> None:
+    expect_equal(*case)
+
+
+@given(case=cases(kinds=("kv", "state")))
+@settings(max_examples=share(0.15), deadline=None)
+def test_hybrid_models(case: tuple[Model, Cut, Cut, Prompt]) -> None:
+    expect_equal(*case)

@@ -13,9 +13,11 @@ ROOT = Path(kvbaton.__file__).parent
 #: From the bottom up. A module may import from its own layer and from the ones above it in this list.
 LAYERS = (
     ("errors",),
-    ("layout", "pools"),
+    ("layout",),
     ("table",),
     ("plan", "runs", "compatibility", "verify"),
+    ("costs",),
+    ("staging",),
     ("messages",),
     ("control.base", "transports.base"),
     ("protocol",),
@@ -29,15 +31,27 @@ LAYERS = (
     ("testing", "bench", "demo", "chaos", "soak", "conformance"),
     ("cli",),
 )
-CORE = ("errors", "layout", "pools", "table", "plan", "runs", "compatibility", "verify", "messages", "protocol")
+CORE = (
+    "errors",
+    "layout",
+    "table",
+    "plan",
+    "runs",
+    "compatibility",
+    "verify",
+    "costs",
+    "staging",
+    "messages",
+    "protocol",
+)
 IMPURE = {"threading", "socket", "time", "os", "logging", "asyncio", "subprocess", "torch", "zmq", "random"}
 
 #: Where a library may be imported, by package prefix below kvbaton.
 HOMES = {
     "nixl_cu12": ("transports.nixl", "bench.leanest"),
     "zmq": ("control", "testing"),
-    "torch": ("engine",),
-    "transformers": ("engine",),
+    "torch": ("engine", "conformance"),
+    "transformers": ("engine", "conformance"),
     "prometheus_client": ("server", "runtime"),
 }
 

@@ -148,3 +148,31 @@ def test_a_finished_room_leaves_a_story_and_no_lease(make_rank: MakeRank) -> Non
     finish(source, target, sender, receiver)
     assert source.manager.story(sender.room)[-1].endswith("closed")
     assert target.manager.leased_rooms == 0
+
+
+def test_a_timeline_says_how_long_ago_and_what_is_awaited(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=8), make_rank("decode")
+    sender, receiver = begin(source, target)
+    moments = source.manager.timeline(sender.room)
+    ages = [moment.seconds_ago for moment in moments]
+    assert ages == sorted(ages, reverse=True)
+    assert moments[-1].seconds_ago == 0.0
+    assert moments[-1].text.startswith("now WaitingForInput: ")
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    target.manager.close()
+    assert [m for m in target.manager.timeline(sender.room) if m.text.startswith("now")] == []
+    assert source.manager.timeline(12345) == []
+
+
+def test_tables_are_empty_again_when_the_last_room_is_over(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=9), make_rank("decode")
+    for _ in range(3):
+        sender, receiver = begin(source, target)
+        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+        finish(source, target, sender, receiver)
+    for rank in (source, target):
+        sizes = rank.manager.sizes()
+        assert (sizes["tombstones"], sizes["stories"], sizes["sessions"]) == (3, 3, 1)
+        busy = ("sides", "rooms", "homes", "transfers", "writes", "writes_in_flight", "commands", "peers_posting")
+        assert {name: sizes[name] for name in busy} == dict.fromkeys(busy, 0)

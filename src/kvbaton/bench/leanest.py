@@ -49,7 +49,7 @@ class Leanest:
         """Prepare the tables of one part, and tables of whole runs of ``chunk`` bytes for the single write."""
         peer = self.add_peer(metadata)
         if part is not None:
-            self._tables[peer] = self._prepare(peer, part.source.table.rows, part.target.table.rows)
+            self._tables[peer] = self._prepare(peer, part.source.table.rows.copy(), part.target.table.rows.copy())
         sides = []
         for base, length in ((self._region.address, self._region.length), (region.address, region.length)):
             sides.append(np.array([[base, chunk, 0, chunk, length // chunk]], dtype=np.int64))
@@ -57,6 +57,8 @@ class Leanest:
         return peer
 
     def _prepare(self, peer: str, source: NDArray[np.int64], target: NDArray[np.int64]) -> tuple[Any, Any]:
+        for rows in (source, target):  # nixl judges the stride even where there is one block only
+            rows[:, 3] = np.where(rows[:, 4] == 1, rows[:, 1], rows[:, 3])
         return (
             self.agent.prep_xfer_dlist("", source.astype(np.uint64), "DRAM"),
             self.agent.prep_xfer_dlist(peer, target.astype(np.uint64), "DRAM"),

@@ -22,6 +22,7 @@ from kvbaton.layout import CacheLayout
 from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, Span, new_instance
 from kvbaton.messages import Coordinates
 from kvbaton.plan import pair_plan
+from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 
 TIMEOUT_SECONDS = 120.0
@@ -45,7 +46,7 @@ class BenchRank:
         self._spec = spec
         self._scenario = scenario
         self._tp = scenario.source_tp if spec.side == "source" else scenario.target_tp
-        length = scenario.layout(0, self._tp, spec.rank).regions[0].length
+        length = scenario.memory_bytes(self._tp, spec.rank)
         self._memory = buffer(length, seed=scenario.seed + 1 + spec.rank if spec.side == "source" else None)
         self._layout = scenario.layout(self._memory.ctypes.data, self._tp, spec.rank)
         self._pages = scenario.pages_of(spec.side)
@@ -59,6 +60,7 @@ class BenchRank:
             group=spec.side,
             group_size=self._tp,
             coordinates=Coordinates(tp=spec.rank),
+            settings=Settings(staging=scenario.staging),
         )
         self._manager.start()
         self._leanest = Leanest(f"raw-{instance}", self._layout.regions[0])

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbaton.errors import ConfigError
-from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
+from kvbaton.layout import CacheLayout, InteriorOrder, Region, Staging, kv_pool, pool_bytes
+from kvbaton.staging import StagingPolicy
 
 PageOrder = Literal["contiguous", "shuffled"]
 HEADS = 8
-PAGE_SIZE = 16
+#: Staging memory of a rank in scenarios that have some: enough slots for every room that is open at a time.
+SLOT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,9 @@ class Scenario:
     concurrency: int = 64
     source_tp: int = 1
     target_tp: int = 1
+    page_size: int = 16
+    interior: InteriorOrder = "HND"
+    staging: StagingPolicy = "never"
     rounds: int = 5
     seed: int = 0
 
@@ -40,17 +45,18 @@ class Scenario:
         for field in ("layers", "pages", "rooms", "concurrency", "source_tp", "target_tp", "rounds"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least 1")
-        if self.item_bytes < 1 or self.item_bytes % (HEADS * PAGE_SIZE):
+        smallest = HEADS * self.page_size
+        if self.item_bytes < 1 or self.item_bytes % smallest:
             raise ConfigError(
-                f"item_bytes={self.item_bytes} must be a multiple of {HEADS * PAGE_SIZE} "
-                f"({HEADS} heads of {PAGE_SIZE} tokens)"
+                f"item_bytes={self.item_bytes} must be a multiple of {smallest} "
+                f"({HEADS} heads of {self.page_size} tokens)"
             )
         if self.order not in ("contiguous", "shuffled"):
             raise ConfigError(f"order={self.order!r} must be contiguous or shuffled")
 
     @property
     def tokens(self) -> int:
-        return self.pages * PAGE_SIZE
+        return self.pages * self.page_size
 
     @property
     def room_bytes(self) -> int:
@@ -58,19 +64,40 @@ class Scenario:
         replicas = max(1, self.target_tp // HEADS)
         return self.layers * 2 * self.pages * self.item_bytes * replicas
 
+    @property
+    def run_bytes(self) -> int:
+        """Bytes of the pieces that rooms fall into where the tensor-parallel sizes differ and tokens are outermost."""
+        return self.item_bytes // self.page_size // max(self.source_tp, self.target_tp)
+
+    def staging_slots(self) -> int:
+        """Slots of one rank: for every room that is open at a time, from every other rank."""
+        if self.staging == "never":
+            return 0
+        room_slots = -(-self.layers * 2 * self.pages * self.item_bytes // SLOT_BYTES) + 1
+        return room_slots * min(self.concurrency, self.rooms) + max(self.source_tp, self.target_tp)
+
+    def memory_bytes(self, tp_size: int, tp_rank: int) -> int:
+        """Bytes that one rank needs: its pool and its staging memory."""
+        return pool_bytes(self.layout(0, tp_size, tp_rank).pools[0]) + self.staging_slots() * SLOT_BYTES
+
     def layout(self, address: int, tp_size: int, tp_rank: int) -> CacheLayout:
-        """The layout of one rank whose pool begins at ``address``."""
+        """The layout of one rank whose memory begins at ``address``: the pool, then staging memory."""
         pool = kv_pool(
             range(self.layers),
             pages=self.rooms * self.pages,
-            page_size=PAGE_SIZE,
+            page_size=self.page_size,
             heads=HEADS,
-            head_bytes=self.item_bytes // (HEADS * PAGE_SIZE),
+            head_bytes=self.item_bytes // (HEADS * self.page_size),
             dtype="bytes",
+            order=self.interior,
             tp_size=tp_size,
             tp_rank=tp_rank,
         )
-        return CacheLayout("bench", (Region(address, pool_bytes(pool)),), (pool,))
+        size, slots = pool_bytes(pool), self.staging_slots()
+        if not slots:
+            return CacheLayout("bench", (Region(address, size),), (pool,))
+        regions = (Region(address, size), Region(address + size, slots * SLOT_BYTES))
+        return CacheLayout("bench", regions, (pool,), Staging(1, SLOT_BYTES, slots))
 
     def pages_of(self, side: Literal["source", "target"]) -> list[NDArray[np.int64]]:
         """Page ids of every room on one side; the same for all ranks of the side."""

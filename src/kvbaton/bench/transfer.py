@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -113,9 +113,9 @@ class TransferBench:
                 rank.ask("stop")
             rank.end()
 
-    def run(self, progress: Progress, *, idle: bool = False) -> Result:
-        """One warm-up of everything, then ``rounds`` rounds in which the contestants take turns."""
-        seconds: dict[str, list[float]] = {name: [] for name in self._contestants()}
+    def run(self, progress: Progress, *, idle: bool = False, only: Sequence[str] = ()) -> Result:
+        """One warm-up of everything, then ``rounds`` rounds in which the contestants (or ``only`` some) take turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in only or self._contestants()}
         verified = 0
         for number in range(self.scenario.rounds + 1):
             for name in seconds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from pathlib import Path
 
 from kvbaton.cli.settings import add_log_level, port, positive, seconds
 from kvbaton.cli.signals import exit_on_sigterm
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--health-check-interval-secs", type=seconds, default=1.0, help="pause between probes")
     parser.add_argument("--health-check-endpoint", default="/ready", help="what a probe asks a worker for")
     parser.add_argument("--max-concurrent-requests", type=positive, default=1024, help="requests answered at once")
+    parser.add_argument(
+        "--secret-file", type=Path, default=None, help="shared secret of the servers; needed where they have one"
+    )
     parser.add_argument("--grace-period-secs", type=seconds, default=30.0, help="time to finish after SIGTERM")
     add_log_level(parser)
 
@@ -45,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _route(options: argparse.Namespace) -> None:
+    from kvbaton.control.access import read_secret
     from kvbaton.server.lifecycle import reserve
     from kvbaton.server.lifecycle import run as run_server
     from kvbaton.server.router import Router, RouterConfig
@@ -60,6 +65,7 @@ async def _route(options: argparse.Namespace) -> None:
         probe_interval_seconds=options.health_check_interval_secs,
         probe_path=options.health_check_endpoint,
         max_requests=options.max_concurrent_requests,
+        secret=read_secret(options.secret_file) if options.secret_file is not None else None,
     )
     with reserve(options.host, options.port) as bound:
         router = Router(config)

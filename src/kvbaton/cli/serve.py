@@ -47,6 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST[:PORT]",
         help="a registry that decode may ask, repeatable (default: loopback only)",
     )
+    pd.add_argument(
+        "--disaggregation-control-port", type=port, default=0, help="where this rank takes control links; 0: any"
+    )
+    pd.add_argument(
+        "--disaggregation-control-advertise",
+        default="",
+        metavar="tcp://IP:PORT",
+        help="where decode finds this rank's control port, if it differs (address translation); empty: as bound",
+    )
+    pd.add_argument(
+        "--disaggregation-handshake-timeout", type=seconds, default=10.0, help="a dialled peer has answered by then"
+    )
+    pd.add_argument(
+        "--disaggregation-bootstrap-timeout", type=seconds, default=120.0, help="both halves have met by then"
+    )
+    pd.add_argument(
+        "--disaggregation-waiting-timeout", type=seconds, default=300.0, help="longest wait of a room for progress"
+    )
+    pd.add_argument(
+        "--disaggregation-heartbeat-interval", type=seconds, default=5.0, help="two silent ones: the peer is lost"
+    )
     pd.add_argument("--secret-file", type=Path, default=None, help="shared secret; needed beyond loopback")
     add_log_level(parser)
 
@@ -75,6 +96,12 @@ def run(options: argparse.Namespace) -> int:
         secret_file=options.secret_file,
         torch_threads=options.torch_threads,
         grace_seconds=options.grace_period_secs,
+        control_port=options.disaggregation_control_port,
+        control_advertise=options.disaggregation_control_advertise,
+        handshake_seconds=options.disaggregation_handshake_timeout,
+        bootstrap_seconds=options.disaggregation_bootstrap_timeout,
+        waiting_seconds=options.disaggregation_waiting_timeout,
+        heartbeat_seconds=options.disaggregation_heartbeat_interval,
     )
     serve(config, listening=lambda bound: _announce(options.host, bound, options.disaggregation_mode))
     return 0

@@ -1,19 +1,30 @@
 """Who may reach a listening address: loopback freely, anything else only with a shared secret.
 
+HTTP is not encrypted, so the secret itself never travels: a process shows a token that follows from the secret and from
+the door it is for. Who overhears a token can knock at that one door; the links' keys stay unknown to him. Servers take
+the secret itself, too, from people who have it (``curl -H "Authorization: Bearer $(cat FILE)"``).
+
 This file must not know HTTP frameworks or links; it answers questions about hosts and tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from kvbaton.errors import ConfigError
 
 #: Fewest characters of a shared secret, and most.
 MIN_SECRET_CHARACTERS = 16
 MAX_SECRET_CHARACTERS = 1024
+#: The header in which a router shows prefill and decode servers its token; what a client sends there goes nowhere.
+ROUTER_HEADER = "X-KVBaton-Router"
+
+Door = Literal["registry", "router", "story"]
 
 
 def is_loopback(host: str) -> bool:
@@ -21,7 +32,7 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(unbracketed(host)).is_loopback
     except ValueError:
         return False
 
@@ -49,11 +60,41 @@ def read_secret(path: Path) -> str:
     return secret
 
 
-def bearer_matches(header: str | None, secret: str) -> bool:
-    """Whether an ``Authorization`` header carries the secret, compared in constant time."""
+def unbracketed(host: str) -> str:
+    """``[::1]`` without its brackets; anything else as it is."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def token_of(secret: str, door: Door) -> str:
+    """What a process shows at one kind of door."""
+    return hmac.new(secret.encode(), f"kvbaton {door}".encode(), hashlib.sha256).hexdigest()
+
+
+def token_matches(token: str | None, secret: str, door: Door) -> bool:
+    """Whether a token is the one for this door, or the secret itself. Compared in constant time."""
+    shown = (token or "").strip().encode("utf-8", "surrogateescape")
+    good = [hmac.compare_digest(shown, right.encode()) for right in (token_of(secret, door), secret)]
+    return any(good)
+
+
+def bearer(secret: str | None, door: Door) -> Mapping[str, str]:
+    """The ``Authorization`` header for one kind of door; none without a secret."""
+    return {} if secret is None else {"Authorization": f"Bearer {token_of(secret, door)}"}
+
+
+def bearer_matches(header: str | None, secret: str, door: Door) -> bool:
+    """Whether an ``Authorization`` header opens this door."""
     scheme, _, token = (header or "").partition(" ")
-    matches = hmac.compare_digest(token.strip().encode("utf-8", "surrogateescape"), secret.encode())
-    return matches and scheme.lower() == "bearer"
+    return token_matches(token, secret, door) and scheme.lower() == "bearer"
+
+
+def is_local_name(host_header: str | None) -> bool:
+    """Whether a ``Host`` header names this machine as such. A page in a browser that had its own name re-bound to
+    127.0.0.1 (DNS rebinding) shows that name here."""
+    host, colon, port = (host_header or "").rpartition(":")
+    if not colon or not port.isdecimal():
+        host = host_header or ""
+    return is_loopback(host)
 
 
 def is_printable_host(host: str) -> bool:

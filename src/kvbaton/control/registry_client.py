@@ -23,7 +23,7 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from kvbaton.control.access import is_printable_host
+from kvbaton.control.access import bearer, is_printable_host, unbracketed
 from kvbaton.control.registry import REFRESH_SECONDS, Registered, Route, Topology
 from kvbaton.errors import AuthenticationError, ConfigError, KVBatonError, LocalProtocolError, RegistryError
 
@@ -47,7 +47,7 @@ class RegistryClient:
     """Talks to any number of registries. Use it inside one event loop and close it there.
 
     Args:
-        secret: the deployment's shared secret, sent as a bearer token.
+        secret: the deployment's shared secret; the token that follows from it is sent, never the secret.
         timeout_seconds: limit of one attempt.
         attempts: how often a call tries before it raises.
         clock, sleep: time, injected by tests.
@@ -62,7 +62,7 @@ class RegistryClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        self._headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        self._headers = bearer(secret, "registry")
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
         self._clock = clock
@@ -207,7 +207,8 @@ class _Failure(msgspec.Struct):
 def _url(host: str, port: int) -> str:
     if not is_printable_host(host) or not 0 < port <= 65535:
         raise ConfigError(f"{host!r}:{port} is no address of a registry")
-    bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    bare = unbracketed(host)
+    bracketed = f"[{bare}]" if ":" in bare else bare
     return f"http://{bracketed}:{port}/route"
 
 

@@ -4,15 +4,17 @@ Rules:
 
 - JSON in, JSON out; a registration is at most :data:`MAX_ROUTE_BYTES`.
 - With a secret, every route except ``/health`` needs ``Authorization: Bearer <secret>``. Without one the server may
-  listen on loopback only (:func:`start_registry` refuses anything else).
-- An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret,
-  409 an instance that was replaced, 503 the group is not complete or the table is full.
+  listen on loopback only (:func:`start_registry` refuses anything else), and takes no request whose ``Host`` is not
+  this machine (a browser's page with a re-bound name).
+- An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret
+  or host, 409 an instance that was replaced, 503 the group is not complete or the table is full.
 
 This file must not know ranks' layouts, or anything of the table but its methods.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -20,7 +22,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from kvbaton.control.access import bearer_matches, require_secret
+from kvbaton.control.access import bearer_matches, is_local_name, require_secret
 from kvbaton.control.registry import Registry, decode_route
 from kvbaton.errors import (
     AuthenticationError,
@@ -34,6 +36,8 @@ from kvbaton.errors import (
 DEFAULT_PORT = 8998
 #: Largest registration in bytes.
 MAX_ROUTE_BYTES = 16 << 10
+#: A registration has arrived by then.
+BODY_SECONDS = 10.0
 #: Seconds that a client is asked to wait while the group is not complete.
 RETRY_AFTER_SECONDS = 1
 
@@ -54,7 +58,12 @@ def registry_app(
     """The aiohttp application around one table."""
 
     async def register(request: web.Request) -> web.Response:
-        route = decode_route(await request.read())
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout() from None
+        route = decode_route(body)
         answer = registry.register(route, clock())
         if answer.replaced:
             _log.warning("%s: instance %s replaces %s", route.coordinates, route.instance, answer.replaced)
@@ -102,12 +111,14 @@ def _authenticate(secret: str | None) -> Callable[[web.Request, _Handler], Await
     async def authenticate(request: web.Request, handler: _Handler) -> web.StreamResponse:
         if secret is not None and request.path != "/health":
             header = request.headers.get("Authorization")
-            if not bearer_matches(header, secret):
+            if not bearer_matches(header, secret, "registry"):
                 raise AuthenticationError(
                     "the registry needs this deployment's shared secret as a bearer token"
                     if header is None
                     else "the bearer token is not this deployment's shared secret"
                 )
+        if secret is None and not is_local_name(request.headers.get("Host")):
+            raise AuthenticationError("without a shared secret the registry answers requests to 127.0.0.1 only")
         return await handler(request)
 
     return authenticate

@@ -340,6 +340,14 @@ class ZmqLinks(Links):
             if link is not None:
                 self._inbox.append(Arrived(link, payload[0]))
 
+    def sizes(self) -> dict[str, int]:
+        return {
+            "dialled": len(self._dialled),
+            "accepted": len(self._accepted.links),
+            "closed": len(self._accepted.closed),
+            "inbox": len(self._inbox),
+        }
+
     def close(self) -> None:
         if self._context.closed:
             return

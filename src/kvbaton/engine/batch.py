@@ -9,12 +9,11 @@ This file must not know of peers or prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvbaton.engine.generation import Generation
 from kvbaton.engine.job import Job
-from kvbaton.engine.pool import Allocator
 from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick, pick_tokens
@@ -22,13 +21,13 @@ from kvbaton.errors import ConfigError, InternalError, KVBatonError
 
 
 class ContinuousBatch:
-    """At most ``max_batch`` answers grow at once; the others wait in order."""
+    """At most ``max_batch`` answers grow at once; the others wait in order. ``release`` takes back what one held."""
 
-    def __init__(self, runner: ModelRunner, pages: Allocator, max_batch: int) -> None:
+    def __init__(self, runner: ModelRunner, release: Callable[[Generation], None], max_batch: int) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch={max_batch} must be at least 1")
         self._runner = runner
-        self._pages = pages
+        self._release = release
         self._max_batch = max_batch
         self._members: list[Generation] = []
 
@@ -89,7 +88,7 @@ class ContinuousBatch:
 
     def _retire(self, generation: Generation, last: Output) -> None:
         self._members.remove(generation)
-        self._pages.give_back(generation.pages)
+        self._release(generation)
         generation.job.emit(last)
 
     def __repr__(self) -> str:

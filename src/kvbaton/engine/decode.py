@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from kvbaton.engine import aux_row
 from kvbaton.engine.batch import ContinuousBatch
 from kvbaton.engine.generation import Generation
+from kvbaton.engine.group import GroupManager, GroupSide
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Pools
+from kvbaton.engine.pool import Holding, Pools
 from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick
@@ -30,12 +31,12 @@ from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One prompt whose cache is expected in ``pages``, its aux row in ``slot``."""
+    """One prompt whose cache is expected in ``holding``, its aux row in ``slot``."""
 
     job: Job
     room: int
-    receiver: KVReceiver
-    pages: tuple[int, ...]
+    receiver: KVReceiver | GroupSide
+    holding: Holding
     slot: int
 
 
@@ -43,13 +44,19 @@ class Decode(Role):
     """Queues: ``waiting`` for pages, ``transfer``, ``draining``, the batch."""
 
     def __init__(
-        self, model: LoadedModel, pools: Pools, manager: KVManager, limits: Limits, config: SchedulerConfig
+        self,
+        model: LoadedModel,
+        pools: Pools,
+        manager: KVManager | GroupManager,
+        runner: ModelRunner,
+        limits: Limits,
+        config: SchedulerConfig,
     ) -> None:
         self._model = model
         self._pools = pools
         self._manager = manager
         self._limits = limits
-        self._batch = ContinuousBatch(ModelRunner(model, pools.kv), pools.pages, config.max_batch)
+        self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
         self._waiting: deque[Job] = deque()
         self._transfers: list[_Arrival] = []
         self._draining: list[_Arrival] = []
@@ -78,15 +85,15 @@ class Decode(Role):
         """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
         admitted = False
         while self._waiting and self._pools.slots.free:
-            pages = self._pools.take_pages(self._limits.cached_tokens(self._waiting[0].request))
-            if pages is None:
+            holding = self._pools.take(self._limits.cached_tokens(self._waiting[0].request))
+            if holding is None:
                 break
-            self._expect(self._waiting.popleft(), pages)
+            self._expect(self._waiting.popleft(), holding)
             admitted = True
         return admitted
 
-    def _expect(self, job: Job, pages: tuple[int, ...]) -> None:
-        """Publish the pages of the prompt and an aux row to the sources."""
+    def _expect(self, job: Job, holding: Holding) -> None:
+        """Publish the units of the prompt and an aux row to the sources."""
         request, slot = job.request, self._pools.take_slot()
         assert slot is not None  # noqa: S101 - admission saw a free one
         count = len(request.prompt_tokens)
@@ -95,15 +102,15 @@ class Decode(Role):
                 raise LocalProtocolError("a decode request has no room")
             receiver = self._manager.receiver(request.room, request.sources)
         except KVBatonError as error:  # no peer has heard of the pages
-            self._pools.pages.give_back(pages)
+            self._pools.give_back(holding)
             self._pools.slots.give_back([slot])
             job.fail(error)
             return
-        arrival = _Arrival(job, request.room, receiver, pages, slot)
+        arrival = _Arrival(job, request.room, receiver, holding, slot)
         self._transfers.append(arrival)
-        kv = Span("kv", 0, count, pages[: self._pools.pages_for(count)])
+        spans = [*self._pools.wanted(holding, 0, count), Span("aux", 0, 0, (slot,))]
         try:
-            receiver.publish([kv, Span("aux", 0, 0, (slot,))], token_count=count)
+            receiver.publish(spans, token_count=count)
         except KVBatonError as error:
             self._end(arrival, Output(error=error), error.message)
 
@@ -115,7 +122,7 @@ class Decode(Role):
                 error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
                 self._end(arrival, Output(error=error), "")
                 worked = True
-            elif arrival.receiver.concluded:
+            elif poll == KVPoll.Success and arrival.receiver.concluded:
                 self._begin(arrival)
                 worked = True
         return worked
@@ -128,7 +135,7 @@ class Decode(Role):
             row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
             if row.first_token >= self._model.geometry.vocab_size:
                 raise RemoteProtocolError(f"first token {row.first_token} is not in the vocabulary", room=arrival.room)
-            generation = Generation(arrival.job, self._model, arrival.pages, row.seed)
+            generation = Generation(arrival.job, self._model, arrival.holding, row.seed)
         except KVBatonError as error:
             self._release(arrival)
             arrival.job.fail(error)
@@ -161,8 +168,11 @@ class Decode(Role):
         return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
-        self._pools.pages.give_back(arrival.pages)
+        self._pools.give_back(arrival.holding)
         self._pools.slots.give_back([arrival.slot])
+
+    def _retire(self, generation: Generation) -> None:
+        self._pools.give_back(generation.holding)
 
     @property
     def busy(self) -> bool:
@@ -171,9 +181,9 @@ class Decode(Role):
     def stats(self) -> Stats:
         holders = [*self._transfers, *self._draining]
         return Stats(
-            pages_free=self._pools.pages.free,
-            pages_used=self._pools.pages.used,
-            pages_leased=sum(len(arrival.pages) for arrival in holders if arrival.receiver.leased),
+            pages_free=self._pools.pages_free,
+            pages_used=self._pools.pages_used,
+            pages_leased=sum(a.holding.count for a in holders if a.receiver.leased),
             slots_used=self._pools.slots.used,
             running=self._batch.running,
             queues={
@@ -186,10 +196,16 @@ class Decode(Role):
 
 
 def decode_scheduler(
-    model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig | None = None
+    model: LoadedModel,
+    pools: Pools,
+    manager: KVManager | GroupManager,
+    config: SchedulerConfig | None = None,
+    *,
+    runner: ModelRunner | None = None,
 ) -> Scheduler:
-    """A scheduler that collects prompts and continues them. ``manager`` must know ``pools.layout``."""
+    """A scheduler that collects prompts and continues them. ``manager`` must know ``pools.layout``; ``runner`` is that
+    of a group's leader, None for a rank by itself."""
     config = config or SchedulerConfig()
     limits = limits_of(model, pools, needs_room=True)
-    role = Decode(model, pools, manager, limits, config)
+    role = Decode(model, pools, manager, runner or ModelRunner(model, pools), limits, config)
     return Scheduler(role, limits, config, wakeup=manager.wakeup, name="decode")

@@ -5,10 +5,9 @@ This file must not know of peers, batches or queues.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvbaton.engine.job import Job
 from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.pool import Holding
 from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import Step
 from kvbaton.engine.sampling import Draw, Pick
@@ -16,12 +15,12 @@ from kvbaton.engine.text import TextStream
 
 
 class Generation:
-    """``pages`` hold everything but the newest token, which the next step computes. ``seed`` is the one in use."""
+    """``holding`` has everything but the newest token, which the next step computes. ``seed`` is the one in use."""
 
-    def __init__(self, job: Job, model: LoadedModel, pages: Sequence[int], seed: int) -> None:
+    def __init__(self, job: Job, model: LoadedModel, holding: Holding, seed: int) -> None:
         request, sampling = job.request, job.request.sampling
         self.job = job
-        self.pages = pages
+        self.holding = holding
         self._seed = seed
         self._newest = -1
         self._position = len(request.prompt_tokens) - 1
@@ -39,7 +38,7 @@ class Generation:
 
     def step(self) -> Step:
         """What the model must compute before the next token can be picked."""
-        return Step(self._newest, self._position, self.pages)
+        return Step(self._newest, self._position, self.holding)
 
     def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
         """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""

@@ -94,7 +94,7 @@ def limits_of(model: LoadedModel, pools: Pools, *, keeps_answer: bool = True, ne
     return Limits(
         max_positions=model.geometry.max_positions,
         vocab_size=model.geometry.vocab_size,
-        pool_tokens=pools.pages.units * pools.page_size,
+        pool_tokens=pools.tokens,
         keeps_answer=keeps_answer,
         needs_room=needs_room,
         has_text=model.tokenizer is not None,

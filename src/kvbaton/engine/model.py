@@ -1,8 +1,8 @@
 """A causal language model from disk: weights, tokenizer, cache geometry and a fingerprint of all of it.
 
 Rules: whatever the name given (a directory, a bundled model, a hub id), it becomes a local directory first, and the
-fingerprint is taken over that directory, so that two ranks agree on it exactly when their files agree. A model whose
-cache is not dense keys and values per layer is refused here, before a pool exists, with a sentence that says why.
+fingerprint is taken over that directory, so that two ranks agree on it exactly when their files agree. What the model
+caches is probed on the whole network, before it is cut for this rank.
 
 This file must not know of pools, schedulers or peers.
 """
@@ -12,19 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from kvbaton.engine.geometry import DTYPES, Geometry, probe_geometry
+from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError
 from kvbaton.models import builtin
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Bytes hashed at the head and at the tail of a weight file: the header of safetensors lies in the head.
 FINGERPRINT_BYTES = 1 << 16
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -32,25 +32,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Geometry:
-    """What a paged cache of the model is made of. ``head_dim`` in elements, ``dtype`` a key of :data:`DTYPES`."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    vocab_size: int
-    dtype: str
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of one head of one token, of keys or of values."""
-        return self.head_dim * int(DTYPES[self.dtype].itemsize)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A model that is ready to run. ``tokenizer`` is None where the directory has none (text is then empty)."""
+    """A model that is ready to run, or the ``shard`` of one; ``geometry`` is that of the whole model. ``tokenizer`` is
+    None where the directory has none (text is then empty)."""
 
     name: str
     path: Path
@@ -59,17 +43,19 @@ class LoadedModel:
     geometry: Geometry
     fingerprint: str
     eos_tokens: frozenset[int]
+    shard: Shard = field(default_factory=Shard)
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.name} {self.fingerprint[:12]} {self.geometry})"
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", device: str = "cpu", threads: int | None = None, attention: str = "sdpa"
+    name: str, *, dtype: str = "float32", device: str = "cpu", threads: int | None = None, attention: str | None = None
 ) -> LoadedModel:
     """Load the model called ``name``: a local directory, a bundled name, or a hub id.
 
-    ``threads`` sets torch's intra-operation threads for the whole process. Raises ConfigError.
+    ``threads`` sets torch's intra-operation threads for the whole process; ``attention`` None leaves the implementation
+    to transformers. Raises ConfigError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown, use one of {', '.join(DTYPES)}")
@@ -144,47 +130,6 @@ def _eos_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
             return frozenset(found if isinstance(found, (list, tuple)) else [found])
     found = getattr(tokenizer, "eos_token_id", None)
     return frozenset() if found is None else frozenset([found])
-
-
-def probe_geometry(network: Any, dtype: str) -> Geometry:
-    """Geometry of the cache that the model really fills: config first, then one token to prove it.
-
-    Raises ConfigError for every cache that is not keys and values of all tokens in every layer.
-    """
-    config = network.config.get_text_config(decoder=True)
-    kind = getattr(config, "model_type", type(config).__name__)
-    if getattr(network.config, "is_encoder_decoder", False):
-        raise ConfigError(f"{kind} is an encoder-decoder; the embedded engine serves decoder-only models")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ConfigError(f"{kind} caches MLA latents; the embedded engine serves dense key/value attention only")
-    cache = DynamicCache(config=config)
-    foreign = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
-    if foreign:
-        raise ConfigError(
-            f"{kind} needs cache layers of kind {', '.join(foreign)}; the embedded engine serves dense full-attention "
-            "models only: choose one such as Qwen3 or Llama, or use the vLLM or SGLang adapter"
-        )
-    max_positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(max_positions, int) or max_positions < 1:
-        raise ConfigError(f"{kind} does not say max_position_embeddings, so requests cannot be checked against it")
-    with torch.inference_mode():
-        network(input_ids=torch.zeros((1, 1), dtype=torch.long, device=network.device), past_key_values=cache)
-    shapes = {tuple(tensor.shape) for layer in cache.layers for tensor in (layer.keys, layer.values)}
-    if len(shapes) != 1 or next(iter(shapes))[0] != 1 or next(iter(shapes))[2] != 1:
-        raise ConfigError(
-            f"{kind} caches tensors of shapes {sorted(shapes)} for one token; the embedded engine needs one shape "
-            "[1, kv_heads, 1, head_dim] for the keys and values of all layers"
-        )
-    _, kv_heads, _, head_dim = next(iter(shapes))
-    vocab_size = int(network.get_input_embeddings().weight.shape[0])
-    return Geometry(
-        layers=len(cache.layers),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        vocab_size=vocab_size,
-        dtype=dtype,
-    )
 
 
 def fingerprint(path: Path) -> str:

@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kvbaton.engine import aux_row
+from kvbaton.engine.group import GroupManager, GroupSide
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import limits_of
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Pools
+from kvbaton.engine.pool import Holding, Pools
 from kvbaton.engine.prompt import PromptRun
 from kvbaton.engine.request import Output
 from kvbaton.engine.runner import ModelRunner
@@ -32,8 +33,8 @@ class _Handoff:
 
     job: Job
     room: int
-    sender: KVSender
-    pages: tuple[int, ...] = ()
+    sender: KVSender | GroupSide
+    holding: Holding | None = None
     slot: int | None = None
     sent: int = 0
     first: Pick | None = None
@@ -42,11 +43,13 @@ class _Handoff:
 class Prefill(Role):
     """Queues: ``bootstrap`` waits for targets, ``ready`` for pages; then one computes, some are in flight, draining."""
 
-    def __init__(self, model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig) -> None:
+    def __init__(
+        self, pools: Pools, manager: KVManager | GroupManager, runner: ModelRunner, config: SchedulerConfig
+    ) -> None:
         self._pools = pools
         self._manager = manager
         self._chunk_tokens = config.chunked_prefill_size
-        self._runner = ModelRunner(model, pools.kv)
+        self._runner = runner
         self._bootstrap: list[_Handoff] = []
         self._ready: list[_Handoff] = []
         self._computing: tuple[_Handoff, PromptRun] | None = None
@@ -105,24 +108,24 @@ class Prefill(Role):
             return False
         handoff = self._ready[0]
         prompt = handoff.job.request.prompt_tokens
-        pages = self._pools.take_pages(len(prompt))
-        if pages is None:
+        holding = self._pools.take(len(prompt))
+        if holding is None:
             return False
         self._ready.pop(0)
-        handoff.pages = pages
+        handoff.holding = holding
         handoff.slot = self._pools.take_slot()
         handoff.sent = handoff.sender.prefix_len
-        self._computing = (handoff, PromptRun(prompt, pages))
+        self._computing = (handoff, PromptRun(prompt, holding))
         return True
 
     def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
         """One chunk: compute it, hand it over; after the last one, the first token with it."""
         try:
             logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
-            spans = self._unsent(handoff, run.computed)
+            spans = self._unsent(handoff, run)
             if run.finished:
                 handoff.first = self._first_token(handoff, logits)
-                spans.append(self._write_aux(handoff, handoff.first))
+                spans += [*self._pools.state_spans(run.holding), self._write_aux(handoff, handoff.first)]
             if spans:
                 handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
         except KVBatonError as error:
@@ -132,13 +135,10 @@ class Prefill(Role):
             self._computing = None
             self._inflight.append(handoff)
 
-    def _unsent(self, handoff: _Handoff, computed: int) -> list[Span]:
-        """The span of what is computed but neither sent nor held by the targets, if there is any."""
-        start, stop, size = handoff.sent, computed, self._pools.page_size
-        if stop <= start:
-            return []
-        handoff.sent = stop
-        return [Span("kv", start, stop, handoff.pages[start // size : -(-stop // size)])]
+    def _unsent(self, handoff: _Handoff, run: PromptRun) -> list[Span]:
+        """The spans of what is computed but neither sent nor held by the targets, if there is any."""
+        start, handoff.sent = handoff.sent, max(handoff.sent, run.computed)
+        return self._pools.spans(run.holding, start, run.computed)
 
     def _first_token(self, handoff: _Handoff, logits: object) -> Pick:
         request = handoff.job.request
@@ -195,7 +195,8 @@ class Prefill(Role):
         return bool(settled)
 
     def _release(self, handoff: _Handoff) -> None:
-        self._pools.pages.give_back(handoff.pages)
+        if handoff.holding is not None:
+            self._pools.give_back(handoff.holding)
         if handoff.slot is not None:
             self._pools.slots.give_back([handoff.slot])
 
@@ -206,9 +207,9 @@ class Prefill(Role):
     def stats(self) -> Stats:
         holders = [*self._live(), *self._draining]
         return Stats(
-            pages_free=self._pools.pages.free,
-            pages_used=self._pools.pages.used,
-            pages_leased=sum(len(handoff.pages) for handoff in holders if handoff.sender.leased),
+            pages_free=self._pools.pages_free,
+            pages_used=self._pools.pages_used,
+            pages_leased=sum(h.holding.count for h in holders if h.holding is not None and h.sender.leased),
             slots_used=self._pools.slots.used,
             running=int(self._computing is not None),
             queues={
@@ -221,10 +222,16 @@ class Prefill(Role):
 
 
 def prefill_scheduler(
-    model: LoadedModel, pools: Pools, manager: KVManager, config: SchedulerConfig | None = None
+    model: LoadedModel,
+    pools: Pools,
+    manager: KVManager | GroupManager,
+    config: SchedulerConfig | None = None,
+    *,
+    runner: ModelRunner | None = None,
 ) -> Scheduler:
-    """A scheduler that computes prompts and hands them over. ``manager`` must know ``pools.layout``."""
+    """A scheduler that computes prompts and hands them over. ``manager`` must know ``pools.layout``; ``runner`` is that
+    of a group's leader, None for a rank by itself."""
     config = config or SchedulerConfig()
     limits = limits_of(model, pools, keeps_answer=False, needs_room=True)
-    role = Prefill(model, pools, manager, config)
+    role = Prefill(pools, manager, runner or ModelRunner(model, pools), config)
     return Scheduler(role, limits, config, wakeup=manager.wakeup, name="prefill")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvbaton.engine.pool import Holding
 from kvbaton.engine.runner import ModelRunner
 
 
@@ -19,11 +20,11 @@ def chunk_stop(start: int, total: int, chunk_tokens: int, page_size: int) -> int
 
 
 class PromptRun:
-    """``computed`` tokens of ``tokens`` lie in ``pages``."""
+    """``computed`` tokens of ``tokens`` lie in ``holding``."""
 
-    def __init__(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], holding: Holding) -> None:
         self.tokens = tokens
-        self.pages = pages
+        self.holding = holding
         self.computed = 0
 
     @property
@@ -33,7 +34,7 @@ class PromptRun:
     def advance(self, runner: ModelRunner, chunk_tokens: int, page_size: int) -> Any:
         """Compute the next chunk. Returns the logits [1, vocabulary] after its last token. Raises InternalError."""
         stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
-        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.pages)
+        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.holding)
         self.computed = stop
         return logits
 

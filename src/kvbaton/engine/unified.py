@@ -37,15 +37,17 @@ class _Prompt:
 class Unified(Role):
     """Queues: ``waiting`` for pages, one prompt in ``prefill``, the batch."""
 
-    def __init__(self, model: LoadedModel, pools: Pools, limits: Limits, config: SchedulerConfig) -> None:
+    def __init__(
+        self, model: LoadedModel, pools: Pools, runner: ModelRunner, limits: Limits, config: SchedulerConfig
+    ) -> None:
         self._model = model
         self._pools = pools
         self._limits = limits
         self._chunk_tokens = config.chunked_prefill_size
-        self._runner = ModelRunner(model, pools.kv)
+        self._runner = runner
         self._waiting: deque[Job] = deque()
         self._prompt: _Prompt | None = None
-        self._batch = ContinuousBatch(self._runner, pools.pages, config.max_batch)
+        self._batch = ContinuousBatch(self._runner, self._release, config.max_batch)
 
     def add(self, job: Job) -> None:
         self._waiting.append(job)
@@ -72,12 +74,12 @@ class Unified(Role):
         if not self._waiting:
             return None
         job = self._waiting[0]
-        pages = self._pools.take_pages(self._limits.cached_tokens(job.request))
-        if pages is None:
+        holding = self._pools.take(self._limits.cached_tokens(job.request))
+        if holding is None:
             return None
         self._waiting.popleft()
-        run = PromptRun(job.request.prompt_tokens, pages)
-        return _Prompt(run, Generation(job, self._model, pages, seed_of(job.request)))
+        run = PromptRun(job.request.prompt_tokens, holding)
+        return _Prompt(run, Generation(job, self._model, holding, seed_of(job.request)))
 
     def _compute(self, prompt: _Prompt) -> None:
         try:
@@ -96,8 +98,11 @@ class Unified(Role):
 
     def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
         self._prompt = None
-        self._pools.pages.give_back(prompt.run.pages)
+        self._release(prompt.generation)
         prompt.job.emit(last)
+
+    def _release(self, generation: Generation) -> None:
+        self._pools.give_back(generation.holding)
 
     @property
     def busy(self) -> bool:
@@ -105,8 +110,8 @@ class Unified(Role):
 
     def stats(self) -> Stats:
         return Stats(
-            pages_free=self._pools.pages.free,
-            pages_used=self._pools.pages.used,
+            pages_free=self._pools.pages_free,
+            pages_used=self._pools.pages_used,
             pages_leased=0,
             slots_used=self._pools.slots.used,
             running=self._batch.running,
@@ -118,8 +123,11 @@ class Unified(Role):
         )
 
 
-def unified_scheduler(model: LoadedModel, pools: Pools, config: SchedulerConfig | None = None) -> Scheduler:
-    """A scheduler that answers by itself. Start it, or use it as a context manager."""
+def unified_scheduler(
+    model: LoadedModel, pools: Pools, config: SchedulerConfig | None = None, *, runner: ModelRunner | None = None
+) -> Scheduler:
+    """A scheduler that answers by itself. Start it, or use it as a context manager. ``runner``: a group leader's."""
     config = config or SchedulerConfig()
     limits = limits_of(model, pools)
-    return Scheduler(Unified(model, pools, limits, config), limits, config, wakeup=threading.Event(), name="unified")
+    role = Unified(model, pools, runner or ModelRunner(model, pools), limits, config)
+    return Scheduler(role, limits, config, wakeup=threading.Event(), name="unified")

@@ -174,13 +174,37 @@ class Core:
         """(peer, our role, state) of every session, for people."""
         return [(session.name, session.role, session.state.value) for session in self._peers.all()]
 
+    def plan_digest(self, peer: str, role: Role) -> str | None:
+        """Digest of the plan that this rank, as ``role``, has agreed on with a peer; None without a session."""
+        session = self._peers.of(peer, role)
+        return session.pair.digest if session is not None and session.pair is not None else None
+
     def story(self, room: int) -> list[Line]:
         """What happened to a room, and last what it waits for now."""
-        lines = self._around.story.of(room)
-        for record in self._rooms.find(room):
-            waits = self._rooms.waits_for(record)
-            lines.append(Line(self._around.now, f"now {record.status().poll.name}: {waits}"))
-        return lines
+        return [*self.told(room), *(Line(self._around.now, text) for text in self.state_of(room))]
+
+    def told(self, room: int) -> list[Line]:
+        """What happened to a room, as far as it is remembered."""
+        return self._around.story.of(room)
+
+    def state_of(self, room: int) -> list[str]:
+        """What a room is and waits for now, one line for each role of this rank in it; none when it is over."""
+        return [
+            f"now {record.status().poll.name}: {self._rooms.waits_for(record)}" for record in self._rooms.find(room)
+        ]
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of every table, by name: each is bounded, and but for the memories (tombstones, stories) returns to
+        zero with the last room. For people who look for leaks."""
+        return {
+            **self._peers.sizes(),
+            **self._transfers.sizes(),
+            **self._rooms.sizes(),
+            "stories": len(self._around.story),
+            "links_answered_unasked": len(self._around.unasked),
+            "timers": len(self._around.timers),
+            "timer_entries": self._around.timers.entries,
+        }
 
     def check_invariants(self) -> None:
         """Raise InternalError where the tables contradict each other. For tests and simulators."""
@@ -214,7 +238,8 @@ class Core:
             return
         if session is None or session.peer != message.sender or message.receiver != self.instance:
             self.counters["messages_from_strangers"] += 1
-            self._around.send_on(link, Stranger(sender=self.instance, receiver=message.sender))
+            if self._around.unasked.take(link, now):
+                self._around.send_on(link, Stranger(sender=self.instance, receiver=message.sender))
             return
         session.heard(now)
         if isinstance(message, Ping):

@@ -13,6 +13,7 @@ from kvbaton.errors import KVBatonError
 from kvbaton.messages import Role
 from kvbaton.plan import PairPlan
 from kvbaton.protocol.events import WriteId
+from kvbaton.staging import StagedPart
 
 
 class KVPoll(enum.IntEnum):
@@ -45,16 +46,31 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class PreparePeer:
-    """Make ``peer`` reachable and build the tables of ``pair``; answer with PeerPrepared or PeerUnprepared."""
+    """Make ``peer`` reachable and build the tables of ``pair``, and of its ``staged`` parts; answer with PeerPrepared
+    or PeerUnprepared."""
 
     peer: str
     metadata: bytes
     pair: PairPlan
+    staged: tuple[StagedPart | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StagedRun:
+    """Blocks that are gathered and written to a slot of the target's staging memory, from block ``first`` of it on."""
+
+    staged: StagedPart
+    slot: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PostWrite:
-    """Write table entries of one part; answer with WriteSettled or WriteBroken, exactly once."""
+    """Write table entries of one part; answer with WriteSettled or WriteBroken, exactly once.
+
+    With ``staged`` the source entries are gathered, and ``target_entries`` is empty.
+    """
 
     write: WriteId
     peer: str
@@ -62,6 +78,17 @@ class PostWrite:
     source_entries: NDArray[np.int32]
     target_entries: NDArray[np.int32]
     bytes: int
+    staged: StagedRun | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scatter:
+    """Copy the first ``count`` blocks of one of our staging slots to table entries of our memory, now."""
+
+    staged: StagedPart
+    slot: int
+    count: int
+    target_entries: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +142,4 @@ class Report:
     status: RoomStatus
 
 
-Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Quiesce | Report
+Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Quiesce | Scatter | Report

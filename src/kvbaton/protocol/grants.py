@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import Grant, PartBytes
-from kvbaton.plan import PairPlan
+from kvbaton.messages import Grant, PartBytes, StagingGrant
+from kvbaton.plan import PairPlan, PartId
+from kvbaton.protocol.transfer import Lease
+from kvbaton.staging import StagedPart
 
 
 def check_grants(grants: Iterable[Grant], layout: CacheLayout, *, distinct: bool = True) -> dict[str, Grant]:
@@ -41,6 +43,31 @@ def check_grants(grants: Iterable[Grant], layout: CacheLayout, *, distinct: bool
         if distinct and len(set(grant.units)) != len(grant.units):
             raise LayoutError(f"pool {grant.pool!r}: a unit is given twice")
     return by_pool
+
+
+def check_staging(
+    staging: Iterable[StagingGrant], known: Iterable[StagedPart | None], grants: dict[str, Grant]
+) -> dict[PartId, Lease]:
+    """The target's staging slots by part. Raises LayoutError unless each fits its part and no slot is given twice."""
+    staged_parts = {staged.part.id: staged for staged in known if staged is not None}
+    leases: dict[PartId, Lease] = {}
+    seen: set[int] = set()
+    for given in staging:
+        staged, grant = staged_parts.get(given.part), grants.get(given.part.pool)
+        if staged is None or grant is None or given.part in leases:
+            raise LayoutError(f"part {given.part} cannot be staged here")
+        blocks = staged.part.blocks(grant.token_start, grant.token_stop)
+        slots = len(staged.target.rows)
+        if len(given.slots) != staged.slots_for(len(blocks)) or not all(0 <= slot < slots for slot in given.slots):
+            raise LayoutError(
+                f"part {given.part}: {len(blocks)} blocks need {staged.slots_for(len(blocks))} staging slots of "
+                f"0..{slots - 1}, {list(given.slots)[:8]} were given"
+            )
+        if seen & set(given.slots) or len(set(given.slots)) != len(given.slots):
+            raise LayoutError(f"part {given.part}: a staging slot is given twice")
+        seen |= set(given.slots)
+        leases[given.part] = Lease(staged=staged, slots=given.slots, first=blocks.start)
+    return leases
 
 
 def parts_of(pair: PairPlan, grants: Iterable[Grant]) -> tuple[PartBytes, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from kvbaton.control.base import LinkId
@@ -24,6 +25,8 @@ class Peers:
         self._by_link: dict[LinkId, Session] = {}
         self._by_address: dict[str, Session] = {}
         self._by_instance: dict[tuple[str, Role], Session] = {}
+        self._replaced: OrderedDict[str, None] = OrderedDict()
+        self._last_at: OrderedDict[str, str] = OrderedDict()  # instance that answered last, by address
 
     # ---- lookups ------------------------------------------------------------------------------------------------
 
@@ -39,6 +42,17 @@ class Peers:
     def all(self) -> list[Session]:
         return list({id(s): s for s in (*self._by_link.values(), *self._by_instance.values())}.values())
 
+    def sizes(self) -> dict[str, int]:
+        return {
+            "sessions": len(self.all()),
+            "sessions_by_link": len(self._by_link),
+            "sessions_by_address": len(self._by_address),
+            "sessions_by_instance": len(self._by_instance),
+            "dialing": len(self._dialing),
+            "instances_replaced": len(self._replaced),
+            "instances_at_addresses": len(self._last_at),
+        }
+
     def dial(self, address: str) -> None:
         """Begin a session with whoever listens at ``address``, unless there is one."""
         if address not in self._by_address and address not in self._dialing:
@@ -49,7 +63,7 @@ class Peers:
 
     def on_dialed(self, event: Dialed) -> None:
         self._dialing.discard(event.address)
-        session = Session(self, event.link, "target", event.address)
+        session = Session(self, event.link, "target", event.address, self._last_at.get(event.address, ""))
         self._by_link[event.link] = self._by_address[event.address] = session
         session.greet(self._around.now)
 
@@ -94,6 +108,10 @@ class Peers:
         if hello.answers != self._around.instance:
             self._around.counters["messages_from_strangers"] += 1
             return
+        known = self._by_instance.get((hello.sender, "target"))
+        if known is not None and known is not session and known.state is SessionState.READY:
+            self._around.counters["messages_replayed"] += 1  # a rank has one address: this one repeats what it heard
+            return
         if session.hello is not None and session.peer != hello.sender:
             successor = Session(self, session.link, "target", session.address)
             self._by_link[session.link] = self._by_address[session.address] = successor
@@ -102,11 +120,21 @@ class Peers:
                 self._around.now,
             )
             session = successor
+        self._last_at[session.address] = hello.sender
+        if len(self._last_at) > self._around.settings.sessions:
+            self._last_at.popitem(last=False)
         session.answered(hello, self._around.now)
 
     def _on_greeting(self, link: LinkId, session: Session | None, hello: Hello) -> None:
         known = self._by_instance.get((hello.sender, "source"))
-        if known is not None and known.link != link:
+        moves = known is not None and known.link != link
+        if hello.sender in self._replaced or (known is not None and moves and not self._may_move(known, hello)):
+            self._around.counters["messages_replayed"] += 1
+            return
+        if not self._around.unasked.take(link, self._around.now):
+            self._around.counters["messages_unanswered"] += 1
+            return
+        if known is not None and moves:
             self._by_link.pop(known.link, None)
             known.link = link
             self._by_link[link] = known
@@ -116,19 +144,36 @@ class Peers:
             session = None
         if session is None:
             self._lose_predecessor(hello)
-            if len(self._by_link) >= self._around.settings.sessions:
+            if len(self._by_link) >= self._around.settings.sessions and not self._make_way():
                 self._around.counters["sessions_refused"] += 1
                 return
             session = Session(self, link, "source")
             self._by_link[link] = self._by_instance[hello.sender, "source"] = session
+        session.greeting = max(session.greeting, hello.greeting)
         session.heard(self._around.now)
         session.greeted(hello, self._around.now)
+
+    def _may_move(self, known: Session, hello: Hello) -> bool:
+        """Whether a greeting from another link is of the peer itself: newer than the last one, and meant for us."""
+        meant = hello.receiver == self._around.instance or known.state is SessionState.LOST
+        return hello.greeting > known.greeting and meant
+
+    def _make_way(self) -> bool:
+        """The table is full: whoever has been greeting, refused or lost for longest goes. False if all are ready."""
+        waiting = (SessionState.PREPARING, SessionState.REFUSED, SessionState.LOST)
+        oldest = next((s for s in self._by_link.values() if s.role == "source" and s.state in waiting), None)
+        if oldest is not None:
+            oldest.bury(PeerLostError("made way for another peer", peer=oldest.name), self._around.now)
+        return oldest is not None
 
     def _lose_predecessor(self, hello: Hello) -> None:
         """A new process stands where another one stood in its group: the other one will not be heard of again."""
         place = (hello.group, hello.coordinates)
         for (_, role), other in list(self._by_instance.items()):
             if role == "source" and other.hello and (other.hello.group, other.hello.coordinates) == place:
+                self._replaced[other.peer] = None  # its greetings, late or recorded, count no more
+                if len(self._replaced) > self._around.settings.sessions:
+                    self._replaced.popitem(last=False)
                 other.lose(PeerLostError(f"replaced by {hello.sender}", peer=other.name), self._around.now)
 
     def fenced(self, instance: str) -> None:
@@ -152,6 +197,9 @@ class Peers:
 
     def send_on(self, link: LinkId, message: AnyMessage) -> None:
         self._around.send_on(link, message)
+
+    def mint_greeting(self) -> int:
+        return next(self._around.serial)
 
     def set_session_timer(self, session: Session, name: str, when: float) -> None:
         self._around.timers.set(session, name, when)

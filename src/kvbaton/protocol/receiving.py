@@ -5,6 +5,8 @@ Handlers of the table: ``(transfer, now, detail)``. See ``transfer`` for the sta
 
 from __future__ import annotations
 
+import numpy as np
+
 from kvbaton.errors import (
     ExpiredError,
     InternalError,
@@ -13,8 +15,8 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import Abort, Close, Done, Drained, Failed, Open, Query, clip
-from kvbaton.protocol.effects import Quiesce
+from kvbaton.messages import Abort, Close, Done, Drained, Failed, Open, Query, StagingGrant, clip
+from kvbaton.protocol.effects import Quiesce, Scatter
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
 
@@ -28,6 +30,7 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
         grants=incoming.grants,
         parts=incoming.parts,
         ttl_seconds=t.wire.settings.transfer_seconds,
+        staging=tuple(StagingGrant(part, lease.slots) for part, lease in incoming.leases.items()),
     )
     t.wire.send(t, message)
     t.retry_later(now)
@@ -56,7 +59,23 @@ def delivered(t: Transfer, now: float, detail: object) -> None:
             peer=t.peer,
             room=t.key.room,
         )
+    else:
+        scatter(t)
     close(t, now, detail)
+
+
+def scatter(t: Transfer) -> None:
+    """What came by way of staging goes to its pages before anybody hears of the success."""
+    incoming = t.as_target()
+    grants = {grant.pool: grant for grant in incoming.grants}
+    for part_id, lease in incoming.leases.items():
+        part, grant = lease.staged.part, grants[part_id.pool]
+        first_page = grant.token_start // part.target.unit_rows if part.paged else 0
+        units = np.asarray(grant.units, dtype=np.int64)
+        blocks = part.blocks(grant.token_start, grant.token_stop)
+        for number, _, run in lease.staged.runs(blocks, lease.first):
+            entries = part.target_entries(run, units, first_page)
+            t.wire.emit(Scatter(lease.staged, lease.slots[number], len(run), entries))
 
 
 def close(t: Transfer, _now: float, _: object) -> None:

@@ -17,8 +17,8 @@ from kvbaton.errors import (
     PeerLostError,
     RemoteProtocolError,
 )
-from kvbaton.messages import MAX_UNITS_PER_GRANT, Failed, Open, Role, TransferKey, clip
-from kvbaton.plan import PairPlan, check_coverage
+from kvbaton.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, PartBytes, Role, TransferKey, clip
+from kvbaton.plan import PairPlan, PartId, check_coverage
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
@@ -28,13 +28,14 @@ from kvbaton.protocol.events import (
     SenderOpened,
     ShutdownRequested,
 )
-from kvbaton.protocol.grants import check_grants, parts_of
+from kvbaton.protocol.grants import check_grants, check_staging, parts_of
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.room import Room, SourceRoom, TargetRoom
 from kvbaton.protocol.session import Session, SessionState
 from kvbaton.protocol.surroundings import Surroundings
-from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
+from kvbaton.protocol.transfer import Incoming, Lease, On, Outgoing, State, Transfer
 from kvbaton.protocol.transfers import Transfers
+from kvbaton.staging import StagingPool
 
 #: Rooms that failed before the other party came (our engine, or a target), remembered so that it learns why.
 MAX_RECENT_FAILURES = 1_024
@@ -50,6 +51,7 @@ class Rooms:
         self._sources: dict[int, SourceRoom] = {}
         self._targets: dict[int, TargetRoom] = {}
         self._touched: dict[int, Room] = {}
+        self._staging = StagingPool(around.identity.layout, around.settings.staging, around.settings.costs)
         self._homes: dict[Transfer, Room] = {}
         self._failed_before_sender: OrderedDict[int, KVBatonError] = OrderedDict()
         self._failed_before_open: OrderedDict[int, KVBatonError] = OrderedDict()
@@ -57,6 +59,14 @@ class Rooms:
 
     def all(self) -> list[Room]:
         return [*self._sources.values(), *self._targets.values()]
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "rooms": len(self._sources) + len(self._targets),
+            "homes": len(self._homes),
+            "early_failures": len(self._failed_before_sender) + len(self._failed_before_open),
+            "groups_covered": len(self._covered),
+        }
 
     def find(self, room: int) -> list[Room]:
         """The records of a room, as source and as target."""
@@ -68,6 +78,10 @@ class Rooms:
         return source is not None and source.error is None
 
     def transfer_changed(self, transfer: Transfer) -> None:
+        if transfer.incoming is not None and transfer.state is State.CLOSED:
+            for lease in transfer.incoming.leases.values():
+                self._staging.release(lease.slots)
+            transfer.incoming.leases = {}
         room = self._homes.get(transfer)
         if room is not None:
             self._touch(room)
@@ -114,6 +128,7 @@ class Rooms:
                 raise RemoteProtocolError(
                     f"the parts wanted {message.parts} are not those of the plan {expected}", peer=session.name
                 )
+            leases = check_staging(message.staging, session.staged, grants)
         except KVBatonError as error:
             self._around.tell(key.room, f"{key} from {session.name} refused: {error}")
             self._around.send_on(
@@ -128,7 +143,9 @@ class Rooms:
                 ),
             )
             return
-        outgoing = Outgoing(pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count)
+        outgoing = Outgoing(
+            pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count, leases=leases
+        )
         transfer = Transfer(key, session.peer, self._transfers, outgoing=outgoing)
         self._sources[key.room] = room
         room.group, room.expected = session.hello.group, session.hello.group_size
@@ -147,6 +164,7 @@ class Rooms:
         key = message.key
         if self._transfers.is_forgotten(session.peer, key):
             raise RemoteProtocolError(f"transfer {key} has ended here; open the room again with a new id")
+        self._transfers.check_load(session.peer, message.grants)
         room = self._sources.get(key.room)
         if room is None:
             if key.room in self._failed_before_open:
@@ -215,13 +233,35 @@ class Rooms:
             return
         key = TransferKey(room.room, next(self._around.serial))
         for session, parts in zip(ready, manifests, strict=True):
-            incoming = Incoming(grants=room.grants, parts=parts, token_count=room.token_count)
+            incoming = Incoming(
+                grants=room.grants,
+                parts=parts,
+                token_count=room.token_count,
+                leases=self._lease_staging(session, parts, room.grants),
+            )
             transfer = Transfer(key, session.peer, self._transfers, incoming=incoming)
             room.transfers[session.peer] = transfer
             self._homes[transfer] = room
             self._transfers.begin(transfer)
         self._around.timers.cancel(room, "deadline")
         self._around.tell(room.room, f"{key} opened with {len(ready)} source ranks")
+
+    def _lease_staging(
+        self, session: Session, parts: tuple[PartBytes, ...], grants: tuple[Grant, ...]
+    ) -> dict[PartId, Lease]:
+        """Staging slots for the parts of one writer that travel cheaper that way, as far as slots are free."""
+        wanted = {part.part for part in parts}
+        by_pool = {grant.pool: grant for grant in grants}
+        leases = {}
+        for staged in session.staged:
+            if staged is None or staged.part.id not in wanted:
+                continue
+            grant = by_pool[staged.part.id.pool]
+            blocks = staged.part.blocks(grant.token_start, grant.token_stop)
+            slots = self._staging.lease(staged, len(blocks))
+            if slots:
+                leases[staged.part.id] = Lease(staged=staged, slots=slots, first=blocks.start)
+        return leases
 
     def _check_group(self, sessions: list[Session]) -> None:
         """The sources must be one whole group whose ranks together write all of our memory, once."""

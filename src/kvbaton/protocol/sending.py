@@ -17,11 +17,13 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Opened, PartBytes, clip
+from kvbaton.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, PartBytes, clip
 from kvbaton.plan import PartPlan
-from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite
+from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
-from kvbaton.protocol.transfer import State, Transfer, describe, expect
+from kvbaton.protocol.transfer import Lease, State, Transfer, describe, expect
+
+NO_ENTRIES = np.empty(0, dtype=np.int32)
 
 
 def acknowledge(t: Transfer, _now: float, _: object) -> None:
@@ -67,6 +69,16 @@ def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
         outgoing.sent_until[part.id.pool] = max(begin, end)
     if not blocks:
         return
+    lease = outgoing.leases.get(part.id)
+    if lease is None:
+        post_direct(t, index, part, blocks, span, grant)
+    else:
+        post_staged(t, index, lease, blocks, span)
+    outgoing.sent[index] = outgoing.sent.get(index, 0) + len(blocks) * part.block_bytes
+
+
+def post_direct(t: Transfer, index: int, part: PartPlan, blocks: range, span: Grant, grant: Grant) -> None:
+    """From our pages into the target's, one entry for each lane and block."""
     source, target = part.entries(
         blocks,
         np.asarray(span.units, dtype=np.int64),
@@ -78,10 +90,24 @@ def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
     settings = t.wire.settings
     pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
     for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
-        write = t.wire.mint_write(t)
-        outgoing.outstanding.add(write)
-        t.wire.emit(PostWrite(write, t.peer, index, s_entries, t_entries, size // pieces))
-    outgoing.sent[index] = outgoing.sent.get(index, 0) + size
+        post(t, PostWrite(t.wire.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces))
+
+
+def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Grant) -> None:
+    """Gathered, one run for each slot of the target's staging memory."""
+    part = lease.staged.part
+    first_page = span.token_start // part.source.unit_rows if part.paged else 0
+    units = np.asarray(span.units, dtype=np.int64)
+    for number, within, run in lease.staged.runs(blocks, lease.first):
+        entries = part.source_entries(run, units, first_page)
+        staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
+        size = len(run) * part.block_bytes
+        post(t, PostWrite(t.wire.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged))
+
+
+def post(t: Transfer, write: PostWrite) -> None:
+    t.as_source().outstanding.add(write.write)
+    t.wire.emit(write)
 
 
 def check_complete(t: Transfer, chunk: Chunk) -> None:

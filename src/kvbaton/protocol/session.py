@@ -32,6 +32,7 @@ from kvbaton.messages import PROTOCOL_VERSION, AnyMessage, Coordinates, Hello, P
 from kvbaton.plan import PairPlan, pair_plan
 from kvbaton.protocol.effects import Effect, PreparePeer
 from kvbaton.protocol.settings import Settings
+from kvbaton.staging import StagedPart, stage
 from kvbaton.verify import check_bounds
 
 
@@ -57,7 +58,7 @@ class Identity:
     agent_metadata: bytes
     transport: str
 
-    def hello(self, answers: str = "") -> Hello:
+    def hello(self, answers: str = "", greeting: int = 0, receiver: str = "") -> Hello:
         return Hello(
             sender=self.instance,
             version=PROTOCOL_VERSION,
@@ -68,6 +69,8 @@ class Identity:
             agent_metadata=self.agent_metadata,
             transport=self.transport,
             answers=answers,
+            greeting=greeting,
+            receiver=receiver,
         )
 
 
@@ -83,21 +86,25 @@ class Desk(Protocol):
     def set_session_timer(self, session: Session, name: str, when: float) -> None: ...
     def cancel_session_timers(self, session: Session) -> None: ...
     def session_changed(self, session: Session) -> None: ...
+    def mint_greeting(self) -> int: ...
 
 
 class Session:
     """See the module. ``error`` says why the session is REFUSED, LOST or GONE."""
 
-    def __init__(self, desk: Desk, link: LinkId, role: Role, address: str = "") -> None:
+    def __init__(self, desk: Desk, link: LinkId, role: Role, address: str = "", expected: str = "") -> None:
         self.desk = desk
         self.link = link
         self.role = role
         self.address = address
+        self.expected = expected  # who stood at the address when we last heard of it
         self.state = SessionState.GREETING if role == "target" else SessionState.PREPARING
         self.hello: Hello | None = None
         self.pair: PairPlan | None = None
+        self.staged: tuple[StagedPart | None, ...] = ()
         self.error: KVBatonError | None = None
         self.heard_at = 0.0
+        self.greeting = 0  # ours as a target, the latest that arrived as a source
         self._retry_pause = desk.settings.retry_seconds
 
     def __repr__(self) -> str:
@@ -120,6 +127,7 @@ class Session:
         """Say Hello, for the first time or again after a loss."""
         self._enter(SessionState.GREETING, now)
         self._retry_pause = self.desk.settings.retry_seconds
+        self.greeting = self.desk.mint_greeting()
         self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
         self._send_hello(now)
 
@@ -129,9 +137,13 @@ class Session:
             self.greet(now)
 
     def _send_hello(self, now: float) -> None:
-        self.desk.send_on(self.link, self.desk.identity.hello())
+        self._say_hello()
         self.desk.set_session_timer(self, "retry", now + self._retry_pause)
         self._retry_pause = min(2 * self._retry_pause, self.desk.settings.retry_most_seconds)
+
+    def _say_hello(self) -> None:
+        hello = self.desk.identity.hello(greeting=self.greeting, receiver=self.peer or self.expected)
+        self.desk.send_on(self.link, hello)
 
     def answered(self, hello: Hello, now: float) -> None:
         """The peer's Hello in answer to ours. Another instance than before must be a new session."""
@@ -163,7 +175,7 @@ class Session:
             return
         self._enter(SessionState.PREPARING, now)
         self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
-        self.desk.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair))
+        self.desk.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair, self.staged))
 
     def prepared(self, now: float) -> None:
         if self.state is SessionState.PREPARING:
@@ -199,6 +211,7 @@ class Session:
             raise difference if self.role == "source" else difference.swapped()
         pair = pair_plan(source, target)
         check_bounds(pair, source, target)
+        self.staged = stage(pair, source, target)
         return pair
 
     def _refuse(self, error: KVBatonError, now: float) -> None:
@@ -265,7 +278,7 @@ class Session:
         if self.hello is not None and self.pair is not None:
             self._enter(SessionState.PREPARING, now)
             self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
-            self.desk.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair))
+            self.desk.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair, self.staged))
 
     def heard(self, now: float) -> None:
         """Any message of the peer arrived."""
@@ -307,7 +320,7 @@ class Session:
             if self.peer:
                 self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
             else:
-                self.desk.send_on(self.link, self.desk.identity.hello())
+                self._say_hello()
             self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_seconds)
 
     def _enter(self, state: SessionState, now: float) -> None:

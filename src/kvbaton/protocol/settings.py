@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.errors import ConfigError
+from kvbaton.staging import StagingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +23,12 @@ class Settings:
         retry_seconds: first pause before a message is repeated; doubles up to ``retry_most_seconds``.
         quarantine_seconds: after how long pages that no proof has freed are freed by policy and counted; None: never.
         rooms: most live rooms for each role; more are refused as overloaded.
+        rooms_per_peer, units_per_peer: most rooms that one target has open at a source, and units granted in them.
         sessions: most peers at a time.
-        tombstones: ended transfers that are remembered, so that late messages are answered rightly.
+        tombstones: ended transfers that are remembered, so that late messages are answered rightly;
+            ``tombstones_per_peer`` of one peer, so that nobody makes us forget the others'.
+        staging: whether parts travel through staging memory, where both sides have some: by cost, always or never.
+        costs: what the choice by cost is made with.
         write_bytes, write_entries: a chunk is posted in pieces of at most so many bytes and descriptors.
     """
 
@@ -37,15 +43,20 @@ class Settings:
     retry_most_seconds: float = 5.0
     quarantine_seconds: float | None = None
     rooms: int = 16_384
+    rooms_per_peer: int = 4_096
+    units_per_peer: int = 1 << 22
     sessions: int = 4_096
     tombstones: int = 8_192
+    tombstones_per_peer: int = 4_096
     write_bytes: int = 64 << 20
     write_entries: int = 32_768
+    staging: StagingPolicy = "auto"
+    costs: Costs = DEFAULT_COSTS
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
+            if isinstance(value, int | float) and not value > 0:
                 raise ConfigError(f"{field.name}={value} must be positive")
 
     @property

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 MAX_ROOMS = 4_096
 MAX_LINES = 64
+#: Longest line; a peer chooses part of the text.
+MAX_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,11 @@ class Story:
             lines = self._rooms[room] = deque(maxlen=MAX_LINES)
             if len(self._rooms) > MAX_ROOMS:
                 self._rooms.popitem(last=False)
-        lines.append(Line(at, text))
+        lines.append(Line(at, text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"))
+
+    def __len__(self) -> int:
+        """Rooms that are remembered."""
+        return len(self._rooms)
 
     def of(self, room: int) -> list[Line]:
         return list(self._rooms.get(room, ()))

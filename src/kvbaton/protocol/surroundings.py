@@ -10,6 +10,7 @@ from collections import Counter
 
 from kvbaton.control.base import LinkId
 from kvbaton.messages import AnyMessage, encode
+from kvbaton.protocol.allowance import Allowance
 from kvbaton.protocol.effects import Effect, Send
 from kvbaton.protocol.room import SourceRoom, TargetRoom
 from kvbaton.protocol.session import Identity, Session
@@ -31,6 +32,7 @@ class Surroundings:
         self.counters: Counter[str] = Counter()
         self.timers: Timers[Timed] = Timers()
         self.story = Story()
+        self.unasked = Allowance()
         self.serial = itertools.count(1)
         self._effects: list[Effect] = []
 

@@ -50,5 +50,10 @@ class Timers(Generic[Owner]):
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def entries(self) -> int:
+        """Entries of the heap, those that are to be dropped included."""
+        return len(self._heap)
+
     def _is_live(self, entry: tuple[float, int, Owner, str]) -> bool:
         return self._live.get((entry[2], entry[3])) == (entry[0], entry[1])

@@ -30,12 +30,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from msgspec import structs
+
 from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.messages import AnyMessage, Grant, PartBytes, Role, TransferKey
-from kvbaton.plan import PairPlan
+from kvbaton.plan import PairPlan, PartId
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import WriteId
 from kvbaton.protocol.settings import Settings
+from kvbaton.staging import StagedPart
 
 
 class State(enum.Enum):
@@ -94,6 +97,15 @@ class Wire(Protocol):
     def tell(self, room: int, text: str) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """Slots of the target's staging memory for one part; block ``first`` begins the first of them."""
+
+    staged: StagedPart
+    slots: tuple[int, ...]
+    first: int
+
+
 @dataclass(kw_only=True, slots=True)
 class Outgoing:
     """The source's end: what to write, how far it is, which writes are out."""
@@ -102,6 +114,7 @@ class Outgoing:
     grants: dict[str, Grant]
     parts: tuple[PartBytes, ...]
     token_count: int
+    leases: dict[PartId, Lease] = field(default_factory=dict)
     sent_until: dict[str, int] = field(default_factory=dict)
     sent: dict[int, int] = field(default_factory=dict)
     outstanding: set[WriteId] = field(default_factory=set)
@@ -111,6 +124,10 @@ class Outgoing:
     abort_arrived: bool = False
     fenced: bool = False
 
+    def drop_units(self) -> None:
+        """Nothing will be written any more: a tombstone needs no page lists."""
+        self.grants = {pool: structs.replace(grant, units=()) for pool, grant in self.grants.items()}
+
 
 @dataclass(kw_only=True, slots=True)
 class Incoming:
@@ -119,6 +136,7 @@ class Incoming:
     grants: tuple[Grant, ...]
     parts: tuple[PartBytes, ...]
     token_count: int
+    leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 
-from kvbaton.errors import InternalError, KVBatonError, TransferFailedError, from_code
+from kvbaton.errors import InternalError, KVBatonError, OverloadedError, TransferFailedError, from_code
 from kvbaton.messages import (
     Abort,
     AnyMessage,
@@ -14,6 +14,7 @@ from kvbaton.messages import (
     Drained,
     Failed,
     Forgotten,
+    Grant,
     Opened,
     Query,
     Role,
@@ -42,6 +43,9 @@ class Transfers:
         self._tombstones: OrderedDict[TransferAddress, Transfer] = OrderedDict()
         self._forgotten_below: OrderedDict[str, int] = OrderedDict()
         self._writes: dict[WriteId, Transfer] = {}
+        self._graves: dict[str, OrderedDict[TransferAddress, None]] = {}  # tombstones by peer
+        self._rooms_of: Counter[str] = Counter()  # live outgoing transfers, and the units granted in them, by peer
+        self._units_of: Counter[str] = Counter()
 
     @property
     def quiet(self) -> bool:
@@ -50,6 +54,14 @@ class Transfers:
 
     def live(self) -> list[Transfer]:
         return list(self._live.values())
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "transfers": len(self._live),
+            "tombstones": len(self._tombstones),
+            "forgotten_below": len(self._forgotten_below),
+            "writes": len(self._writes),
+        }
 
     def find(self, peer: str, role: Role, key: TransferKey) -> Transfer | None:
         """A transfer, live or ended."""
@@ -60,8 +72,24 @@ class Transfers:
         """Whether a transfer of this age may have ended here before: it must not begin (again)."""
         return key.id <= self._forgotten_below.get(peer, 0)
 
+    def check_load(self, peer: str, grants: Iterable[Grant]) -> None:
+        """Raise OverloadedError if a peer may open no further room with these grants."""
+        settings = self._around.settings
+        if self._rooms_of[peer] >= settings.rooms_per_peer:
+            raise OverloadedError(f"{settings.rooms_per_peer} rooms are open for this decode rank; try again later")
+        if self._units_of[peer] + sum(len(grant.units) for grant in grants) > settings.units_per_peer:
+            raise OverloadedError(f"{settings.units_per_peer} units are granted by this decode rank; try again later")
+
+    def _count(self, transfer: Transfer, sign: int) -> None:
+        for load, amount in ((self._rooms_of, 1), (self._units_of, _units(transfer))):
+            load[transfer.peer] += sign * amount
+            if not load[transfer.peer]:
+                del load[transfer.peer]
+
     def begin(self, transfer: Transfer) -> None:
         self._live[transfer.peer, transfer.role, transfer.key] = transfer
+        if transfer.role == "source":
+            self._count(transfer, 1)
         table.begin(transfer, self._around.now)
 
     def step(self, transfer: Transfer, on: On, detail: object = None) -> None:
@@ -78,14 +106,28 @@ class Transfers:
     def _bury(self, transfer: Transfer) -> None:
         """Move a closed transfer to the tombstones. What is forgotten is refused from then on, never taken for new."""
         address = (transfer.peer, transfer.role, transfer.key)
-        self._live.pop(address, None)
+        if self._live.pop(address, None) is not None and transfer.role == "source":
+            self._count(transfer, -1)
+        if transfer.outgoing is not None:
+            transfer.outgoing.drop_units()
         self._tombstones[address] = transfer
+        graves = self._graves.setdefault(transfer.peer, OrderedDict())
+        graves[address] = None
         if transfer.quarantined:
             self._around.counters["leases_released_by_policy"] += 1
+        if len(graves) > self._around.settings.tombstones_per_peer:
+            self._forget(next(iter(graves)))
         if len(self._tombstones) > self._around.settings.tombstones:
-            (peer, role, key), _ = self._tombstones.popitem(last=False)
-            if role == "source":
-                self._refuse_below(peer, key.id)
+            self._forget(next(iter(self._tombstones)))
+
+    def _forget(self, address: TransferAddress) -> None:
+        peer, role, key = address
+        del self._tombstones[address]
+        del self._graves[peer][address]
+        if not self._graves[peer]:
+            del self._graves[peer]
+        if role == "source":
+            self._refuse_below(peer, key.id)
 
     def _refuse_below(self, peer: str, transfer_id: int) -> None:
         """Never accept an Open up to this id again: the target was told that nothing of it is in flight."""
@@ -157,6 +199,14 @@ class Transfers:
                 raise InternalError(f"{transfer} has no deadline")
         if len(self._tombstones) > self._around.settings.tombstones:
             raise InternalError("too many tombstones")
+        graves = {address for of_peer in self._graves.values() for address in of_peer}
+        if graves != self._tombstones.keys() or not all(self._graves.values()):
+            raise InternalError("the tombstones by peer are not the tombstones")
+        outgoing = [transfer for transfer in self._live.values() if transfer.role == "source"]
+        if self._rooms_of != Counter(transfer.peer for transfer in outgoing):
+            raise InternalError(f"live rooms by peer are miscounted: {self._rooms_of}")
+        if self._units_of.total() != sum(map(_units, outgoing)):
+            raise InternalError(f"granted units by peer are miscounted: {self._units_of}")
 
     # ---- surroundings of transfers (Wire) -------------------------------------------------------------------------
 
@@ -189,3 +239,7 @@ class Transfers:
 
     def tell(self, room: int, text: str) -> None:
         self._around.tell(room, text)
+
+
+def _units(transfer: Transfer) -> int:
+    return sum(len(grant.units) for grant in transfer.as_source().grants.values())

@@ -30,6 +30,7 @@ from kvbaton.protocol.effects import (
     PreparePeer,
     Quiesce,
     Report,
+    Scatter,
     Send,
 )
 from kvbaton.protocol.events import (
@@ -50,6 +51,7 @@ from kvbaton.protocol.events import (
     WriteSettled,
 )
 from kvbaton.runtime.posting import PostingQueue, Window
+from kvbaton.runtime.staging import StagingDesk
 from kvbaton.transports.base import Handle, TableId, Transport, WriteState
 
 log = logging.getLogger("kvbaton.driver")
@@ -100,16 +102,20 @@ class Driver:
         self._links = links
         self._on_report = on_report
         self._clock = clock
-        self._queue = PostingQueue(window)
+        self._staging = StagingDesk(core.identity.layout)
+        self._queue = PostingQueue(window, self._staging.may_post)
         self._commands: deque[Command] = deque()
         self._fenced_chunks: deque[Command] = deque()
         self._events: deque[Event] = deque()
         self._questions: deque[Callable[[], None]] = deque()
         self._in_flight: dict[Handle, PostWrite] = {}
+        self._broken: list[PostWrite] = []
         self._tables: dict[str, tuple[TableId, ...]] = {}
+        self._staged_tables: dict[str, tuple[TableId | None, ...]] = {}
         self._quiescing: dict[str, tuple[float, int]] = {}
         self._active_at = 0.0
         self._closing = threading.Event()
+        self._close_deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
         #: How bytes were seen to travel, by peer; filled in after the first writes.
@@ -146,6 +152,8 @@ class Driver:
             "commands": len(self._commands) + len(self._events),
             "fenced_chunks": len(self._fenced_chunks),
             "writes_in_flight": len(self._in_flight),
+            "writes_broken": len(self._broken),
+            "staging_slots_taken": len(self._staging),
             "peers_with_tables": len(self._tables),
             "peers_with_evidence": len(self.evidence),
             "peers_posting": len(self._queue),
@@ -156,32 +164,40 @@ class Driver:
 
     def close(self, reason: str) -> None:
         """Fail what is live, settle, say goodbye, release everything. Idempotent."""
-        if self._closing.is_set():
-            self._thread.join()
-            return
-        self._commands.append(Command(ShutdownRequested(reason)))
-        self._closing.set()
-        self._links.wake()
+        self.stop(reason)
         self._thread.join()
+
+    def stop(self, reason: str) -> None:
+        """Begin to close. Returns at once. Idempotent."""
+        if not self._closing.is_set():
+            self._commands.append(Command(ShutdownRequested(reason)))
+            self._closing.set()
+            self._links.wake()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        deadline: float | None = None
         while True:
             try:
-                self._turn()
+                self.turn()
             except Exception:
                 self.counters["driver_errors"] += 1
                 log.exception("an event failed; the driver goes on")
-            if self._closing.is_set():
-                deadline = deadline if deadline is not None else self._clock() + CLOSE_GRACE_SECONDS
-                if not self._commands and (self._core.quiet or self._clock() > deadline):
-                    break
+            if self.finished():
+                break
             self._sleep()
-        self._farewell()
+        self.farewell()
 
-    def _turn(self) -> None:
+    def finished(self) -> bool:
+        """Whether a closing rank may go: its writes have settled, or it has waited for them long enough."""
+        if not self._closing.is_set():
+            return False
+        if self._close_deadline is None:
+            self._close_deadline = self._clock() + CLOSE_GRACE_SECONDS
+        return not self._commands and (self._core.quiet or self._clock() > self._close_deadline)
+
+    def turn(self) -> None:
+        """One round of work, without waiting. Public for simulators, which have no thread."""
         for item in self._links.receive():
             self._active_at = self._clock()
             if isinstance(item, Arrived):
@@ -202,6 +218,32 @@ class Driver:
             self._feed()
         self._post_one()
         self._feed()
+        if self._target_must_progress:
+            self._transport.progress()
+
+    @property
+    def pending(self) -> bool:
+        """Work is at hand: the next turn must not wait."""
+        return bool(self._events or self._commands or self._queue.ready)
+
+    @property
+    def polling(self) -> bool:
+        """Something moves that tells nobody: the next turn may wait for a moment only."""
+        return bool(self._in_flight or self._fenced_chunks or self._quiescing) or self._target_must_progress
+
+    @property
+    def unread(self) -> tuple[Event, ...]:
+        """What has happened but is not yet told to the core, oldest first."""
+        return tuple(self._events)
+
+    @property
+    def quiescing(self) -> bool:
+        """Bytes of a peer that was stopped by force are being waited for, turn by turn."""
+        return bool(self._quiescing)
+
+    @property
+    def _target_must_progress(self) -> bool:
+        return self._transport.capabilities.target_must_progress and self._core.receiving
 
     def _take_commands(self) -> None:
         for _ in range(len(self._commands)):
@@ -212,19 +254,22 @@ class Driver:
             else:
                 self._events.append(command.event)
         self._feed()
-        for _ in range(len(self._fenced_chunks)):
-            self._release_fenced(self._fenced_chunks.popleft())
+        self._release_fenced()
 
-    def _release_fenced(self, command: Command) -> None:
+    def _release_fenced(self) -> None:
         """Chunks of one room keep their order, other rooms may overtake; a room that failed wants none any more."""
-        room = command.event.room if isinstance(command.event, ChunkSubmitted) else -1
-        if not self._core.wants_chunks(room):
-            return
-        blocked = any(isinstance(c.event, ChunkSubmitted) and c.event.room == room for c in self._fenced_chunks)
-        if not blocked and (command.fence is None or command.fence()):
-            self._events.append(command.event)
-        else:
-            self._fenced_chunks.append(command)
+        waiting: deque[Command] = deque()
+        blocked: set[int] = set()
+        for command in self._fenced_chunks:
+            room = command.event.room if isinstance(command.event, ChunkSubmitted) else -1
+            if not self._core.wants_chunks(room):
+                continue
+            if room in blocked or not (command.fence is None or command.fence()):
+                blocked.add(room)
+                waiting.append(command)
+            else:
+                self._events.append(command.event)
+        self._fenced_chunks = waiting
 
     def _feed(self) -> None:
         """Events to the core, effects to the world, until neither brings about the other."""
@@ -234,14 +279,10 @@ class Driver:
                 self._perform(effect)
 
     def _sleep(self) -> None:
-        busy = bool(self._in_flight) or bool(self._fenced_chunks) or bool(self._quiescing)
-        if self._transport.capabilities.target_must_progress and self._core.receiving:
-            self._transport.progress()
-            busy = True
-        if self._events or self._commands or self._queue.ready:
+        if self.pending:
             return
         now = self._clock()
-        if busy:
+        if self.polling:
             pause = min(POLL_MOST_SECONDS, POLL_SHARE * (now - self._active_at))
             if pause < POLL_MOST_SECONDS:
                 time.sleep(pause)
@@ -267,6 +308,8 @@ class Driver:
             self._prepare(effect)
         elif isinstance(effect, FencePeer):
             self._fence(effect.peer)
+        elif isinstance(effect, Scatter):
+            self._staging.scatter(effect)
         elif isinstance(effect, Quiesce):
             self._quiescing[effect.peer] = (self._clock() + QUIESCE_SECONDS, QUIESCE_POLLS)
         elif isinstance(effect, Dial):
@@ -286,6 +329,10 @@ class Driver:
             self._tables[effect.peer] = tuple(
                 self._transport.prepare(effect.peer, part.source.table, part.target.table) for part in effect.pair.parts
             )
+            self._staged_tables[effect.peer] = tuple(
+                self._transport.prepare(effect.peer, staged.source, staged.target) if staged is not None else None
+                for staged in effect.staged
+            )
         except TransportError as error:
             log.warning("cannot prepare %s: %s", effect.peer, error)
             self._events.append(PeerUnprepared(effect.peer, error))
@@ -298,18 +345,22 @@ class Driver:
         if write is None:
             return
         self._active_at = self._clock()
-        tables = self._tables.get(write.peer)
+        tables = (self._tables if write.staged is None else self._staged_tables).get(write.peer)
+        table = tables[write.part] if tables is not None else None
         try:
-            if tables is None:
+            if table is None:
                 raise DisconnectedError("the peer's memory is not reachable", peer=write.peer)
-            handle = self._transport.post(tables[write.part], write.source_entries, write.target_entries)
+            source_entries, target_entries = self._staging.gather(write)
+            handle = self._transport.post(table, source_entries, target_entries)
         except TransportError as error:
             self._queue.settled(write)
+            self._broken.append(write)
             self._events.append(WriteBroken(write.write, error))
             return
         self.counters["writes_posted"] += 1
         self.counters["bytes_posted"] += write.bytes
-        self.counters["entries_posted"] += len(write.source_entries)
+        self.counters["entries_posted"] += len(source_entries)
+        self.counters["writes_staged"] += write.staged is not None
         self._in_flight[handle] = write
         self._check(handle, write)
 
@@ -335,9 +386,11 @@ class Driver:
         self._queue.settled(write)
         self._transport.release(handle)
         if state is WriteState.DONE:
+            self._staging.settled(write)
             self._events.append(WriteSettled(write.write))
             self._note_evidence(write.peer)
         else:
+            self._broken.append(write)
             error: KVBatonError = DisconnectedError("a write broke on the wire", peer=write.peer)
             self._events.append(WriteBroken(write.write, error))
 
@@ -352,11 +405,17 @@ class Driver:
         self._queue.drop_peer(peer)
         self._tables.pop(peer, None)
         self.evidence.pop(peer, None)
+        self._staged_tables.pop(peer, None)
+        for write in (*self._in_flight.values(), *self._broken):
+            if write.peer == peer:
+                self._staging.settled(write)
         self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
+        self._broken = [write for write in self._broken if write.peer != peer]
         self.counters["peers_fenced"] += 1
         self._events.append(PeerFenced(peer))
 
-    def _farewell(self) -> None:
+    def farewell(self) -> None:
+        """Say goodbye where that is true, and release everything."""
         try:
             if self._core.quiet:
                 for effect in self._core.farewell("closing"):

@@ -6,7 +6,7 @@ One slow peer fills its own window and nobody else's. Plain data, no transport.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kvbaton.errors import ConfigError
@@ -37,8 +37,9 @@ class _Peer:
 class PostingQueue:
     """See the module. A write is waiting, then taken (in flight), then settled."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, may_post: Callable[[PostWrite], bool] = lambda _: True) -> None:
         self._window = window
+        self._may_post = may_post
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
 
     def __len__(self) -> int:
@@ -63,6 +64,8 @@ class PostingQueue:
         return None
 
     def _fits(self, peer: _Peer, write: PostWrite) -> bool:
+        if not self._may_post(write):
+            return False
         if not peer.in_flight:
             return True
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbaton.control.access import is_loopback, is_printable_host
+from kvbaton.control.access import is_loopback, is_printable_host, unbracketed
 from kvbaton.errors import ConfigError
 
 
@@ -22,7 +22,9 @@ class AllowList:
 
     def check(self, host: str, port: int) -> None:
         """Raises ConfigError unless the registry at ``host:port`` may be asked."""
-        if self.entries:
+        if not is_printable_host(host):
+            allowed = False
+        elif self.entries:
             allowed = any(bare(host) == name and only in (None, port) for name, only in self.entries)
         else:
             allowed = is_loopback(host)
@@ -35,7 +37,7 @@ class AllowList:
 
 def bare(host: str) -> str:
     """A host as it is compared: lower case, no brackets."""
-    return host.strip("[]").lower()
+    return unbracketed(host).lower()
 
 
 def _entry(text: str) -> tuple[str, int | None]:

@@ -13,15 +13,18 @@ This file must not know of models, pools, schedulers' insides or the transport.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 
 import msgspec
 from aiohttp import web
 
+from kvbaton.control.access import ROUTER_HEADER, token_matches
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.engine.request import Output
 from kvbaton.errors import (
+    AuthenticationError,
     DisconnectedError,
     IncompatibleError,
     InternalError,
@@ -30,7 +33,10 @@ from kvbaton.errors import (
     RegistryError,
     TransferFailedError,
 )
+from kvbaton.manager import Moment
+from kvbaton.server import openapi, story
 from kvbaton.server.answers import Answers
+from kvbaton.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.server.failure import body_of, errors
 from kvbaton.server.gate import Gate
@@ -45,8 +51,6 @@ from kvbaton.server.openai import (
     parse,
 )
 
-#: Largest request body: a million token ids with room to spare.
-MAX_BODY_BYTES = 16 << 20
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -58,6 +62,9 @@ class ApiServer:
     Args:
         readiness: says in one line what keeps the server from taking requests; empty when nothing does.
         info: extra facts for ``/get_server_info``, read at every call.
+        timeline: a room's story on this side; may block for a moment. None where there are no rooms.
+        instance: what peers call this process.
+        secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
         registry: needed in decode mode, to find the prefill group that a request names.
     """
 
@@ -70,6 +77,9 @@ class ApiServer:
         registry: RegistryClient | None = None,
         readiness: Callable[[], str] = lambda: "",
         info: Callable[[], Mapping[str, object]] = dict,
+        timeline: Callable[[int], Sequence[Moment]] | None = None,
+        instance: str = "",
+        secret: str | None = None,
     ) -> None:
         self._engine = engine
         self._intake = Intake(tokenizer, config, registry)
@@ -77,8 +87,12 @@ class ApiServer:
         self._registry = registry
         self._readiness = readiness
         self._info = info
+        self._timeline = timeline
+        self._instance = instance
+        self._secret = secret
         self._broken = ""  # why the engine is gone for good
         self.gate = Gate(config.max_requests)
+        self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(lambda: _engine_gauges(engine))
         self._handoffs = HandoffMetrics(self.metrics.registry)
@@ -95,6 +109,8 @@ class ApiServer:
         app.router.add_get("/get_server_info", self._server_info)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_get(story.PATH, self._story)
+        app.router.add_get(openapi.PATH, self._openapi)
         return app
 
     # answering
@@ -109,7 +125,8 @@ class ApiServer:
         with self.metrics.timed(http.path) as timer:
             try:
                 with self.gate.entered():
-                    accepted = await self._intake.accept(parse(await http.read(), kind))
+                    async with self._bodies.read(http) as body:
+                        accepted = await self._intake.accept(parse(body, kind), from_router=self._from_router(http))
                     return await self._run(http, accepted, timer)
             except KVBatonError as error:
                 timer.outcome = error.code
@@ -130,6 +147,10 @@ class ApiServer:
         except KVBatonError as error:
             self._learn(error, accepted)
             raise
+
+    def _from_router(self, http: web.Request) -> bool:
+        """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
+        return self._secret is None or token_matches(http.headers.get(ROUTER_HEADER), self._secret, "router")
 
     def _submit(self, outputs: OutputStream) -> None:
         try:
@@ -221,8 +242,20 @@ class ApiServer:
         }
         return _json(body)
 
+    async def _story(self, http: web.Request) -> web.Response:
+        room = story.room_of(http, self._secret)
+        moments = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
+        lines = tuple(story.StoryLine(moment.seconds_ago, moment.text) for moment in moments)
+        return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
+
+    async def _openapi(self, _http: web.Request) -> web.Response:
+        return web.Response(body=openapi.encoded(self._config.mode), content_type="application/json")
+
     async def _abort(self, http: web.Request) -> web.Response:
-        request = parse(await http.read(), AbortRequest)
+        if self._config.mode != "null" and not self._from_router(http):
+            raise AuthenticationError("requests are aborted at the router, or with this deployment's shared secret")
+        async with self._bodies.read(http) as body:
+            request = parse(body, AbortRequest)
         self._engine.abort(request.rid, "aborted through /abort_request")
         return _json({"rid": request.rid})
 

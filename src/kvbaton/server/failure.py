@@ -16,6 +16,7 @@ from aiohttp import web
 
 from kvbaton.errors import (
     AbortedError,
+    AuthenticationError,
     ConfigError,
     DisconnectedError,
     ExpiredError,
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 #: First match wins, so leaves come before their roots.
 _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
     (ConfigError, 400, "invalid_request_error"),
+    (AuthenticationError, 401, "authentication_error"),
     (LocalProtocolError, 409, "conflict_error"),  # a room or a request id that is live already
     (AbortedError, CLIENT_CLOSED_REQUEST, "aborted_error"),
     (ExpiredError, 504, "timeout_error"),

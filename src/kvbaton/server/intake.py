@@ -16,7 +16,7 @@ from typing import Literal
 
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.engine.request import Request
-from kvbaton.errors import CapacityError, ConfigError, InternalError
+from kvbaton.errors import AuthenticationError, CapacityError, ConfigError, InternalError, RegistryError
 from kvbaton.server.allow import AllowList
 from kvbaton.server.answers import Answers
 from kvbaton.server.engine import Tokenizer
@@ -31,6 +31,8 @@ from kvbaton.server.openai import (
 Mode = Literal["null", "prefill", "decode"]
 #: A prompt with more characters is tokenized beside the event loop.
 INLINE_CHARACTERS = 16 << 10
+#: No tokenizer makes one token of more characters: a longer prompt is too long, and is not tokenized to find out.
+MAX_CHARACTERS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +73,15 @@ class Intake:
         self._config = config
         self._registry = registry
 
-    async def accept(self, request: CompletionRequest | ChatRequest) -> Accepted:
-        """Raises ConfigError or CapacityError for what is wrong, RegistryError when the prefill group is not found."""
+    async def accept(self, request: CompletionRequest | ChatRequest, *, from_router: bool = True) -> Accepted:
+        """``from_router``: whoever sent it may name rooms and registries.
+
+        Raises ConfigError or CapacityError for what is wrong, AuthenticationError for a room from somebody else,
+        RegistryError when the prefill group is not found.
+        """
         if request.model not in (None, self._config.model):
             raise ConfigError(f"model: {request.model!r} is not served here; this server has {self._config.model!r}")
-        registry = self._check_room(request)
+        registry = self._check_room(request, from_router)
         tokens = await self._tokens(request)
         sampling = request.sampling(
             max_tokens=self._max_tokens(request, len(tokens)), logprobs=request.logprobs not in (None, False)
@@ -103,16 +109,21 @@ class Intake:
             registry,
         )
 
-    def _check_room(self, request: CompletionRequest | ChatRequest) -> tuple[str, int] | None:
+    def _check_room(self, request: CompletionRequest | ChatRequest, from_router: bool) -> tuple[str, int] | None:
         """The registry to ask, on a decode server."""
         mode, host = self._config.mode, request.bootstrap_host
         if mode == "null":
-            if request.bootstrap_room is not None or host is not None:
+            if (request.bootstrap_room, host, request.bootstrap_port) != (None, None, None):
                 raise ConfigError("bootstrap_room: this server runs both halves itself (mode null) and takes no room")
             return None
         if request.bootstrap_room is None:
             raise ConfigError(
                 f"bootstrap_room: this is a {mode} server, one half of a pair; send requests through the router"
+            )
+        if not from_router:
+            raise AuthenticationError(
+                "bootstrap_room: only this deployment's router may name rooms and registries here",
+                hint="start the router with the same --secret-file as the servers",
             )
         if mode == "prefill":
             return None
@@ -127,7 +138,12 @@ class Intake:
             return ()
         if self._registry is None:
             raise InternalError("a decode server was built without a registry client")
-        return await self._registry.lookup(*registry)
+        try:
+            return await self._registry.lookup(*registry)
+        except AuthenticationError as error:  # our secret is wrong there: not the client's doing
+            raise RegistryError(
+                f"the bootstrap registry does not let us in: {error.message}", peer=error.peer
+            ) from None
 
     async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
         if isinstance(request, CompletionRequest):
@@ -135,10 +151,20 @@ class Intake:
             if not isinstance(prompt, str):
                 return prompt
             tokenizer = self._need_tokenizer("prompt")
+            self._check_characters("prompt", len(prompt))
             return await _tokenized(lambda: tokenizer.encode(prompt), len(prompt))
         messages = [(message.role, message.text()) for message in request.messages]
         tokenizer = self._need_tokenizer("messages")
-        return await _tokenized(lambda: tokenizer.encode_chat(messages), sum(len(text) for _, text in messages))
+        characters = sum(len(text) for _, text in messages)
+        self._check_characters("messages", characters)
+        return await _tokenized(lambda: tokenizer.encode_chat(messages), characters)
+
+    def _check_characters(self, field_name: str, characters: int) -> None:
+        limit = self._config.max_positions * MAX_CHARACTERS_PER_TOKEN
+        if characters > limit:
+            raise CapacityError(
+                f"{field_name}: {characters} characters cannot be within {self._config.max_positions} tokens"
+            )
 
     def _need_tokenizer(self, field_name: str) -> Tokenizer:
         if self._tokenizer is None:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from kvbaton import __version__
 from kvbaton.control.access import read_secret, require_secret
+from kvbaton.control.address import Address
 from kvbaton.control.registry import Registered, Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
@@ -31,6 +32,7 @@ from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.manager import KVManager, new_instance
+from kvbaton.protocol.settings import Settings
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import ApiServer
 from kvbaton.server.intake import ApiConfig, Mode
@@ -42,6 +44,7 @@ from kvbaton.transports import make_transport
 CLOSE_SECONDS = 10.0
 WITHDRAW_SECONDS = 2.0
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
+_DEFAULTS = Settings()
 _log = logging.getLogger(__name__)
 
 
@@ -66,12 +69,29 @@ class ServeConfig:
     secret_file: Path | None = None
     torch_threads: int | None = None
     grace_seconds: float = 30.0
+    control_port: int = 0
+    control_advertise: str = ""
+    handshake_seconds: float = _DEFAULTS.handshake_seconds
+    bootstrap_seconds: float = _DEFAULTS.bootstrap_seconds
+    waiting_seconds: float = _DEFAULTS.transfer_seconds
+    heartbeat_seconds: float = _DEFAULTS.heartbeat_seconds
+
+    def settings(self) -> Settings:
+        """The protocol's deadlines."""
+        return Settings(
+            handshake_seconds=self.handshake_seconds,
+            bootstrap_seconds=self.bootstrap_seconds,
+            transfer_seconds=self.waiting_seconds,
+            heartbeat_seconds=self.heartbeat_seconds,
+        )
 
     @property
     def registry_host(self) -> str:
         return self.bootstrap_host or self.host
 
     def __post_init__(self) -> None:
+        if self.control_advertise:
+            Address.parse(self.control_advertise)
         if self.page_size < 1 or self.max_total_tokens < self.page_size:
             raise ConfigError(
                 f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
@@ -92,11 +112,13 @@ def build_manager(config: ServeConfig, pools: Pools, rank: Rank, *, secret: str 
     With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
     """
     host = config.registry_host
-    bind = f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
-    links = ZmqLinks(bind, secret=secret)
+    shown = f"[{host}]" if ":" in host else host
+    links = ZmqLinks(f"tcp://{shown}:{config.control_port}", secret=secret)
     try:
         transport = make_transport(config.backend, rank.instance)
-        return KVManager(pools.layout, transport, links, instance=rank.instance, group=rank.group)
+        return KVManager(
+            pools.layout, transport, links, instance=rank.instance, group=rank.group, settings=config.settings()
+        )
     except KVBatonError:
         links.close()
         raise
@@ -118,6 +140,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
     allow = AllowList.parse(config.bootstrap_allow)
     if config.mode != "null":
         require_secret(config.registry_host, secret, what="the control plane")
+        require_secret(config.host, secret, what=f"a {config.mode} server")
     rank = Rank()
     with ExitStack() as closing:
         port = closing.enter_context(reserve(config.host, config.port))
@@ -138,6 +161,7 @@ def _build(config: ServeConfig, rank: Rank, secret: str | None, closing: ExitSta
             pages=config.max_total_tokens // config.page_size,
             page_size=config.page_size,
             aux_slots=2 * config.max_running_requests,
+            chunk_tokens=1 if config.mode == "decode" else config.chunked_prefill_size,
         ),
         model=model.fingerprint,
     )
@@ -200,13 +224,16 @@ class _Server:
             ApiConfig(
                 model=config.served_model_name or stack.model.name,
                 max_positions=stack.model.geometry.max_positions,
-                pool_tokens=stack.pools.pages.units * stack.pools.page_size,
+                pool_tokens=stack.pools.tokens,
                 mode=config.mode,
                 bootstrap_allow=self._allow,
             ),
             registry=client if config.mode == "decode" else None,
             readiness=lambda: "" if self._registered else "not registered with the bootstrap registry yet",
             info=self._info,
+            timeline=stack.manager.timeline if stack.manager is not None else None,
+            instance=self._rank.instance,
+            secret=self._secret,
         )
         manager = stack.manager
         if manager is not None:
@@ -223,7 +250,7 @@ class _Server:
             "model_fingerprint": stack.model.fingerprint,
             "dtype": stack.model.geometry.dtype,
             "page_size": stack.pools.page_size,
-            "max_total_tokens": stack.pools.pages.units * stack.pools.page_size,
+            "max_total_tokens": stack.pools.tokens,
             "chunked_prefill_size": config.chunked_prefill_size,
             "max_running_requests": config.max_running_requests,
         }
@@ -251,7 +278,7 @@ class _Server:
         route = Route(
             instance=self._rank.instance,
             group=self._rank.group,
-            address=manager.address,
+            address=self._config.control_advertise or manager.address,
             layout_digest=manager.layout.digest(),
             http_port=http_port,
         )

@@ -91,13 +91,24 @@ def strip(fields: Fields) -> dict[str, msgspec.Raw]:
 
 
 class Legs:
-    """Both legs of one attempt. Use as an async context manager: leaving it closes both."""
+    """Both legs of one attempt. Use as an async context manager: leaving it closes both.
 
-    def __init__(self, session: aiohttp.ClientSession, path: str, fields: Fields, pair: Pair) -> None:
+    ``headers`` go to the workers, with ours; nothing of the client's headers does.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        fields: Fields,
+        pair: Pair,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._session = session
         self._path = path
         self._fields = fields
         self._pair = pair
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
         self._prefill: asyncio.Task[None] | None = None
         self._decode: asyncio.Task[aiohttp.ClientResponse] | None = None
         self._answered = False
@@ -160,10 +171,9 @@ class Legs:
 
     async def _open(self, worker: Worker, body: bytes) -> aiohttp.ClientResponse:
         """A leg up to the head of its answer; the answer is a success. Raises LegFailed."""
-        headers = {"Content-Type": "application/json"}
         try:
             response = await self._session.post(
-                worker.url + self._path, data=BytesIO(body), headers=headers, allow_redirects=False
+                worker.url + self._path, data=BytesIO(body), headers=self._headers, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
             raise _unreachable(worker, error) from None
@@ -188,6 +198,8 @@ def _refused(worker: Worker, status: int, payload: bytes) -> LegFailed:
         detail = msgspec.json.decode(payload, type=ErrorBody).error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
-    if status < 400:  # a redirect: no worker of ours
+    if (
+        status < 400 or status == 401
+    ):  # a redirect: no worker of ours; a secret that is not ours: not the client's doing
         status = 502
     return LegFailed(worker, status, detail, again=detail.code == DRAINING)

@@ -10,15 +10,17 @@ This file must not know of engines or routes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
 from kvbaton.errors import ConfigError
+from kvbaton.server.connections import KEEPALIVE_SECONDS, Connections, Handler, raise_file_limit
 from kvbaton.server.gate import Gate
 
 #: Connections that wait to be accepted.
@@ -55,9 +57,17 @@ def port_of(bound: socket.socket) -> int:
 
 async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--port") -> web.AppRunner:
     """Start answering on a reserved socket. ``cleanup()`` of the runner ends it. Raises ConfigError."""
+    raise_file_limit()
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, handle_signals=False, shutdown_timeout=CLEANUP_SECONDS
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=CLEANUP_SECONDS,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        auto_decompress=False,
     )
+    _guard(app, runner)
     await runner.setup()
     host, port = bound.getsockname()[:2]
     try:
@@ -66,6 +76,28 @@ async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--p
         await runner.cleanup()
         raise _cannot_listen(host, port, error, flag) from None
     return runner
+
+
+def _guard(app: web.Application, runner: web.AppRunner) -> None:
+    """Watch the connections of an application for as long as it runs."""
+    connections = Connections()
+
+    async def watch(http: web.Request, handler: Handler) -> web.StreamResponse:
+        return await connections.watch(http, handler)
+
+    async def sweeping(_app: web.Application) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(
+            connections.sweep_forever(lambda: runner.server.connections if runner.server is not None else ())
+        )
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+
+    app.middlewares.insert(0, web.middleware(watch))
+    app.cleanup_ctx.append(sweeping)
 
 
 class Signals:

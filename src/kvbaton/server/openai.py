@@ -37,7 +37,7 @@ _Host = Annotated[str, Meta(min_length=1, max_length=255)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 #: A room is a positive 63-bit number: 0 means "none" to other engines, and 64 bits do not survive their int64.
 _Room = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-_Zero = Literal[0]
+_Stop = Annotated[str, Meta(max_length=1024)]
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +53,7 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: str | list[str] | None = None
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=64)] | None = None
     max_tokens: _Count | None = None
     n: int | None = None
     user: str | None = None
@@ -136,7 +136,7 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Annotated[str, Meta(min_length=1, max_length=32)]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Meta(max_length=4096)]
     name: str | None = None
 
     def text(self) -> str:
@@ -144,7 +144,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: _Count | None = None

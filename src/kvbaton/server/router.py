@@ -16,15 +16,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
 from kvbaton import __version__
+from kvbaton.control.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
+from kvbaton.server import openapi, story
+from kvbaton.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.server.failure import body_of, errors
 from kvbaton.server.gate import Gate
 from kvbaton.server.legs import LegFailed, Legs, Pair, mint_room, strip
@@ -32,7 +35,6 @@ from kvbaton.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetr
 from kvbaton.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
 from kvbaton.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
-MAX_BODY_BYTES = 16 << 20
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
 READ_BUFFER_BYTES = 256 << 10
 #: Largest answer of a worker that does not stream.
@@ -51,6 +53,7 @@ class RouterConfig:
     probe_interval_seconds: float = 1.0
     probe_path: str = "/ready"
     max_requests: int = 1024
+    secret: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
@@ -68,8 +71,11 @@ class Router:
             trust_env=False,
             auto_decompress=False,
         )
+        self._story_headers = bearer(config.secret, "story")
+        self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
         self.workers = Workers(config.workers, self._session, probe_path=config.probe_path)
         self.gate = Gate(config.max_requests)
+        self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
         self._retries = self.metrics.counter("kvbaton_router_retries", "Requests that were sent to a second pair.")
@@ -86,6 +92,8 @@ class Router:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/get_server_info", self._server_info)
         app.router.add_get("/server_info", self._server_info)
+        app.router.add_get(story.PATH, self._story)
+        app.router.add_get(openapi.PATH, self._openapi)
         app.cleanup_ctx.append(self._running)
         return app
 
@@ -105,8 +113,8 @@ class Router:
         with self.metrics.timed(http.path) as timer:
             try:
                 with self.gate.entered():
-                    fields = _fields(await http.read())
-                    return await self._attempts(http, fields, timer)
+                    async with self._bodies.read(http) as body:
+                        return await self._attempts(http, _fields(body), timer)
             except LegFailed as failure:
                 timer.outcome = failure.detail.code
                 return _json(failure.body, status=failure.status, headers=failure.headers)
@@ -149,7 +157,7 @@ class Router:
         try:
             async with (
                 asyncio.timeout(self._config.request_timeout_seconds),
-                Legs(self._session, http.path, fields, pair) as legs,
+                Legs(self._session, http.path, fields, pair, self._headers) as legs,
             ):
                 answer = await legs.answer()
                 timer.first_token()
@@ -212,13 +220,17 @@ class Router:
 
     # operating
 
-    async def _ask_all(self, workers: list[Worker], path: str) -> list[tuple[Worker, object]]:
+    async def _ask_all(
+        self, workers: list[Worker], path: str, headers: Mapping[str, str] | None = None
+    ) -> list[tuple[Worker, object]]:
         """Each worker's JSON answer to a GET; a dict with ``error`` for one that gives none."""
 
         async def ask(worker: Worker) -> tuple[Worker, object]:
             timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
             try:
-                async with self._session.get(worker.url + path, timeout=timeout, allow_redirects=False) as response:
+                async with self._session.get(
+                    worker.url + path, timeout=timeout, allow_redirects=False, headers=headers
+                ) as response:
                     return worker, msgspec.json.decode(await response.read())
             except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 return worker, {"error": f"{type(error).__name__}: {error}"}
@@ -251,15 +263,37 @@ class Router:
             ]
         return _json(body)
 
+    async def _story(self, http: web.Request) -> web.Response:
+        """Both sides of a room: every worker is asked, those that know it answer."""
+        room = story.room_of(http, self._config.secret)
+        sides = []
+        for worker, answer in await self._ask_all(list(self.workers.all), f"/story/{room}", self._story_headers):
+            try:
+                told = msgspec.convert(answer, story.RoomStory).sides
+            except msgspec.ValidationError:
+                error = answer.get("error") if isinstance(answer, dict) else None
+                message = error.get("message") if isinstance(error, dict) else error
+                told = (story.Side(role=worker.role, error=str(message or "it answers with something else")),)
+            sides += [msgspec.structs.replace(side, url=worker.url) for side in told if side.lines or side.error]
+        return story.response(room, sides)
+
+    async def _openapi(self, _http: web.Request) -> web.Response:
+        return web.Response(body=openapi.encoded("router"), content_type="application/json")
+
     async def _abort(self, http: web.Request) -> web.Response:
-        rid = parse(await http.read(), AbortRequest).rid
+        async with self._bodies.read(http) as asked:
+            rid = parse(asked, AbortRequest).rid
 
         async def tell(worker: Worker, known_as: str) -> None:
             timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
             body = msgspec.json.encode(AbortRequest(known_as))
             with contextlib.suppress(aiohttp.ClientError, OSError):
                 async with self._session.post(
-                    worker.url + "/abort_request", data=body, timeout=timeout, allow_redirects=False
+                    worker.url + "/abort_request",
+                    data=body,
+                    headers=self._headers,
+                    timeout=timeout,
+                    allow_redirects=False,
                 ) as response:
                     await response.read()
 

@@ -52,6 +52,9 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
 
+    def __post_init__(self) -> None:
+        self.usual_log = self.log
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
@@ -62,7 +65,7 @@ class Server:
 
     def last_words(self) -> str:
         """The end of its log, for an error message."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
         return "\n".join(lines[-LOG_LINES:])
 
     async def start(self) -> None:
@@ -106,7 +109,9 @@ class Server:
 class Fleet:
     """Some prefill and decode servers, a router, and, if asked for, the single process that they are compared with.
 
-    An async context manager. ``extra`` is added to every ``serve`` command line.
+    An async context manager. ``extra`` is added to every ``serve`` command line, ``prefill_extra`` to those of prefill,
+    ``router_extra`` to the router's. ``registry_doors``: ports where decode finds the prefills' registries, if a proxy
+    stands in front of them.
     """
 
     def __init__(
@@ -119,6 +124,9 @@ class Fleet:
         reference: bool = False,
         backend: str = "nixl",
         extra: Sequence[str] = (),
+        prefill_extra: Sequence[str] = (),
+        router_extra: Sequence[str] = (),
+        registry_doors: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         ports = iter(free_ports(2 * prefills + decodes + 2))
@@ -126,6 +134,7 @@ class Fleet:
         env = dict(environment or {})
         self.prefills: list[Server] = []
         self.decodes: list[Server] = []
+        self.registry_ports: list[int] = []
         pairs: list[str] = []
 
         def serve(name: str, *arguments: str) -> Server:
@@ -135,18 +144,18 @@ class Fleet:
 
         for i in range(prefills):
             bootstrap = str(next(ports))
-            server = serve(
-                f"prefill-{i}", "--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", bootstrap
-            )
+            mode = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", bootstrap)
+            server = serve(f"prefill-{i}", *mode, *prefill_extra)
             self.prefills.append(server)
-            pairs += ["--prefill", server.url, bootstrap]
+            pairs += ["--prefill", server.url, str(registry_doors[i]) if registry_doors else bootstrap]
+            self.registry_ports.append(int(bootstrap))
         for i in range(decodes):
             server = serve(f"decode-{i}", "--disaggregation-mode", "decode")
             self.decodes.append(server)
             pairs += ["--decode", server.url]
         self.reference = serve("single", "--disaggregation-mode", "null") if reference else None
         port = next(ports)
-        arguments = ("router", "--pd-disaggregation", *pairs, "--port", str(port))
+        arguments = ("router", "--pd-disaggregation", *pairs, "--port", str(port), *router_extra)
         self.router = Server("router", arguments, port, directory / "router.log", env)
         self._session: aiohttp.ClientSession | None = None
 

@@ -32,7 +32,9 @@ from kvbaton.protocol.effects import (
     Quiesce,
     Report,
     RoomStatus,
+    Scatter,
     Send,
+    StagedRun,
 )
 from kvbaton.protocol.events import (
     Dialed,
@@ -246,8 +248,8 @@ class World:
                 self._note(rank, effect)
             elif isinstance(effect, Dial):
                 link = LinkId(next(self._link_ids))
-                self._connect(rank, link, effect.address)
                 self._todo.append((rank, Dialed(effect.address, link)))
+                self._connect(rank, link, effect.address)
             elif isinstance(effect, CloseLink):
                 rank.links.pop(effect.link, None)
             elif isinstance(effect, PreparePeer):
@@ -258,6 +260,8 @@ class World:
             elif isinstance(effect, FencePeer):
                 rank.held = [write for write in rank.held if write.peer != effect.peer]
                 self._todo.append((rank, PeerFenced(effect.peer)))
+            elif isinstance(effect, Scatter):
+                self._scatter(rank, effect)
             elif isinstance(effect, Quiesce):
                 self._todo.append((rank, PeerQuiesced(effect.peer)))
             elif isinstance(effect, PostWrite):
@@ -271,6 +275,9 @@ class World:
         if target is None:
             return
         part = rank.pairs[write.peer].parts[write.part]
+        if write.staged is not None:
+            self._land_staged(rank, target, write, write.staged)
+            return
         runs = merge(part.source.table, write.source_entries, part.target.table, write.target_entries)
         for source_at, target_at, length in zip(runs.source, runs.target, runs.length, strict=True):
             target.view(int(target_at), int(length))[:] = rank.view(int(source_at), int(length))
@@ -278,6 +285,25 @@ class World:
     def by_instance(self, instance: str) -> Rank | None:
         """The living rank of that instance."""
         return next((r for r in self.ranks.values() if r.core.instance == instance and r.alive), None)
+
+    def _land_staged(self, rank: Rank, target: Rank, write: PostWrite, run: StagedRun) -> None:
+        """Gather, block by block and lane by lane, straight into the target's slot."""
+        part = run.staged.part
+        at = part.source.table.addresses(write.source_entries).reshape(len(part.lane_bytes), run.count)
+        place = int(run.staged.target.rows[run.slot, 0]) + run.first * part.block_bytes
+        for block in range(run.count):
+            for lane, length in enumerate(part.lane_bytes.tolist()):
+                target.view(place, length)[:] = rank.view(int(at[lane, block]), length)
+                place += length
+
+    def _scatter(self, rank: Rank, effect: Scatter) -> None:
+        part = effect.staged.part
+        at = part.target.table.addresses(effect.target_entries).reshape(len(part.lane_bytes), effect.count)
+        place = int(effect.staged.target.rows[effect.slot, 0])
+        for block in range(effect.count):
+            for lane, length in enumerate(part.lane_bytes.tolist()):
+                rank.view(int(at[lane, block]), length)[:] = rank.view(place, length)
+                place += length
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,10 @@ class Transport(ABC):
     def evidence(self, peer: str) -> str:
         """How bytes really travel to ``peer``, as observed, for people: ``"UCX: cma/memory"``. Empty if unknown."""
 
+    def sizes(self) -> dict[str, int]:
+        """Entries of each table, by name, for people who look for leaks. Empty where a transport keeps none."""
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """Release everything. Idempotent."""

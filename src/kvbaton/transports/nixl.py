@@ -439,6 +439,15 @@ class NixlTransport(Transport):
         except self._nixl.errors as error:
             _logger.debug("releasing a nixl handle: %r", error)  # a disconnect has released it already
 
+    def sizes(self) -> dict[str, int]:
+        return {
+            "regions": sum(len(group) for group, _ in self._registered),
+            "peers": len(self._peers),
+            "tables": len(self._tables),
+            "writes": len(self._writes),
+            "log_bytes": self._nixl.log.position(),
+        }
+
     def close(self) -> None:
         if self._agent is None:
             return

@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from kvbaton.control.access import bearer_matches, is_loopback, read_secret
+from kvbaton.control.access import bearer, bearer_matches, is_loopback, read_secret, token_of
 from kvbaton.control.registry import Registered, Registry, Route, Sizes
 from kvbaton.control.registry_client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
 from kvbaton.control.registry_server import MAX_ROUTE_BYTES, registry_app, start_registry
@@ -267,10 +267,40 @@ def test_not_loopback(host: str):
 
 
 def test_bearer_tokens():
-    assert bearer_matches(f"Bearer {SECRET}", SECRET)
-    assert bearer_matches(f"bearer {SECRET}", SECRET)
+    for shown in (SECRET, token_of(SECRET, "registry")):
+        assert bearer_matches(f"Bearer {shown}", SECRET, "registry")
+        assert bearer_matches(f"bearer {shown}", SECRET, "registry")
     for header in (None, "", "Bearer", f"Bearer {SECRET}x", SECRET, "Bearer \udcff"):
-        assert not bearer_matches(header, SECRET)
+        assert not bearer_matches(header, SECRET, "registry")
+    assert not bearer_matches(f"Bearer {token_of(SECRET, 'router')}", SECRET, "registry")
+
+
+def test_the_secret_itself_never_travels():
+    assert SECRET not in str(bearer(SECRET, "registry"))
+    assert len({token_of(SECRET, door) for door in ("registry", "router", "story")}) == 3
+    assert bearer(None, "registry") == {}
+
+
+def test_without_a_secret_a_rebound_name_gets_no_answer():
+    """A page in a browser on this machine, whose name was re-bound to 127.0.0.1, is of another origin's making."""
+
+    async def test() -> None:
+        async with serving(registry_app(Registry())) as url, aiohttp.ClientSession() as session:
+            for host, status in [
+                ("evil.example", 401),
+                ("evil.example:8998", 401),
+                ("127.0.0.1.evil.example", 401),
+                ("localhost.evil.example:1", 401),
+                ("127.0.0.1", 503),
+                ("localhost:8998", 503),
+                ("[::1]:8998", 503),
+            ]:
+                async with session.get(f"{url}/route", headers={"Host": host}) as response:
+                    assert response.status == status, host
+            async with session.put(f"{url}/route", headers={"Host": "evil.example"}, json={}) as response:
+                assert response.status == 401
+
+    run(test())
 
 
 def test_secret_files(tmp_path):

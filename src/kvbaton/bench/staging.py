@@ -1,0 +1,96 @@
+"""Staging against direct writes over run length and size: when it pays, and whether the cost model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from kvbaton.bench.scenario import HEADS, Scenario
+from kvbaton.bench.transfer import TransferBench
+from kvbaton.costs import Costs
+from kvbaton.plan import pair_plan
+
+PAGE_SIZE = 64
+SOURCE_TP = 4
+LAYERS = 8
+#: Bytes of the pieces of a token, and pages of a room: the grid.
+RUN_BYTES = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
+ROOM_PAGES = (1, 4, 16)
+#: Most bytes of a room in the grid.
+MOST_BYTES = 256 << 20
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One size: medians of one room, directly, staged, and with equal tensor parallelism (same bytes, no pieces)."""
+
+    run_bytes: int
+    pages: int
+    room_bytes: int
+    direct_seconds: float
+    staged_seconds: float
+    equal_seconds: float
+    prefers_staging: bool
+
+    @property
+    def staging_is_faster(self) -> bool:
+        return self.staged_seconds < self.direct_seconds
+
+    @property
+    def regret(self) -> float:
+        """Time of the way the cost model picks, over the time of the faster way; 1 where it is right."""
+        picked = self.staged_seconds if self.prefers_staging else self.direct_seconds
+        return picked / min(self.staged_seconds, self.direct_seconds)
+
+
+def scenario(run_bytes: int, pages: int, rounds: int) -> Scenario:
+    """TP 4 to 1, tokens outermost: a token of a layer falls into pieces of ``run_bytes``."""
+    return Scenario(
+        name=f"{run_bytes} B runs, {pages} pages",
+        layers=LAYERS,
+        pages=pages,
+        item_bytes=run_bytes * SOURCE_TP * PAGE_SIZE,
+        rooms=1,
+        concurrency=1,
+        source_tp=SOURCE_TP,
+        page_size=PAGE_SIZE,
+        interior="NHD",
+        rounds=rounds,
+    )
+
+
+def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, progress: Progress) -> Point:
+    """One point of the grid: three pairs of groups, one after the other."""
+    direct = scenario(run_bytes, pages, rounds)
+    seconds = {}
+    for name, one in (
+        ("direct", direct),
+        ("staged", replace(direct, staging="always")),
+        ("equal", replace(direct, source_tp=1)),
+    ):
+        progress(f"{direct.name}: {name}")
+        with TransferBench(one) as bench:
+            result = bench.run(lambda _text: None, only=("kvbaton",))
+            if result.verified_bytes != result.total_bytes:
+                raise AssertionError(f"{one.name}: {result.verified_bytes} of {result.total_bytes} bytes verified")
+            seconds[name] = result.median("kvbaton") or 0.0
+    part = pair_plan(direct.layout(1 << 40, SOURCE_TP, 0), direct.layout(2 << 40, 1, 0)).parts[0]
+    return Point(
+        run_bytes=run_bytes,
+        pages=pages,
+        room_bytes=direct.room_bytes,
+        direct_seconds=seconds["direct"],
+        staged_seconds=seconds["staged"],
+        equal_seconds=seconds["equal"],
+        prefers_staging=costs.prefers_staging(part, len(part.blocks(0, direct.tokens))),
+    )
+
+
+def grid() -> Iterator[tuple[int, int]]:
+    """(run bytes, pages) of every point."""
+    for run_bytes in RUN_BYTES:
+        for pages in ROOM_PAGES:
+            if run_bytes % (HEADS // SOURCE_TP) == 0 and scenario(run_bytes, pages, 1).room_bytes <= MOST_BYTES:
+                yield run_bytes, pages

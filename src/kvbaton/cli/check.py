@@ -1,0 +1,150 @@
+"""``kvbaton check A B``: can A's ranks hand over to B's? Every difference, before any traffic.
+
+A is the prefill side, B the decode side; each is a layout file (see ``kvbaton.layout_file``) or the URL of a running
+server. Exit code 0: compatible; 1: not, or one side cannot be read; 2: wrong usage, or a layout contradicts itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from kvbaton.compatibility import group_differences
+from kvbaton.control.access import bearer, read_secret
+from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
+from kvbaton.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
+
+NAME = "check"
+HELP = "compare the layouts of a prefill and a decode side: every difference, before any traffic"
+TIMEOUT_SECONDS = 10.0
+TABLE_COLUMNS = 140
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefill", metavar="A", help="the prefill side: a layout file, or the URL of a server")
+    parser.add_argument("decode", metavar="B", help="the decode side, likewise")
+    parser.add_argument(
+        "--secret-file", type=Path, default=None, help="shared secret; needed where the servers have one"
+    )
+    parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    secret = read_secret(options.secret_file) if options.secret_file is not None else None
+    sides = [load(where, secret) for where in (options.prefill, options.decode)]
+    found = judge(*sides)
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(_data(options, sides, found)).decode() + "\n")
+    else:
+        sys.stdout.write(_as_text(options, sides, found))
+    return 1 if found else 0
+
+
+def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:
+    """The ranks in a file or behind a URL. Raises ConfigError, AuthenticationError, PeerLostError."""
+    if where.startswith(("http://", "https://")):
+        return decode(_fetch(f"{where.rstrip('/')}/layout", secret), where)
+    path = Path(where)
+    try:
+        if path.stat().st_size > MAX_LAYOUT_BYTES:
+            raise LayoutError(f"{where}: more than {MAX_LAYOUT_BYTES} bytes are no layout")
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or error}") from None
+    return decode(payload, where)
+
+
+def _fetch(url: str, secret: str | None) -> bytes:
+    request = urllib.request.Request(url, headers=dict(bearer(secret, "story")))
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            return bytes(response.read(MAX_LAYOUT_BYTES + 1))
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise AuthenticationError(f"{url} refuses: it needs the shared secret", hint="pass --secret-file") from None
+        raise PeerLostError(f"{url} answers HTTP {error.code}; is it a prefill or decode server?") from None
+    except (OSError, ValueError) as error:
+        raise PeerLostError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from None
+
+
+def judge(prefill: Sequence[RankLayout], decode_side: Sequence[RankLayout]) -> list[IncompatibleError]:
+    """Every difference between two groups; missing ranks first, because much else follows from them."""
+    found = []
+    for side, ranks in (("prefill", prefill), ("decode", decode_side)):
+        if len(ranks) != ranks[0].group_size:
+            advice = "give the layouts of all ranks of the group"
+            found.append(
+                IncompatibleError(
+                    f"{side}.ranks: {len(ranks)} of {ranks[0].group_size} ranks are there: {advice}",
+                    field=f"{side}.ranks",
+                    ours=str(len(ranks) if side == "prefill" else ""),
+                    theirs=str(len(ranks) if side == "decode" else ""),
+                    hint=advice,
+                )
+            )
+    return [*found, *group_differences([rank.layout for rank in prefill], [rank.layout for rank in decode_side])]
+
+
+def _data(
+    options: argparse.Namespace, sides: Sequence[Sequence[RankLayout]], found: Sequence[IncompatibleError]
+) -> dict[str, object]:
+    return {
+        "compatible": not found,
+        "prefill": {"from": options.prefill, "ranks": len(sides[0]), "pools": _pools(sides[0])},
+        "decode": {"from": options.decode, "ranks": len(sides[1]), "pools": _pools(sides[1])},
+        "differences": [
+            {
+                "field": error.field,
+                "prefill": error.ours,
+                "decode": error.theirs,
+                "what_would_work": error.hint,
+                "message": error.message,
+            }
+            for error in found
+        ],
+    }
+
+
+def _pools(ranks: Sequence[RankLayout]) -> dict[str, str]:
+    """Kind, page size, element type and memory of each pool, for people."""
+    told: dict[str, str] = {}
+    for rank in ranks:
+        for pool in rank.layout.pools:
+            unit = f"pages of {pool.rows} tokens" if pool.paged else "slots"
+            window = f", window {pool.window}" if pool.window else ""
+            memory = rank.layout.regions[pool.planes[0].region].memory
+            told.setdefault(pool.name, f"{pool.units} {unit}{window}, {pool.dtype}, {memory}")
+    return told
+
+
+def _as_text(
+    options: argparse.Namespace, sides: Sequence[Sequence[RankLayout]], found: Sequence[IncompatibleError]
+) -> str:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the table needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
+    out = io.StringIO()
+    console = Console(file=out, width=TABLE_COLUMNS, force_terminal=False, highlight=False, markup=False)
+    for name, where, ranks in (("prefill", options.prefill, sides[0]), ("decode", options.decode, sides[1])):
+        console.print(f"{name}: {where}, {len(ranks)} rank{'s' if len(ranks) > 1 else ''}")
+        for pool, told in _pools(ranks).items():
+            console.print(f"  {pool}: {told}")
+    if found:
+        table = Table()
+        for heading in ("field", "prefill", "decode", "what would work"):
+            table.add_column(heading, overflow="fold")
+        for error in found:
+            table.add_row(error.field, error.ours, error.theirs, error.hint or error.message)
+        console.print(table)
+    verdict = f"incompatible: {len(found)} difference{'s' if len(found) > 1 else ''}" if found else "compatible"
+    console.print(verdict)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

@@ -1,0 +1,1 @@
+"""Every family times every topology, proven token for token over real processes."""

@@ -1,0 +1,159 @@
+"""A rank that follows: it does what the leader orders, in that order, and reports how its rooms fare.
+
+Rules: it decides nothing and never waits for news but at its pipe; a second thread reports. A failed forward pass or
+room is reported, not raised; what it cannot report ends it. When the leader is gone it ends.
+
+This file must not know of HTTP, requests or schedulers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from kvbaton.engine import orders
+from kvbaton.engine.cache import Extent
+from kvbaton.engine.pool import Holding, Pools
+from kvbaton.engine.runner import ModelRunner
+from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """A sender or receiver of this rank, what was last reported of it, and what kept it from being made."""
+
+    end: KVSender | KVReceiver | None
+    reported: orders.Fares | None = None
+    error: KVBatonError | None = None
+
+    def fares(self, number: int) -> orders.Fares:
+        end = self.end
+        error = self.error if end is None else end.error
+        failure = orders.Failure.of(error) if error is not None else None
+        if end is None or self.error is not None:
+            leased = end.leased if end is not None else False
+            return orders.Fares(number, KVPoll.Failed, leased, failure=orders.Failure.of(self.error or _UNKNOWN))
+        return orders.Fares(
+            number,
+            end.poll(),
+            end.leased,
+            end.prefix_len if isinstance(end, KVSender) else 0,
+            end.bytes,
+            end.exposed_seconds,
+            failure,
+        )
+
+    @property
+    def over(self) -> bool:
+        return self.end is None or self.end.concluded
+
+
+_UNKNOWN = InternalError("a room could not be opened on this rank")
+
+
+class Follower:
+    """One rank's loop. ``run`` returns when the leader says so or is gone."""
+
+    def __init__(self, pipe: Connection, runner: ModelRunner, pools: Pools, manager: KVManager) -> None:
+        self._pipe = pipe
+        self._runner = runner
+        self._pools = pools
+        self._manager = manager
+        self._sides: dict[int, _Side] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._reporter = threading.Thread(target=self._report_forever, name="kvbaton-report", daemon=True)
+
+    def run(self) -> None:
+        layout = self._manager.layout.digest()
+        self._send(orders.Ready(self._manager.instance, self._manager.address, layout))
+        self._reporter.start()
+        try:
+            while True:
+                try:
+                    order = orders.decode_order(self._pipe.recv_bytes())
+                except (EOFError, OSError):
+                    logger.info("the leader of this group has gone")
+                    return
+                if isinstance(order, orders.Stop):
+                    return
+                self._do(order)
+        finally:
+            self._stopping = True
+            self._manager.wakeup.set()
+            self._reporter.join()
+
+    def _do(self, order: orders.Order) -> None:
+        if isinstance(order, orders.Forward):
+            self._compute(order)
+        elif isinstance(order, orders.Begin):
+            self._begin(order)
+        elif isinstance(order, orders.Publish | orders.Submit | orders.Fail):
+            side = self._sides.get(order.side)
+            if side is None or side.end is None:
+                return
+            try:
+                self._change(side.end, order)
+            except KVBatonError as error:
+                side.error = error
+                side.end.fail(error)
+                self._manager.wakeup.set()
+
+    def _compute(self, order: orders.Forward) -> None:
+        extents = [
+            Extent(Holding(request.pages, request.ring, request.state), request.cached, len(request.tokens))
+            for request in order.requests
+        ]
+        try:
+            self._runner.forward([list(request.tokens) for request in order.requests], extents)
+        except KVBatonError as error:  # the leader has failed on the same input, or hears from its own collective
+            logger.warning("%s", error)
+
+    def _begin(self, order: orders.Begin) -> None:
+        try:
+            end: KVSender | KVReceiver = (
+                self._manager.sender(order.room)
+                if order.role == "source"
+                else self._manager.receiver(order.room, order.sources)
+            )
+        except KVBatonError as error:
+            self._sides[order.side] = _Side(None, error=error)
+        else:
+            self._sides[order.side] = _Side(end)
+        self._manager.wakeup.set()
+
+    def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.Submit | orders.Fail) -> None:
+        if isinstance(order, orders.Fail):
+            end.fail(order.failure.error())
+        elif isinstance(order, orders.Submit) and isinstance(end, KVSender):
+            for slot, row in order.rows:
+                self._pools.row(slot)[:] = row
+            end.submit(self._pools.here(order.spans), last=order.last, ready=self._runner.fence())
+        elif isinstance(order, orders.Publish) and isinstance(end, KVReceiver):
+            end.publish(self._pools.here(order.spans), token_count=order.token_count)
+
+    def _send(self, report: orders.Report) -> None:
+        with self._lock:
+            self._pipe.send_bytes(orders.encode(report))
+
+    def _report_forever(self) -> None:
+        """The second thread: news of rooms as they come."""
+        try:
+            while not self._stopping:
+                self._manager.wakeup.wait()
+                self._manager.wakeup.clear()
+                for number, side in list(self._sides.items()):
+                    over = side.over  # asked first: what is over does not change any more
+                    fares = side.fares(number)
+                    if fares != side.reported:
+                        side.reported = fares
+                        self._send(fares)
+                    if over:
+                        self._sides.pop(number, None)
+        except (OSError, ValueError):
+            logger.info("the leader of this group does not listen any more")

@@ -1,0 +1,86 @@
+"""Request bodies, read within bounds: bytes of one, bytes of all that are large, and time.
+
+Rules: what is too large is refused by its Content-Length, before it is read, or where it passes the bound; nothing is
+ever decompressed (a few bytes would become gigabytes). Small bodies always find room, their number is the gate's
+business; large ones share a budget, so that many at once are refused instead of filling the memory.
+
+This file must not know what a body means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from kvbaton.errors import OverloadedError
+
+#: Largest body: a million token ids with room to spare.
+MAX_BODY_BYTES = 16 << 20
+#: A body of at most this size is not counted.
+SMALL_BODY_BYTES = 64 << 10
+#: Most bytes of counted bodies at a time.
+MAX_BODIES_BYTES = 256 << 20
+#: A body has arrived by then.
+BODY_SECONDS = 30.0
+
+
+class Bodies:
+    """Reads bodies for one server."""
+
+    def __init__(
+        self,
+        *,
+        most_bytes: int = MAX_BODY_BYTES,
+        all_bytes: int = MAX_BODIES_BYTES,
+        small_bytes: int = SMALL_BODY_BYTES,
+        seconds: float = BODY_SECONDS,
+    ) -> None:
+        self._most_bytes = most_bytes
+        self._all_bytes = all_bytes
+        self._small_bytes = small_bytes
+        self._seconds = seconds
+        self._held = 0
+
+    def __repr__(self) -> str:
+        return f"<Bodies {self._held} of {self._all_bytes} bytes>"
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of large bodies that are being read or used."""
+        return self._held
+
+    @asynccontextmanager
+    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+        """The whole body; counted for the length of the block.
+
+        Raises HTTPRequestEntityTooLarge, HTTPUnsupportedMediaType, HTTPRequestTimeout, OverloadedError.
+        """
+        if http.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise web.HTTPUnsupportedMediaType(reason="Compressed bodies are not taken")
+        if (http.content_length or 0) > self._most_bytes:
+            raise web.HTTPRequestEntityTooLarge(self._most_bytes, http.content_length or 0)
+        body = bytearray()
+        counted = 0
+        try:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    async for piece in http.content.iter_any():
+                        body += piece
+                        if len(body) > self._most_bytes:
+                            raise web.HTTPRequestEntityTooLarge(self._most_bytes, len(body))
+                        if len(body) > self._small_bytes:
+                            counted += self._take(len(body) - counted)
+            except TimeoutError:
+                raise web.HTTPRequestTimeout(reason=f"No complete body within {self._seconds:g} s") from None
+            yield bytes(body)
+        finally:
+            self._held -= counted
+
+    def _take(self, size: int) -> int:
+        if self._held + size > self._all_bytes:
+            raise OverloadedError("too many large requests are being read at once; try again later")
+        self._held += size
+        return size

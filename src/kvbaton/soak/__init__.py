@@ -1,0 +1,1 @@
+"""Endurance: many small rooms between two processes, with aborts and restarts, and what grows meanwhile."""

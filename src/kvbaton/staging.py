@@ -1,0 +1,117 @@
+"""Staging: many small pieces travel as one write, through a buffer on each side.
+
+Where a part falls into pieces of a few hundred bytes (unequal tensor parallelism with tokens outermost), one descriptor
+for each costs far more than copying. Instead the source gathers blocks into a slot of its own staging memory, writes
+the slot in one run into a slot that the target leased for this transfer, and the target scatters it into its pages once
+everything has arrived. A block lies in a slot as ``block_bytes`` contiguous bytes, lane after lane, so that any range
+of blocks is one run.
+
+The target decides (it leases the slots, see ``StagingPool``), the source follows what ``Open`` says. The slots of a
+part are filled in order: the k-th holds blocks ``[k * blocks_per_slot, …)`` counted from the first block granted.
+Slots are leased exactly like pages: until the transfer has closed on proof. Pure arithmetic; no memory is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kvbaton.costs import Costs
+from kvbaton.errors import LayoutError
+from kvbaton.layout import CacheLayout
+from kvbaton.plan import PairPlan, PartPlan
+from kvbaton.table import Table
+
+StagingPolicy = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedPart:
+    """How a part travels through staging: tables of whole blocks in the slots of both sides."""
+
+    part: PartPlan
+    blocks_per_slot: int
+    source: Table
+    target: Table
+
+    def slots_for(self, blocks: int) -> int:
+        """Target slots that ``blocks`` blocks need."""
+        return -(-blocks // self.blocks_per_slot)
+
+    def runs(self, blocks: range, first: int) -> Iterator[tuple[int, int, range]]:
+        """(number of the slot, first block within it, blocks) for each slot that ``blocks`` touch.
+
+        ``first`` is the first block granted: block ``first`` begins slot 0.
+        """
+        at = blocks.start
+        while at < blocks.stop:
+            slot, within = divmod(at - first, self.blocks_per_slot)
+            stop = min(blocks.stop, at + self.blocks_per_slot - within)
+            yield slot, within, range(at, stop)
+            at = stop
+
+
+def stage(pair: PairPlan, source: CacheLayout, target: CacheLayout) -> tuple[StagedPart | None, ...]:
+    """For each part how it can be staged; None where a side has no staging memory.
+
+    Raises LayoutError, naming the size to set, where a slot cannot hold one block of a part.
+    """
+    if source.staging is None or target.staging is None:
+        return (None,) * len(pair.parts)
+    slot_bytes = min(source.staging.slot_bytes, target.staging.slot_bytes)
+    staged = []
+    for part in pair.parts:
+        blocks_per_slot = slot_bytes // part.block_bytes
+        if not blocks_per_slot:
+            raise LayoutError(
+                f"part {part.id}: a block of {part.block_bytes} bytes does not fit a staging slot of {slot_bytes}; "
+                f"set --staging-slot-bytes to at least {part.block_bytes} on both sides"
+            )
+        tables = [_table(layout, part.block_bytes, blocks_per_slot) for layout in (source, target)]
+        staged.append(StagedPart(part=part, blocks_per_slot=blocks_per_slot, source=tables[0], target=tables[1]))
+    return tuple(staged)
+
+
+def _table(layout: CacheLayout, block_bytes: int, blocks_per_slot: int) -> Table:
+    """One row per slot: its blocks, side by side."""
+    staging = layout.staging
+    if staging is None:
+        raise LayoutError("this layout has no staging memory")
+    region = layout.regions[staging.region]
+    rows = np.empty((staging.slots, 5), dtype=np.int64)
+    rows[:, 0] = region.address + np.arange(staging.slots, dtype=np.int64) * staging.slot_bytes
+    rows[:, 1] = rows[:, 3] = block_bytes
+    rows[:, 2] = region.device
+    rows[:, 4] = blocks_per_slot
+    return Table(rows=rows, memory=region.memory)
+
+
+class StagingPool:
+    """The target's slots: who may have them, and which are free. Never overcommits; what is not free is not staged."""
+
+    def __init__(self, layout: CacheLayout, policy: StagingPolicy, costs: Costs) -> None:
+        self._free = list(range(layout.staging.slots)) if layout.staging is not None else []
+        self._policy = policy
+        self._costs = costs
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def lease(self, staged: StagedPart | None, blocks: int) -> tuple[int, ...]:
+        """Slots for ``blocks`` blocks of a part; none where direct writes are cheaper or too few slots are free."""
+        if staged is None or self._policy == "never" or not blocks:
+            return ()
+        if self._policy == "auto" and not self._costs.prefers_staging(staged.part, blocks):
+            return ()
+        count = staged.slots_for(blocks)
+        if count > len(self._free):
+            return ()
+        taken = tuple(self._free[-count:])
+        del self._free[-count:]
+        return taken
+
+    def release(self, slots: tuple[int, ...]) -> None:
+        self._free.extend(slots)

@@ -1,0 +1,257 @@
+"""The invariants: what must hold after every step of every run, whatever was done to it (DESIGN §9.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvbaton.errors import InternalError, MessageError
+from kvbaton.manager import KVPoll
+from kvbaton.messages import Abort, Close, Done, Failed, decode
+from kvbaton.protocol.effects import Report
+from kvbaton.protocol.events import Event, MessageArrived
+from kvbaton.testing.sim.engine import ENDED, Job, SourceJob, TargetJob, Tenancy
+from kvbaton.testing.sim.process import Process
+from kvbaton.testing.sim.scenario import Request
+from kvbaton.testing.sim.transport import Host, Run, Write
+
+if TYPE_CHECKING:
+    from kvbaton.testing.sim.world import World
+
+#: How soon, where nothing is disturbed, one side knows of the other's failure.
+NEWS_SECONDS = 4.0
+#: Most steps of an undisturbed run, for each request and each pair of ranks.
+STEPS_PER_PAIR = 1500
+
+
+class Judge:
+    """See the module. Raises :class:`~kvbaton.testing.sim.violation.Violation`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._clockwork = world.clockwork
+        self._first_abort: dict[int, float] = {}
+        self._counted: dict[Process, tuple[int, int]] = {}
+        self.jobs: list[Job] = []
+
+    # ---- the data plane -----------------------------------------------------------------------------------------
+
+    def posted(self, source: Host, target: Host, run: Run) -> None:
+        """A write begins: both its ends must belong to one room, and both ranks must have agreed on the plan."""
+        if self._released_by_policy(target):
+            return
+        for unit, owner in run.source_owners:
+            if not isinstance(owner, Tenancy):
+                raise self._violated("read after free", f"{source.name} posts from {source.memory.unit_name(unit)}")
+        for unit, owner in run.target_owners:
+            if not isinstance(owner, Tenancy):
+                where = target.memory.unit_name(unit)
+                raise self._violated("write after free", f"{source.name} posts to {target.name} {where}, which is free")
+        rooms = {
+            owner.job.request.room for _, owner in (*run.source_owners, *run.target_owners) if isinstance(owner, Tenancy)
+        }
+        if len(rooms) > 1:
+            raise self._violated(
+                "misdirected write", f"{source.name} → {target.name}: {run.source_owners} to {run.target_owners}"
+            )
+        self._check_digest(source, target)
+
+    def _check_digest(self, source: Host, target: Host) -> None:
+        ours = self._world.process(source.instance).manager.core.plan_digest(target.instance, "source")
+        theirs = self._world.process(target.instance).manager.core.plan_digest(source.instance, "target")
+        if ours != theirs:
+            raise self._violated("digests differ", f"{source.name} has {ours}, {target.name} has {theirs}")
+
+    def trespassed(self, write: Write, unit: int, owner: object) -> None:
+        """Bytes land in a unit that has changed hands since they were posted."""
+        target = write.target
+        if self._released_by_policy(target):
+            self._clockwork.faults["write lands after a release by policy"] += 1
+            return
+        raise self._violated(
+            "write after free",
+            f"a write of {write.writer.host.name} lands in {target.name} {target.memory.unit_name(unit)}, which was "
+            f"{owner} and is {target.memory.owners[unit]} now",
+        )
+
+    def freed(self, job: Job, units: list[int]) -> None:
+        """An engine has freed units: nothing in flight may read or touch them."""
+        host, freed = job.process, set(units)
+        if isinstance(job, TargetJob) and not self._released_by_policy(host):
+            for write in self._world.fabric.towards(host.instance):
+                if any(owner is job.tenancy for run in write.flying for _, owner in run.target_owners):
+                    raise self._violated("write after free", f"{job} freed units that {write.writer.host.name} writes")
+        elif isinstance(job, SourceJob):
+            for write in self._world.fabric.reading(host.instance):
+                reads = {unit for run in write.flying if run.captured is None for unit, _ in run.source_owners}
+                if reads & freed:
+                    raise self._violated("read after free", f"{job} freed units that a write to {write.peer} reads")
+
+    def _released_by_policy(self, host: Host) -> bool:
+        return bool(self._world.process(host.instance).manager.core.counters["leases_released_by_policy"])
+
+    # ---- what an engine is told ---------------------------------------------------------------------------------
+
+    def begun(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def aborted(self, job: Job) -> None:
+        if job.outcome is None:
+            self._first_abort.setdefault(job.request.number, self._clockwork.now)
+
+    def reported(self, process: Process, report: Report) -> None:
+        status, poll = report.status, report.status.poll
+        job = next((j for j in process.engine.jobs if j.side is process.manager.side_of(report)), None)
+        self._clockwork.tell(process.name, f"reports {report.role} of room {report.room}: {_brief(report)}")
+        if job is None:
+            return
+        if isinstance(job, TargetJob) and status.leased and job.opened_at is None:
+            job.opened_at = self._clockwork.now
+        if job.outcome is not None:
+            if poll is not job.outcome:
+                raise self._violated("terminal state changed", f"{job} was {job.outcome.name}, is {poll.name}")
+            return
+        if poll not in ENDED:
+            return
+        job.outcome, job.ended_at = poll, self._clockwork.now
+        self._check_time(job)
+        if poll is KVPoll.Success:
+            self._world.results["success"] += 1
+            self._check_bytes(job)
+            return
+        error = status.error
+        if error is None or error.code in ("error", "internal") or error.room != report.room:
+            raise self._violated("bad error", f"{job} failed with {error!r} of room {error.room if error else None}")
+        self._world.results[error.code] += 1
+        self._check_inbox(process, report)
+
+    def _check_inbox(self, process: Process, report: Report) -> None:
+        """No deadline may beat a message that is already here."""
+        error = report.status.error
+        silent = error is not None and error.message.startswith("no sign of life")
+        if error is None or not (silent or error.code == "expired") or _brings_a_cause(process.handling):
+            return
+        for event in process.manager.driver.unread:
+            if not isinstance(event, MessageArrived):
+                continue
+            try:
+                message = decode(event.payload)
+            except MessageError:
+                continue
+            spoke = silent and error.peer.startswith(message.sender)
+            if spoke or (error.code == "expired" and isinstance(message, Done) and message.key.room == report.room):
+                raise self._violated(
+                    "deadline before inbox", f"{process.name} room {report.room}: {error}, but here is {str(message)[:99]}"
+                )
+
+    def _check_bytes(self, job: Job) -> None:
+        """Success: every byte of every unit is what some request of this room (of this one, as a rule) computed."""
+        if not isinstance(job, TargetJob) or self._released_by_policy(job.process):
+            return
+        rivals = [r.number for r in self._world.scenario.requests if r.room == job.request.room]
+        wrong = job.wrong(rivals if self._world.scenario.misuses else [job.request.number])
+        if wrong:
+            raise self._violated("corrupt", f"{job} succeeded, but {wrong} are wrong")
+
+    def concluded(self, job: Job) -> None:
+        if job.outcome is None:
+            raise self._violated("ended unseen", f"{job} is concluded, but no end was reported")
+        if job.outcome is KVPoll.Success:
+            self._check_bytes(job)
+
+    def _check_time(self, job: Job) -> None:
+        """An end comes within a bounded time, counted on the rank's own clock, without the time it was stopped."""
+        lasted = self._clockwork.now - job.started_at - job.process.paused_seconds
+        if lasted > self._world.most_seconds:
+            raise self._violated("late end", f"{job} ended only after {lasted:.1f} s")
+
+    # ---- every step ---------------------------------------------------------------------------------------------
+
+    def turned(self, process: Process) -> None:
+        core = process.manager.core
+        try:
+            core.check_invariants()
+        except InternalError as error:
+            raise self._violated("core invariant", f"{process.name}: {error}") from error
+        counted = (core.counters["messages_forbidden"], core.counters["messages_malformed"])
+        if counted != self._counted.get(process, (0, 0)):
+            self._counted[process] = counted
+            raise self._violated("forbidden message", f"{process.name} got a message that no correct peer sends")
+
+    def closed(self, process: Process) -> None:
+        reading = [run for w in self._world.fabric.reading(process.instance) for run in w.flying if run.captured is None]
+        if reading and process.manager.core.quiet:
+            raise self._violated("after close", f"{process.name} said goodbye with writes in flight")
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    def finish(self, excused: set[Job]) -> None:
+        """Everything has ended and healed: nothing may be missing."""
+        for process in self._world.living():
+            left = [job for job in process.engine.jobs if job not in excused]
+            if left:
+                raise self._violated("stuck", f"{left[0]} has not ended: {left[0].side}")
+            if any(job in excused for job in process.engine.jobs):
+                continue
+            if process.engine.allocator.taken:
+                raise self._violated("units lost", f"{process.name} has {process.engine.allocator.taken} units missing")
+            core, driver = process.manager.core, process.manager.driver
+            if core.live_rooms or not core.quiet or driver.pending:
+                raise self._violated("core not idle", f"{process.name}: {core.live_rooms} rooms, quiet {core.quiet}")
+        requests = self._world.scenario.requests
+        for request in requests:
+            self._check_agreement(request)
+        scenario = self._world.scenario
+        if not scenario.faults and not scenario.misuses:
+            self._check_undisturbed()
+
+    def _check_agreement(self, request: Request) -> None:
+        """Where one source rank serves a room alone, its success is everybody's."""
+        jobs = [job for job in self.jobs if job.request is request]
+        sources = [job for job in jobs if isinstance(job, SourceJob)]
+        if self._world.scenario.misuses or self._world.scenario.sources[request.source].size > 1:
+            return
+        if any(job.outcome is KVPoll.Success for job in sources):
+            for job in jobs:
+                if job.outcome is KVPoll.Failed and isinstance(job, TargetJob):
+                    raise self._violated("disagreement", f"{job} failed, but its only source succeeded")
+
+    def _check_undisturbed(self) -> None:
+        """Without faults everything succeeds in few steps; what is aborted ends everywhere at once."""
+        spoiled: set[int] = set()
+        for request in self._world.scenario.requests:
+            jobs = [job for job in self.jobs if job.request is request]
+            if request.room in spoiled:
+                continue  # a room that was given up before both sides had met is remembered as failed, by its number
+            if request.number in self._first_abort:
+                spoiled.add(request.room)
+            aborted_at = self._first_abort.get(request.number)
+            if aborted_at is None:
+                failed = [job for job in jobs if job.outcome is not KVPoll.Success]
+                if failed:
+                    raise self._violated("failed undisturbed", f"{failed[0]}: {failed[0].side}")
+                continue
+            opened = [job.opened_at for job in jobs if isinstance(job, TargetJob)]
+            known_at = [aborted_at, *(job.started_at for job in jobs), *(at for at in opened if at is not None)]
+            if None not in opened:
+                for job in jobs:
+                    if job.ended_at is None or job.ended_at > max(known_at) + NEWS_SECONDS:
+                        raise self._violated("slow news", f"{job} ended at {job.ended_at}, aborted at {aborted_at}")
+        steps = self._clockwork.steps
+        if steps > STEPS_PER_PAIR * self._world.pairs * len(self._world.scenario.requests):
+            raise self._violated("too many steps", f"{steps} steps without any fault")
+
+    def _violated(self, kind: str, text: str) -> Exception:
+        return self._clockwork.violated(kind, text)
+
+
+def _brings_a_cause(event: Event | None) -> bool:
+    """Whether an error was the peer's word, not our own clock's."""
+    return isinstance(event, MessageArrived) and isinstance(decode(event.payload), Abort | Failed | Close)
+
+
+def _brief(report: Report) -> str:
+    status = report.status
+    cause = f" ({status.error.code}: {status.error.message[:120]})" if status.error else ""
+    return f"{status.poll.name}{', leased' if status.leased else ''}{cause}"
+
+

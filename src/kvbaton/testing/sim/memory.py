@@ -1,0 +1,226 @@
+"""A simulated rank's memory: small layouts of every kind, bytes that name their place, and who owns which unit.
+
+The content of an item is a function of (request, pool, layer, plane, token, item): sources fill with it, targets are
+compared with it, item by item as a layout is defined; the plan is not asked.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, aux_pool, kv_pool
+from kvbaton.testing.sim.scenario import Group, Model
+
+Bytes = NDArray[np.uint8]
+Offsets = NDArray[np.int64]
+
+#: What a unit holds that nobody has filled; content may equal it by chance, but not over a whole unit.
+POISON = 0xEE
+
+
+def make_layout(model: Model, group: Group, number: int, base: int, *, source: bool) -> CacheLayout:
+    """The layout of one rank of a group, its regions from address ``base`` on."""
+    stage, rank = divmod(number, group.tp)
+    owned = range(model.layers * stage // group.pp, model.layers * (stage + 1) // group.pp)
+    pools: list[Pool] = [_kv(model, group, owned, rank)]
+    if model.index:
+        pools.append(_paged(group, owned, rank, "index", "index", 1, model.item_bytes))
+    if model.window:
+        pools.append(_paged(group, owned, rank, "swa", "swa", model.heads, model.item_bytes, window=model.window))
+    if model.state_items:
+        pools.append(_state(model, group, owned, rank))
+    if not source or stage == group.pp - 1:
+        pools.append(aux_pool(slots=group.slots, slot_bytes=6, tp_size=group.tp, tp_rank=rank, region=0))
+    placed, regions = [], []
+    for place, pool in enumerate(pools):
+        planes = tuple(_move(plane, place) for plane in pool.planes)
+        length = max(plane.offset + pool.units * plane.unit_stride for plane in planes)
+        regions.append(Region(base + (place << 20), length))
+        placed.append(Pool(pool.name, pool.kind, pool.units, pool.rows, pool.paged, pool.dtype, planes, pool.window))
+    layout = CacheLayout("m", tuple(regions), tuple(placed))
+    layout.validate()
+    return layout
+
+
+def _move(plane: Plane, region: int) -> Plane:
+    return Plane(
+        plane.layer,
+        plane.name,
+        region,
+        plane.offset,
+        plane.unit_stride,
+        plane.row_stride,
+        plane.item_stride,
+        plane.item_bytes,
+        plane.axis,
+    )
+
+
+def _kv(model: Model, group: Group, layers: range, rank: int) -> Pool:
+    heads, tensors = (1, ("latent",)) if model.latent else (model.heads, ("k", "v"))
+    if group.order == "fused" and not model.latent:
+        return _fused(group, layers, rank, heads, model.item_bytes)
+    name = "mla" if model.latent else "kv"
+    pool = _paged(group, layers, rank, name, name, heads, model.item_bytes, tensors)
+    return pool
+
+
+def _paged(
+    group: Group,
+    layers: range,
+    rank: int,
+    name: str,
+    kind: str,
+    heads: int,
+    item_bytes: int,
+    tensors: Sequence[str] = ("x",),
+    window: int = 0,
+) -> Pool:
+    return kv_pool(
+        layers,
+        pages=group.pages,
+        page_size=group.page_size,
+        heads=heads,
+        head_bytes=item_bytes,
+        dtype="f1" if group.misfit else "u1",
+        order="NHD" if group.order == "fused" else group.order,
+        tp_size=group.tp,
+        tp_rank=rank,
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        tensors=tensors,
+        window=window,
+    )
+
+
+def _fused(group: Group, layers: range, rank: int, heads: int, item_bytes: int) -> Pool:
+    """K and V interleaved: per token and head [k|v]."""
+    axis = Axis(heads, group.tp, rank)
+    row = axis.width * 2 * item_bytes
+    unit = group.page_size * row
+    planes = []
+    for number, layer in enumerate(layers):
+        for half, name in enumerate(("k", "v")):
+            offset = number * unit * group.pages + half * item_bytes
+            planes.append(Plane(layer, name, 0, offset, unit, row, 2 * item_bytes, item_bytes, axis))
+    return Pool("kv", "kv", group.pages, group.page_size, True, "f1" if group.misfit else "u1", tuple(planes))
+
+
+def _state(model: Model, group: Group, layers: range, rank: int) -> Pool:
+    """Slots of independently sharded blocks [q|k|v]; k has twice the items."""
+    planes, offset = [], 0
+    for layer in layers:
+        for name, items in (("q", model.state_items), ("k", 2 * model.state_items), ("v", model.state_items)):
+            axis = Axis(items, group.tp, rank)
+            unit = axis.width * 3
+            planes.append(Plane(layer, name, 0, offset, unit, unit, 3, 3, axis))
+            offset += unit * group.slots
+    return Pool("state", "state", group.slots, 1, False, "u1", tuple(planes))
+
+
+@dataclass(eq=False, slots=True)
+class PoolBytes:
+    """Where a pool's bytes lie: ``index[unit, row]`` are the offsets of all its items, plane by plane."""
+
+    pool: Pool
+    index: Offsets
+    salt: NDArray[np.uint32]
+
+    def content(self, seed: int, tokens: NDArray[np.int64]) -> Bytes:
+        """Bytes of tokens (rows), as ``index`` orders them."""
+        x = tokens.astype(np.uint32)[:, None] * np.uint32(0x9E3779B1) + self.salt[None, :]
+        x += np.uint32((seed * 0x165667B1) & 0xFFFFFFFF)
+        x ^= x >> np.uint32(15)
+        x *= np.uint32(0x85EBCA77)
+        x ^= x >> np.uint32(13)
+        return x.astype(np.uint8)
+
+
+class RankMemory:
+    """All bytes of one rank in one buffer, and for each byte the unit (numbered over all pools) that it belongs to."""
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.layout = layout
+        self._starts = [region.address for region in layout.regions]
+        self._ends = [region.address + region.length for region in layout.regions]
+        self._bases = np.cumsum([0, *(region.length for region in layout.regions)]).tolist()
+        self.bytes: Bytes = np.full(self._bases[-1], POISON, dtype=np.uint8)
+        self.unit_of = np.full(self._bases[-1], -1, dtype=np.int32)
+        self.pools: dict[str, PoolBytes] = {}
+        self.first_unit: dict[str, int] = {}
+        units = 0
+        for pool in layout.pools:
+            self.pools[pool.name] = _pool_bytes(pool, self._bases)
+            self.first_unit[pool.name] = units
+            numbers = np.arange(units, units + pool.units, dtype=np.int32)
+            self.unit_of[self.pools[pool.name].index] = numbers[:, None, None]
+            units += pool.units
+        self.owners: list[object | None] = [None] * units
+
+    def at(self, address: int) -> int:
+        """Offset in ``bytes`` of an address."""
+        region = bisect_right(self._starts, address) - 1
+        if region < 0 or address >= self._ends[region]:
+            raise IndexError(f"address {address} is in no region")
+        return int(self._bases[region] + address - self._starts[region])
+
+    def units_at(self, start: int, length: int) -> list[int]:
+        """Units (numbered over all pools) that bytes ``[start, start + length)`` of the buffer belong to."""
+        found = self.unit_of[start : start + length]
+        first, last = int(found[0]), int(found[-1])
+        return [first] if first == last else sorted(set(found.tolist()))
+
+    def unit_name(self, number: int) -> str:
+        for name, first in reversed(self.first_unit.items()):
+            if number >= first:
+                return f"{name}[{number - first}]"
+        return f"nothing[{number}]"
+
+    def fill(self, pool: str, seed: int, start: int, stop: int, units: Sequence[int], first_page: int) -> None:
+        """Write the content of tokens ``[start, stop)`` into the pages that hold them (slot pools: token 0)."""
+        where, rows = self._place(pool, start, stop, units, first_page)
+        self.bytes[where] = self.pools[pool].content(seed, rows)
+
+    def wrong(
+        self, pool: str, seeds: Sequence[int], start: int, stop: int, units: Sequence[int], first_page: int
+    ) -> list[int]:
+        """Tokens of ``[start, stop)`` with a byte that is none of these requests' content."""
+        where, rows = self._place(pool, start, stop, units, first_page)
+        found, content = self.bytes[where], self.pools[pool].content
+        differs = np.logical_and.reduce([found != content(seed, rows) for seed in seeds])
+        return [int(token) for token in rows[differs.any(axis=1)]]
+
+    def poison(self, pool: str, units: Iterable[int]) -> None:
+        self.bytes[self.pools[pool].index[list(units)]] = POISON
+
+    def _place(
+        self, name: str, start: int, stop: int, units: Sequence[int], first_page: int
+    ) -> tuple[Offsets, NDArray[np.int64]]:
+        place = self.pools[name]
+        if not place.pool.paged:
+            return place.index[units[0], :1], np.zeros(1, dtype=np.int64)
+        tokens = np.arange(start, stop, dtype=np.int64)
+        pages, rows = np.divmod(tokens, place.pool.rows)
+        return place.index[np.asarray(units, dtype=np.int64)[pages - first_page], rows], tokens
+
+
+def _pool_bytes(pool: Pool, bases: list[int]) -> PoolBytes:
+    units = np.arange(pool.units, dtype=np.int64)[:, None, None]
+    rows = np.arange(pool.rows, dtype=np.int64)[None, :, None]
+    columns, salts = [], []
+    for plane in pool.planes:
+        name = sum(ord(letter) << (8 * i) for i, letter in enumerate(f"{pool.name[0]}{plane.name[0]}"))
+        items = np.arange(plane.axis.width, dtype=np.int64)
+        within = np.arange(plane.item_bytes, dtype=np.int64)
+        inner = (items[:, None] * plane.item_stride + within[None, :]).ravel()
+        columns.append(
+            bases[plane.region] + plane.offset + units * plane.unit_stride + rows * plane.row_stride + inner[None, None]
+        )
+        salt = (items + plane.axis.first)[:, None] * 0xC2B2AE3D + within[None, :] * 0x27D4EB2F
+        salts.append((salt.ravel() + (plane.layer + 2) * 0x2545F491 + name * 0x1B873593) & 0xFFFFFFFF)
+    return PoolBytes(pool, np.concatenate(columns, axis=2), np.concatenate(salts).astype(np.uint32))

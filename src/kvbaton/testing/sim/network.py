@@ -1,0 +1,271 @@
+"""Simulated links: streams of messages that are lost, doubled, late, overtaken, cut and broken as a scenario says.
+
+A link behaves as :class:`kvbaton.control.base.Links` promises: in order while nothing is done to it, re-dialled for as
+long as it is open, REFUSED only where a process has closed or died and nobody stands at its address.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
+
+from kvbaton.control.base import Arrived, Changed, LinkChange, LinkId, Links
+from kvbaton.messages import Ping, Pong, decode
+from kvbaton.testing.sim.clockwork import Clockwork
+from kvbaton.testing.sim.scenario import LinkFault, MessageFault, Noise
+
+LATENCY_SECONDS = (0.00005, 0.0005)
+REDIAL_SECONDS = 1.0
+#: Most messages that wait at one rank, and on a link that is not up.
+QUEUE_MESSAGES = 64
+
+
+class _Tag(Struct):
+    type: str
+
+
+_tag = msgspec.msgpack.Decoder(_Tag)
+
+
+@dataclass(eq=False, slots=True)
+class End:
+    """One end of a link. ``address`` is empty at the accepting end. ``arriving``: when the last message in order does."""
+
+    owner: SimLinks
+    link: LinkId
+    address: str
+    peer: End | None = None
+    backlog: deque[bytes] = field(default_factory=deque)
+    arriving: float = 0.0
+
+
+class Network:
+    """All links of a run, and what is done to them."""
+
+    def __init__(self, clockwork: Clockwork) -> None:
+        self.clockwork = clockwork
+        self._listeners: dict[str, SimLinks] = {}
+        self._holes: set[str] = set()
+        self._cuts: dict[tuple[str, str], list[LinkFault]] = {}
+        self._held: list[tuple[End, End, bytes]] = []
+        self._message_faults: list[MessageFault] = []
+        self._noises: list[Noise] = []
+
+    # ---- faults -------------------------------------------------------------------------------------------------
+
+    def add_message_fault(self, fault: MessageFault) -> None:
+        self._message_faults.append(fault)
+
+    def add_noise(self, noise: Noise) -> None:
+        self._noises.append(noise)
+        self.clockwork.at(noise.at + noise.seconds, lambda: self._noises.remove(noise))
+
+    def cut(self, fault: LinkFault) -> None:
+        ways = [(fault.a, fault.b), (fault.b, fault.a)] if fault.both else [(fault.a, fault.b)]
+        breaking = {(fault.a, fault.b), (fault.b, fault.a)}
+        for way in ways:
+            self._cuts.setdefault(way, []).append(fault)
+        self.clockwork.fault(
+            f"link cut {'both ways' if fault.both else 'one way'} ({fault.manner})", fault.a, f"to {fault.b}"
+        )
+        if fault.manner == "broken":
+            for end in [e for links in list(self._listeners.values()) for e in list(links.ends.values())]:
+                if end.peer is not None and end.address and (end.owner.name, end.peer.owner.name) in breaking:
+                    self._break(end)
+        self.clockwork.after(fault.seconds, lambda: self._heal(fault, ways))
+
+    def _heal(self, fault: LinkFault, ways: list[tuple[str, str]]) -> None:
+        for way in ways:
+            self._cuts[way].remove(fault)
+        self.clockwork.tell(fault.a, f"cut to {fault.b} healed")
+        held, self._held = self._held, []
+        for sender, receiver, payload in held:
+            self.transmit(sender, receiver, payload, resent=True)
+
+    def is_cut(self, sender: str, receiver: str) -> LinkFault | None:
+        faults = self._cuts.get((sender, receiver))
+        return faults[-1] if faults else None
+
+    # ---- processes ----------------------------------------------------------------------------------------------
+
+    def listen(self, links: SimLinks) -> None:
+        self._listeners[links.address] = links
+
+    def gone(self, links: SimLinks, *, hole: bool) -> None:
+        """A process has ended. ``hole``: so has its host, and nothing at its address answers any more."""
+        if self._listeners.get(links.address) is links:
+            del self._listeners[links.address]
+        if hole:
+            self._holes.add(links.address)
+        ends = list(links.ends.values())
+        links.ends.clear()
+        for end in ends:
+            if end.peer is not None and not hole:
+                self._break(end)
+
+    def dialled(self, end: End) -> None:
+        self.clockwork.after(LATENCY_SECONDS[1], lambda: self._connect(end))
+
+    def _connect(self, end: End) -> None:
+        owner = end.owner
+        if owner.ends.get(end.link) is not end or end.peer is not None:
+            return
+        there = self._listeners.get(end.address)
+        blocked = there is not None and (self.is_cut(owner.name, there.name) or self.is_cut(there.name, owner.name))
+        if there is None and end.address not in self._holes:
+            owner.put(Changed(end.link, LinkChange.REFUSED))
+        elif there is not None and not blocked:
+            end.peer = there.accept()
+            end.peer.peer = end
+            owner.put(Changed(end.link, LinkChange.UP))
+            while end.backlog:
+                self.transmit(end, end.peer, end.backlog.popleft())
+            return
+        self.clockwork.after(REDIAL_SECONDS, lambda: self._connect(end))
+
+    def _break(self, end: End) -> None:
+        """The stream of a link ends: its dialler is told and dials again, its acceptor is not told."""
+        dialler = end if end.address else end.peer
+        if end.peer is not None:
+            end.peer.peer = None
+            end.peer = None
+        if dialler is not None and dialler.owner.ends.get(dialler.link) is dialler:
+            dialler.owner.put(Changed(dialler.link, LinkChange.DOWN))
+            self.clockwork.after(0.05, lambda: self._connect(dialler))
+
+    # ---- messages -----------------------------------------------------------------------------------------------
+
+    def transmit(self, sender: End, receiver: End, payload: bytes, *, resent: bool = False) -> None:
+        clockwork, names = self.clockwork, (sender.owner.name, receiver.owner.name)
+        tag = _tag.decode(payload).type
+        if clockwork.trace is not None and not resent:
+            message = decode(payload)
+            if not isinstance(message, Ping | Pong):
+                clockwork.tell(names[0], f"→ {names[1]} {str(message)[:240]}")
+        copies, delay = (1, 0.0) if resent else self._disturb(tag, names)
+        cut = self.is_cut(*names)
+        if cut is not None and copies:
+            clockwork.faults[f"message {'held' if cut.manner == 'held' else 'lost'} by a cut"] += 1
+            if cut.manner == "held":
+                self._held.append((sender, receiver, payload))
+            return
+        latency = clockwork.stream(f"link {names[0]} {names[1]}").uniform(*LATENCY_SECONDS)
+        for copy in range(copies):
+            if delay or copy:
+                arrival = clockwork.now + latency + (delay or latency)
+            else:
+                arrival = receiver.arriving = max(clockwork.now + latency, receiver.arriving)
+            clockwork.at(arrival, lambda: self._arrive(sender, receiver, payload))
+
+    def _disturb(self, tag: str, names: tuple[str, str]) -> tuple[int, float]:
+        """Copies and extra delay of a message: what its faults and the noise make of it."""
+        clockwork = self.clockwork
+        number, total = clockwork.happened(tag), clockwork.happened("message")
+        copies, delay = 1, 0.0
+        for fault in self._message_faults:
+            count = number if fault.message else total
+            if fault.message in ("", tag) and fault.nth <= count < fault.nth + fault.count:
+                clockwork.fault(f"message {_PAST[fault.kind]}", names[0], tag)
+                copies = {"drop": 0, "double": 2, "delay": copies}[fault.kind]
+                delay = fault.seconds if fault.kind == "delay" else delay
+        for noise in self._noises:
+            if noise.at <= clockwork.now:
+                random = clockwork.stream(f"noise {names[0]} {names[1]}")
+                lost, doubled, delayed = (random.random() for _ in range(3))
+                if lost < noise.drop:
+                    copies = 0
+                    clockwork.fault("message dropped", names[0], tag)
+                elif doubled < noise.double:
+                    copies *= 2
+                    clockwork.fault("message doubled", names[0], tag)
+                elif delayed < noise.delay:
+                    delay += noise.delay_seconds * random.random()
+                    clockwork.fault("message delayed", names[0], tag)
+        return copies, delay
+
+    def _arrive(self, sender: End, receiver: End, payload: bytes) -> None:
+        if receiver.peer is sender and receiver.owner.ends.get(receiver.link) is receiver:
+            receiver.owner.put(Arrived(receiver.link, payload))
+
+
+_PAST = {"drop": "dropped", "double": "doubled", "delay": "delayed"}
+
+
+class SimLinks(Links):
+    """The links of one process. ``arrived`` is called when there is something to receive.
+
+    ``batch``: most items that one :meth:`receive` returns; 1 makes a slow reader.
+    """
+
+    def __init__(self, network: Network, name: str, address: str, arrived: Callable[[], None]) -> None:
+        self.name = name
+        self.ends: dict[LinkId, End] = {}
+        self.inbox: deque[Arrived | Changed] = deque()
+        self.batch = 256
+        self._network = network
+        self._address = address
+        self._arrived = arrived
+        self._ids = itertools.count(1)
+        self._closed = False
+        network.listen(self)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def dial(self, address: str) -> LinkId:
+        end = self._new_end(address)
+        self._network.dialled(end)
+        return end.link
+
+    def accept(self) -> End:
+        return self._new_end("")
+
+    def _new_end(self, address: str) -> End:
+        end = End(self, LinkId(next(self._ids)), address)
+        self.ends[end.link] = end
+        return end
+
+    def put(self, item: Arrived | Changed) -> None:
+        if isinstance(item, Arrived) and len(self.inbox) >= QUEUE_MESSAGES:
+            self._network.clockwork.fault("inbox full", self.name)
+            return
+        self.inbox.append(item)
+        self._arrived()
+
+    def send(self, link: LinkId, payload: bytes) -> bool:
+        end = self.ends.get(link)
+        if end is None or self._closed:
+            return False
+        if end.peer is not None:
+            self._network.transmit(end, end.peer, payload)
+            return True
+        if not end.address or len(end.backlog) >= QUEUE_MESSAGES:
+            return False
+        end.backlog.append(payload)
+        return True
+
+    def receive(self) -> list[Arrived | Changed]:
+        batch = [self.inbox.popleft() for _ in range(min(self.batch, len(self.inbox)))]
+        return [item for item in batch if item.link in self.ends]
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """Nobody waits here: the simulator decides when a driver turns."""
+
+    def wake(self) -> None:
+        self._arrived()
+
+    def close_link(self, link: LinkId) -> None:
+        end = self.ends.pop(link, None)
+        if end is not None and end.peer is not None and end.address:
+            end.peer.peer = None
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._network.gone(self, hole=False)

@@ -1,0 +1,338 @@
+"""A simulated data plane: writes whose bytes are read and land late, out of order, in part, or never, as a scenario says.
+
+It keeps the contract of :class:`kvbaton.transports.base.Transport` at its edges: source memory is read until a write
+is DONE or its peer is fenced; a broken write goes on landing until then; bytes that had left local memory when a peer
+was fenced or a writer died still land, on planes where the target must help (``must_progress``).
+
+It is also where most violations are seen: every byte that is read or lands is checked against who owns the unit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbaton.errors import DisconnectedError, TransportError
+from kvbaton.layout import Region
+from kvbaton.runs import merge
+from kvbaton.table import Table
+from kvbaton.testing.sim.clockwork import Clockwork
+from kvbaton.testing.sim.memory import Bytes, RankMemory
+from kvbaton.testing.sim.scenario import PrepareFault, WriteFault
+from kvbaton.transports.base import Capabilities, Handle, TableId, Transport, WriteState, check_entries
+
+LATENCY_SECONDS = (0.0001, 0.003)
+#: Bytes that have left a writer when it is cut off land at most this much later.
+FLIGHT_SECONDS = 0.1
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """One contiguous piece of a write; offsets in the buffers of both ranks, and who owned the units when posted."""
+
+    source: int
+    target: int
+    length: int
+    source_owners: tuple[tuple[int, object], ...]
+    target_owners: tuple[tuple[int, object], ...]
+    captured: Bytes | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Write:
+    """One posted write. ``flying``: runs that have not landed; while there are any, memory may be touched."""
+
+    handle: Handle
+    writer: SimTransport
+    peer: str
+    target: Host
+    flying: list[Run]
+    state: WriteState = WriteState.PENDING
+    stopped: bool = False
+    fault: WriteFault | None = None
+
+
+class Host(Protocol):
+    """The process whose memory a write reads or touches, as the data plane sees it."""
+
+    name: str
+    instance: str
+    memory: RankMemory
+
+    @property
+    def alive(self) -> bool: ...
+    def stir(self) -> None: ...
+
+
+class Inspector(Protocol):
+    """Who judges what writes do."""
+
+    def posted(self, source: Host, target: Host, run: Run) -> None: ...
+    def trespassed(self, write: Write, unit: int, owner: object) -> None: ...
+
+
+class Fabric:
+    """What connects the transports of a run."""
+
+    def __init__(self, clockwork: Clockwork, inspector: Inspector) -> None:
+        self.clockwork = clockwork
+        self.inspector = inspector
+        self.transports: dict[str, SimTransport] = {}
+        self.flying: dict[str, dict[Write, None]] = {}
+        self.write_faults: list[WriteFault] = []
+        self.prepare_faults: set[int] = set()
+
+    def add_write_fault(self, fault: WriteFault) -> None:
+        self.write_faults.append(fault)
+
+    def add_prepare_fault(self, fault: PrepareFault) -> None:
+        self.prepare_faults.add(fault.nth)
+
+    def towards(self, instance: str) -> list[Write]:
+        """Writes that may still touch the memory of an instance."""
+        return list(self.flying.get(instance, ()))
+
+    def reading(self, instance: str) -> list[Write]:
+        """Writes that may still read the memory of an instance."""
+        return [write for writes in self.flying.values() for write in writes if write.writer.host.instance == instance]
+
+    @property
+    def busy(self) -> bool:
+        return any(self.flying.values())
+
+
+@dataclass(slots=True)
+class _Peer:
+    host: Host
+    tables: dict[TableId, tuple[Table, Table]] = field(default_factory=dict)
+
+
+class SimTransport(Transport):
+    """The data plane of one process."""
+
+    def __init__(self, fabric: Fabric, host: Host, *, must_progress: bool, fence_breaks_others: bool) -> None:
+        self.host = host
+        self.closed = False
+        self._fabric = fabric
+        self._clockwork = fabric.clockwork
+        self._must_progress = must_progress
+        self._fence_breaks_others = fence_breaks_others
+        self._random = fabric.clockwork.stream(f"wire {host.name}")
+        self._peers: dict[str, _Peer] = {}
+        self._writes: dict[Handle, Write] = {}
+        self._ids = itertools.count(1)
+        self._landing: list[tuple[Write, Run]] = []
+        fabric.transports[host.instance] = self
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(name="sim", target_must_progress=self._must_progress, post_copies=False)
+
+    def register(self, regions: Sequence[Region]) -> None:
+        if self.closed:
+            raise self._clockwork.violated("after close", f"{self.host.name} registers memory")
+
+    def metadata(self) -> bytes:
+        return self.host.instance.encode()
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        number = self._clockwork.happened("prepare")
+        there = self._fabric.transports.get(metadata.decode())
+        if number in self._fabric.prepare_faults:
+            self._clockwork.fault("peer unreachable", self.host.name, peer)
+            raise TransportError("the simulated fabric refuses", peer=peer)
+        if there is None or not there.host.alive or there.closed:
+            raise DisconnectedError("the peer is gone", peer=peer)
+        self._peers[peer] = _Peer(there.host)
+
+    def prepare(self, peer: str, source: Table, target: Table) -> TableId:
+        table = TableId(next(self._ids))
+        self._peers[peer].tables[table] = (source, target)
+        return table
+
+    # ---- writes -------------------------------------------------------------------------------------------------
+
+    def post(self, table: TableId, source_entries: NDArray[np.int32], target_entries: NDArray[np.int32]) -> Handle:
+        if self.closed:
+            raise self._clockwork.violated("after close", f"{self.host.name} posts a write")
+        name, peer = next((n, p) for n, p in self._peers.items() if table in p.tables)
+        source, target = peer.tables[table]
+        check_entries(source, target, source_entries, target_entries)
+        merged = merge(source, source_entries, target, target_entries)
+        triples = zip(merged.source.tolist(), merged.target.tolist(), merged.length.tolist(), strict=True)
+        runs = [self._run(peer.host, *triple) for triple in triples]
+        write = Write(Handle(next(self._ids)), self, name, peer.host, runs)
+        number = self._clockwork.happened("post")
+        if peer.host.alive:
+            for run in runs:
+                self._fabric.inspector.posted(self.host, peer.host, run)
+        write.fault = next((f for f in self._fabric.write_faults if f.nth <= number < f.nth + f.count), None)
+        self._clockwork.tell(self.host.name, f"posts write {number} to {peer.host.name} of {merged.bytes} B")
+        return self._launch(write, number)
+
+    def _run(self, target: Host, source_at: int, target_at: int, length: int) -> Run:
+        ours, theirs = self.host.memory, target.memory
+        source, there = ours.at(source_at), theirs.at(target_at)
+        return Run(
+            source,
+            there,
+            length,
+            tuple((unit, ours.owners[unit]) for unit in ours.units_at(source, length)),
+            tuple((unit, theirs.owners[unit]) for unit in theirs.units_at(there, length)),
+        )
+
+    def _launch(self, write: Write, number: int) -> Handle:
+        kind, seconds = (write.fault.kind, write.fault.seconds) if write.fault else ("", 0.0)
+        if kind:
+            self._clockwork.fault(f"write {kind}", self.host.name, f"write {number}")
+        if kind in ("raises", "breaks", "never_settles"):
+            write.flying.clear()
+        if not write.target.alive:
+            write.flying.clear()
+        for run in list(write.flying):
+            self._schedule(write, run, kind, seconds)
+        if write.flying:
+            self._fabric.flying.setdefault(write.target.instance, {})[write] = None
+        if kind.startswith("raises"):
+            raise DisconnectedError("the simulated fabric broke while posting", peer=write.peer)
+        self._writes[write.handle] = write
+        if kind.startswith("breaks"):
+            self._later(self._random.uniform(*LATENCY_SECONDS), write, WriteState.BROKEN)
+        elif not write.flying and not kind:
+            self._later(0.5, write, WriteState.BROKEN)  # the peer is dead
+        return write.handle
+
+    def _schedule(self, write: Write, run: Run, kind: str, seconds: float) -> None:
+        delay = self._random.uniform(*LATENCY_SECONDS)
+        if kind in ("late", "raises_and_lands", "breaks_and_lands"):
+            delay += seconds
+        elif kind == "scatter":
+            delay += seconds * self._random.random()
+        self._clockwork.after(delay, lambda: self._fly(write, run))
+
+    def _later(self, seconds: float, write: Write, state: WriteState) -> None:
+        def settle() -> None:
+            if write.handle in self._writes and not self.closed:
+                write.state = state
+                self.host.stir()
+
+        self._clockwork.after(seconds, settle)
+
+    def _fly(self, write: Write, run: Run) -> None:
+        """The bytes of a run leave: now they are read; they land at once, or when the target helps."""
+        if run not in write.flying or write.stopped:
+            return
+        if not write.target.alive:
+            self._landed(write, run)
+            return
+        self._capture(run)
+        there = self._fabric.transports[write.target.instance]
+        if there._must_progress:
+            there._landing.append((write, run))
+            write.target.stir()
+        else:
+            self._land(write, run)
+
+    def _capture(self, run: Run) -> None:
+        for unit, owner in run.source_owners:
+            if self.host.memory.owners[unit] is not owner:
+                raise self._clockwork.violated(
+                    "read after free",
+                    f"a write of {self.host.name} reads {self.host.memory.unit_name(unit)}, which was {owner} "
+                    f"and is {self.host.memory.owners[unit]} now",
+                )
+        run.captured = self.host.memory.bytes[run.source : run.source + run.length].copy()
+
+    def _land(self, write: Write, run: Run) -> None:
+        memory = write.target.memory
+        for unit, owner in run.target_owners:
+            if memory.owners[unit] is not owner:
+                self._fabric.inspector.trespassed(write, unit, owner)
+        assert run.captured is not None  # noqa: S101 - our own invariant
+        memory.bytes[run.target : run.target + run.length] = run.captured
+        self._landed(write, run)
+
+    def _landed(self, write: Write, run: Run) -> None:
+        write.flying.remove(run)
+        if write.flying:
+            return
+        self._fabric.flying.get(write.target.instance, {}).pop(write, None)
+        kind = write.fault.kind if write.fault else ""
+        if write.stopped or kind in ("lands_never_settles", "breaks_and_lands"):
+            return
+        done = WriteState.DONE if write.target.alive else WriteState.BROKEN
+        self._later(self._random.uniform(0.00005, 0.0005), write, done)
+
+    def poll(self, handle: Handle) -> WriteState:
+        write = self._writes.get(handle)
+        return write.state if write is not None else WriteState.BROKEN
+
+    def release(self, handle: Handle) -> None:
+        self._writes.pop(handle, None)
+
+    def fence(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+        pending = False
+        for write in [w for writes in list(self._fabric.flying.values()) for w in list(writes) if w.writer is self]:
+            if write.peer == peer:
+                pending = True
+                self._stop(write)
+        for handle, write in list(self._writes.items()):
+            if write.peer == peer:
+                del self._writes[handle]
+            elif pending and self._fence_breaks_others and write.state is WriteState.PENDING:
+                self._clockwork.fault("write broken by another peer's fence", self.host.name)
+                write.fault = write.fault or WriteFault(kind="breaks_and_lands")
+                write.state = WriteState.BROKEN
+        self._clockwork.tell(self.host.name, f"fences {peer}")
+
+    def _stop(self, write: Write) -> None:
+        """Cut a write off: nothing reads our memory any more; what has left it may still be on its way."""
+        write.stopped = True
+        there = self._fabric.transports[write.target.instance]
+        for run in list(write.flying):
+            if run.captured is not None:
+                continue  # it waits at the target
+            if there._must_progress and write.target.alive and self._random.random() < 0.5:
+                self._capture(run)
+                self._clockwork.faults["bytes in flight at a fence"] += 1
+                self._clockwork.after(
+                    self._random.uniform(0, FLIGHT_SECONDS), lambda run=run: self._arrive_late(there, write, run)
+                )
+            else:
+                write.flying.remove(run)
+        if not write.flying:
+            self._fabric.flying.get(write.target.instance, {}).pop(write, None)
+
+    def _arrive_late(self, there: SimTransport, write: Write, run: Run) -> None:
+        there._landing.append((write, run))
+        there.host.stir()
+
+    def progress(self) -> None:
+        landing, self._landing = self._landing, []
+        for write, run in landing:
+            if run in write.flying:
+                write.writer._land(write, run)
+
+    def evidence(self, peer: str) -> str:
+        return "simulated"
+
+    def die(self) -> None:
+        """The process ends: its writes end with it, what has left it may still be on its way."""
+        for writes in list(self._fabric.flying.values()):
+            for write in list(writes):
+                if write.writer is self:
+                    self._stop(write)
+        for write in self._fabric.towards(self.host.instance):
+            for run in list(write.flying):
+                write.writer._landed(write, run)
+        self.closed = True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.die()
