@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup lint types unit bench train docs format clean
+.PHONY: demo test setup lint types unit bench train docs format clean fuzz flood
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -32,6 +32,15 @@ unit: setup
 
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
+
+fuzz: setup            ## look for what breaks the codec, the cores and the API, for about 5 minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	KVBATON_FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q tests/fuzz
+	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60
+	$(BIN)/python tests/fuzz/api_fuzz.py --seconds 40
+
+flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 MiB, while requests go on (about 5 minutes)
+	KVBATON_FLOOD=full $(BIN)/python -m pytest -q tests/processes/test_flood.py
 
 docs: setup            ## regenerate what is generated in docs/
 	$(BIN)/python tools/protocol_diagram.py

@@ -119,7 +119,13 @@ class IncompatibleError(KVBatonError):
     def swapped(self) -> IncompatibleError:
         """The same difference as the other side sees it."""
         return IncompatibleError(
-            self.message, field=self.field, ours=self.theirs, theirs=self.ours, peer=self.peer, room=self.room
+            self.message,
+            field=self.field,
+            ours=self.theirs,
+            theirs=self.ours,
+            peer=self.peer,
+            room=self.room,
+            hint=self.hint,
         )
 
 

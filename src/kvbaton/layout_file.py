@@ -42,7 +42,7 @@ def encode(ranks: Sequence[RankLayout]) -> bytes:
 
 
 def decode(payload: bytes, where: str) -> tuple[RankLayout, ...]:
-    """The ranks in a file. Raises LayoutError, naming ``where``, for anything that is not valid layouts of one group."""
+    """The ranks in a file. Raises LayoutError, naming ``where``, for what is not valid layouts of one group."""
     if len(payload) > MAX_LAYOUT_BYTES:
         raise LayoutError(f"{where}: more than {MAX_LAYOUT_BYTES} bytes are no layout")
     try:

@@ -216,6 +216,7 @@ def coverage_gaps(sources: Sequence[CacheLayout], target: CacheLayout) -> Iterat
                     field=f"{pool.name}.{plane.layer}.{plane.name}",
                     ours=ours,
                     theirs=theirs,
+                    hint="every item must come from exactly one prefill rank: give each rank of one group, once",
                 )
 
 
@@ -270,7 +271,7 @@ def _part(
     blocks = (source.rows // block_rows, target.rows // block_rows)
     lanes: tuple[list[Int64s], list[Int64s]] = ([], [])
     layers: list[int] = []
-    items: list[int] = []
+    items: list[tuple[int, range]] = []
     for (mine, other), pairs in groups.items():
         shared = overlap(mine.axis, other.axis)
         if not shared:
@@ -284,12 +285,15 @@ def _part(
         lanes[0].append(_lanes([pair[0] for pair in pairs], source_regions, mine, s_offsets, length, blocks[0]))
         lanes[1].append(_lanes([pair[1] for pair in pairs], target_regions, other, t_offsets, length, blocks[1]))
         layers += [pair[0].layer for pair in pairs]
-        items += [shared.start, shared.stop]
+        items.append((mine.axis.items, shared))
     if not layers:
         return None
+    widest = max(count for count, _ in items)  # tensors of a state divide by themselves: the finest one names the part
+    shares = [shared for count, shared in items if count == widest]
+    first, last = min(shared.start for shared in shares), max(shared.stop for shared in shares)
     s_lanes, t_lanes = _fused(np.concatenate(lanes[0]), np.concatenate(lanes[1]))
     return PartPlan(
-        id=PartId(source.name, min(layers), max(layers) + 1, min(items), max(items)),
+        id=PartId(source.name, min(layers), max(layers) + 1, first, last),
         paged=source.paged,
         block_rows=block_rows,
         lane_bytes=s_lanes[:, _LENGTH].copy(),

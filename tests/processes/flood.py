@@ -22,7 +22,12 @@ from typing import Any
 BATCH = 250
 NOISE_BYTES = 2048
 PATIENCE_SECONDS = 20.0
-DRESSES = (b"", b"GET / HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n", b"\xff" + bytes(8))
+DRESSES = (
+    b"",
+    b"GET / HTTP/1.1\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n",
+    b"\xff" + bytes(8),
+)
 
 
 def main() -> None:
@@ -47,13 +52,13 @@ async def half_open(ports: list[int], count: int, hold_seconds: float) -> dict[s
             batch = (asyncio.open_connection("127.0.0.1", port) for _ in range(min(BATCH, count - start)))
             for connection in await asyncio.gather(*batch, return_exceptions=True):
                 if isinstance(connection, tuple):
-                    held.append(connection[1])
+                    held.append(connection)
                 else:
                     opened["refused"] += 1
         opened["opened"] += len(held)
         await asyncio.sleep(hold_seconds)
-        opened["closed by the server"] += sum(writer.transport.is_closing() for writer in held)
-        for writer in held:
+        opened["closed by the server"] += sum(reader.at_eof() for reader, _ in held)
+        for _, writer in held:
             writer.transport.abort()
         await asyncio.sleep(0.1)
     return dict(opened)
@@ -170,10 +175,10 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
                     while socket.poll(0):
                         message = decode(socket.recv())
                         answers[getattr(message, "code", "") or type(message).__name__] += 1
-            until = time.monotonic() + 2.0
-            while time.monotonic() < until:
+            until = time.monotonic() + 2 * PATIENCE_SECONDS
+            while time.monotonic() < until and answers["Opened"] + answers["overloaded"] < count:
                 for socket in (link, strange):
-                    if socket.poll(50):
+                    while socket.poll(50):
                         message = decode(socket.recv())
                         answers[getattr(message, "code", "") or type(message).__name__] += 1
     return dict(answers)

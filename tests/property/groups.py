@@ -1,4 +1,4 @@
-"""Whole groups of ranks with every kind of pool, and a reference reshard in plain numpy that shares nothing with a plan.
+"""Whole groups of ranks with every kind of pool, and a reference reshard in numpy that shares nothing with a plan.
 
 A :class:`Model` says what one token and one request leave behind, as arrays over the whole model. A :class:`Group` says
 how one side cuts it: TP, PP, page sizes, interior orders. The reference places the arrays into a group's memory through

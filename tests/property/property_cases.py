@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 #: All properties together, in the default run.
-DEFAULT_CASES = 1_000
+DEFAULT_CASES = 600
 CASES = int(os.environ.get("KVBATON_PROPERTY_CASES", DEFAULT_CASES))
 COUNTED: Counter[str] = Counter()
 

@@ -157,6 +157,8 @@ class Cell:
         wanted = _HELD_AT.get(self.spec.phase)
         if wanted is None or not isinstance(message, wanted) or (wanted is Hello and direction == "out"):
             return False
+        if self.reached.is_set():  # held once; what comes after the release passes
+            return False
         self.reached.set()
         return True
 

@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvbaton.cli.settings import add_log_level, positive
+from kvbaton.cli.settings import add_log_level, positive, transfer_costs
 from kvbaton.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ MIB = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("transfer", "plan"),
-        help="transfer: rooms from source to target ranks; plan: building plans and merging runs (no flags)",
+        choices=("transfer", "plan", "staging", "calibrate"),
+        help="transfer: rooms from source to target ranks; plan: building plans and merging runs; staging: gathered "
+        "against direct writes over a grid; calibrate: the costs that choosing between them is made with",
     )
     parser.add_argument("--suite", action="store_true", help="run the standard scenarios instead of one")
     parser.add_argument("--layers", type=positive, default=8, help="layers of the model, K and V each")
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="kvbaton's transport"
     )
+    parser.add_argument("--transfer-costs", type=Path, default=None, help="a file that calibrate wrote")
     parser.add_argument("--json", action="store_true", help="data on stdout, every round")
     add_log_level(parser)
 
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.what == "plan":
         return _run_plan(options)
+    if options.what in ("staging", "calibrate"):
+        return _run_staging(options)
     try:
         from rich.console import Console
 
@@ -91,6 +96,40 @@ def _run_plan(options: argparse.Namespace) -> int:
             f"TP {cost.source_tp} to {cost.target_tp}, {cost.layers} layers, {cost.pages} contiguous pages: plan "
             f"{cost.plan_seconds * 1e3:.2f} ms, entries {cost.entries_seconds * 1e3:.2f} ms, {cost.writers} writers, "
             f"{cost.entries} entries in {cost.runs} runs"
+        )
+    return 0
+
+
+def _run_staging(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kvbaton.bench.calibrate import calibrate
+    from kvbaton.bench.staging import grid, measure
+
+    console = Console(stderr=True, highlight=False)
+    if options.what == "calibrate":
+        with console.status("calibrating") as status:
+            costs = calibrate(status.update)
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(costs)).decode() + "\n")
+        return 0
+    costs = transfer_costs(options.transfer_costs)
+    points = []
+    for number, (run_bytes, pages) in enumerate(grid()):
+        with console.status("starting") as status:
+            points.append(measure(run_bytes, pages, costs, options.rounds, partial(_show, status, str(number + 1))))
+        point = points[-1]
+        console.print(
+            f"{point.run_bytes} B, {point.pages} pages: direct {point.direct_seconds * 1e3:.2f} ms, staged "
+            f"{point.staged_seconds * 1e3:.2f} ms ({point.direct_seconds / point.staged_seconds:.2f} times), equal TP "
+            f"{point.equal_seconds * 1e3:.2f} ms; model {'stages' if point.prefers_staging else 'writes directly'}"
+        )
+    right = sum(point.prefers_staging == point.staging_is_faster for point in points)
+    if options.json:
+        sys.stdout.write(msgspec.json.encode({"right": right, "of": len(points), "points": points}).decode() + "\n")
+    else:
+        worst = max(point.regret for point in points)
+        print(
+            f"the cost model picks the faster way in {right} of {len(points)} points; at worst {worst:.2f} of its time"
         )
     return 0
 

@@ -142,8 +142,9 @@ def _as_text(
         table = Table()
         for heading in ("field", "prefill", "decode", "what would work"):
             table.add_column(heading, overflow="fold")
-        for error in found:
-            table.add_row(error.field, error.ours, error.theirs, error.hint or error.message)
+        for difference in found:
+            advice = difference.hint or difference.message
+            table.add_row(difference.field, difference.ours, difference.theirs, advice)
         console.print(table)
     verdict = f"incompatible: {len(found)} difference{'s' if len(found) > 1 else ''}" if found else "compatible"
     console.print(verdict)

@@ -22,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and cache"
     )
+    model.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where weights and cache live")
+    model.add_argument(
+        "--tensor-parallel-size", "--tp-size", type=positive, default=1, help="ranks that share each layer"
+    )
+    model.add_argument(
+        "--pipeline-parallel-size", "--pp-size", type=positive, default=1, help="stages that share the layers"
+    )
     model.add_argument("--torch-threads", type=positive, default=None, help="threads of one forward pass")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="where to listen")
@@ -93,6 +100,9 @@ def run(options: argparse.Namespace) -> int:
         chunked_prefill_size=options.chunked_prefill_size,
         max_running_requests=options.max_running_requests,
         dtype=options.dtype,
+        device=options.device,
+        tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
         secret_file=options.secret_file,
         torch_threads=options.torch_threads,
         grace_seconds=options.grace_period_secs,

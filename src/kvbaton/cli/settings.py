@@ -13,7 +13,11 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import msgspec
+
+from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.errors import ConfigError
 
 PREFIX = "KVBATON_"
@@ -107,3 +111,13 @@ def seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
+
+
+def transfer_costs(file: Path | None) -> Costs:
+    """Costs from a file that ``bench calibrate`` wrote; the defaults without one. Raises ConfigError with its name."""
+    if file is None:
+        return DEFAULT_COSTS
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Costs)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"--transfer-costs {file}: {error}; write one with `kvbaton bench calibrate`") from error

@@ -48,14 +48,14 @@ _FULL, _WINDOW, _LINEAR = "full_attention", "sliding_attention", "linear_attenti
 FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 4, "head_dim": 16}),
     "llama": ("LlamaConfig", {"num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_MOE, "num_key_value_heads": 4, "head_dim": 16, "num_experts": 8}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_MOE, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8}),
     "deepseek_v2": ("DeepseekV2Config", {**_DEEPSEEK, "topk_method": "greedy", "n_group": 1}),
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
     "deepseek_v32": ("DeepseekV32Config", {**_DEEPSEEK, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 24}),
     "gpt_oss": (
         "GptOssConfig",
         {
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "head_dim": 16,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -66,14 +66,14 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3": (
         "Gemma3TextConfig",
         {
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
             "layer_types": [_WINDOW, _WINDOW, _FULL, _WINDOW],
         },
     ),
-    "mistral": ("MistralConfig", {"num_key_value_heads": 4, "head_dim": 16, "sliding_window": WINDOW}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {
@@ -92,7 +92,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "bamba": (
         "BambaConfig",
         {
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "mamba_n_heads": 8,
             "mamba_d_head": 16,
             "mamba_n_groups": 1,
@@ -104,7 +104,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "falcon_h1": (
         "FalconH1Config",
         {
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "head_dim": 16,
             "mamba_n_heads": 8,
             "mamba_d_head": 16,

@@ -131,7 +131,10 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
         return _failure(status, error.code, str(error))
     except web.HTTPException as error:
-        return _failure(error.status, "http", f"{request.method} {request.path}: {error.reason}")
+        response = _failure(error.status, "http", f"{request.method} {request.path}: {error.reason}")
+        if "Allow" in error.headers:  # RFC 9110: a 405 says what would be allowed
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
 
 
 def _failure(status: int, code: str, message: str) -> web.Response:

@@ -38,6 +38,8 @@ from kvbaton.errors import ConfigError, OverloadedError
 
 #: Most messages that wait in each direction of a link.
 QUEUE_MESSAGES = 1024
+#: Most messages of one accepted connection that wait to be read; more wait at their sender (8 MiB each is possible).
+ACCEPTED_MESSAGES = 128
 #: Most items that one ``receive`` returns, and most messages that it takes from one socket.
 BATCH = 256
 SOCKET_BATCH = 64
@@ -174,6 +176,7 @@ class ZmqLinks(Links):
 
     def _listen(self, here: Address) -> None:
         self._router.router_mandatory = True
+        self._router.rcvhwm = ACCEPTED_MESSAGES
         if self._keys:
             self._keys.guard_server(self._router)
         self._router.bind(str(here))

@@ -17,7 +17,7 @@ from kvbaton.engine import orders
 from kvbaton.engine.cache import Extent
 from kvbaton.engine.pool import Holding, Pools
 from kvbaton.engine.runner import ModelRunner
-from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.errors import InternalError, KVBatonError, LocalProtocolError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender
 
 logger = logging.getLogger(__name__)
@@ -57,21 +57,25 @@ _UNKNOWN = InternalError("a room could not be opened on this rank")
 
 
 class Follower:
-    """One rank's loop. ``run`` returns when the leader says so or is gone."""
+    """One rank's loop. ``run`` returns when the leader says so or is gone. Without ``manager`` it only computes."""
 
-    def __init__(self, pipe: Connection, runner: ModelRunner, pools: Pools, manager: KVManager) -> None:
+    def __init__(self, pipe: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
         self._pipe = pipe
         self._runner = runner
         self._pools = pools
         self._manager = manager
+        self._wakeup = manager.wakeup if manager is not None else threading.Event()
         self._sides: dict[int, _Side] = {}
         self._lock = threading.Lock()
         self._stopping = False
         self._reporter = threading.Thread(target=self._report_forever, name="kvbaton-report", daemon=True)
 
     def run(self) -> None:
-        layout = self._manager.layout.digest()
-        self._send(orders.Ready(self._manager.instance, self._manager.address, layout))
+        manager = self._manager
+        ready = orders.Ready("", "", "")
+        if manager is not None:
+            ready = orders.Ready(manager.instance, manager.address, manager.layout.digest(), manager.layout)
+        self._send(ready)
         self._reporter.start()
         try:
             while True:
@@ -85,7 +89,7 @@ class Follower:
                 self._do(order)
         finally:
             self._stopping = True
-            self._manager.wakeup.set()
+            self._wakeup.set()
             self._reporter.join()
 
     def _do(self, order: orders.Order) -> None:
@@ -102,7 +106,7 @@ class Follower:
             except KVBatonError as error:
                 side.error = error
                 side.end.fail(error)
-                self._manager.wakeup.set()
+                self._wakeup.set()
 
     def _compute(self, order: orders.Forward) -> None:
         extents = [
@@ -115,17 +119,18 @@ class Follower:
             logger.warning("%s", error)
 
     def _begin(self, order: orders.Begin) -> None:
+        manager = self._manager
         try:
+            if manager is None:
+                raise LocalProtocolError("this rank hands nothing over")
             end: KVSender | KVReceiver = (
-                self._manager.sender(order.room)
-                if order.role == "source"
-                else self._manager.receiver(order.room, order.sources)
+                manager.sender(order.room) if order.role == "source" else manager.receiver(order.room, order.sources)
             )
         except KVBatonError as error:
             self._sides[order.side] = _Side(None, error=error)
         else:
             self._sides[order.side] = _Side(end)
-        self._manager.wakeup.set()
+        self._wakeup.set()
 
     def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.Submit | orders.Fail) -> None:
         if isinstance(order, orders.Fail):
@@ -145,8 +150,8 @@ class Follower:
         """The second thread: news of rooms as they come."""
         try:
             while not self._stopping:
-                self._manager.wakeup.wait()
-                self._manager.wakeup.clear()
+                self._wakeup.wait()
+                self._wakeup.clear()
                 for number, side in list(self._sides.items()):
                     over = side.over  # asked first: what is over does not change any more
                     fares = side.fares(number)

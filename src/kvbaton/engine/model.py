@@ -60,9 +60,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown, use one of {', '.join(DTYPES)}")
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads} must be at least 1")
-        torch.set_num_threads(threads)
+        use_threads(threads)
     path = locate_model(name)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} holds no config.json; give the directory that save_pretrained() wrote")
@@ -86,6 +84,13 @@ def load_model(
         fingerprint=fingerprint(path),
         eos_tokens=_eos_tokens(network, tokenizer),
     )
+
+
+def use_threads(threads: int) -> None:
+    """Set torch's intra-operation threads for the whole process. Raises ConfigError."""
+    if threads < 1:
+        raise ConfigError(f"threads={threads} must be at least 1")
+    torch.set_num_threads(threads)
 
 
 def locate_model(name: str) -> Path:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from kvbaton.errors import KVBatonError, from_code
+from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVPoll, Span
 from kvbaton.messages import Role
 
@@ -85,6 +86,7 @@ class Ready(Struct, frozen=True, tag="ready"):
     instance: str
     address: str
     layout_digest: str
+    layout: CacheLayout | None = None
 
 
 class Fares(Struct, frozen=True, tag="fares"):

@@ -1,8 +1,8 @@
 """The pools that a model's ``config.json`` implies, without its weights: for plans on paper.
 
-Keys decide, never the name of a family: latents where there is a ``kv_lora_rank``, index keys beside them where there is
-an ``index_head_dim``, windows and states where the layer types say so. What an engine really allocates it says itself,
-in its layout.
+Keys decide, never the name of a family: latents where there is a ``kv_lora_rank``, index keys beside them where there
+is an ``index_head_dim``, windows and states where the layer types say so. What an engine really allocates it says
+itself, in its layout.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ModelCache:
         pools: list[Pool] = []
         full = [layer for layer in stage if self.kinds[layer] in (_FULL, _BOTH)]
         if full and self.latent_dim:
-            latent = {"latent_bytes": self.latent_dim * element, "rope_bytes": self.rope_dim * element}
+            latent: dict[str, Any] = {"latent_bytes": self.latent_dim * element, "rope_bytes": self.rope_dim * element}
             pools.append(mla_pool(full, region=len(pools), **latent, **paged, **rank))
             if self.index_dim:
                 pools.append(index_pool(full, key_bytes=self.index_dim * element, region=len(pools), **paged, **rank))
@@ -119,9 +119,8 @@ def read_model(name: str, *, dtype: str = "") -> ModelCache:
         raise ConfigError(f"{path / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path / 'config.json'} is not an object of settings")
-    return describe(
-        config, name=path.name, dtype=dtype, fingerprint=hashlib.blake2b(payload, digest_size=8).hexdigest()
-    )
+    digest = hashlib.blake2b(payload, digest_size=8).hexdigest()
+    return describe(config, name=path.name, dtype=dtype, fingerprint=digest)
 
 
 def describe(config: Config, *, name: str, dtype: str = "", fingerprint: str = "") -> ModelCache:

@@ -63,7 +63,7 @@ def draw(explanation: Explanation) -> str:
     for t, (rank, place) in enumerate(zip(explanation.targets, boxes[1], strict=True)):
         parts += _frame(rank, place, width, height, idle=False)
         writers = [(i, explanation.sources[i]) for i in explanation.writers_of(t)]
-        parts += _maps(rank, place, layers, [patch for i, w in writers for patch in _shared(w, rank, rank, i)])
+        parts += _maps(rank, place, layers, [patch for i, w in writers for patch in _shared(w, rank, i)])
     parts += _footer(explanation, total[1])
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
@@ -76,8 +76,8 @@ def page(explanation: Explanation, table: str) -> str:
         f"body{{font:14px sans-serif;color:{INK};margin:2em}}svg{{max-width:100%;height:auto}}pre{{overflow-x:auto}}"
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
-        f"<body>\n{draw(explanation)}<pre>{escape(table)}</pre>\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{style}</style></head><body>\n{draw(explanation)}<pre>{escape(table)}</pre>\n</body></html>\n"
     )
 
 
@@ -103,10 +103,12 @@ def _column(x: float, count: int, height: float, body: float) -> list[_Box]:
 
 
 def _text(
-    x: float, y: float, text: str, *, size: int = 12, fill: str = INK, anchor: str = "start", weight: str = ""
+    x: float, y: float, text: str, *, size: int = 12, fill: str = INK, anchor: str = "start", weight: str = "normal"
 ) -> str:
-    bold = f' font-weight="{weight}"' if weight else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{bold}>{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{escape(text)}</text>'
+    )
 
 
 def _heading(explanation: Explanation, width: float) -> list[str]:
@@ -182,11 +184,11 @@ def _held(rank: RankOnPaper, number: int) -> list[_Patch]:
 
 def _sent(rank: RankOnPaper, number: int, targets: Sequence[RankOnPaper]) -> list[_Patch]:
     """What a source rank writes for anybody."""
-    return [patch for target in targets for patch in _shared(rank, target, rank, number)]
+    return [patch for target in targets for patch in _shared(rank, target, number)]
 
 
-def _shared(source: RankOnPaper, target: RankOnPaper, where: RankOnPaper, number: int) -> list[_Patch]:
-    """What ``source`` writes for ``target``, as seen in the maps of ``where``."""
+def _shared(source: RankOnPaper, target: RankOnPaper, number: int) -> list[_Patch]:
+    """What ``source``, of that number, writes for ``target``."""
     theirs = {(pool.name, p.layer, p.name): p.axis for pool in target.layout.pools for p in pool.planes}
     patches = []
     for pool in source.layout.pools:
@@ -222,9 +224,10 @@ def _maps(rank: RankOnPaper, place: _Box, layers: dict[str, range], patches: Seq
 
 def _holding(rank: RankOnPaper) -> str:
     layers = f"layers {rank.layers.start}–{rank.layers.stop - 1}"  # noqa: RUF001 - a range, for people
-    sharded = max((plane.axis for pool in rank.layout.pools for plane in pool.planes), key=lambda axis: axis.items)
-    if sharded.items == 1:
+    axes = [plane.axis for pool in rank.layout.pools for plane in pool.planes if plane.axis.items > 1]
+    if not axes:
         return layers
+    sharded = axes[0]
     last = sharded.first + sharded.width - 1
     heads = f"head {sharded.first}" if sharded.width == 1 else f"heads {sharded.first}–{last}"  # noqa: RUF001
     return f"{layers}, {heads} of {sharded.items}"

@@ -72,10 +72,10 @@ class RankOnPaper:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flow:
-    """One part that one source rank writes for one target rank, for a prompt of :attr:`Explanation.tokens` tokens.
+    """One part that one source rank writes for one target rank, for :attr:`Explanation.tokens` tokens.
 
-    ``items``: of the widest tensor, over all ranks. ``token_bytes``: per token, 0 for slots. ``descriptors``: contiguous pieces for pages scattered in memory;
-    ``piece_bytes``: of the smallest.
+    ``items``: of the widest tensor, over all ranks. ``token_bytes``: per token, 0 for slots. ``descriptors``:
+    contiguous pieces where pages are scattered in memory; ``piece_bytes``: of the smallest.
     """
 
     source: int
@@ -150,7 +150,7 @@ def ranks_of(model: ModelCache, cut: Side, *, tokens: int, side: str) -> tuple[R
     layers = len(model.kinds)
     if cut.pp > layers:
         raise ConfigError(f"pp={cut.pp} on {side}: the model has only {layers} layers")
-    found = []
+    found: list[RankOnPaper] = []
     for stage in range(cut.pp):
         owned = range(layers * stage // cut.pp, layers * (stage + 1) // cut.pp)
         for rank in range(cut.tp):

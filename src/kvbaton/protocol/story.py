@@ -1,14 +1,17 @@
-"""What happened to a room, in order: the answer to "where is request N stuck?". Bounded in rooms and in lines."""
+"""What happened to a room, in order: the answer to "where is request N stuck?". Bounded in rooms and in lines.
+
+How a room began says as much as how it stands, so a long story keeps both ends and says how many lines are left out.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_ROOMS = 4_096
-MAX_LINES = 64
-#: Longest line; a peer chooses part of the text.
-MAX_CHARACTERS = 400
+#: Lines that are kept from the beginning of a room, and most of its end.
+FIRST_LINES = 16
+LAST_LINES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,23 +22,44 @@ class Line:
     text: str
 
 
+@dataclass(slots=True)
+class _Told:
+    """One room's lines. ``left_out``: how many are missing between the first and the last."""
+
+    first: list[Line] = field(default_factory=list)
+    last: deque[Line] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    left_out: int = 0
+
+    def add(self, line: Line) -> None:
+        if len(self.first) < FIRST_LINES:
+            self.first.append(line)
+            return
+        self.left_out += len(self.last) == LAST_LINES
+        self.last.append(line)
+
+    def lines(self) -> list[Line]:
+        gap = [Line(self.last[0].at, f"({self.left_out} lines left out)")] if self.left_out else []
+        return [*self.first, *gap, *self.last]
+
+
 class Story:
-    """The last lines of the last rooms."""
+    """The first and last lines of the last rooms."""
 
     def __init__(self) -> None:
-        self._rooms: OrderedDict[int, deque[Line]] = OrderedDict()
+        self._rooms: OrderedDict[int, _Told] = OrderedDict()
 
     def tell(self, room: int, at: float, text: str) -> None:
-        lines = self._rooms.get(room)
-        if lines is None:
-            lines = self._rooms[room] = deque(maxlen=MAX_LINES)
+        told = self._rooms.get(room)
+        if told is None:
+            told = self._rooms[room] = _Told()
             if len(self._rooms) > MAX_ROOMS:
                 self._rooms.popitem(last=False)
-        lines.append(Line(at, text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"))
+        told.add(Line(at, text))
 
     def __len__(self) -> int:
         """Rooms that are remembered."""
         return len(self._rooms)
 
     def of(self, room: int) -> list[Line]:
-        return list(self._rooms.get(room, ()))
+        told = self._rooms.get(room)
+        return told.lines() if told is not None else []

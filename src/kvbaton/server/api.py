@@ -25,6 +25,7 @@ from kvbaton.control.registry_client import RegistryClient
 from kvbaton.engine.request import Output
 from kvbaton.errors import (
     AuthenticationError,
+    ConfigError,
     DisconnectedError,
     IncompatibleError,
     InternalError,
@@ -33,6 +34,7 @@ from kvbaton.errors import (
     RegistryError,
     TransferFailedError,
 )
+from kvbaton.layout_file import RankLayout, encode
 from kvbaton.manager import Moment
 from kvbaton.server import openapi, story
 from kvbaton.server.answers import Answers
@@ -50,6 +52,7 @@ from kvbaton.server.openai import (
     event,
     parse,
 )
+from kvbaton.server.operators import require_operator
 
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
@@ -63,6 +66,7 @@ class ApiServer:
         readiness: says in one line what keeps the server from taking requests; empty when nothing does.
         info: extra facts for ``/get_server_info``, read at every call.
         timeline: a room's story on this side; may block for a moment. None where there are no rooms.
+        layouts: the memory of every rank of this group, for ``/layout``.
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
         registry: needed in decode mode, to find the prefill group that a request names.
@@ -78,6 +82,7 @@ class ApiServer:
         readiness: Callable[[], str] = lambda: "",
         info: Callable[[], Mapping[str, object]] = dict,
         timeline: Callable[[int], Sequence[Moment]] | None = None,
+        layouts: Sequence[RankLayout] = (),
         instance: str = "",
         secret: str | None = None,
     ) -> None:
@@ -88,6 +93,7 @@ class ApiServer:
         self._readiness = readiness
         self._info = info
         self._timeline = timeline
+        self._layouts = layouts
         self._instance = instance
         self._secret = secret
         self._broken = ""  # why the engine is gone for good
@@ -110,6 +116,7 @@ class ApiServer:
         app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get(story.PATH, self._story)
+        app.router.add_get(openapi.LAYOUT_PATH, self._layout)
         app.router.add_get(openapi.PATH, self._openapi)
         return app
 
@@ -247,6 +254,12 @@ class ApiServer:
         moments = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
         lines = tuple(story.StoryLine(moment.seconds_ago, moment.text) for moment in moments)
         return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
+
+    async def _layout(self, http: web.Request) -> web.Response:
+        require_operator(http, self._secret, what="the layout of its memory")
+        if not self._layouts:
+            raise ConfigError("this server hands nothing over: start it with --disaggregation-mode prefill or decode")
+        return web.Response(body=encode(self._layouts), content_type="application/json")
 
     async def _openapi(self, _http: web.Request) -> web.Response:
         return web.Response(body=openapi.encoded(self._config.mode), content_type="application/json")

@@ -91,7 +91,10 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response_of(error)
     except web.HTTPException as error:
         message = f"{request.method} {request.path}: {error.reason}"
-        return _response(error.status, ErrorBody(ErrorDetail(message=message, type="http_error", code="http")))
+        response = _response(error.status, ErrorBody(ErrorDetail(message=message, type="http_error", code="http")))
+        if "Allow" in error.headers:  # RFC 9110: a 405 says what would be allowed
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except ConnectionError:  # a write found the client gone; nobody reads this, and aiohttp takes it without a word
         return response_of(AbortedError("the client has gone"))
     except Exception:  # noqa: BLE001 - the top of a handler: a bug must end one request and be told to its client

@@ -1,21 +1,22 @@
-"""Assembles one server: model, pools, manager, scheduler, registry, HTTP; runs it until a signal; takes it down.
+"""Assembles one server: ports, engine (see ``stack``), registry, HTTP; runs it until a signal; takes it down.
 
-Order up: ports (cheap to fail), model, pools, manager, scheduler, registry, HTTP, registration. Order down: the gate is
-shut and drained, the registration withdrawn, HTTP ended, scheduler, manager, and only then the pools' memory.
-
-:func:`build_manager` is the one place that knows which transport and which links a name stands for.
+Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: the gate is shut and drained, the
+registration withdrawn, HTTP ended, and then the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from kvbaton import __version__
 from kvbaton.control.access import read_secret, require_secret
@@ -23,25 +24,16 @@ from kvbaton.control.address import Address
 from kvbaton.control.registry import Registered, Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
-from kvbaton.control.zmq import ZmqLinks
-from kvbaton.engine.decode import decode_scheduler
-from kvbaton.engine.model import LoadedModel, load_model
-from kvbaton.engine.pool import PoolConfig, Pools
-from kvbaton.engine.prefill import prefill_scheduler
-from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
-from kvbaton.engine.unified import unified_scheduler
+from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError, KVBatonError
-from kvbaton.manager import KVManager, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import ApiServer
 from kvbaton.server.intake import ApiConfig, Mode
 from kvbaton.server.lifecycle import Signals, drain, listen, port_of, reserve
+from kvbaton.server.stack import Rank, Stack, build
 from kvbaton.server.tokens import ServerTokenizer
-from kvbaton.transports import make_transport
 
-#: How long the scheduler may take to end what was aborted, leases included.
-CLOSE_SECONDS = 10.0
 WITHDRAW_SECONDS = 2.0
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 _DEFAULTS = Settings()
@@ -66,6 +58,9 @@ class ServeConfig:
     chunked_prefill_size: int = 512
     max_running_requests: int = 32
     dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     secret_file: Path | None = None
     torch_threads: int | None = None
     grace_seconds: float = 30.0
@@ -98,42 +93,6 @@ class ServeConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rank:
-    """What a process is to its peers. ``group`` is minted per launch: a restart is a new group."""
-
-    instance: str = field(default_factory=new_instance)
-    group: str = field(default_factory=new_instance)
-
-
-def build_manager(config: ServeConfig, pools: Pools, rank: Rank, *, secret: str | None) -> KVManager:
-    """The hand-off manager of this rank: transport by ``config.backend``, links bound to ``config.registry_host``.
-
-    With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
-    """
-    host = config.registry_host
-    shown = f"[{host}]" if ":" in host else host
-    links = ZmqLinks(f"tcp://{shown}:{config.control_port}", secret=secret)
-    try:
-        transport = make_transport(config.backend, rank.instance)
-        return KVManager(
-            pools.layout, transport, links, instance=rank.instance, group=rank.group, settings=config.settings()
-        )
-    except KVBatonError:
-        links.close()
-        raise
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A running engine and what it stands on."""
-
-    model: LoadedModel
-    pools: Pools
-    scheduler: Scheduler
-    manager: KVManager | None
-
-
 def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _port: None) -> None:
     """Run one server until SIGTERM or SIGINT. ``listening`` is told the port. Raises KVBatonError."""
     secret = read_secret(config.secret_file) if config.secret_file is not None else None
@@ -141,48 +100,14 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
     if config.mode != "null":
         require_secret(config.registry_host, secret, what="the control plane")
         require_secret(config.host, secret, what=f"a {config.mode} server")
-    rank = Rank()
+    rank = Rank(shard=Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size))
     with ExitStack() as closing:
         port = closing.enter_context(reserve(config.host, config.port))
         registry = None
         if config.mode == "prefill":
             registry = closing.enter_context(reserve(config.registry_host, config.bootstrap_port, flag=BOOTSTRAP_FLAG))
-        stack = _build(config, rank, secret, closing)
+        stack = build(config, rank, secret, closing, ports=(port, registry))
         asyncio.run(_Server(config, rank, secret, allow, stack).run(port, registry, listening))
-
-
-def _build(config: ServeConfig, rank: Rank, secret: str | None, closing: ExitStack) -> Stack:
-    """Model, pools, manager and scheduler, started; ``closing`` ends them in the right order."""
-    model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads)
-    _log.info("loaded %r", model)
-    pools = Pools(
-        model.geometry,
-        PoolConfig(
-            pages=config.max_total_tokens // config.page_size,
-            page_size=config.page_size,
-            aux_slots=2 * config.max_running_requests,
-            chunk_tokens=1 if config.mode == "decode" else config.chunked_prefill_size,
-        ),
-        model=model.fingerprint,
-    )
-    manager = None
-    limits = SchedulerConfig(chunked_prefill_size=config.chunked_prefill_size, max_batch=config.max_running_requests)
-    if config.mode == "null":
-        scheduler = unified_scheduler(model, pools, limits)
-    else:
-        manager = build_manager(config, pools, rank, secret=secret)
-        closing.callback(manager.close)
-        manager.start()
-        make = prefill_scheduler if config.mode == "prefill" else decode_scheduler
-        scheduler = make(model, pools, manager, limits)
-    closing.callback(_close_scheduler, scheduler)
-    scheduler.start()
-    return Stack(model, pools, scheduler, manager)
-
-
-def _close_scheduler(scheduler: Scheduler) -> None:
-    if not scheduler.close(CLOSE_SECONDS):
-        _log.warning("pages were still leased %g s after everything was aborted", CLOSE_SECONDS)
 
 
 class _Server:
@@ -200,6 +125,7 @@ class _Server:
     async def run(self, port: socket.socket, registry: socket.socket | None, listening: Callable[[int], None]) -> None:
         async with AsyncExitStack() as closing:
             signals = closing.enter_context(Signals())
+            self._watch_group(signals)
             client = await closing.enter_async_context(RegistryClient(secret=self._secret))
             api = self._api(client)
             runner = await listen(api.app, port)
@@ -214,6 +140,14 @@ class _Server:
             await drain(api.gate, grace_seconds=self._config.grace_seconds, hurry=signals.hurry)
         if self._failure is not None:
             raise self._failure
+
+    def _watch_group(self, signals: Signals) -> None:
+        """A group without one of its ranks can serve nothing: the server ends, so that whoever supervises it knows."""
+        group, loop = self._stack.group, asyncio.get_running_loop()
+        if group is not None:
+            group.on_lost = lambda error: _post(loop, self._fail, error, signals)
+            if group.lost is not None:
+                self._fail(group.lost, signals)
 
     def _api(self, client: RegistryClient) -> ApiServer:
         stack, config = self._stack, self._config
@@ -232,6 +166,7 @@ class _Server:
             readiness=lambda: "" if self._registered else "not registered with the bootstrap registry yet",
             info=self._info,
             timeline=stack.manager.timeline if stack.manager is not None else None,
+            layouts=stack.layouts,
             instance=self._rank.instance,
             secret=self._secret,
         )
@@ -253,6 +188,8 @@ class _Server:
             "max_total_tokens": stack.pools.tokens,
             "chunked_prefill_size": config.chunked_prefill_size,
             "max_running_requests": config.max_running_requests,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
         }
         manager = stack.manager
         if manager is not None:
@@ -273,37 +210,43 @@ class _Server:
         self, client: RegistryClient, where: tuple[str, int], http_port: int, signals: Signals
     ) -> AsyncIterator[None]:
         """Be registered for the length of the block; a refusal that waiting cannot cure stops the server."""
-        manager = self._stack.manager
-        assert manager is not None  # noqa: S101 - _build gives prefill one
-        route = Route(
-            instance=self._rank.instance,
-            group=self._rank.group,
-            address=self._config.control_advertise or manager.address,
-            layout_digest=manager.layout.digest(),
-            http_port=http_port,
-        )
+        routes = [msgspec.structs.replace(route, http_port=http_port) for route in self._stack.routes]
+        missing = {route.instance for route in routes}
 
-        async def keep() -> None:
+        async def keep(route: Route) -> None:
+            def registered(_answer: Registered) -> None:
+                missing.discard(route.instance)
+                self._registered = not missing
+
             try:
-                await client.register_forever(*where, route, registered=self._on_registered)
+                await client.register_forever(*where, route, registered=registered)
             except KVBatonError as error:
-                self._failure = error
-                signals.stop.set()
+                self._fail(error, signals)
 
-        task = asyncio.create_task(keep())
+        tasks = [asyncio.create_task(keep(route)) for route in routes]
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             try:
                 async with asyncio.timeout(WITHDRAW_SECONDS):
-                    await client.unregister(*where, self._rank.instance)
+                    await asyncio.gather(*(client.unregister(*where, route.instance) for route in routes))
             except (KVBatonError, TimeoutError) as error:
                 _log.info("not withdrawn from the registry: %s", error)
 
-    def _on_registered(self, _answer: Registered) -> None:
-        self._registered = True
+    def _fail(self, error: KVBatonError, signals: Signals) -> None:
+        """Stop the server, with this as the reason."""
+        self._failure = self._failure or error
+        signals.stop.set()
+        signals.hurry.set()
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:
+    """From another thread; after the loop has ended there is nobody left to tell."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _reachable(host: str) -> str:

@@ -18,6 +18,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kvbaton.errors import ConfigError
 from kvbaton.server.connections import KEEPALIVE_SECONDS, Connections, Handler, raise_file_limit
@@ -29,6 +30,17 @@ BACKLOG = 1024
 CLEANUP_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger(__name__)
+
+
+class _NoNoise(logging.Filter):
+    """Bytes that are no HTTP cost the log nothing: anybody can send them, and each would be a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_http_log = logging.getLogger("kvbaton.http")
+_http_log.addFilter(_NoNoise())
 
 
 def reserve(host: str, port: int, *, flag: str = "--port") -> socket.socket:
@@ -66,6 +78,7 @@ async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--p
         shutdown_timeout=CLEANUP_SECONDS,
         keepalive_timeout=KEEPALIVE_SECONDS,
         auto_decompress=False,
+        logger=_http_log,
     )
     _guard(app, runner)
     await runner.setup()

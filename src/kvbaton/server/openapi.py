@@ -30,6 +30,7 @@ from kvbaton.server.story import PATH as STORY_PATH
 from kvbaton.server.story import RoomStory
 
 PATH = "/openapi.json"
+LAYOUT_PATH = "/layout"
 Kind = Literal["null", "prefill", "decode", "router"]
 _Json = dict[str, Any]
 _REF = "#/components/schemas/"
@@ -146,7 +147,7 @@ def _paths(kind: Kind) -> _Json:
     )
     room = {"type": "integer", "minimum": 0, "maximum": (1 << 63) - 1}
     story["get"]["parameters"] = [{"name": "room", "in": "path", "required": True, "schema": room}]
-    return {
+    paths = {
         "/v1/completions": _answers("CompletionRequest", "CompletionAnswer"),
         "/v1/chat/completions": _answers("ChatRequest", "ChatCompletionAnswer"),
         "/abort_request": {
@@ -170,11 +171,18 @@ def _paths(kind: Kind) -> _Json:
         STORY_PATH: story,
         PATH: _get("this document", {"200": _json({"type": "object"})}),
     }
+    if kind != "router":
+        ranks = {"type": "array", "items": {"type": "object"}}
+        paths[LAYOUT_PATH] = _get(
+            "the memory of every rank, as kvbaton check reads it; for the same people as a room's story",
+            {"200": _json(ranks), **{code: _json(_ref("ErrorBody")) for code in ("400", "401")}},
+        )
+    return paths
 
 
 def _answers(request: str, answer: str) -> _Json:
     ok = _json(_ref(answer))
-    ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    ok["content"]["text/event-stream"] = {}
     responses = {"200": ok, **_refusals(*_REFUSALS)}
     return {"post": {"summary": "tokens", "requestBody": _body(request), "responses": responses}}
 
@@ -233,6 +241,10 @@ def _tighten(schema: _Json, kind: Kind) -> None:
     elif kind == "null":
         for name in rooms:
             fields[name] = {"type": "null"}
+    else:  # one half of a pair: a room is what it is asked for
+        for name in ("bootstrap_room", *(("bootstrap_host",) if kind == "decode" else ())):
+            fields[name] = fields[name]["anyOf"][0]
+            schema["required"] = [*schema["required"], name]
     schema["properties"] = fields
     schema["allOf"] = [
         {

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 from kvbaton.control.registry import Coordinates as Place
 from kvbaton.control.registry import Route, Sizes
 from kvbaton.control.zmq import ZmqLinks
+from kvbaton.engine.collective import Collective
+from kvbaton.engine.cutting import check_fits, cut
 from kvbaton.engine.decode import decode_scheduler
 from kvbaton.engine.follower import Follower
 from kvbaton.engine.group import READY_SECONDS, Group, GroupManager
 from kvbaton.engine.model import LoadedModel, load_model, use_threads
-from kvbaton.engine.collective import Collective
-from kvbaton.engine.cutting import check_fits, cut
 from kvbaton.engine.pool import PoolConfig, Pools
 from kvbaton.engine.prefill import prefill_scheduler
 from kvbaton.engine.runner import ModelRunner
@@ -36,6 +36,7 @@ from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.engine.shard import Shard
 from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import KVBatonError
+from kvbaton.layout_file import RankLayout
 from kvbaton.manager import KVManager, new_instance
 from kvbaton.messages import Coordinates
 from kvbaton.server.ranks import Forked, fork_followers
@@ -89,7 +90,8 @@ def build_manager(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """A running engine and what it stands on. ``routes``: where each rank is found, for the registry."""
+    """A running engine and what it stands on. ``routes``: where each rank is found, for the registry; ``layouts``:
+    the memory of each rank, for operators."""
 
     model: LoadedModel
     pools: Pools
@@ -97,12 +99,13 @@ class Stack:
     manager: KVManager | None
     group: Group | None
     routes: tuple[Route, ...]
+    layouts: tuple[RankLayout, ...]
 
 
 def build(
     config: ServeConfig, rank: Rank, secret: str | None, closing: ExitStack, *, ports: Iterable[socket.socket | None]
 ) -> Stack:
-    """Everything, started; ``closing`` ends it in the right order. ``ports`` are the leader's alone. Raises KVBatonError."""
+    """Everything, started; ``closing`` ends it in the right order. ``ports`` are the leader's own. Raises KVBatonError."""
     shard = rank.shard
     alone = shard.ranks == 1
     model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if alone else 1)
@@ -129,7 +132,15 @@ def build(
     closing.callback(_close_scheduler, scheduler)
     scheduler.start()
     routes = _routes(config, rank, manager, group) if manager is not None else ()
-    return Stack(model=model, pools=pools, scheduler=scheduler, manager=manager, group=group, routes=routes)
+    return Stack(
+        model=model,
+        pools=pools,
+        scheduler=scheduler,
+        manager=manager,
+        group=group,
+        routes=routes,
+        layouts=_layouts(rank, manager, group) if manager is not None else (),
+    )
 
 
 def _gather(
@@ -241,6 +252,24 @@ def _routes(config: ServeConfig, rank: Rank, manager: KVManager, group: Group | 
             sizes=Sizes(pp=one.pp_size, tp=one.tp_size),
         )
         for one in shard.all()
+    )
+
+
+def _layouts(rank: Rank, manager: KVManager, group: Group | None) -> tuple[RankLayout, ...]:
+    """The memory of every rank of the group."""
+    found = {rank.shard.rank: manager.layout}
+    for member in group.members if group is not None else ():
+        if member.ready is not None and member.ready.layout is not None:
+            found[member.rank] = member.ready.layout
+    return tuple(
+        RankLayout(
+            layout=found[one.rank],
+            coordinates=Coordinates(pp=one.pp_rank, tp=one.tp_rank),
+            group_size=one.ranks,
+            group=rank.group,
+        )
+        for one in rank.shard.all()
+        if one.rank in found
     )
 
 

@@ -14,9 +14,9 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from kvbaton.control.access import bearer_matches, is_local_name, is_loopback
-from kvbaton.errors import AuthenticationError, ConfigError
+from kvbaton.errors import ConfigError
 from kvbaton.manager import MAX_ROOM
+from kvbaton.server.operators import require_operator
 
 PATH = "/story/{room}"
 
@@ -47,13 +47,7 @@ class RoomStory(Struct, frozen=True, kw_only=True):
 
 def room_of(http: web.Request, secret: str | None) -> int:
     """The room that an operator asks for. Raises AuthenticationError, ConfigError."""
-    header = http.headers.get("Authorization")
-    if secret is not None and not bearer_matches(header, secret, "story"):
-        raise AuthenticationError("a room's story needs this deployment's shared secret as a bearer token")
-    if secret is None and not (is_loopback(http.remote or "") and is_local_name(http.headers.get("Host"))):
-        raise AuthenticationError(
-            "without a shared secret a room's story is told to this machine only; start the server with --secret-file"
-        )
+    require_operator(http, secret, what="a room's story")
     text = http.match_info["room"]
     if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= MAX_ROOM):
         raise ConfigError(f"room: {text[:40]!r} is not a room (0 to 2^63-1)")

@@ -168,6 +168,9 @@ class Judge:
 
     def turned(self, process: Process) -> None:
         core = process.manager.core
+        if process.handling is None:
+            return
+        process.handling = None
         try:
             core.check_invariants()
         except InternalError as error:
