@@ -64,7 +64,7 @@ class Request:
         for pool in layout.pools:
             tokens = self.reference.ranges.get(pool.name, range(0))
             units = tuple(int(unit) for unit in self.reference.target_units[pool.name])
-            found.append(Grant(pool.name, tokens.start if units or pool.paged else 0, tokens.stop, units))
+            found.append(Grant(pool.name, tokens.start, tokens.stop, units))
         return tuple(found)
 
     def chunk(self, layout: CacheLayout, number: int) -> tuple[Grant, ...]:
