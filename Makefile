@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup lint types unit bench train docs format clean fuzz flood
+.PHONY: models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -30,6 +30,15 @@ types: setup
 unit: setup
 	$(BIN)/python -m pytest
 
+properties: setup      ## 10,000 random layouts and topologies against an independent numpy reshard (minutes)
+	KVBATON_PROPERTY_CASES=10000 $(BIN)/python -m pytest tests/property
+
+models: setup          ## a tiny random checkpoint of every model family, in build/models
+	$(BIN)/python tools/make_models.py build/models
+
+conformance: setup     ## every model family times every topology, against a single process (about 6 minutes)
+	$(BIN)/kvbaton conformance
+
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
 
@@ -41,6 +50,12 @@ fuzz: setup            ## look for what breaks the codec, the cores and the API,
 
 flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 MiB, while requests go on (about 5 minutes)
 	KVBATON_FLOOD=full $(BIN)/python -m pytest -q tests/processes/test_flood.py
+
+chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
+	$(BIN)/kvbaton chaos --write docs/reliability.md
+
+soak: setup            ## 50,000 rooms with aborts and kills, and what grew meanwhile; the plot goes to docs/
+	$(BIN)/kvbaton soak --restart-seconds 5 --plot docs/soak.svg
 
 docs: setup            ## regenerate what is generated in docs/
 	$(BIN)/python tools/protocol_diagram.py

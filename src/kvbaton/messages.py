@@ -94,8 +94,8 @@ class Hello(Message, frozen=True, tag="hello"):
     agent_metadata: bytes
     transport: Text
     answers: Text = ""  #: instance whose Hello this answers; empty when dialling
-    #: Grows with every greeting of an instance, and ``receiver`` is whom it takes the other side for: a greeting that was
-    #: recorded, or that was meant for another rank, moves no session to another link.
+    #: Grows with every greeting of an instance, and ``receiver`` is whom it takes the other side for: a greeting that
+    #: was recorded, or that was meant for another rank, moves no session to another link.
     greeting: Count = 0
     receiver: Text = ""
 

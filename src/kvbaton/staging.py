@@ -90,9 +90,14 @@ def _table(layout: CacheLayout, block_bytes: int, blocks_per_slot: int) -> Table
 
 
 class StagingPool:
-    """The target's slots: who may have them, and which are free. Never overcommits; what is not free is not staged."""
+    """A rank's slots: who may have them, and which are free. Never overcommits; what is not free is not staged.
+
+    A rank in both roles leases slots to its sources and takes slots for what it sends itself: from one list, and once
+    it has somebody to send to (``sends``) one slot is kept for that, so that two ranks never wait for each other.
+    """
 
     def __init__(self, layout: CacheLayout, policy: StagingPolicy, costs: Costs) -> None:
+        self.sends = False
         self._free = list(range(layout.staging.slots)) if layout.staging is not None else []
         self._policy = policy
         self._costs = costs
@@ -107,11 +112,15 @@ class StagingPool:
         if self._policy == "auto" and not self._costs.prefers_staging(staged.part, blocks):
             return ()
         count = staged.slots_for(blocks)
-        if count > len(self._free):
+        if count > len(self._free) - self.sends:
             return ()
         taken = tuple(self._free[-count:])
         del self._free[-count:]
         return taken
+
+    def take(self) -> int:
+        """One slot to send from. There must be a free one."""
+        return self._free.pop()
 
     def release(self, slots: tuple[int, ...]) -> None:
         self._free.extend(slots)

@@ -45,7 +45,10 @@ def echo(links: ZmqLinks, address: str, payload: bytes, seconds: float) -> bool:
 
 
 def test_half_open_connections_use_up_files_for_a_handshake_at_most() -> None:
-    with subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True) as process, ZmqLinks() as links:
+    with (
+        subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True) as process,
+        ZmqLinks() as links,
+    ):
         assert process.stdout is not None
         held: list[socket.socket] = []
         try:

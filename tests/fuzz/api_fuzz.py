@@ -88,7 +88,9 @@ def fuzz(kind: str, url: str, *, examples: int, seconds: int | None = None, seed
         *("--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--seed", str(seed)),
         *("--max-examples", str(examples), "--suppress-health-check", "all", "--no-color", *budget),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=(seconds or 0) + PATIENCE_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=(seconds or 0) + PATIENCE_SECONDS
+    )
     said = done.stdout + done.stderr
     cases = re.search(r"(\d[\d,]*) generated", said)
     return {

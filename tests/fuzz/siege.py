@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from unit.protocol.scene import Scene
 
 from kvbaton.control.base import LinkId
 from kvbaton.layout import Axis, CacheLayout
@@ -48,7 +49,6 @@ from kvbaton.protocol.events import GrantsPublished, MessageArrived, ReceiverOpe
 from kvbaton.protocol.grants import parts_of
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank
-from unit.protocol.scene import Scene
 
 SMALL = Settings(
     handshake_seconds=4.0,
@@ -217,9 +217,7 @@ class Siege:
             )
         return self._about_a_transfer(random, kind, sender, receiver, victim)
 
-    def _about_a_transfer(
-        self, random: Random, kind: type, sender: str, receiver: str, victim: Rank
-    ) -> AnyMessage:
+    def _about_a_transfer(self, random: Random, kind: type, sender: str, receiver: str, victim: Rank) -> AnyMessage:
         head = {"sender": sender, "receiver": receiver, "key": self._key(random, kind, victim)}
         if kind is Open:
             return self._open(random, head, victim)
@@ -302,7 +300,9 @@ class Siege:
         return Grant(random.choice([grant.pool, "nothing", ""]), begin, end, random.choice([units, grant.units]))
 
     def _their_parts(self, random: Random, victim: Rank) -> tuple[PartBytes, ...]:
-        found = [t.incoming.parts for t in victim.core._transfers.live() if t.incoming is not None and t.peer == "i-evil"]
+        found = [
+            t.incoming.parts for t in victim.core._transfers.live() if t.incoming is not None and t.peer == "i-evil"
+        ]
         if found and random.randint(0, 2):
             return random.choice(found)
         part = PartId("kv", random.choice(INTEGERS), random.choice(INTEGERS), 0, 4)
@@ -336,7 +336,7 @@ class Siege:
                 assert peer == "i-d0" or units <= SMALL.units_per_peer
             rank.core.check_invariants()
 
-    def end(self) -> None:
+    def end(self, *, serve: bool = True) -> None:
         """The liars fall silent: what they began ends, and one more honest room is served."""
         self.world.kill(self.world.ranks["evil"])
         self.pass_time(FORGETTING_SECONDS)
@@ -346,7 +346,8 @@ class Siege:
             assert rank.core.quiet
             peers = {name.split()[0] for name, *_ in rank.core.sessions()}
             assert peers <= {"i-p0", "i-d0"}, peers
-        self.serve_a_room(Random(0))
+        if serve:
+            self.serve_a_room(Random(0))
         self.check()
 
 

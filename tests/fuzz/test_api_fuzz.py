@@ -1,4 +1,4 @@
-"""A short run of schemathesis against every kind of server; skipped where it is not installed (``make fuzz`` has it)."""
+"""A short run of schemathesis against every kind of server; skipped where it is not installed (see ``make fuzz``)."""
 
 from __future__ import annotations
 

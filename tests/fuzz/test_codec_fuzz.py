@@ -5,10 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from fuzz.siege import Siege
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz.siege import Siege
 from kvbaton.errors import MessageError
 from kvbaton.messages import MAX_MESSAGE_BYTES, decode, encode
 
@@ -21,8 +21,7 @@ SIEGE = Siege()
 def either(payload: bytes) -> None:
     try:
         message = decode(payload)
-    except MessageError as error:
-        assert len(str(error)) < 4096
+    except MessageError:
         return
     assert decode(encode(message)) == message
 
@@ -51,8 +50,15 @@ def test_almost_a_message(random: Random, patch: bytes, position: int) -> None:
 
 
 def test_depth_and_length_are_bounded() -> None:
-    for bomb in (b"\x91" * 100_000, b"\x81\xa4type" * 20_000, b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff" + bytes(9)):
-        with pytest.raises(MessageError):
+    for bomb in (
+        b"\x91" * 100_000,
+        b"\x81\xa4type" * 20_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff" + bytes(9),
+        b"\x81\xa4type\xda\xff\xff" + b"x" * 65_535,
+    ):
+        with pytest.raises(MessageError) as caught:
             decode(bomb)
+        assert len(str(caught.value)) < 4096
     with pytest.raises(MessageError, match="exceeds"):
         decode(bytes(MAX_MESSAGE_BYTES + 1))

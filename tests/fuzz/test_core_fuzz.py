@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
+from fuzz.siege import Siege
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-
-from fuzz.siege import Siege
 
 RANDOMS = st.randoms(use_true_random=False)
 FUZZ = settings.get_profile("fuzz")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kvbaton.control.address import Address
-from kvbaton.demo.show import Answer, Question, ask, concurrent_questions
+from kvbaton.demo.show import Answer, ask, concurrent_questions
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.fleet import Fleet, Server
 

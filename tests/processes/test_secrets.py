@@ -64,7 +64,12 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
             assert not answer.error, answer
             assert answer.bytes > 0
         decode, prefill, registry = fleet.decodes[0], fleet.prefills[0], f"http://127.0.0.1:{fleet.registry_ports[0]}"
-        room = {"prompt": "a", "bootstrap_room": 7, "bootstrap_host": "127.0.0.1", "bootstrap_port": fleet.registry_ports[0]}
+        room = {
+            "prompt": "a",
+            "bootstrap_room": 7,
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": fleet.registry_ports[0],
+        }
         for headers in ({}, {ROUTER_HEADER: "wrong"}, {ROUTER_HEADER: token_of(SECRET, "story")}):
             await fetch("POST", f"{decode.url}/v1/completions", 401, json=room, headers=headers)
             await fetch("POST", f"{prefill.url}/v1/completions", 401, json=room, headers=headers)

@@ -138,5 +138,7 @@ def test_a_full_hit_moves_state_and_aux_alone(between: Callable[[Request], Manag
     managers.expect_success(senders, receivers)
     assert request.differences() == []
     state, aux = (managers.targets[0].layout.pool(name) for name in ("state", "aux"))
-    moved = sum(plane.item_bytes * plane.axis.width * pool.rows_of(plane) for pool in (state, aux) for plane in pool.planes)
+    moved = sum(
+        plane.item_bytes * plane.axis.width * pool.rows_of(plane) for pool in (state, aux) for plane in pool.planes
+    )
     assert receivers[0].bytes == moved

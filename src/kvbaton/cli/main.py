@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvbaton import __version__
-from kvbaton.cli import bench, chaos, check, demo, plan, router, serve, sim, soak, story
+from kvbaton.cli import bench, chaos, check, conformance, demo, plan, router, serve, sim, soak, story
 from kvbaton.cli import eval as evaluate
 from kvbaton.cli.settings import describe, start_logging, with_environment
 from kvbaton.errors import ConfigError, KVBatonError
@@ -33,7 +33,20 @@ class Command(Protocol):
     def run(self, options: argparse.Namespace) -> int: ...
 
 
-COMMANDS: tuple[Command, ...] = (serve, router, demo, story, check, plan, evaluate, bench, chaos, soak, sim)
+COMMANDS: tuple[Command, ...] = (
+    serve,
+    router,
+    demo,
+    story,
+    check,
+    plan,
+    evaluate,
+    bench,
+    chaos,
+    soak,
+    sim,
+    conformance,
+)
 
 
 def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pd.add_argument(
         "--disaggregation-heartbeat-interval", type=seconds, default=5.0, help="two silent ones: the peer is lost"
     )
+    pd.add_argument(
+        "--disaggregation-decode-enable-radix-cache",
+        action="store_true",
+        help="decode keeps prefixes and asks only for what follows them",
+    )
     pd.add_argument("--secret-file", type=Path, default=None, help="shared secret; needed beyond loopback")
     add_log_level(parser)
 
@@ -103,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         tensor_parallel_size=options.tensor_parallel_size,
         pipeline_parallel_size=options.pipeline_parallel_size,
+        decode_radix_cache=options.disaggregation_decode_enable_radix_cache,
         secret_file=options.secret_file,
         torch_threads=options.torch_threads,
         grace_seconds=options.grace_period_secs,

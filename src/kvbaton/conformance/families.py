@@ -61,6 +61,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
             "layer_types": [_WINDOW, _FULL] * 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
         },
     ),
     "gemma3": (
@@ -116,8 +117,14 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def make_config(family: str, *, vocab_size: int, max_positions: int = 2048, eos: int = 3) -> Any:
-    """The configuration of one family. Raises ConfigError for an unknown one."""
+#: Families that keep nothing but a window: there is no page of theirs that two requests could share.
+WINDOW_ONLY = {"mistral"}
+
+
+def make_config(
+    family: str, *, vocab_size: int, max_positions: int = 2048, eos: int = 3, kv_heads: int | None = None
+) -> Any:
+    """The configuration of one family, with another number of key/value heads if given. Raises ConfigError."""
     import transformers
 
     if family not in FAMILIES:
@@ -137,21 +144,24 @@ def make_config(family: str, *, vocab_size: int, max_positions: int = 2048, eos:
         "pad_token_id": None,
         "tie_word_embeddings": False,
     }
-    return make(**{**common, **own})
+    heads = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
+    return make(**{**common, **own, **heads})
 
 
 def write_weights(config: Any, directory: Path) -> Path:
     """Save a random model of this configuration."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(SEED)
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     network.save_pretrained(directory)
     return directory
 
 
-def write_model(family: str, directory: Path) -> Path:
+def write_model(family: str, directory: Path, *, kv_heads: int | None = None) -> Path:
     """Make the checkpoint of one family in ``directory``, which is created. Raises ConfigError."""
     import json
 
@@ -161,4 +171,5 @@ def write_model(family: str, directory: Path) -> Path:
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
             shutil.copy(source / file, directory / file)
-    return write_weights(make_config(family, vocab_size=len(vocabulary), eos=vocabulary["<eos>"]), directory)
+    config = make_config(family, vocab_size=len(vocabulary), eos=vocabulary["<eos>"], kv_heads=kv_heads)
+    return write_weights(config, directory)

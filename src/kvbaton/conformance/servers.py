@@ -22,6 +22,7 @@ import aiohttp
 import msgspec
 
 from kvbaton.conformance.requests import Start
+from kvbaton.conformance.shape import Shape
 from kvbaton.errors import ExpiredError, KVBatonError, PeerLostError
 from kvbaton.testing.fleet import free_ports
 
@@ -29,27 +30,6 @@ READY_SECONDS = 120.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 120.0
 LOG_LINES = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a server is started: its half of the pair, its ranks, its pages."""
-
-    mode: str = "null"
-    tensor: int = 1
-    pipeline: int = 1
-    page_size: int = 16
-    radix: bool = False
-
-    @property
-    def arguments(self) -> list[str]:
-        words = ["--disaggregation-mode", self.mode, "--page-size", str(self.page_size)]
-        words += ["--tensor-parallel-size", str(self.tensor), "--pipeline-parallel-size", str(self.pipeline)]
-        return [*words, *(["--disaggregation-decode-enable-radix-cache"] if self.radix else [])]
-
-    def __str__(self) -> str:
-        parts = [f"TP {self.tensor}", f"PP {self.pipeline}" * (self.pipeline > 1), f"page {self.page_size}"]
-        return f"{self.mode} ({', '.join(part for part in parts if part)}{', prefix cache' * self.radix})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ WHOLE = {
     "replicate",
     "replicated_with_grad_allreduce",
 }
+#: What transformers calls the norm after the last layer.
+FINAL_NORMS = ("norm", "final_layernorm")
 _PROJECTIONS = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -41,8 +43,11 @@ def check_fits(network: Any, geometry: Geometry, shard: Shard) -> None:
     """Raise ConfigError where this model cannot be divided so, naming the size that does not."""
     config = network.config.get_text_config(decoder=True)
     shard.layers(geometry.layers)
-    if shard.pp_size > 1 and not getattr(config, "base_model_pp_plan", None):
-        raise ConfigError(f"{config.model_type} has no pipeline plan in transformers; use --pipeline-parallel-size 1")
+    if shard.pp_size > 1 and (_final_norm(network) is None or not hasattr(network, "lm_head")):
+        raise ConfigError(
+            f"{config.model_type} is not built as embed_tokens, layers, a final norm and lm_head; "
+            "use --pipeline-parallel-size 1"
+        )
     heads = int(getattr(config, "num_attention_heads", 1))
     if heads % shard.tp_size:
         raise ConfigError(
@@ -65,22 +70,46 @@ def cut(network: Any, shard: Shard, add_up: Sum) -> None:
         _Cutter(network, shard, add_up).run()
 
 
+def _final_norm(network: Any) -> str | None:
+    """The name of what comes between the last layer and the head, in a model that can be cut between layers."""
+    base = getattr(network, "model", None)
+    if base is None or not all(hasattr(base, name) for name in ("embed_tokens", "layers")):
+        return None
+    return next((name for name in FINAL_NORMS if hasattr(base, name)), None)
+
+
 class _Absent(nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """A layer that another stage computes."""
+    """A layer that another stage computes. ``others``: what such layers return beside hidden states, if anything."""
+
+    def __init__(self, others: tuple[None, ...] | None) -> None:
+        super().__init__()
+        self._others = others
 
     def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-        return hidden_states
+        return hidden_states if self._others is None else (hidden_states, *self._others)
+
+
+def _beside_hidden(network: Any) -> tuple[None, ...] | None:
+    """Some models' layers return a tuple: one token is computed to see it."""
+    seen: list[Any] = []
+    hook = network.model.layers[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        network(input_ids=torch.zeros((1, 1), dtype=torch.long, device=network.device), use_cache=False)
+    hook.remove()
+    return (None,) * (len(seen[0]) - 1) if isinstance(seen[0], tuple) else None
 
 
 def _cut_layers(network: Any, shard: Shard) -> None:
     base = network.model
-    kept = shard.layers(len(base.layers))
+    kept, others = shard.layers(len(base.layers)), _beside_hidden(network)
     for index in range(len(base.layers)):
         if index not in kept:
-            base.layers[index] = _Absent()
+            base.layers[index] = _Absent(others)
     if not shard.last:
-        base.norm = nn.Identity()
+        setattr(base, _final_norm(network) or "norm", nn.Identity())
         network.lm_head = nn.Identity()
+    if not shard.first and hasattr(base, "embedding_multiplier"):
+        base.embedding_multiplier = 1.0  # it is for embeddings, and what comes in here is not
     if not shard.first and network.lm_head.weight is not base.embed_tokens.weight:
         base.embed_tokens = nn.Embedding(1, 1, device=base.embed_tokens.weight.device)
 

@@ -1,5 +1,8 @@
 """The decode scheduler: preallocation queue, transfer queue, continuous batch.
 
+With a prefix cache a request is granted only the pages that follow what the tree has; its own join the tree once they
+have arrived whole.
+
 Rules: a request is admitted, in order, when there are pages for its prompt and all of its answer, so that a running
 request never runs out; while the pool is full requests wait, they do not fail. Pages that were published go back only
 when the receiver has ended *and* holds no lease. Nothing is served from a hand-off whose aux row is not this room's.
@@ -21,7 +24,8 @@ from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Holding, Pools
-from kvbaton.engine.request import Handoff, Output
+from kvbaton.engine.prefix import Prefix, PrefixCache
+from kvbaton.engine.request import Handoff, Output, Request
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
@@ -38,6 +42,7 @@ class _Arrival:
     receiver: KVReceiver | GroupSide
     holding: Holding
     slot: int
+    prefix: Prefix
 
 
 class Decode(Role):
@@ -54,6 +59,8 @@ class Decode(Role):
     ) -> None:
         self._model = model
         self._pools = pools
+        self._prefixes = PrefixCache(pools.page_size) if config.prefix_cache and pools.pages is not None else None
+        self._held: dict[Job, Prefix] = {}
         self._manager = manager
         self._limits = limits
         self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
@@ -85,14 +92,37 @@ class Decode(Role):
         """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
         admitted = False
         while self._waiting and self._pools.slots.free:
-            holding = self._pools.take(self._limits.cached_tokens(self._waiting[0].request))
-            if holding is None:
+            taken = self._take(self._waiting[0].request)
+            if taken is None:
                 break
-            self._expect(self._waiting.popleft(), holding)
+            self._expect(self._waiting.popleft(), *taken)
             admitted = True
         return admitted
 
-    def _expect(self, job: Job, holding: Holding) -> None:
+    def _take(self, request: Request) -> tuple[Holding, Prefix] | None:
+        """Units for all that the request may ever cache; pages of its prefix are shared, others evicted if need be."""
+        tokens = self._limits.cached_tokens(request)
+        if self._prefixes is None:
+            holding = self._pools.take(tokens)
+            return None if holding is None else (holding, Prefix())
+        prefix = self._prefixes.match(request.prompt_tokens)
+        missing = self._pools.missing_pages(tokens, shared=len(prefix.nodes))
+        if 0 < missing <= self._prefixes.evictable and self._pools.pages is not None:
+            self._pools.pages.give_back(self._prefixes.evict(missing))
+        holding = self._pools.take(tokens, shared=prefix.pages)
+        if holding is None:
+            self._prefixes.release(prefix)
+            return None
+        self._prefixes.hit_tokens += len(prefix.nodes) * self._pools.page_size
+        return holding, prefix
+
+    def _give_back(self, holding: Holding, prefix: Prefix) -> None:
+        """What is in the tree stays there, unlocked; the rest goes back."""
+        self._pools.give_back(holding, keep=frozenset(prefix.pages))
+        if self._prefixes is not None:
+            self._prefixes.release(prefix)
+
+    def _expect(self, job: Job, holding: Holding, prefix: Prefix) -> None:
         """Publish the units of the prompt and an aux row to the sources."""
         request, slot = job.request, self._pools.take_slot()
         assert slot is not None  # noqa: S101 - admission saw a free one
@@ -102,13 +132,14 @@ class Decode(Role):
                 raise LocalProtocolError("a decode request has no room")
             receiver = self._manager.receiver(request.room, request.sources)
         except KVBatonError as error:  # no peer has heard of the pages
-            self._pools.give_back(holding)
+            self._give_back(holding, prefix)
             self._pools.slots.give_back([slot])
             job.fail(error)
             return
-        arrival = _Arrival(job, request.room, receiver, holding, slot)
+        arrival = _Arrival(job, request.room, receiver, holding, slot, prefix)
         self._transfers.append(arrival)
-        spans = [*self._pools.wanted(holding, 0, count), Span("aux", 0, 0, (slot,))]
+        held = len(prefix.nodes) * self._pools.page_size
+        spans = [*self._pools.wanted(holding, held, count), Span("aux", 0, 0, (slot,))]
         try:
             receiver.publish(spans, token_count=count)
         except KVBatonError as error:
@@ -141,6 +172,9 @@ class Decode(Role):
             arrival.job.fail(error)
             return
         self._pools.slots.give_back([arrival.slot])
+        if self._prefixes is not None:
+            self._prefixes.extend(arrival.prefix, prompt, arrival.holding.pages)
+        self._held[arrival.job] = arrival.prefix
         self._batch.join(
             generation,
             Pick(row.first_token, row.logprob),
@@ -168,11 +202,15 @@ class Decode(Role):
         return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
-        self._pools.give_back(arrival.holding)
+        self._give_back(arrival.holding, arrival.prefix)
         self._pools.slots.give_back([arrival.slot])
 
     def _retire(self, generation: Generation) -> None:
-        self._pools.give_back(generation.holding)
+        """An answer has ended: what it has cached may serve another."""
+        prefix = self._held.pop(generation.job)
+        if self._prefixes is not None:
+            self._prefixes.extend(prefix, generation.cached_tokens, generation.holding.pages)
+        self._give_back(generation.holding, prefix)
 
     @property
     def busy(self) -> bool:
@@ -180,9 +218,10 @@ class Decode(Role):
 
     def stats(self) -> Stats:
         holders = [*self._transfers, *self._draining]
+        spare = self._prefixes.evictable if self._prefixes is not None else 0
         return Stats(
-            pages_free=self._pools.pages_free,
-            pages_used=self._pools.pages_used,
+            pages_free=self._pools.pages_free + spare,
+            pages_used=self._pools.pages_used - spare,
             pages_leased=sum(a.holding.count for a in holders if a.receiver.leased),
             slots_used=self._pools.slots.used,
             running=self._batch.running,

@@ -5,6 +5,8 @@ This file must not know of peers, batches or queues.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvbaton.engine.job import Job
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Holding
@@ -22,6 +24,7 @@ class Generation:
         self.job = job
         self.holding = holding
         self._seed = seed
+        self._tokens = list(request.prompt_tokens)
         self._newest = -1
         self._position = len(request.prompt_tokens) - 1
         self._text = TextStream(
@@ -40,9 +43,15 @@ class Generation:
         """What the model must compute before the next token can be picked."""
         return Step(self._newest, self._position, self.holding)
 
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """The tokens that ``holding`` has: all but the newest."""
+        return self._tokens[: self._position]
+
     def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
         """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
         self._newest = pick.token
+        self._tokens.append(pick.token)
         self._position += 1
         piece = self._text.push(pick.token)
         return Output(

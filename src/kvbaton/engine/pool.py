@@ -268,6 +268,10 @@ class Pools:
         """Pages of the window pool: a ring for every request, and never more than the whole pool."""
         return min(self._config.pages, self._config.aux_slots * self._ring_pages(self._config.chunk_tokens))
 
+    def missing_pages(self, tokens: int, *, shared: int = 0) -> int:
+        """Pages that are too few in the pool for such a request."""
+        return 0 if self.pages is None else max(0, self.pages_for(tokens) - shared - self.pages.free)
+
     def take(self, tokens: int, *, shared: tuple[int, ...] = ()) -> Holding | None:
         """Units for a request of ``tokens`` tokens, or None while any pool is too full.
 
@@ -310,6 +314,9 @@ class Pools:
         the pages that the window touches, and the states."""
         found = []
         for pool in self.geometry.paged:
+            if not pool.window and held == stop:
+                found.append(Span(pool.name, stop, stop, ()))
+                continue
             begin = window_range(stop, pool.window, target_page=self.page_size).start if pool.window else held
             found += [span for span in self.spans(holding, begin, stop) if span.pool == pool.name]
         return [*found, *self.state_spans(holding)]

@@ -27,11 +27,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
-    """Bounds of a scheduler: prompt tokens per forward pass, answers per step, requests alive at once."""
+    """Bounds of a scheduler: prompt tokens per forward pass, answers per step, requests alive at once.
+
+    ``prefix_cache``: decode keeps the pages of what it has seen and shares them.
+    """
 
     chunked_prefill_size: int = 512
     max_batch: int = 32
     max_requests: int = 1024
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunked_prefill_size", "max_batch", "max_requests"):

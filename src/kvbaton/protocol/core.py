@@ -64,6 +64,7 @@ from kvbaton.protocol.story import Line
 from kvbaton.protocol.surroundings import Surroundings, Timed
 from kvbaton.protocol.transfer import On, Transfer
 from kvbaton.protocol.transfers import Transfers
+from kvbaton.staging import StagingPool
 
 _MESSAGES_TO_SOURCE: dict[type, On] = {
     Open: On.OPEN_ARRIVED,
@@ -174,6 +175,15 @@ class Core:
         """(peer, our role, state) of every session, for people."""
         return [(session.name, session.role, session.state.value) for session in self._peers.all()]
 
+    @property
+    def staging(self) -> StagingPool:
+        """The slots of our staging memory, shared with the driver."""
+        return self._rooms.staging
+
+    def staging_lessee(self, slot: int) -> Transfer | None:
+        """The transfer that one of our staging slots is leased to; None if it is free."""
+        return next((t for t in self._transfers.live() if t.incoming is not None and t.incoming.has_slot(slot)), None)
+
     def plan_digest(self, peer: str, role: Role) -> str | None:
         """Digest of the plan that this rank, as ``role``, has agreed on with a peer; None without a session."""
         session = self._peers.of(peer, role)
@@ -283,6 +293,8 @@ class Core:
             self._transfers.step_peer(session, On.PEER_GONE, error)
         if session.role == "target":
             self._rooms.session_changed(session)
+        else:
+            self._rooms.staging.sends = True
 
     def _transfer_changed(self, transfer: Transfer) -> None:
         self._rooms.transfer_changed(transfer)

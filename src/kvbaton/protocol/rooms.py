@@ -51,7 +51,7 @@ class Rooms:
         self._sources: dict[int, SourceRoom] = {}
         self._targets: dict[int, TargetRoom] = {}
         self._touched: dict[int, Room] = {}
-        self._staging = StagingPool(around.identity.layout, around.settings.staging, around.settings.costs)
+        self.staging = StagingPool(around.identity.layout, around.settings.staging, around.settings.costs)
         self._homes: dict[Transfer, Room] = {}
         self._failed_before_sender: OrderedDict[int, KVBatonError] = OrderedDict()
         self._failed_before_open: OrderedDict[int, KVBatonError] = OrderedDict()
@@ -80,7 +80,7 @@ class Rooms:
     def transfer_changed(self, transfer: Transfer) -> None:
         if transfer.incoming is not None and transfer.state is State.CLOSED:
             for lease in transfer.incoming.leases.values():
-                self._staging.release(lease.slots)
+                self.staging.release(lease.slots)
             transfer.incoming.leases = {}
         room = self._homes.get(transfer)
         if room is not None:
@@ -258,7 +258,7 @@ class Rooms:
                 continue
             grant = by_pool[staged.part.id.pool]
             blocks = staged.part.blocks(grant.token_start, grant.token_stop)
-            slots = self._staging.lease(staged, len(blocks))
+            slots = self.staging.lease(staged, len(blocks))
             if slots:
                 leases[staged.part.id] = Lease(staged=staged, slots=slots, first=blocks.start)
         return leases

@@ -12,6 +12,8 @@ MAX_ROOMS = 4_096
 #: Lines that are kept from the beginning of a room, and most of its end.
 FIRST_LINES = 16
 LAST_LINES = 48
+#: Longest line; a peer chooses part of the text.
+MAX_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Story:
             told = self._rooms[room] = _Told()
             if len(self._rooms) > MAX_ROOMS:
                 self._rooms.popitem(last=False)
-        told.add(Line(at, text))
+        told.add(Line(at, text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"))
 
     def __len__(self) -> int:
         """Rooms that are remembered."""

@@ -139,6 +139,10 @@ class Incoming:
     leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
 
+    def has_slot(self, slot: int) -> bool:
+        """Whether a slot of our staging memory is leased to this transfer."""
+        return any(slot in lease.slots for lease in self.leases.values())
+
 
 class Transfer:
     """See the module. ``error`` is the first root cause once the transfer has failed."""

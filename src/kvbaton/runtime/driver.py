@@ -102,7 +102,7 @@ class Driver:
         self._links = links
         self._on_report = on_report
         self._clock = clock
-        self._staging = StagingDesk(core.identity.layout)
+        self._staging = StagingDesk(core.staging)
         self._queue = PostingQueue(window, self._staging.may_post)
         self._commands: deque[Command] = deque()
         self._fenced_chunks: deque[Command] = deque()
@@ -235,6 +235,10 @@ class Driver:
     def unread(self) -> tuple[Event, ...]:
         """What has happened but is not yet told to the core, oldest first."""
         return tuple(self._events)
+
+    def staging_reader(self, slot: int) -> object | None:
+        """The write that reads one of our staging slots; None if it is free."""
+        return self._staging.reader(slot)
 
     @property
     def quiescing(self) -> bool:

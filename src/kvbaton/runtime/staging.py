@@ -1,22 +1,19 @@
 """This rank's staging memory at work: slots for what is being sent, gather before a write, scatter after arrival.
 
-The slots of one rank serve both directions if it has both roles; a rank in one role uses one direction only. The
-target's slots are leased by the core; the slots here that hold gathered data are the driver's, from gather until the
-write has settled or its peer was fenced.
+The slots of one rank serve both directions if it has both roles, out of one pool: the core leases slots to the sources
+of its transfers; the slots here that hold gathered data are the driver's, from gather until the write has settled or
+its peer was fenced.
 """
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbaton.layout import CacheLayout
 from kvbaton.protocol.effects import PostWrite, Scatter
 from kvbaton.protocol.events import WriteId
 from kvbaton.runtime.gather import gather, memory, scatter
-from kvbaton.staging import StagedPart
+from kvbaton.staging import StagedPart, StagingPool
 from kvbaton.table import Table
 
 Entries = NDArray[np.int32]
@@ -25,23 +22,27 @@ Entries = NDArray[np.int32]
 class StagingDesk:
     """See the module. Owned by the driver's thread."""
 
-    def __init__(self, layout: CacheLayout) -> None:
-        self._free = deque(range(layout.staging.slots)) if layout.staging is not None else deque()
+    def __init__(self, pool: StagingPool) -> None:
+        self._pool = pool
         self._taken: dict[WriteId, int] = {}
 
     def __len__(self) -> int:
         return len(self._taken)
 
+    def reader(self, slot: int) -> WriteId | None:
+        """The write that a slot holds the data of."""
+        return next((write for write, taken in self._taken.items() if taken == slot), None)
+
     def may_post(self, write: PostWrite) -> bool:
         """Whether the write needs no slot of ours, or one is free."""
-        return write.staged is None or bool(self._free)
+        return write.staged is None or bool(self._pool)
 
     def gather(self, write: PostWrite) -> tuple[Entries, Entries]:
         """Take a slot, gather the write's source entries into it; the entries of both staging tables to write."""
         run = write.staged
         if run is None:
             return write.source_entries, write.target_entries
-        slot = self._free.popleft()
+        slot = self._pool.take()
         self._taken[write.write] = slot
         staged = run.staged
         blocks = _blocks(staged.source, staged, slot, run.count)
@@ -54,7 +55,7 @@ class StagingDesk:
         """The write is done, or its peer fenced: nothing reads its slot any more."""
         slot = self._taken.pop(write.write, None)
         if slot is not None:
-            self._free.append(slot)
+            self._pool.release((slot,))
 
     def scatter(self, effect: Scatter) -> None:
         staged = effect.staged

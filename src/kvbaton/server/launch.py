@@ -61,6 +61,7 @@ class ServeConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    decode_radix_cache: bool = False
     secret_file: Path | None = None
     torch_threads: int | None = None
     grace_seconds: float = 30.0
@@ -85,6 +86,8 @@ class ServeConfig:
         return self.bootstrap_host or self.host
 
     def __post_init__(self) -> None:
+        if self.decode_radix_cache and self.mode != "decode":
+            raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
         if self.control_advertise:
             Address.parse(self.control_advertise)
         if self.page_size < 1 or self.max_total_tokens < self.page_size:

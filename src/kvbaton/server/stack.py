@@ -105,7 +105,7 @@ class Stack:
 def build(
     config: ServeConfig, rank: Rank, secret: str | None, closing: ExitStack, *, ports: Iterable[socket.socket | None]
 ) -> Stack:
-    """Everything, started; ``closing`` ends it in the right order. ``ports`` are the leader's own. Raises KVBatonError."""
+    """Everything, started; ``closing`` ends it in order. ``ports`` are the leader's own. Raises KVBatonError."""
     shard = rank.shard
     alone = shard.ranks == 1
     model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if alone else 1)
@@ -218,7 +218,11 @@ def _scheduler(
     group: Group | None,
     collective: Collective | None,
 ) -> Scheduler:
-    limits = SchedulerConfig(chunked_prefill_size=config.chunked_prefill_size, max_batch=config.max_running_requests)
+    limits = SchedulerConfig(
+        chunked_prefill_size=config.chunked_prefill_size,
+        max_batch=config.max_running_requests,
+        prefix_cache=config.decode_radix_cache,
+    )
     runner = ModelRunner(model, pools)
     if group is not None:
         runner = ModelRunner(model, pools, collective=collective, announce=group.announce)

@@ -51,9 +51,7 @@ def _panel(x: int, y: int, title: str, names: Sequence[str], samples: Sequence[S
         f"{x + sample.rooms * scale_x:.1f},{y + HEIGHT - value * scale_y:.1f}"
         for sample, value in zip(samples, values, strict=True)
     )
-    restarts = [
-        after.rooms for before, after in itertools.pairwise(samples) if after.restarts > before.restarts
-    ]
+    restarts = [after.rooms for before, after in itertools.pairwise(samples) if after.restarts > before.restarts]
     ticks = "".join(
         f'<line x1="{x + at * scale_x:.1f}" x2="{x + at * scale_x:.1f}" y1="{y}" y2="{y + HEIGHT}" stroke="#e8b0a0"/>'
         for at in restarts

@@ -78,13 +78,15 @@ def run_half(config: SoakConfig, survivor: Side, first: int, count: int, progres
     pair = _Pair(config, survivor)
     chance = random.Random(config.seed)
     due = started + config.restart_seconds
+    batch_seconds = 0.5
     try:
         for room in range(first, first + count, config.sample_rooms):
             size = min(config.sample_rooms, first + count - room)
+            begun = time.monotonic()
             pair.survivor.tell("play", room, size)
             pair.peer.tell("play", room, size)
             if time.monotonic() >= due:
-                pair.survivor.answers_within(chance.uniform(0.0, 0.5))  # somewhere within the batch
+                pair.survivor.answers_within(chance.uniform(0.1, 0.8) * batch_seconds)  # somewhere within the batch
                 pair.peer.kill()
                 pair.survivor.halt()
                 half.outcomes.update(pair.survivor.hear())
@@ -94,6 +96,7 @@ def run_half(config: SoakConfig, survivor: Side, first: int, count: int, progres
             else:
                 half.outcomes.update(pair.survivor.hear())
                 half.peer_outcomes.update(pair.peer.hear())
+                batch_seconds = time.monotonic() - begun
             sizes = pair.survivor.ask("sample")
             half.samples.append(Sample(room - first + size, time.monotonic() - started, half.restarts, sizes))
             progress(survivor, size)

@@ -13,7 +13,7 @@ from kvbaton.plan import PartId
 from kvbaton.protocol import allowance
 from kvbaton.protocol.allowance import BURST, Allowance
 from kvbaton.protocol.effects import KVPoll, Send
-from kvbaton.protocol.events import MessageArrived
+from kvbaton.protocol.events import MessageArrived, ReceiverOpened
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.story import MAX_CHARACTERS
 from kvbaton.testing.world import Rank
@@ -107,6 +107,36 @@ def test_a_recorded_message_of_an_earlier_instance_does_nothing_to_its_successor
     assert successor.core.counters["messages_replayed"] == 1
 
 
+def test_a_hello_that_was_meant_for_another_rank_moves_no_session() -> None:
+    """A rank that a target greets, too, could pass the greeting on: it is newer than the one that we know."""
+    scene = ready()
+    hello = recorded(scene, Hello)
+    assert isinstance(hello, Hello)
+    for receiver in ("", "i-evil"):
+        say(scene.source, msgspec.structs.replace(hello, greeting=hello.greeting + 5, receiver=receiver))
+    assert scene.source.core.counters["messages_replayed"] == 2
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_another_address_cannot_pass_for_a_rank_that_we_know() -> None:
+    """It would be greeted by the other's name, and could pass that greeting on."""
+    scene = ready()
+    evil = scene.world.add("evil", scene.source.layout, address="world://evil")
+    scene.world.network = lambda sender, _to, _message: 0 if sender is evil else 1
+    scene.target.do(ReceiverOpened(99, (evil.address,)))
+    scene.world.run()
+    answer = next(m for _, sender, _, m in scene.world.trace if sender == "p0" and isinstance(m, Hello))
+    scene.world.inject(evil, scene.target, answer)
+    assert scene.target.core.counters["messages_replayed"] == 1
+    assert {to: state for to, _, state in scene.target.core.sessions()} == {
+        "i-p0 at world://p0": "ready",
+        "nobody yet at world://evil": "greeting",
+    }
+    scene.submit_all()
+    scene.expect_bytes()
+
+
 def test_a_recorded_hello_of_a_replaced_instance_does_not_push_out_its_successor() -> None:
     scene = ready()
     old = recorded(scene, Hello)
@@ -165,7 +195,11 @@ def test_greetings_that_come_to_nothing_are_forgotten() -> None:
     scene = Scene()
     hello = scene.target.core.identity.hello(greeting=1)
     for number in range(50):
-        say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}", group=f"g{number}"), LinkId(1000 + number))
+        say(
+            scene.source,
+            msgspec.structs.replace(hello, sender=f"i-{number}", group=f"g{number}"),
+            LinkId(1000 + number),
+        )
     assert len(scene.source.core.sessions()) == 50
     scene.world.run(until=QUICK.handshake_seconds + QUICK.silence_seconds + QUICK.announce_seconds + 10)
     assert scene.source.core.sessions() == []
@@ -176,7 +210,11 @@ def test_greetings_do_not_keep_others_out_of_a_full_table() -> None:
     hello = scene.target.core.identity.hello(greeting=1)
     wrong = msgspec.structs.replace(hello, version=99)
     for number in range(100):
-        say(scene.source, msgspec.structs.replace(wrong, sender=f"i-{number}", group=f"g{number}"), LinkId(1000 + number))
+        say(
+            scene.source,
+            msgspec.structs.replace(wrong, sender=f"i-{number}", group=f"g{number}"),
+            LinkId(1000 + number),
+        )
     assert len(scene.source.core.sessions()) == 8
     scene.start()
     scene.submit_all()
@@ -231,8 +269,11 @@ def test_what_a_peer_says_is_clipped_before_it_is_remembered() -> None:
     link = scene.source.link_to(scene.target)
     parts = (PartBytes(PartId("x" * 1_000_000, 0, 1, 0, 1), 1),)
     say(scene.source, msgspec.structs.replace(opening(scene, 1, room=4711), parts=parts), link)
-    say(scene.source, Abort(sender="i-d0", receiver="i-p0", key=TransferKey(4712, 1), code="c" * 2000, reason="r" * 2000))
-    lines = [line for room in (4711, 4712, scene.room) for line in scene.source.core.story(room)]
+    say(
+        scene.source,
+        Abort(sender="i-d0", receiver="i-p0", key=TransferKey(4712, 1), code="c" * 2000, reason="r" * 2000),
+    )
+    lines = [line for room in (4711, scene.room) for line in scene.source.core.story(room)]
     assert lines
     assert max(len(line.text) for line in lines) <= MAX_CHARACTERS
 

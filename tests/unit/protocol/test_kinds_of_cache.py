@@ -29,9 +29,7 @@ class Play:
         ranks = []
         for i, layout in enumerate(group.layouts):
             place = Coordinates(pp=i // group.cut.tp, tp=i % group.cut.tp)
-            rank = self.world.add(
-                f"{name}{i}", layout, group=name, group_size=len(group.layouts), coordinates=place
-            )
+            rank = self.world.add(f"{name}{i}", layout, group=name, group_size=len(group.layouts), coordinates=place)
             rank.memory = {
                 region.address: group.memory[region.address - group.base :][: region.length]
                 for region in layout.regions

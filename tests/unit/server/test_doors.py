@@ -55,7 +55,9 @@ async def half(mode: Mode = "decode", *, secret: str | None = SECRET, allow: tup
             yield engine, url, session
 
 
-async def ask(session: aiohttp.ClientSession, url: str, headers: dict | None = None, **fields: object) -> tuple[int, str]:
+async def ask(
+    session: aiohttp.ClientSession, url: str, headers: dict | None = None, **fields: object
+) -> tuple[int, str]:
     async with session.post(f"{url}/v1/completions", json={"prompt": "x", **fields}, headers=headers) as response:
         return response.status, await response.text()
 
@@ -118,7 +120,12 @@ def test_the_router_shows_its_token_to_workers_and_nothing_of_the_client():
         app.router.add_post("/v1/completions", worker)
         app.router.add_get("/ready", ready)
         async with serving(app) as one, serving_router(one, SECRET) as (url, session):
-            forged = {ROUTER_HEADER: "forged", "X-Request-Id": "10.0.0.1:1", "Cookie": "c=1", "Authorization": "Bearer k"}
+            forged = {
+                ROUTER_HEADER: "forged",
+                "X-Request-Id": "10.0.0.1:1",
+                "Cookie": "c=1",
+                "Authorization": "Bearer k",
+            }
             assert (await ask(session, url, forged, bootstrap_host="10.0.0.1", kv_transfer_params={}))[0] == 200
         assert len(seen) == 2
         for headers in seen:

@@ -118,7 +118,7 @@ def test_with_a_secret_a_story_needs_it() -> None:
 
 
 def test_without_a_secret_only_this_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbaton.server.story.is_loopback", lambda _host: False)
+    monkeypatch.setattr("kvbaton.server.operators.is_loopback", lambda _host: False)
 
     async def test() -> None:
         async with server("decode") as url:

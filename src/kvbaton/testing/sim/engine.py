@@ -154,7 +154,7 @@ class Job:
         freed = self.process.engine.allocator.give_back(self.tenancy)
         self.process.clockwork.tell(self.process.name, f"engine: {self} over, frees {len(freed)} units")
         judge.freed(self, freed)
-        self.process.engine.jobs.remove(self)
+        self.process.engine.forget(self)
         self.process.engine.look_at_all()
         self.process.world.job_over(self)
 
@@ -223,6 +223,8 @@ class SourceJob(Job):
         start = min(max(self._begin, stops[number - 1] if number else 0), stops[number])
         stop, last = stops[number], number == len(stops) - 1
         if start >= stop and not last:
+            return
+        if self.request.gap == number > 0 and not last:
             return
         spans = []
         for pool in self.process.memory.layout.pools:
@@ -347,8 +349,11 @@ class Engine:
     def add(self, job: SourceJob | TargetJob) -> None:
         self.jobs.append(job)
         job.begin()
-        if job.over and job in self.jobs:
-            self.jobs.remove(job)
+        if job.over:
+            self.forget(job)
+
+    def forget(self, job: Job) -> None:
+        self.jobs = [other for other in self.jobs if other is not job]
 
     def notice(self) -> None:
         """Something was reported: look at it when we get round to it."""

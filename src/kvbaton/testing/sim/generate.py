@@ -60,9 +60,10 @@ def generate(seed: int) -> Scenario:
     model = _model(rng)
     quiet = rng.random()
     tuning = _tuning(rng, quiet=quiet < 0.16)
+    staged = rng.random() < 0.3
     roomy = quiet < 0.16 or rng.random() < 0.5
-    sources = tuple(_group(rng, model, f"p{i}", roomy=roomy) for i in range(_few(rng)))
-    targets = tuple(_group(rng, model, f"d{i}", roomy=roomy) for i in range(_few(rng)))
+    sources = tuple(_group(rng, model, f"p{i}", roomy=roomy, staged=staged) for i in range(_few(rng)))
+    targets = tuple(_group(rng, model, f"d{i}", roomy=roomy, staged=staged) for i in range(_few(rng)))
     if quiet >= 0.16 and rng.random() < 0.02:
         targets = (*targets[:-1], _misfit(targets[-1]))
     requests = _requests(rng, sources, targets, clean=quiet < 0.08, calm=quiet < 0.16)
@@ -97,11 +98,12 @@ def _tuning(rng: random.Random, *, quiet: bool) -> Tuning:
         window_entries=rng.choice((2, 16, 256)),
         tombstones=64 if quiet else rng.choice((2, 8, 64, 64)),
         rooms=64 if quiet or rng.random() < 0.97 else 2,
+        staging=rng.choice(("auto", "always", "always")),
         quarantine_seconds=None if quiet or rng.random() < 0.95 else 40.0,
     )
 
 
-def _group(rng: random.Random, model: Model, name: str, *, roomy: bool) -> Group:
+def _group(rng: random.Random, model: Model, name: str, *, roomy: bool, staged: bool) -> Group:
     sizes = [1, 1, 1, 2, 2, 4] if model.heads > 1 or model.latent else [1, 1, 2]
     if model.state_items == 1 or model.heads == 1:
         sizes = [1, 1, 1, 2]
@@ -120,6 +122,7 @@ def _group(rng: random.Random, model: Model, name: str, *, roomy: bool) -> Group
         pages=60 if roomy else rng.choice((10, 12, 16)),  # of 5 requests of at most 10 pages
         slots=6 if roomy else rng.choice((1, 2, 3)),
         clocks=clocks,
+        staging_slots=rng.choice((1, 2, 8)) if staged else 0,
         lazy=rng.choice((0.0, 0.0, 0.002, 0.05, 1.0)),
         must_progress=rng.random() < 0.35,
         fence_breaks_others=rng.random() < 0.2,
@@ -171,6 +174,8 @@ def _requests(
                 target_abort=_soon(rng) + 0.001 if abort in ("target", "both") else None,
                 lone_abort=rng.random() < 0.3,
                 rival=rival,
+                back=targets[target].pp == 1 and rng.random() < 0.15,
+                gap=0 if calm or rng.random() < 0.97 else 1,
             )
         )
     return tuple(made)

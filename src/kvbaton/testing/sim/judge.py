@@ -9,6 +9,7 @@ from kvbaton.manager import KVPoll
 from kvbaton.messages import Abort, Close, Done, Failed, decode
 from kvbaton.protocol.effects import Report
 from kvbaton.protocol.events import Event, MessageArrived
+from kvbaton.protocol.transfer import Transfer
 from kvbaton.testing.sim.engine import ENDED, Job, SourceJob, TargetJob, Tenancy
 from kvbaton.testing.sim.process import Process
 from kvbaton.testing.sim.scenario import Request
@@ -39,16 +40,16 @@ class Judge:
         """A write begins: both its ends must belong to one room, and both ranks must have agreed on the plan."""
         if self._released_by_policy(target):
             return
-        for unit, owner in run.source_owners:
-            if not isinstance(owner, Tenancy):
-                raise self._violated("read after free", f"{source.name} posts from {source.memory.unit_name(unit)}")
-        for unit, owner in run.target_owners:
-            if not isinstance(owner, Tenancy):
-                where = target.memory.unit_name(unit)
-                raise self._violated("write after free", f"{source.name} posts to {target.name} {where}, which is free")
-        rooms = {
-            owner.job.request.room for _, owner in (*run.source_owners, *run.target_owners) if isinstance(owner, Tenancy)
-        }
+        rooms = set()
+        for host, owners, kind in ((source, run.source_owners, "read"), (target, run.target_owners, "write")):
+            for unit, owner in owners:
+                if owner is None:
+                    where = f"{host.name} {host.memory.unit_name(unit)}"
+                    raise self._violated(f"{kind} after free", f"{source.name} posts a write, {where} is free")
+                if isinstance(owner, Tenancy):
+                    rooms.add(owner.job.request.room)
+                elif isinstance(owner, Transfer):
+                    rooms.add(owner.key.room)
         if len(rooms) > 1:
             raise self._violated(
                 "misdirected write", f"{source.name} → {target.name}: {run.source_owners} to {run.target_owners}"
@@ -61,16 +62,24 @@ class Judge:
         if ours != theirs:
             raise self._violated("digests differ", f"{source.name} has {ours}, {target.name} has {theirs}")
 
+    def read_late(self, write: Write, unit: int, owner: object) -> None:
+        """Bytes are read from a unit that has changed hands since the write was posted."""
+        host = write.writer.host
+        now = host.owner_of(unit, reading=True)
+        where = f"{host.name} {host.memory.unit_name(unit)}"
+        raise self._violated("read after free", f"a write reads {where}, which was {owner} and is {now} now")
+
     def trespassed(self, write: Write, unit: int, owner: object) -> None:
         """Bytes land in a unit that has changed hands since they were posted."""
         target = write.target
         if self._released_by_policy(target):
             self._clockwork.faults["write lands after a release by policy"] += 1
             return
+        now = target.owner_of(unit, reading=False)
+        where = f"{target.name} {target.memory.unit_name(unit)}"
         raise self._violated(
             "write after free",
-            f"a write of {write.writer.host.name} lands in {target.name} {target.memory.unit_name(unit)}, which was "
-            f"{owner} and is {target.memory.owners[unit]} now",
+            f"a write of {write.writer.host.name} lands in {where}, which was {owner} and is {now} now",
         )
 
     def freed(self, job: Job, units: list[int]) -> None:
@@ -211,7 +220,7 @@ class Judge:
         """Where one source rank serves a room alone, its success is everybody's."""
         jobs = [job for job in self.jobs if job.request is request]
         sources = [job for job in jobs if isinstance(job, SourceJob)]
-        if self._world.scenario.misuses or self._world.scenario.sources[request.source].size > 1:
+        if self._world.scenario.misuses or self._world.groups_of(request)[0].size > 1:
             return
         if any(job.outcome is KVPoll.Success for job in sources):
             for job in jobs:

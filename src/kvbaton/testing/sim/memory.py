@@ -6,14 +6,14 @@ compared with it, item by item as a layout is defined; the plan is not asked.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, aux_pool, kv_pool
+from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, Staging, aux_pool, kv_pool
 from kvbaton.testing.sim.scenario import Group, Model
 
 Bytes = NDArray[np.uint8]
@@ -21,10 +21,14 @@ Offsets = NDArray[np.int64]
 
 #: What a unit holds that nobody has filled; content may equal it by chance, but not over a whole unit.
 POISON = 0xEE
+#: Holds a block of every part of every model that is generated.
+STAGING_SLOT_BYTES = 512
+#: Between two regions, so that no run spans them.
+GAP = 16
 
 
-def make_layout(model: Model, group: Group, number: int, base: int, *, source: bool) -> CacheLayout:
-    """The layout of one rank of a group, its regions from address ``base`` on."""
+def make_pools(model: Model, group: Group, number: int, *, source: bool) -> tuple[Pool, ...]:
+    """The pools of one rank of a group, each in a region of its own."""
     stage, rank = divmod(number, group.tp)
     owned = range(model.layers * stage // group.pp, model.layers * (stage + 1) // group.pp)
     pools: list[Pool] = [_kv(model, group, owned, rank)]
@@ -36,29 +40,7 @@ def make_layout(model: Model, group: Group, number: int, base: int, *, source: b
         pools.append(_state(model, group, owned, rank))
     if not source or stage == group.pp - 1:
         pools.append(aux_pool(slots=group.slots, slot_bytes=6, tp_size=group.tp, tp_rank=rank, region=0))
-    placed, regions = [], []
-    for place, pool in enumerate(pools):
-        planes = tuple(_move(plane, place) for plane in pool.planes)
-        length = max(plane.offset + pool.units * plane.unit_stride for plane in planes)
-        regions.append(Region(base + (place << 20), length))
-        placed.append(Pool(pool.name, pool.kind, pool.units, pool.rows, pool.paged, pool.dtype, planes, pool.window))
-    layout = CacheLayout("m", tuple(regions), tuple(placed))
-    layout.validate()
-    return layout
-
-
-def _move(plane: Plane, region: int) -> Plane:
-    return Plane(
-        plane.layer,
-        plane.name,
-        region,
-        plane.offset,
-        plane.unit_stride,
-        plane.row_stride,
-        plane.item_stride,
-        plane.item_bytes,
-        plane.axis,
-    )
+    return tuple(replace(p, planes=tuple(replace(x, region=i) for x in p.planes)) for i, p in enumerate(pools))
 
 
 def _kv(model: Model, group: Group, layers: range, rank: int) -> Pool:
@@ -142,32 +124,45 @@ class PoolBytes:
 
 
 class RankMemory:
-    """All bytes of one rank in one buffer, and for each byte the unit (numbered over all pools) that it belongs to."""
+    """All bytes of one rank in one buffer, and for each byte the unit that it belongs to.
 
-    def __init__(self, layout: CacheLayout) -> None:
-        self.layout = layout
-        self._starts = [region.address for region in layout.regions]
-        self._ends = [region.address + region.length for region in layout.regions]
-        self._bases = np.cumsum([0, *(region.length for region in layout.regions)]).tolist()
-        self.bytes: Bytes = np.full(self._bases[-1], POISON, dtype=np.uint8)
-        self.unit_of = np.full(self._bases[-1], -1, dtype=np.int32)
+    Units are numbered over all pools; after them come the slots of the staging memory. Addresses are real ones, because
+    a driver's own gather and scatter work on them; nothing that a run does depends on which they are.
+    """
+
+    def __init__(self, model: Model, group: Group, number: int, *, source: bool) -> None:
+        pools = make_pools(model, group, number, source=source)
+        lengths = [max(plane.offset + pool.units * plane.unit_stride for plane in pool.planes) for pool in pools]
+        if group.staging_slots:
+            lengths.append(group.staging_slots * STAGING_SLOT_BYTES)
+        bases = [int(base) for base in np.cumsum([0, *(length + GAP for length in lengths)])]
+        self.bytes: Bytes = np.full(bases[-1], POISON, dtype=np.uint8)
+        self._address = int(self.bytes.ctypes.data)
+        regions = tuple(
+            Region(self._address + base, length) for base, length in zip(bases, lengths, strict=False)
+        )
+        staging = Staging(len(pools), STAGING_SLOT_BYTES, group.staging_slots) if group.staging_slots else None
+        self.layout = CacheLayout("m", regions, pools, staging)
+        self.unit_of = np.full(bases[-1], -1, dtype=np.int32)
         self.pools: dict[str, PoolBytes] = {}
         self.first_unit: dict[str, int] = {}
         units = 0
-        for pool in layout.pools:
-            self.pools[pool.name] = _pool_bytes(pool, self._bases)
+        for pool in pools:
+            self.pools[pool.name] = _pool_bytes(pool, bases)
             self.first_unit[pool.name] = units
             numbers = np.arange(units, units + pool.units, dtype=np.int32)
             self.unit_of[self.pools[pool.name].index] = numbers[:, None, None]
             units += pool.units
+        if group.staging_slots:
+            slots = np.arange(units, units + group.staging_slots, dtype=np.int32)
+            self.unit_of[bases[-2] : bases[-2] + lengths[-1]] = np.repeat(slots, STAGING_SLOT_BYTES)
         self.owners: list[object | None] = [None] * units
 
     def at(self, address: int) -> int:
         """Offset in ``bytes`` of an address."""
-        region = bisect_right(self._starts, address) - 1
-        if region < 0 or address >= self._ends[region]:
+        if not self._address <= address < self._address + len(self.bytes):
             raise IndexError(f"address {address} is in no region")
-        return int(self._bases[region] + address - self._starts[region])
+        return address - self._address
 
     def units_at(self, start: int, length: int) -> list[int]:
         """Units (numbered over all pools) that bytes ``[start, start + length)`` of the buffer belong to."""
@@ -176,6 +171,8 @@ class RankMemory:
         return [first] if first == last else sorted(set(found.tolist()))
 
     def unit_name(self, number: int) -> str:
+        if number >= len(self.owners):
+            return f"staging[{number - len(self.owners)}]"
         for name, first in reversed(self.first_unit.items()):
             if number >= first:
                 return f"{name}[{number - first}]"

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from kvbaton.control.base import Arrived, Changed, LinkChange, LinkId, Links
-from kvbaton.messages import Ping, Pong, decode
+from kvbaton.messages import Hello, Ping, Pong, decode
 from kvbaton.testing.sim.clockwork import Clockwork
 from kvbaton.testing.sim.scenario import LinkFault, MessageFault, Noise
 
@@ -34,13 +34,17 @@ _tag = msgspec.msgpack.Decoder(_Tag)
 
 @dataclass(eq=False, slots=True)
 class End:
-    """One end of a link. ``address`` is empty at the accepting end. ``arriving``: when the last message in order does."""
+    """One end of a link. ``address`` is empty at the accepting end. ``arriving``: when the last message in order does.
+
+    ``flushed``: its process has ended, but its system still delivers what was sent.
+    """
 
     owner: SimLinks
     link: LinkId
     address: str
     peer: End | None = None
     backlog: deque[bytes] = field(default_factory=deque)
+    flushed: bool = False
     arriving: float = 0.0
 
 
@@ -104,8 +108,10 @@ class Network:
             self._holes.add(links.address)
         ends = list(links.ends.values())
         links.ends.clear()
+        flushed = self.clockwork.stream(f"end of {links.name}").random() < 0.7
         for end in ends:
             if end.peer is not None and not hole:
+                end.flushed = flushed
                 self._break(end)
 
     def dialled(self, end: End) -> None:
@@ -135,7 +141,8 @@ class Network:
             end.peer.peer = None
             end.peer = None
         if dialler is not None and dialler.owner.ends.get(dialler.link) is dialler:
-            dialler.owner.put(Changed(dialler.link, LinkChange.DOWN))
+            down = Changed(dialler.link, LinkChange.DOWN)
+            self.clockwork.after(2 * LATENCY_SECONDS[1], lambda: dialler.owner.put(down))
             self.clockwork.after(0.05, lambda: self._connect(dialler))
 
     # ---- messages -----------------------------------------------------------------------------------------------
@@ -146,7 +153,8 @@ class Network:
         if clockwork.trace is not None and not resent:
             message = decode(payload)
             if not isinstance(message, Ping | Pong):
-                clockwork.tell(names[0], f"→ {names[1]} {str(message)[:240]}")
+                text = "Hello" if isinstance(message, Hello) else str(message)[:240]
+                clockwork.tell(names[0], f"→ {names[1]} {text}")
         copies, delay = (1, 0.0) if resent else self._disturb(tag, names)
         cut = self.is_cut(*names)
         if cut is not None and copies:
@@ -189,7 +197,7 @@ class Network:
         return copies, delay
 
     def _arrive(self, sender: End, receiver: End, payload: bytes) -> None:
-        if receiver.peer is sender and receiver.owner.ends.get(receiver.link) is receiver:
+        if (receiver.peer is sender or sender.flushed) and receiver.owner.ends.get(receiver.link) is receiver:
             receiver.owner.put(Arrived(receiver.link, payload))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVManager
 from kvbaton.messages import Coordinates
 from kvbaton.protocol.core import Core
@@ -57,7 +56,7 @@ class Process:
     """See the module. ``alive`` until it is killed or has closed."""
 
     def __init__(
-        self, world: World, group: Group, number: int, layout: CacheLayout, instance: str, *, source: bool
+        self, world: World, group: Group, number: int, memory: RankMemory, instance: str, *, source: bool
     ) -> None:
         self.world = world
         self.clockwork = world.clockwork
@@ -75,14 +74,14 @@ class Process:
         self._clock = group.clocks[number % len(group.clocks)] if group.clocks else Clock()
         self._turn_at: float | None = None
         self._turned_at = -1.0
-        self.memory = RankMemory(layout)
+        self.memory = memory
         self.links = SimLinks(world.network, self.name, f"sim://{self.name}", self.stir)
         self.transport = SimTransport(
             world.fabric, self, must_progress=group.must_progress, fence_breaks_others=group.fence_breaks_others
         )
         tuning = world.scenario.tuning
         self.manager = SimManager(
-            layout,
+            memory.layout,
             self.transport,
             self.links,
             instance=instance,
@@ -113,6 +112,14 @@ class Process:
     def _handle(self, event: Event, now: float) -> list[Effect]:
         self.handling = event
         return self._core_handle(event, now)
+
+    def owner_of(self, unit: int, *, reading: bool) -> object | None:
+        """Who may have a unit touched now: a job's tenancy; for a staging slot the write that reads it or the transfer
+        that it is leased to."""
+        slot = unit - len(self.memory.owners)
+        if slot < 0:
+            return self.memory.owners[unit]
+        return self.manager.driver.staging_reader(slot) if reading else self.manager.core.staging_lessee(slot)
 
     # ---- turning ------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Group(Struct, frozen=True, kw_only=True):
         lazy: how long the engine takes to notice that a room has changed.
         must_progress: bytes only land while the target's driver asks its transport to (sockets, not RDMA).
         fence_breaks_others: cutting off one peer breaks what is in flight to the others.
+        staging_slots: memory through which small pieces may travel together.
         misfit: this group has another element type: every pairing with it must be refused.
     """
 
@@ -56,6 +57,7 @@ class Group(Struct, frozen=True, kw_only=True):
     must_progress: bool = False
     fence_breaks_others: bool = False
     misfit: bool = False
+    staging_slots: int = 0
 
     @property
     def size(self) -> int:
@@ -78,6 +80,8 @@ class Request(Struct, frozen=True, kw_only=True):
         skip_prefix: the source submits nothing that the target holds already.
         source_abort, target_abort: when that engine gives it up; None: never.
         lone_abort: only the first rank of the side gives up.
+        back: the other way round: from the group ``target`` to the group ``source``.
+        gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
     """
 
@@ -99,6 +103,8 @@ class Request(Struct, frozen=True, kw_only=True):
     target_abort: float | None = None
     lone_abort: bool = False
     rival: bool = False
+    back: bool = False
+    gap: int = 0
 
     @property
     def tokens(self) -> int:
@@ -205,6 +211,7 @@ class Tuning(Struct, frozen=True, kw_only=True):
     tombstones: int = 64
     rooms: int = 64
     quarantine_seconds: float | None = None
+    staging: Literal["auto", "always", "never"] = "auto"
 
 
 class Scenario(Struct, frozen=True, kw_only=True):
@@ -226,7 +233,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     def misuses(self) -> bool:
         """Whether somebody outside did something that must fail: a room used twice at once, groups that do not fit."""
         misfits = {g.misfit for g in (*self.sources, *self.targets)}
-        return any(r.rival for r in self.requests) or len(misfits) > 1
+        return any(r.rival or r.gap for r in self.requests) or len(misfits) > 1
 
     def to_json(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1)

@@ -1,4 +1,4 @@
-"""A simulated data plane: writes whose bytes are read and land late, out of order, in part, or never, as a scenario says.
+"""A simulated data plane: writes whose bytes are read and land late, out of order, in part or never.
 
 It keeps the contract of :class:`kvbaton.transports.base.Transport` at its edges: source memory is read until a write
 is DONE or its peer is fenced; a broken write goes on landing until then; bytes that had left local memory when a peer
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -67,12 +68,14 @@ class Host(Protocol):
     @property
     def alive(self) -> bool: ...
     def stir(self) -> None: ...
+    def owner_of(self, unit: int, *, reading: bool) -> object | None: ...
 
 
 class Inspector(Protocol):
     """Who judges what writes do."""
 
     def posted(self, source: Host, target: Host, run: Run) -> None: ...
+    def read_late(self, write: Write, unit: int, owner: object) -> None: ...
     def trespassed(self, write: Write, unit: int, owner: object) -> None: ...
 
 
@@ -134,7 +137,7 @@ class SimTransport(Transport):
         return Capabilities(name="sim", target_must_progress=self._must_progress, post_copies=False)
 
     def register(self, regions: Sequence[Region]) -> None:
-        if self.closed:
+        if self.closed or not regions:
             raise self._clockwork.violated("after close", f"{self.host.name} registers memory")
 
     def metadata(self) -> bytes:
@@ -182,8 +185,8 @@ class SimTransport(Transport):
             source,
             there,
             length,
-            tuple((unit, ours.owners[unit]) for unit in ours.units_at(source, length)),
-            tuple((unit, theirs.owners[unit]) for unit in theirs.units_at(there, length)),
+            tuple((unit, self.host.owner_of(unit, reading=True)) for unit in ours.units_at(source, length)),
+            tuple((unit, target.owner_of(unit, reading=False)) for unit in theirs.units_at(there, length)),
         )
 
     def _launch(self, write: Write, number: int) -> Handle:
@@ -230,7 +233,7 @@ class SimTransport(Transport):
         if not write.target.alive:
             self._landed(write, run)
             return
-        self._capture(run)
+        self._capture(write, run)
         there = self._fabric.transports[write.target.instance]
         if there._must_progress:
             there._landing.append((write, run))
@@ -238,20 +241,16 @@ class SimTransport(Transport):
         else:
             self._land(write, run)
 
-    def _capture(self, run: Run) -> None:
+    def _capture(self, write: Write, run: Run) -> None:
         for unit, owner in run.source_owners:
-            if self.host.memory.owners[unit] is not owner:
-                raise self._clockwork.violated(
-                    "read after free",
-                    f"a write of {self.host.name} reads {self.host.memory.unit_name(unit)}, which was {owner} "
-                    f"and is {self.host.memory.owners[unit]} now",
-                )
+            if self.host.owner_of(unit, reading=True) != owner:
+                self._fabric.inspector.read_late(write, unit, owner)
         run.captured = self.host.memory.bytes[run.source : run.source + run.length].copy()
 
     def _land(self, write: Write, run: Run) -> None:
         memory = write.target.memory
         for unit, owner in run.target_owners:
-            if memory.owners[unit] is not owner:
+            if write.target.owner_of(unit, reading=False) != owner:
                 self._fabric.inspector.trespassed(write, unit, owner)
         assert run.captured is not None  # noqa: S101 - our own invariant
         memory.bytes[run.target : run.target + run.length] = run.captured
@@ -299,10 +298,10 @@ class SimTransport(Transport):
             if run.captured is not None:
                 continue  # it waits at the target
             if there._must_progress and write.target.alive and self._random.random() < 0.5:
-                self._capture(run)
+                self._capture(write, run)
                 self._clockwork.faults["bytes in flight at a fence"] += 1
                 self._clockwork.after(
-                    self._random.uniform(0, FLIGHT_SECONDS), lambda run=run: self._arrive_late(there, write, run)
+                    self._random.uniform(0, FLIGHT_SECONDS), partial(self._arrive_late, there, write, run)
                 )
             else:
                 write.flying.remove(run)
@@ -320,7 +319,7 @@ class SimTransport(Transport):
                 write.writer._land(write, run)
 
     def evidence(self, peer: str) -> str:
-        return "simulated"
+        return f"simulated, to {peer}"
 
     def die(self) -> None:
         """The process ends: its writes end with it, what has left it may still be on its way."""

@@ -11,7 +11,7 @@ from kvbaton.protocol.settings import Settings
 from kvbaton.testing.sim.clockwork import Clockwork
 from kvbaton.testing.sim.engine import Job, SourceJob, TargetJob
 from kvbaton.testing.sim.judge import Judge
-from kvbaton.testing.sim.memory import make_layout
+from kvbaton.testing.sim.memory import RankMemory
 from kvbaton.testing.sim.network import Network
 from kvbaton.testing.sim.process import Process
 from kvbaton.testing.sim.scenario import (
@@ -31,8 +31,6 @@ from kvbaton.testing.sim.violation import Violation
 
 #: A run that takes more steps than this has lost its way.
 MOST_STEPS = 400_000
-SIDE_SPACING = 1 << 40
-RANK_SPACING = 1 << 30
 #: How long closing may take, in the world's time.
 CLOSING_SECONDS = 120.0
 
@@ -94,6 +92,7 @@ class World:
             write_entries=tuning.write_entries,
             tombstones=tuning.tombstones,
             rooms=tuning.rooms,
+            staging=tuning.staging,
             quarantine_seconds=tuning.quarantine_seconds,
         )
         self.results: Counter[str] = Counter()
@@ -128,6 +127,11 @@ class World:
     def living(self) -> list[Process]:
         return [process for process in self._instances.values() if process.alive]
 
+    def groups_of(self, request: Request) -> tuple[Group, Group]:
+        """The source and the target of a request."""
+        pair = self.scenario.sources[request.source], self.scenario.targets[request.target]
+        return (pair[1], pair[0]) if request.back else pair
+
     @property
     def pairs(self) -> int:
         return sum(g.size for g in self.scenario.sources) * sum(g.size for g in self.scenario.targets)
@@ -148,19 +152,16 @@ class World:
         """A process starts at the place of a rank: always the same address and memory, always a new instance."""
         self._births += 1
         place = group.rank(number)
-        side = 1 if source else 2
-        groups = self.scenario.sources if source else self.scenario.targets
-        base = side * SIDE_SPACING + (groups.index(group) * 16 + number) * RANK_SPACING
-        layout = make_layout(self.scenario.model, group, number, base, source=source)
+        memory = RankMemory(self.scenario.model, group, number, source=source)
         instance = f"{place}-{self._births}"
         self.clockwork.tell(place, f"stands up as {instance}")
-        process = Process(self, group, number, layout, instance, source=source)
+        process = Process(self, group, number, memory, instance, source=source)
         self._instances[instance] = self._places[place] = process
 
     def _plan(self, request: Request) -> None:
         start = self.clockwork.now
         self._unstarted += 1
-        source, target = self.scenario.sources[request.source], self.scenario.targets[request.target]
+        source, target = self.groups_of(request)
         skew = self.clockwork.stream(f"skew {request.number}")
         self._open[request.number] = source.size + target.size
         for number in range(source.size):
@@ -296,14 +297,8 @@ class World:
             for job in process.engine.jobs
             if isinstance(job, TargetJob)
             and job.outcome is KVPoll.Failed
-            and any(self._source_place(job, n) in self._holes for n in range(self._sources_of(job).size))
+            and any(group.rank(n) in self._holes for group in [self.groups_of(job.request)[0]] for n in range(group.size))
         }
-
-    def _sources_of(self, job: Job) -> Group:
-        return self.scenario.sources[job.request.source]
-
-    def _source_place(self, job: Job, number: int) -> str:
-        return self._sources_of(job).rank(number)
 
     def outcome(self, kind: str, text: str) -> Outcome:
         cells: Counter[str] = Counter()

@@ -1,0 +1,49 @@
+"""What an operator may set of the protocol, by flag and by variable, arrives where it counts."""
+
+import pytest
+
+from kvbaton.cli.main import WRONG, main
+from kvbaton.protocol.settings import Settings
+from kvbaton.server.launch import ServeConfig
+
+FLAGS = {
+    "--disaggregation-handshake-timeout": "1.5",
+    "--disaggregation-bootstrap-timeout": "2.5",
+    "--disaggregation-waiting-timeout": "3.5",
+    "--disaggregation-heartbeat-interval": "4.5",
+}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
+    """Configurations that would have been served."""
+    configs: list[ServeConfig] = []
+    monkeypatch.setattr("kvbaton.cli.serve.exit_on_sigterm", lambda: None)
+    monkeypatch.setattr("kvbaton.cli.main.start_logging", lambda _level: None)
+    monkeypatch.setattr("kvbaton.server.launch.serve", lambda config, **_: configs.append(config))
+    return configs
+
+
+def test_deadlines_by_flag_and_by_variable_are_the_same(served: list[ServeConfig]) -> None:
+    words = [word for pair in FLAGS.items() for word in pair]
+    variables = {"KVBATON_" + flag[2:].upper().replace("-", "_"): value for flag, value in FLAGS.items()}
+    assert main(["serve", "--model", "m", *words], {}) == 0
+    assert main(["serve", "--model", "m"], variables) == 0
+    for config in served:
+        settings = config.settings()
+        assert settings.handshake_seconds == 1.5
+        assert settings.bootstrap_seconds == 2.5
+        assert settings.transfer_seconds == 3.5
+        assert settings.silence_seconds == 9.0
+
+
+def test_without_flags_the_protocols_own_deadlines_hold(served: list[ServeConfig]) -> None:
+    assert main(["serve", "--model", "m"], {}) == 0
+    assert served[0].settings() == Settings()
+
+
+def test_an_advertised_address_must_be_one(served: list[ServeConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "m", "--disaggregation-control-advertise", "10.0.0.1:99"], {}) == WRONG
+    assert "tcp://" in capsys.readouterr().err
+    assert main(["serve", "--model", "m", "--disaggregation-control-advertise", "tcp://10.0.0.1:99"], {}) == 0
+    assert [config.control_advertise for config in served] == ["tcp://10.0.0.1:99"]
