@@ -32,6 +32,8 @@ class Pair:
     target: KVManager
     prefill: Scheduler
     decode: Scheduler
+    model: LoadedModel
+    pages: int  # of the decode side
 
     def request(self, room: int, length: int, count: int, **sampling: object) -> Request:
         fields: dict = {"temperature": 0.0, "ignore_eos": True, "max_tokens": count, **sampling}
@@ -63,7 +65,13 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def pair(model: LoadedModel, *, source: dict | None = None, target: dict | None = None) -> Iterator[Pair]:
+def pair(
+    model: LoadedModel,
+    *,
+    source: dict | None = None,
+    target: dict | None = None,
+    decode_config: SchedulerConfig = CONFIG,
+) -> Iterator[Pair]:
     network = Network()
 
     def manager(layout: CacheLayout, group: str) -> KVManager:
@@ -75,9 +83,9 @@ def pair(model: LoadedModel, *, source: dict | None = None, target: dict | None 
         manager(pools[0].layout, "prefill") as sends,
         manager(pools[1].layout, "decode") as receives,
         prefill_scheduler(model, pools[0], sends, CONFIG) as prefill,
-        decode_scheduler(model, pools[1], receives, CONFIG) as decode,
+        decode_scheduler(model, pools[1], receives, decode_config) as decode,
     ):
-        yield Pair(sends, receives, prefill, decode)
+        yield Pair(sends, receives, prefill, decode, model, pools[1].pages_free)
 
 
 @pytest.mark.parametrize("target_page_size", [16, 64, 8])

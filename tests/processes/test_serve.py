@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,3 +73,31 @@ def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path):
     assert "kvbaton: model '/no/such/model' is no directory" in refused("--model", "/no/such/model", "--port", "0")
     half = ("--model", "recall", "--disaggregation-mode", "decode", "--port", "0")
     assert "without a shared secret\nhint: pass --secret-file" in refused(*half, "--host", "0.0.0.0")
+
+
+def test_a_full_disk_under_the_logs_stops_nothing():
+    """Found by `kvbaton chaos`: the first line on stderr ended the server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            command("serve", "--model", "recall", "--port", str(port)), stdout=full, stderr=full, env=ENVIRONMENT
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        request = post(f"http://127.0.0.1:{port}", prompt="a7=3MB0;?a7=", max_tokens=4, temperature=0)
+        while True:
+            try:
+                with urllib.request.urlopen(request) as response:
+                    assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
+                break
+            except OSError:  # not listening yet
+                assert process.poll() is None, "the server has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()

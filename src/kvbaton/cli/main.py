@@ -17,6 +17,7 @@ from kvbaton import __version__
 from kvbaton.cli import bench, chaos, check, conformance, demo, plan, router, serve, sim, soak, story
 from kvbaton.cli import eval as evaluate
 from kvbaton.cli.settings import describe, start_logging, with_environment
+from kvbaton.cli.stderr import forgiving_stderr
 from kvbaton.errors import ConfigError, KVBatonError
 
 FAILED = 1
@@ -72,7 +73,11 @@ def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    typed = list(sys.argv[1:] if arguments is None else arguments)
+    with forgiving_stderr():
+        return _guarded(list(sys.argv[1:] if arguments is None else arguments), environment)
+
+
+def _guarded(typed: list[str], environment: Mapping[str, str] | None) -> int:
     try:
         return _run(typed, os.environ if environment is None else environment)
     except KVBatonError as error:

@@ -50,7 +50,7 @@ class Zygote:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "kvbaton.conformance.zygote",
+            "kvbaton.cli.zygote",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -199,7 +199,9 @@ class Rooms:
         for address in event.sources:
             self._peers.dial(address)
             session = self._peers.at(address)
-            if session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
+            if session is not None and session.refused_for_now:
+                session.greet_again(self._around.now)
+            elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
                 self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
         self._touch(room)
 

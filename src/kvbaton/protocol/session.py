@@ -9,7 +9,8 @@ A session is directed: its *role* is what we are in it. The target dials; the so
 - JUDGING    target: the peer's Hello fits, its verdict is to come
 - PREPARING  source: the peer's Hello fits, the transport builds its tables
 - READY      transfers may run
-- REFUSED    the pairing cannot work; the reason is kept for every request that asks
+- REFUSED    the pairing cannot work; the reason is kept for every request that asks. Where the transport failed, the
+  next request begins the greeting again: what it lacked (a file descriptor, a route) may be there now
 - LOST       no sign of life for ``silence_seconds``, or it never answered; memory may still be written
 - GONE       the instance is fenced: its process closed, died, or another one answers at its address
 
@@ -121,6 +122,11 @@ class Session:
         where = f" at {self.address}" if self.address else ""
         return f"{self.peer or 'nobody yet'}{where}"
 
+    @property
+    def refused_for_now(self) -> bool:
+        """Refused because the transport failed, not because the two do not fit: worth another greeting."""
+        return self.state is SessionState.REFUSED and isinstance(self.error, TransportError)
+
     # ---- target: dial, greet, judge ---------------------------------------------------------------------------
 
     def greet(self, now: float) -> None:
@@ -164,7 +170,9 @@ class Session:
     def greeted(self, hello: Hello, now: float) -> None:
         """A target's Hello: judge it, and prepare to write to it. A repeated Hello gets the same answer again."""
         if self.hello is not None:
-            if self.state in (SessionState.READY, SessionState.REFUSED):
+            if self.refused_for_now:
+                self.prepare_again(now)
+            elif self.state in (SessionState.READY, SessionState.REFUSED):
                 self._answer()
             return
         self.hello = hello

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,6 +75,8 @@ class Rank:
     pairs: dict[str, PairPlan] = field(default_factory=dict)
     held: list[PostWrite] = field(default_factory=list)
     hold_writes: bool = False
+    hold_quiesce: bool = False
+    quiescing: list[str] = field(default_factory=list)
     alive: bool = True
 
     @property
@@ -126,6 +128,11 @@ class Rank:
         for write in held:
             self.world.land(self, write)
             self.do(WriteSettled(write.write))
+
+    def release_quiesced(self) -> None:
+        """Let what stopped peers had put on the wire be over and done with."""
+        peers, self.quiescing = self.quiescing, []
+        self.world.later(self, [PeerQuiesced(peer) for peer in peers])
 
     def break_writes(self, *, landed: bool) -> None:
         """Let the writes that were held fail, with or without their bytes landing."""
@@ -263,11 +270,17 @@ class World:
             elif isinstance(effect, Scatter):
                 self._scatter(rank, effect)
             elif isinstance(effect, Quiesce):
-                self._todo.append((rank, PeerQuiesced(effect.peer)))
+                rank.quiescing.append(effect.peer)
+                if not rank.hold_quiesce:
+                    rank.release_quiesced()
             elif isinstance(effect, PostWrite):
                 self._post(rank, effect)
             elif isinstance(effect, CancelWrites):
                 self._cancel(rank, effect.writes)
+
+    def later(self, rank: Rank, events: Iterable[Event]) -> None:
+        """Events that happen once everything before them has."""
+        self._todo.extend((rank, event) for event in events)
 
     def land(self, rank: Rank, write: PostWrite) -> None:
         """Copy the bytes of a write."""

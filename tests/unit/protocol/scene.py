@@ -268,7 +268,11 @@ class Scene:
             for rank in self.sources:
                 poll = rank.status("source", self.room).poll
                 number = self._submitted.get(rank.name, 0)
-                if rank.alive and poll in (KVPoll.WaitingForInput, KVPoll.Transferring) and number < len(self.shape.chunks):
+                if (
+                    rank.alive
+                    and poll in (KVPoll.WaitingForInput, KVPoll.Transferring)
+                    and number < len(self.shape.chunks)
+                ):
                     self._submitted[rank.name] = number + 1
                     rank.do(ChunkSubmitted(self.room, self.chunk(rank, number)))
             self.world.run()

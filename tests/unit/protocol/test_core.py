@@ -95,7 +95,9 @@ def test_the_same_pool_twice_is_refused() -> None:
     scene = Scene()
     scene.start()
     good = first_open(scene)
-    answer = refused(scene, msgspec.structs.replace(good, key=TransferKey(8, 100), grants=(*good.grants, good.grants[0])))
+    answer = refused(
+        scene, msgspec.structs.replace(good, key=TransferKey(8, 100), grants=(*good.grants, good.grants[0]))
+    )
     assert "granted twice" in answer.reason
 
 
@@ -342,7 +344,17 @@ def test_a_target_that_never_confirms_lets_the_source_go() -> None:
 # ---- garbage --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("payload", [b"", b"\x00", b"garbage", b"\xc1" * 100, b"\x81\xa4type\xa5hello", encode(Query(sender="a", receiver="b", key=TransferKey(1, 1)))[:-1]])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\x00",
+        b"garbage",
+        b"\xc1" * 100,
+        b"\x81\xa4type\xa5hello",
+        encode(Query(sender="a", receiver="b", key=TransferKey(1, 1)))[:-1],
+    ],
+)
 def test_garbage_is_counted_and_changes_nothing(payload: bytes) -> None:
     scene = Scene()
     scene.start()

@@ -25,7 +25,7 @@ from kvbaton.messages import (
     Query,
     TransferKey,
 )
-from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.effects import Effect, KVPoll
 from kvbaton.protocol.events import PeerFenced, ShutdownRequested, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
@@ -66,7 +66,7 @@ class _Mute:
 
     def send(self, transfer: Transfer, message: AnyMessage) -> None: ...
     def emit(self, effect: Effect) -> None: ...
-    def mint_write(self, transfer: Transfer) -> WriteId:
+    def mint_write(self, transfer: Transfer) -> WriteId:  # noqa: ARG002 - the protocol's name
         return WriteId(1)
 
     def set_timer(self, transfer: Transfer, name: str, when: float) -> None: ...
@@ -163,11 +163,34 @@ def test_a_state_survives_a_peer_that_dies(state: State) -> None:
 
 
 def test_every_live_state_is_driven() -> None:
-    assert set(PATHS) == set(State) - {State.CLOSED}
+    assert set(PATHS) | {State.QUIESCING} == set(State) - {State.CLOSED}
+
+
+@pytest.mark.parametrize("how", ["dies", "fences"])
+def test_quiescing_holds_the_lease_until_the_transport_is_flushed(how: str) -> None:
+    """Its owner is the target's own transport: no peer and no time ends it."""
+    scene = Scene(holding(PAIR))
+    sending(scene)
+    scene.target.hold_quiesce = True
+    if how == "dies":
+        scene.world.kill(scene.source)
+    else:
+        scene.source.held.clear()
+        scene.source.do(PeerFenced(scene.target.core.instance))
+        scene.world.run()
+    assert scene.status("target").poll is KVPoll.Failed
+    scene.world.run(until=scene.world.now + 1_000.0)
+    assert scene.status("target").leased
+    assert scene.target.quiescing == [scene.source.core.instance] if how == "dies" else scene.target.quiescing
+    scene.target.release_quiesced()
+    scene.target.hold_quiesce = False
+    scene.world.run()
+    assert not scene.status("target").leased
+    scene.expect_over()
 
 
 def test_nothing_leaves_closed() -> None:
-    """Handlers of CLOSED answer late messages; none of them enters a state. """
+    """Handlers of CLOSED answer late messages; none of them enters a state."""
     assert {edge.path for edge in derive() if edge.before is State.CLOSED} == {(State.CLOSED,)}
 
 

@@ -112,8 +112,7 @@ def expect_known_steps(scene: Scene) -> None:
 def messages(script: str, shape: str) -> int:
     """How many messages a run without faults sends before the heartbeats begin to matter."""
     scene = run_script(script, shape)
-    first_ping = next((i for i, (at, *_) in enumerate(scene.world.trace) if at >= 5.0), len(scene.world.trace))
-    return first_ping
+    return next((i for i, (at, *_) in enumerate(scene.world.trace) if at >= 5.0), len(scene.world.trace))
 
 
 CASES = [
@@ -202,7 +201,9 @@ def test_chunks_may_begin_at_the_prefix() -> None:
     scene = Scene(Shape(prefix=8))
     scene.start()
     units = scene.source_units()
-    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 8, 22, tuple(units[2:])), slot(scene)), last=True)))
+    scene.source.do(
+        ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 8, 22, tuple(units[2:])), slot(scene)), last=True))
+    )
     scene.world.run()
     scene.expect_success()
 
@@ -550,7 +551,9 @@ def test_done_that_is_not_the_manifest_fails_both_sides() -> None:
     def forge(_from: Rank, _to: Rank, message: AnyMessage) -> int | list[AnyMessage]:
         if isinstance(message, Done):
             parts = tuple(PartBytes(part.part, part.bytes - 1) for part in message.parts)
-            return [Done(sender=message.sender, receiver=message.receiver, key=message.key, parts=parts, token_count=22)]
+            return [
+                Done(sender=message.sender, receiver=message.receiver, key=message.key, parts=parts, token_count=22)
+            ]
         return 1
 
     scene.world.network = forge
@@ -569,7 +572,11 @@ def test_done_for_another_token_count_fails_both_sides() -> None:
         if isinstance(message, Done):
             return [
                 Done(
-                    sender=message.sender, receiver=message.receiver, key=message.key, parts=message.parts, token_count=21
+                    sender=message.sender,
+                    receiver=message.receiver,
+                    key=message.key,
+                    parts=message.parts,
+                    token_count=21,
                 )
             ]
         return 1
@@ -593,7 +600,9 @@ def test_a_gap_between_chunks_fails_both_sides() -> None:
     scene.start()
     scene.submit(0)
     units = scene.source_units()
-    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 16, 22, tuple(units[4:])), slot(scene)), last=True)))
+    scene.source.do(
+        ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 16, 22, tuple(units[4:])), slot(scene)), last=True))
+    )
     expect_source_fails(scene, "misuse", r"chunk starts at token 16 but 12 is next")
 
 
@@ -602,7 +611,9 @@ def test_a_chunk_that_does_not_end_on_a_page_fails_both_sides() -> None:
     scene.start()
     units = scene.source_units()
     scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 0, 10, tuple(units[:3])),), last=False)))
-    scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 10, 22, tuple(units[2:])), slot(scene)), last=True)))
+    scene.source.do(
+        ChunkSubmitted(scene.room, Chunk(spans=(Grant("kv", 10, 22, tuple(units[2:])), slot(scene)), last=True))
+    )
     expect_source_fails(scene, "layout", r"token 10 is no multiple of 4")
 
 
@@ -677,7 +688,11 @@ def test_messages_that_go_the_wrong_way_are_counted_and_change_nothing() -> None
     key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
     p, d = scene.source.core.instance, scene.target.core.instance
     for sender, receiver, message in (
-        (scene.source, scene.target, Open(sender=p, receiver=d, key=key, token_count=1, grants=(), parts=(), ttl_seconds=1)),
+        (
+            scene.source,
+            scene.target,
+            Open(sender=p, receiver=d, key=key, token_count=1, grants=(), parts=(), ttl_seconds=1),
+        ),
         (scene.source, scene.target, Abort(sender=p, receiver=d, key=key, code="x", reason="")),
         (scene.target, scene.source, Done(sender=d, receiver=p, key=key, parts=(), token_count=1)),
         (scene.target, scene.source, Drained(sender=d, receiver=p, key=key)),

@@ -1,4 +1,4 @@
-"""``python -m kvbaton.conformance.zygote``: a process that has imported everything, and forks servers on request.
+"""``python -m kvbaton.cli.zygote``: a process that has imported everything, and forks servers on request.
 
 Starting an interpreter with torch takes seconds, forking one takes milliseconds; a table of topologies needs hundreds
 of ranks. Requests come as lines of JSON on stdin (``{"arguments": [...], "log": "..."}``), each is answered with a line
@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 import kvbaton.server.launch  # noqa: F401 - what servers need is imported once, here
+from kvbaton.cli.main import main
 from kvbaton.conformance.requests import Start
 
 
@@ -42,8 +43,6 @@ def _become(request: Start) -> None:
             os.dup2(ours, standard)
         os.close(log)
         os.close(null)
-        from kvbaton.cli.main import main  # the layer above: only at run time, as any user of the command
-
         code = main(request.arguments)
     except BaseException:  # noqa: BLE001 - the top of a process
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Tests of real bugs, each failing when it was written. They move to the file of their subject once they pass."""
+"""Bugs that were found, each by a test that failed when it was written."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_success_absorbs_the_later_loss_of_a_bystander() -> None:
     scene = Scene(SHAPES["bystander"])
     scene.start()
     bystander = "p1"
-    scene.world.network = lambda sender, _to, message: 0 if isinstance(message, Done) and sender.name == bystander else 1
+    scene.world.network = lambda sender, _to, message: (
+        0 if isinstance(message, Done) and sender.name == bystander else 1
+    )
     scene.submit_all()
     assert scene.status("target").poll is KVPoll.Success, scene.explain()
     scene.world.kill(scene.world.ranks[bystander])
@@ -91,7 +93,7 @@ def test_success_absorbs_the_later_loss_of_a_bystander() -> None:
 
 
 def test_fencing_a_peer_for_one_room_does_not_turn_another_one_into_a_success() -> None:
-    """A WAITING transfer that is fenced goes to FAILING without an error, and its room ends as Success at the source."""
+    """A WAITING transfer that was fenced went to FAILING without an error, and its room ended as Success."""
     scene = Scene(holding(PAIR))
     scene.start()
     scene.submit_all()
@@ -179,9 +181,7 @@ def test_no_deadline_beats_a_message_that_is_already_here() -> None:
         pong = Pong(sender=source.core.instance, receiver=scene.target.core.instance)
         scene.world.perform(
             scene.target,
-            scene.target.core.handle(
-                MessageArrived(scene.target.link_to(source), msgspec.msgpack.encode(pong)), at
-            ),
+            scene.target.core.handle(MessageArrived(scene.target.link_to(source), msgspec.msgpack.encode(pong)), at),
         )
     assert [state for _, _, state in scene.target.core.sessions()] == ["ready", "ready"]
 
@@ -226,7 +226,9 @@ def test_a_layout_with_strides_beyond_64_bits_is_refused_not_raised() -> None:
     scene.world.run()
     ours = scene.source.layout
     plane = ours.pools[0].planes[0]
-    hostile = Plane(plane.layer, plane.name, 0, 0, 1 << 63, 1 << 63, 1 << 63, plane.item_bytes, Axis(plane.axis.items, 4, 0))
+    hostile = Plane(
+        plane.layer, plane.name, 0, 0, 1 << 63, 1 << 63, 1 << 63, plane.item_bytes, Axis(plane.axis.items, 4, 0)
+    )
     pool = Pool("kv", "kv", 1, 1, True, "u1", (hostile,))
     layout = CacheLayout("m", (Region(0, 1 << 20),), (pool,))
     hello = msgspec.structs.replace(scene.target.core.identity.hello(), layout=layout)
@@ -251,4 +253,3 @@ def test_a_prompt_with_more_pages_than_a_message_carries_fails_its_room(pages: i
     effects = target.core.handle(GrantsPublished(1, (Grant("kv", 0, pages, tuple(range(pages))),), pages), world.now)
     reports = [effect for effect in effects if isinstance(effect, Report)]
     assert [report.status.poll for report in reports] == [KVPoll.Failed]
-

@@ -1,0 +1,101 @@
+"""A network cut for tensor parallelism computes what the whole one does; a group's polls are one poll."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from engine_kit import LoadedModels, make_prompt
+
+from kvbaton.engine.cutting import check_fits, cut
+from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.orders import Failure, Fares, Submit, decode_order, decode_report, encode
+from kvbaton.engine.polls import combine
+from kvbaton.engine.shard import Shard
+from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.manager import KVPoll, Span
+
+
+class Meeting:
+    """Sums over threads in place of processes."""
+
+    def __init__(self, ranks: int) -> None:
+        self._parts: list[Any] = [None] * ranks
+        self._barrier = threading.Barrier(ranks, timeout=30)
+
+    def adder(self, rank: int) -> Callable[[Any], None]:
+        def add_up(tensor: Any) -> None:
+            self._parts[rank] = tensor.clone()
+            self._barrier.wait()
+            tensor.copy_(sum(self._parts))
+            self._barrier.wait()
+
+        return add_up
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_cut_network_computes_the_same(each_family: LoadedModel, ranks: int) -> None:
+    tokens = torch.tensor([make_prompt(40)])
+    with torch.inference_mode():
+        expected = each_family.network(input_ids=tokens, use_cache=False).logits
+    meeting = Meeting(ranks)
+    networks = []
+    for rank in range(ranks):
+        network = copy.deepcopy(each_family.network)
+        cut(network, Shard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
+        networks.append(network)
+
+    def compute(network: Any) -> Any:
+        with torch.inference_mode():
+            return network(input_ids=tokens, use_cache=False).logits
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for logits in pool.map(compute, networks):
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    weights = [sum(p.numel() for p in network.parameters()) for network in (each_family.network, networks[0])]
+    assert weights[1] < weights[0]
+
+
+def test_what_does_not_divide_is_refused_by_name(loaded_models: LoadedModels) -> None:
+    model = loaded_models["llama"]
+    check_fits(model.network, model.geometry, Shard(tp_size=8))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide the model's 8 attention heads"):
+        check_fits(model.network, model.geometry, Shard(tp_size=3))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 16 does not divide"):
+        check_fits(model.network, model.geometry, Shard(tp_size=16))
+    with pytest.raises(ConfigError, match="pipeline-parallel size 5 is more than the model's 4 layers"):
+        check_fits(model.network, model.geometry, Shard(pp_size=5))
+
+
+def test_stages_share_the_layers() -> None:
+    assert [Shard(pp_size=3, pp_rank=rank).layers(8) for rank in range(3)] == [range(3), range(3, 6), range(6, 8)]
+    assert [shard.rank for shard in Shard(tp_size=2, pp_size=2).all()] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError):
+        Shard(tp_size=2, tp_rank=2)
+
+
+@pytest.mark.parametrize("polls", list(itertools.product(KVPoll, repeat=3)))
+def test_a_group_is_as_far_as_its_slowest_rank(polls: tuple[KVPoll, ...]) -> None:
+    combined = combine(polls)
+    assert (combined is KVPoll.Failed) == (KVPoll.Failed in polls)
+    assert (combined is KVPoll.Success) == (set(polls) == {KVPoll.Success})
+    assert combined in polls
+    assert combined == combine(reversed(polls))
+
+
+def test_orders_go_there_and_back() -> None:
+    order = Submit(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
+    assert decode_order(encode(order)) == order
+    error = PeerLostError("gone", peer="rank 1", room=5)
+    report = Fares(7, KVPoll.Failed, True, failure=Failure.of(error))
+    back = decode_report(encode(report))
+    assert back == report
+    assert isinstance(back, Fares)
+    assert back.failure is not None
+    assert repr(back.failure.error()) == repr(error)

@@ -1,0 +1,31 @@
+"""``kvbaton conformance --quick``: every kind of pool between unequal groups of ranks, over processes and real NIXL."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+import kvbaton
+from kvbaton.conformance.campaign import QUICK
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvbaton.__file__).parents[1])}
+
+
+def test_the_quick_cells_are_equal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvbaton.cli.main", "conformance", "--quick", "--json", "--keep", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = msgspec.json.decode(done.stdout)
+    assert found["equal"]
+    wanted = [(family, name) for family, names in QUICK for name in names]
+    assert [(cell["family"], cell["topology"]) for cell in found["cells"]] == wanted
+    assert all(cell["bytes"] > 0 and cell["requests"] for cell in found["cells"])
+
+
+def test_a_name_that_is_not_known_is_refused() -> None:
+    command = [sys.executable, "-m", "kvbaton.cli.main", "conformance", "--family", "nobody"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert "'nobody' is neither a family" in done.stderr

@@ -1,0 +1,44 @@
+"""A group of ranks in one ``serve``: what it is refused for, and what becomes of it when a rank dies."""
+
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import msgspec
+import psutil
+import pytest
+from test_serve import PATIENCE_SECONDS, post, refused, serving
+
+
+def test_sizes_that_do_not_divide_are_one_line() -> None:
+    said = refused("--model", "recall", "--port", "0", "--tensor-parallel-size", "3")
+    assert "kvbaton: --tensor-parallel-size 3 does not divide the model's" in said
+
+
+def test_a_group_answers_like_one_process_and_ends_when_a_rank_is_killed() -> None:
+    with serving("--model", "recall", "--port", "0", "--tensor-parallel-size", "2") as (process, url):
+        question = {"prompt": "a7=3MB0;?a7=", "max_tokens": 4, "temperature": 0}
+        with urllib.request.urlopen(post(url, **question)) as response:
+            assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
+        (follower,) = psutil.Process(process.pid).children()
+        os.kill(follower.pid, signal.SIGKILL)
+        with pytest.raises((urllib.error.URLError, OSError)):
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while time.monotonic() < deadline:
+                urllib.request.urlopen(post(url, **question)).read()
+        assert process.wait(PATIENCE_SECONDS) == 1
+
+
+def test_sigterm_ends_every_rank() -> None:
+    with serving("--model", "recall", "--port", "0", "--pipeline-parallel-size", "2") as (process, _url):
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 1
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(PATIENCE_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still there: {children}")
+        assert not any(child.is_running() for child in children)
