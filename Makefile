@@ -44,7 +44,7 @@ bench: setup           ## medians and ratios of the data plane, in one run
 
 fuzz: setup            ## look for what breaks the codec, the cores and the API, for about 5 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
-	KVBATON_FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q tests/fuzz
+	KVBATON_FUZZ_EXAMPLES=100 $(BIN)/python -m pytest -q tests/fuzz
 	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60
 	$(BIN)/python tests/fuzz/api_fuzz.py --seconds 40
 

@@ -53,16 +53,23 @@ class KVBatonError(Exception):
         self.peer = peer
         self.room = room
         self.hint = hint
+        self.phase = ""
 
-    def in_room(self, room: int) -> KVBatonError:
-        """The same error as the cause of one room's end; the original may be the cause of many."""
+    def in_room(self, room: int, phase: str = "") -> KVBatonError:
+        """The same error as the cause of one room's end, which was in ``phase`` (a poll state) then; the original may
+        be the cause of many."""
         twin = copy.copy(self)
         twin.room = room
+        twin.phase = self.phase or phase
         return twin
 
     def __str__(self) -> str:
         where = "".join(
-            (f" [room {self.room}]" if self.room is not None else "", f" [peer {self.peer}]" if self.peer else "")
+            (
+                f" [room {self.room}]" if self.room is not None else "",
+                f" [while {self.phase}]" if self.phase else "",
+                f" [peer {self.peer}]" if self.peer else "",
+            )
         )
         return f"{self.message}{where}"
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from engine_kit import LoadedModels, make_prompt
 
+from kvbaton.conformance.families import FAMILIES
 from kvbaton.engine.cutting import check_fits, cut
-from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.orders import Failure, Fares, Submit, decode_order, decode_report, encode
 from kvbaton.engine.polls import combine
 from kvbaton.engine.shard import Shard
@@ -39,15 +39,18 @@ class Meeting:
         return add_up
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_cut_network_computes_the_same(each_family: LoadedModel, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "ranks"), [*((family, 2) for family in sorted(FAMILIES)), ("llama", 4), ("qwen3", 4)]
+)
+def test_a_cut_network_computes_the_same(family: str, ranks: int, loaded_models: LoadedModels) -> None:
+    whole = loaded_models[family]
     tokens = torch.tensor([make_prompt(40)])
     with torch.inference_mode():
-        expected = each_family.network(input_ids=tokens, use_cache=False).logits
+        expected = whole.network(input_ids=tokens, use_cache=False).logits
     meeting = Meeting(ranks)
     networks = []
     for rank in range(ranks):
-        network = copy.deepcopy(each_family.network)
+        network = copy.deepcopy(whole.network)
         cut(network, Shard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
         networks.append(network)
 
@@ -58,7 +61,7 @@ def test_a_cut_network_computes_the_same(each_family: LoadedModel, ranks: int) -
     with ThreadPoolExecutor(ranks) as pool:
         for logits in pool.map(compute, networks):
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-    weights = [sum(p.numel() for p in network.parameters()) for network in (each_family.network, networks[0])]
+    weights = [sum(p.numel() for p in network.parameters()) for network in (whole.network, networks[0])]
     assert weights[1] < weights[0]
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import time
-import urllib.error
 import urllib.request
 
 import msgspec
@@ -18,17 +16,13 @@ def test_sizes_that_do_not_divide_are_one_line() -> None:
     assert "kvbaton: --tensor-parallel-size 3 does not divide the model's" in said
 
 
-def test_a_group_answers_like_one_process_and_ends_when_a_rank_is_killed() -> None:
+def test_a_group_answers_and_ends_with_an_error_when_a_rank_is_killed() -> None:
     with serving("--model", "recall", "--port", "0", "--tensor-parallel-size", "2") as (process, url):
         question = {"prompt": "a7=3MB0;?a7=", "max_tokens": 4, "temperature": 0}
         with urllib.request.urlopen(post(url, **question)) as response:
             assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
         (follower,) = psutil.Process(process.pid).children()
         os.kill(follower.pid, signal.SIGKILL)
-        with pytest.raises((urllib.error.URLError, OSError)):
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while time.monotonic() < deadline:
-                urllib.request.urlopen(post(url, **question)).read()
         assert process.wait(PATIENCE_SECONDS) == 1
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 import kvbaton
 
-SOURCES = sorted(Path(kvbaton.__file__).parent.rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {"recv_pyobj", "send_pyobj", "loads_pickle"}
@@ -31,9 +28,11 @@ def suspicious(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_source_unpickles(path: Path) -> None:
-    assert suspicious(ast.parse(path.read_text())) == []
+def test_no_source_unpickles() -> None:
+    sources = list(Path(kvbaton.__file__).parent.rglob("*.py"))
+    found = {str(path): suspicious(ast.parse(path.read_text())) for path in sources}
+    assert len(found) > 50
+    assert {path: what for path, what in found.items() if what} == {}
 
 
 def test_the_test_can_fail() -> None:

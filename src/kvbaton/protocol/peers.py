@@ -80,7 +80,8 @@ class Peers:
         if session is not None and session.role == "target":
             session.bury(
                 PeerLostError(
-                    f"nobody listens at {session.address} any more: the prefill rank is gone", peer=session.name
+                    f"nobody listens at {session.address} any more: the prefill rank is gone, send the request again",
+                    peer=session.name,
                 ),
                 self._around.now,
             )
@@ -116,7 +117,10 @@ class Peers:
             successor = Session(self, session.link, "target", session.address)
             self._by_link[session.link] = self._by_address[session.address] = successor
             session.bury(
-                PeerLostError(f"the prefill rank was replaced by {hello.sender} at its address", peer=session.name),
+                PeerLostError(
+                    f"the prefill rank was replaced by {hello.sender} at its address: send the request again",
+                    peer=session.name,
+                ),
                 self._around.now,
             )
             session = successor

@@ -297,8 +297,8 @@ class Rooms:
     def fail(self, room: Room, error: KVBatonError) -> None:
         """First root cause wins; every transfer that still runs is given up with it."""
         if room.error is None:
-            room.error = error.in_room(room.room)
-            self._around.tell(room.room, f"failed: {error}")
+            room.error = error.in_room(room.room, room.reported.poll.name)
+            self._around.tell(room.room, f"failed: {room.error}")
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
         self._touch(room)
@@ -359,7 +359,11 @@ class Rooms:
 
     def _bootstrap_error(self, room: Room) -> KVBatonError:
         seconds = self._around.settings.bootstrap_seconds
-        return ExpiredError(f"not started within {seconds:g} s: {self.waits_for(room)}", room=room.room)
+        return ExpiredError(
+            f"not started within {seconds:g} s, it waited for {self.waits_for(room)}; check that the other half got "
+            "the request too, and send it again",
+            room=room.room,
+        )
 
     def waits_for(self, room: Room) -> str:
         """What a room waits for now, for people."""

@@ -171,7 +171,9 @@ def write_broken(t: Transfer, now: float, detail: object) -> None:
             t,
             now,
             DisconnectedError(
-                f"the connection to the decode rank broke: {cause.message}", peer=t.peer, room=t.key.room
+                f"the connection to the decode rank broke, send the request again: {cause.message}",
+                peer=t.peer,
+                room=t.key.room,
             ),
         )
 
@@ -217,7 +219,9 @@ def fenced(t: Transfer, now: float, _: object) -> None:
     outgoing = t.as_source()
     outgoing.fenced = outgoing.fenced or bool(outgoing.outstanding)
     outgoing.outstanding.clear()
-    t.error = t.error or DisconnectedError("the connection to the decode rank broke", peer=t.peer, room=t.key.room)
+    t.error = t.error or DisconnectedError(
+        "the connection to the decode rank broke, send the request again", peer=t.peer, room=t.key.room
+    )
     if t.state is not State.SETTLING:
         t.enter(State.SETTLING)
     drained_here(t, now)

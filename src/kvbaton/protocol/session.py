@@ -319,11 +319,11 @@ class Session:
         elif name == "forget":
             self.bury(self.error or PeerLostError("silent", peer=self.name), now)
         elif name == "deadline":
-            self.lose(PeerLostError(f"no answer within {settings.handshake_seconds:g} s", peer=self.name), now)
+            self.lose(_unanswered(settings.handshake_seconds, self.name), now)
         elif name == "heartbeat":
             if self.state is SessionState.READY and now - self.heard_at >= settings.silence_seconds:
                 silence = now - self.heard_at
-                self.lose(PeerLostError(f"no sign of life for {silence:.1f} s", peer=self.name), now)
+                self.lose(_silent(silence, self.name), now)
                 return
             if self.peer:
                 self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
@@ -342,3 +342,18 @@ class Session:
         if state in (SessionState.LOST, SessionState.REFUSED) and self.role == "source":
             self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
         self.desk.session_changed(self)
+
+
+def _unanswered(seconds: float, peer: str) -> PeerLostError:
+    return PeerLostError(
+        f"no answer within {seconds:g} s to the handshake: check that the peer runs and that its control port can be "
+        "reached from here",
+        peer=peer,
+    )
+
+
+def _silent(seconds: float, peer: str) -> PeerLostError:
+    return PeerLostError(
+        f"no sign of life for {seconds:.1f} s: the peer hangs, has died or is cut off; send the request again",
+        peer=peer,
+    )
