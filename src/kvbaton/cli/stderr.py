@@ -1,4 +1,4 @@
-"""stderr that loses what it cannot write: a full disk under the logs must not stop a server, nor spoil its exit code."""
+"""stderr that loses what it cannot write: a full disk under the logs must not stop a server or spoil its exit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def forgiving_stderr() -> Iterator[None]:
     """For the length of the block. Afterwards what is left to write and cannot be is given up, so that the interpreter
     does not turn it into exit code 120."""
     stream = sys.stderr
-    sys.stderr = ForgivingStream(stream)  # type: ignore[assignment]
+    sys.stderr = ForgivingStream(stream)
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def svg(cells: Mapping[str, int], caption: str) -> str:
         for column, on in enumerate(events):
             rule = TABLE[state].get(on)
             count = cells.get(cell(state, on), 0)
-            lines.append(_square(_LEFT + column * _CELL, y, count, most, rule, f"{state.value} × {on.value}"))
+            lines.append(_square(_LEFT + column * _CELL, y, count, most, rule, f"{state.value}: {on.value}"))
     lines.append(
         f'<text x="8" y="{height - 10}" fill="#555">grey: illegal, never reached · white: legal, never reached · '
         "darker: reached more often (log) · italic: ignored with a reason</text>"

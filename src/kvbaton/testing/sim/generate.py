@@ -210,9 +210,7 @@ def _faults(
     return tuple(_fault(rng, sources, targets, ranks) for _ in range(count))
 
 
-def _fault(
-    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], ranks: list[str]
-) -> Fault:
+def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], ranks: list[str]) -> Fault:
     kind = rng.choices(("message", "noise", "write", "rank", "link", "prepare"), (30, 8, 24, 22, 14, 2))[0]
     if kind == "message":
         return MessageFault(
@@ -240,7 +238,9 @@ def _fault(
         )
     if kind == "rank":
         return RankFault(
-            kind=rng.choice(("pause", "pause", "kill", "kill", "restart", "restart", "restart", "vanish", "close", "slow_reader")),
+            kind=rng.choice(
+                ("pause", "pause", "kill", "kill", "restart", "restart", "restart", "vanish", "close", "slow_reader")
+            ),
             rank=rng.choice(ranks),
             when=_trigger(rng),
             seconds=rng.choice((0.0, _duration(rng, 5.0), _duration(rng))),

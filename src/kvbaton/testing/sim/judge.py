@@ -149,7 +149,8 @@ class Judge:
             spoke = silent and error.peer.startswith(message.sender)
             if spoke or (error.code == "expired" and isinstance(message, Done) and message.key.room == report.room):
                 raise self._violated(
-                    "deadline before inbox", f"{process.name} room {report.room}: {error}, but here is {str(message)[:99]}"
+                    "deadline before inbox",
+                    f"{process.name} room {report.room}: {error}, but here is {str(message)[:99]}",
                 )
 
     def _check_bytes(self, job: Job) -> None:
@@ -190,7 +191,8 @@ class Judge:
             raise self._violated("forbidden message", f"{process.name} got a message that no correct peer sends")
 
     def closed(self, process: Process) -> None:
-        reading = [run for w in self._world.fabric.reading(process.instance) for run in w.flying if run.captured is None]
+        writes = self._world.fabric.reading(process.instance)
+        reading = [run for write in writes for run in write.flying if run.captured is None]
         if reading and process.manager.core.quiet:
             raise self._violated("after close", f"{process.name} said goodbye with writes in flight")
 
@@ -265,5 +267,3 @@ def _brief(report: Report) -> str:
     status = report.status
     cause = f" ({status.error.code}: {status.error.message[:120]})" if status.error else ""
     return f"{status.poll.name}{', leased' if status.leased else ''}{cause}"
-
-

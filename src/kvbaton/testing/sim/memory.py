@@ -48,8 +48,7 @@ def _kv(model: Model, group: Group, layers: range, rank: int) -> Pool:
     if group.order == "fused" and not model.latent:
         return _fused(group, layers, rank, heads, model.item_bytes)
     name = "mla" if model.latent else "kv"
-    pool = _paged(group, layers, rank, name, name, heads, model.item_bytes, tensors)
-    return pool
+    return _paged(group, layers, rank, name, name, heads, model.item_bytes, tensors)
 
 
 def _paged(
@@ -138,9 +137,7 @@ class RankMemory:
         bases = [int(base) for base in np.cumsum([0, *(length + GAP for length in lengths)])]
         self.bytes: Bytes = np.full(bases[-1], POISON, dtype=np.uint8)
         self._address = int(self.bytes.ctypes.data)
-        regions = tuple(
-            Region(self._address + base, length) for base, length in zip(bases, lengths, strict=False)
-        )
+        regions = tuple(Region(self._address + base, length) for base, length in zip(bases, lengths, strict=False))
         staging = Staging(len(pools), STAGING_SLOT_BYTES, group.staging_slots) if group.staging_slots else None
         self.layout = CacheLayout("m", regions, pools, staging)
         self.unit_of = np.full(bases[-1], -1, dtype=np.int32)

@@ -92,14 +92,14 @@ def _smaller_groups(scenario: Scenario) -> Iterator[Scenario]:
 
 
 def _names(fault: object, group: str) -> bool:
-    places = (fault.rank,) if isinstance(fault, RankFault) else ()
+    places: tuple[str, ...] = (fault.rank,) if isinstance(fault, RankFault) else ()
     places = (fault.a, fault.b) if isinstance(fault, LinkFault) else places
     return any(place.rpartition(".")[0] == group for place in places)
 
 
 def _beyond(fault: object, group: Group) -> bool:
     """Whether a fault strikes a rank that the group no longer has."""
-    places = (fault.rank,) if isinstance(fault, RankFault) else ()
+    places: tuple[str, ...] = (fault.rank,) if isinstance(fault, RankFault) else ()
     places = (fault.a, fault.b) if isinstance(fault, LinkFault) else places
     return any(
         name == group.name and int(number) >= group.size for name, _, number in (p.rpartition(".") for p in places)

@@ -289,6 +289,10 @@ class World:
         since = max(self.troubled_until, self._last_start) + self.most_seconds
         return self.clockwork.now > since + 2 * self.settings.announce_seconds
 
+    def _has_hole(self, group: Group) -> bool:
+        """Whether a rank of the group was lost with its host."""
+        return any(group.rank(number) in self._holes for number in range(group.size))
+
     def _excused(self) -> set[Job]:
         """Rooms that may stay quarantined: a host was lost without proof that its writes have ended."""
         return {
@@ -297,7 +301,7 @@ class World:
             for job in process.engine.jobs
             if isinstance(job, TargetJob)
             and job.outcome is KVPoll.Failed
-            and any(group.rank(n) in self._holes for group in [self.groups_of(job.request)[0]] for n in range(group.size))
+            and self._has_hole(self.groups_of(job.request)[0])
         }
 
     def outcome(self, kind: str, text: str) -> Outcome:

@@ -1,0 +1,304 @@
+"""Bugs of the field, planted: each a patched table cell, plan rule or lease rule, in the test process only.
+
+A simulator that finds nothing proves little until it is known what it would find. Every class of bug that
+``facts/sglang.md`` §2 lists, translated to this protocol, is here; ``test_mutants.py`` shows that each is found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from kvbaton import plan
+from kvbaton.messages import Done, Failed, Open
+from kvbaton.protocol import peers, receiving, room, rooms, sending, table, transfer, transfers
+from kvbaton.protocol.core import Core
+from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.transfer import On, State
+from kvbaton.runtime import posting, staging
+
+Planter = Callable[["Patches"], None]
+
+
+class Patches(ExitStack):
+    """Attributes and table cells that are put back at the end."""
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        self.callback(setattr, owner, name, owner.__dict__[name])
+        setattr(owner, name, value)
+
+    def cell(self, state: State, on: On, handler: Any) -> None:
+        rules = table.TABLE[state]
+        self.callback(rules.__setitem__, on, rules[on])
+        rules[on] = handler
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    what: str
+    plant: Planter
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        with Patches() as patches:
+            self.plant(patches)
+            yield
+
+
+MUTANTS: list[Mutant] = []
+
+
+def mutant(what: str) -> Callable[[Planter], Planter]:
+    def note(plant: Planter) -> Planter:
+        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), what, plant))
+        return plant
+
+    return note
+
+
+@mutant("the source writes aux only for models that have a state pool (sglang#25698)")
+def aux_gated_on_state(patches: Patches) -> None:
+    original = sending.post_part
+
+    def post_part(t: Any, index: int, part: Any, chunk: Any) -> None:
+        has_state = any(p.id.pool == "state" for p in t.as_source().pair.parts)
+        if part.id.pool != "aux" or has_state:
+            original(t, index, part, chunk)
+
+    patches.set(sending, "post_part", post_part)
+
+
+@mutant("the target works out by a rule of its own what will come: no aux without a prefix")
+def expectation_re_derived_on_one_side(patches: Patches) -> None:
+    original = receiving.delivered
+
+    def delivered(t: Any, now: float, detail: Any) -> None:
+        incoming = t.as_target()
+        prefixed = any(grant.token_start for grant in incoming.grants)
+        incoming.parts = tuple(p for p in incoming.parts if p.part.pool != "aux" or not prefixed)
+        original(t, now, detail)
+
+    for state in (State.OPENING, State.OPENED):
+        patches.cell(state, On.DONE_ARRIVED, delivered)
+
+
+@mutant("parts of two writers with the same pool name are taken for one (sglang#22145)")
+def completion_keyed_without_the_writer(patches: Patches) -> None:
+    original = room.TargetRoom.status
+
+    def status(self: Any) -> Any:
+        found = original(self)
+        parts = [(t, p.part.pool) for t in self.transfers.values() for p in t.incoming.parts]
+        arrived = {pool for t, pool in parts if t.succeeded}
+        if found.poll is KVPoll.Transferring and arrived == {pool for _, pool in parts}:
+            return replace(found, poll=KVPoll.Success, leased=False)
+        return found
+
+    patches.set(room.TargetRoom, "status", status)
+
+
+@mutant("a write forgets which part it belongs to (sglang#39846)")
+def part_id_dropped(patches: Patches) -> None:
+    original = sending.post
+    patches.set(sending, "post", lambda t, write: original(t, replace(write, part=0)))
+
+
+@mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)")
+def failed_resurrected(patches: Patches) -> None:
+    original, close = room.TargetRoom.status, receiving.close
+
+    def status(self: Any) -> Any:
+        if self.error and self.transfers and all(t.succeeded for t in self.transfers.values()):
+            self.error = None
+        return original(self)
+
+    def forgive(t: Any, now: float, detail: Any) -> None:
+        t.error = None
+        close(t, now, detail)
+
+    patches.set(room.TargetRoom, "status", status)
+    patches.cell(State.DRAINING, On.DONE_ARRIVED, forgive)
+
+
+@mutant("the target's pages are free as soon as the room has failed (sglang#24527)")
+def pages_freed_at_abort_before_the_drain(patches: Patches) -> None:
+    original = transfer.Transfer.leased.fget
+    patches.set(
+        transfer.Transfer,
+        "leased",
+        property(lambda self: original(self) and self.state not in (State.DRAINING, State.QUIESCING)),
+    )
+
+
+@mutant("the source's pages are free as soon as the room has failed (sglang#38961)")
+def source_pages_freed_before_settle(patches: Patches) -> None:
+    original = transfer.Transfer.leased.fget
+    patches.set(transfer.Transfer, "leased", property(lambda self: original(self) and self.state is not State.SETTLING))
+
+
+@mutant("a message is matched by its room, not by the id of the transfer (sglang#17259)")
+def stale_notification_after_room_reuse(patches: Patches) -> None:
+    original = transfers.Transfers.find
+
+    def find(self: Any, peer: str, role: Any, key: Any) -> Any:
+        same = [t for t in self.live() if (t.peer, t.role, t.key.room) == (peer, role, key.room)]
+        return same[-1] if same else original(self, peer, role, key)
+
+    patches.set(transfers.Transfers, "find", find)
+
+
+@mutant("the target counts proofs of delivery, repeated ones too (sglang#36707)")
+def ack_counted_instead_of_identified(patches: Patches) -> None:
+    original, find = room.TargetRoom.status, Core._on_transfer_message
+    proofs: Counter[tuple[Any, ...]] = Counter()
+
+    def on_message(self: Any, session: Any, message: Any) -> None:
+        if isinstance(message, Done) and message.parts:
+            proofs[self.instance, message.key] += 1
+        find(self, session, message)
+
+    def status(self: Any) -> Any:
+        found = original(self)
+        writers = [t for t in self.transfers.values() if t.incoming.parts]
+        if found.poll is KVPoll.Transferring:
+            counted = proofs[writers[0].wire.instance, writers[0].key]
+            if counted >= len(writers):
+                return replace(found, poll=KVPoll.Success, leased=False)
+        return found
+
+    patches.set(Core, "_on_transfer_message", on_message)
+    patches.set(room.TargetRoom, "status", status)
+
+
+@mutant("deadlines are judged before the messages that are here already are read")
+def deadline_checked_before_the_inbox(patches: Patches) -> None:
+    def handle(self: Any, event: Any, now: float) -> Any:
+        self._around.now = now
+        while (due := self._around.timers.pop_due(now)) is not None:
+            self._on_timer(*due)
+            self._rooms.settle()
+        self._handlers[type(event)](event)
+        self._rooms.settle()
+        return self._around.take_effects()
+
+    patches.set(Core, "handle", handle)
+
+
+@mutant("a source that fails does not tell its targets (sglang#36033)")
+def failure_not_announced(patches: Patches) -> None:
+    original = transfers.Transfers.send
+
+    def send(self: Any, t: Any, message: Any) -> None:
+        if not isinstance(message, Failed):
+            original(self, t, message)
+
+    patches.set(transfers.Transfers, "send", send)
+
+
+@mutant("a room that is open already is opened again by another request (sglang#40125)")
+def duplicate_open_accepted(patches: Patches) -> None:
+    original = rooms.Rooms._room_for
+
+    def room_for(self: Any, session: Any, message: Any) -> Any:
+        found = self._sources.get(message.key.room)
+        return found if found is not None else original(self, session, message)
+
+    patches.set(rooms.Rooms, "_room_for", room_for)
+
+
+@mutant("another instance that answers at a known address is taken for the old one (sglang#36029)")
+def restart_at_the_same_address_undetected(patches: Patches) -> None:
+    def on_answer(self: Any, session: Any, hello: Any) -> None:
+        if hello.answers == self._around.instance:
+            session.answered(hello, self._around.now)
+
+    patches.set(peers.Peers, "_on_answer", on_answer)
+
+
+@mutant("every source rank that holds a replica of a head writes it")
+def gqa_replica_written_twice(patches: Patches) -> None:
+    def overlap(source: Any, target: Any) -> range:
+        start = max(source.first, target.first)
+        stop = min(source.first + source.width, target.first + target.width)
+        return range(start, stop) if stop > start else range(0)
+
+    patches.set(plan, "overlap", overlap)
+
+
+@mutant("a chunk is taken to begin where the last one ended, whatever token range it names (sglang#30545)")
+def chunk_matched_by_position(patches: Patches) -> None:
+    original = sending.post_part
+
+    def post_part(t: Any, index: int, part: Any, chunk: Any) -> None:
+        outgoing = t.as_source()
+        spans = []
+        for span in chunk.spans:
+            grant = outgoing.grants.get(span.pool)
+            begin = outgoing.sent_until.get(span.pool, grant.token_start if grant else 0)
+            start = begin if span.token_stop else 0
+            spans.append(msgspec.structs.replace(span, token_start=start))
+        original(t, index, part, replace(chunk, spans=tuple(spans)))
+
+    patches.set(sending, "post_part", post_part)
+
+
+@mutant("what a settled write held of its peer's window is never given back")
+def credit_leaked(patches: Patches) -> None:
+    patches.set(posting.PostingQueue, "settled", lambda _self, _write: None)
+
+
+@mutant("the staging slot of a settled write is never given back (sglang#31217)")
+def staging_slot_leaked(patches: Patches) -> None:
+    patches.set(staging.StagingDesk, "settled", lambda _self, _write: None)
+
+
+@mutant("an Open that is sent again is taken for a new one")
+def retransmission_not_idempotent(patches: Patches) -> None:
+    original = Core._on_transfer_message
+
+    def on_message(self: Any, session: Any, message: Any) -> None:
+        if isinstance(message, Open):
+            self._rooms.on_open(session, message)
+        else:
+            original(self, session, message)
+
+    patches.set(Core, "_on_transfer_message", on_message)
+
+
+@mutant("a stopped writer's last bytes, still in the target's socket, are not waited for")
+def quiesce_skipped(patches: Patches) -> None:
+    original = receiving.close
+
+    def quiesce(t: Any) -> None:
+        original(t, 0.0, None)
+
+    patches.set(receiving, "quiesce", quiesce)
+
+
+@mutant("the source says that it is drained before its writes have settled (sglang#36707)")
+def drained_before_settled(patches: Patches) -> None:
+    def fail_sending(t: Any, now: float, error: Any) -> None:
+        t.error = t.error or error
+        t.enter(State.SETTLING)
+        sending.drained_here(t, now)
+
+    patches.set(sending, "fail_sending", fail_sending)
+
+
+@mutant("proof of delivery leaves when the last chunk was posted, not when it has settled (sglang#31239)")
+def done_before_settled(patches: Patches) -> None:
+    original = sending.conclude_if_settled
+
+    def conclude(t: Any, now: float) -> None:
+        outstanding, t.as_source().outstanding = t.as_source().outstanding, set()
+        original(t, now)
+        if t.state is not State.DELIVERED:
+            t.as_source().outstanding = outstanding
+
+    patches.set(sending, "conclude_if_settled", conclude)
