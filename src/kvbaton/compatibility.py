@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 _POOL_FIELDS = (
     ("kind", "pools pair by name, name them apart"),
     ("paged", "a pool is paged on both sides or on neither"),
-    ("dtype", "start both sides with the same --kv-cache-dtype"),
+    ("dtype", "start both sides with the same --dtype (--kv-cache-dtype in vLLM and SGLang)"),
     ("packing", "the interior of a page is packed differently; use the same attention backend on both sides"),
     ("window", "both sides must keep the same sliding window"),
 )
@@ -103,8 +103,9 @@ def _row_differences(source: Pool, target: Pool) -> Iterator[IncompatibleError]:
             field,
             ours,
             theirs,
-            f"pages of which neither divides the other share only {math.gcd(ours, theirs)} tokens, and every one would "
-            f"be written apart; use page sizes of which one divides the other, such as {ours} and {2 * ours}",
+            f"neither divides the other and they have only {math.gcd(ours, theirs)} tokens in common, so every page "
+            f"would fall into small pieces; use page sizes of which one divides the other, such as {ours} and "
+            f"{2 * ours}",
         )
 
 

@@ -18,9 +18,11 @@ import msgspec
 import kvbaton.server.launch  # noqa: F401 - what servers need is imported once, here
 from kvbaton.cli.main import main
 from kvbaton.conformance.requests import Start
+from kvbaton.engine.model import load_model
 
 
 def serve() -> None:
+    load_model("recall", threads=1)  # imports what transformers imports only when a model is loaded
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who asks for a process watches it; nobody waits for it here
     for line in sys.stdin:
         request = msgspec.json.decode(line, type=Start)

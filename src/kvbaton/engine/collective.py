@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from kvbaton.engine.shard import Shard
 
-#: How long ranks may differ in time: a forward pass, and at the start the loading of weights.
-PATIENCE = timedelta(minutes=10)
+#: How long ranks may differ in time: they are forked together and compute in step.
+PATIENCE = timedelta(minutes=2)
 
 
 class Collective:

@@ -181,10 +181,10 @@ class Peers:
                 other.lose(PeerLostError(f"replaced by {hello.sender}", peer=other.name), self._around.now)
 
     def fenced(self, instance: str) -> None:
-        """Our writes towards a peer were cut off. If it lives, make it reachable again."""
+        """Our writes towards a peer were cut off. If it lives, it will be reachable again."""
         session = self.of(instance, "source")
         if session is not None and session.state is SessionState.READY:
-            session.prepare_again(self._around.now)
+            session.cut_off(self._around.now)
 
     # ---- surroundings of sessions (Desk) --------------------------------------------------------------------------
 

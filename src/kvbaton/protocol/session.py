@@ -107,6 +107,7 @@ class Session:
         self.heard_at = 0.0
         self.greeting = 0  # ours as a target, the latest that arrived as a source
         self._retry_pause = desk.settings.retry_seconds
+        self._awaits_life = False
 
     def __repr__(self) -> str:
         return f"<Session {self.role} of {self.peer or self.address}: {self.state.value}>"
@@ -281,8 +282,16 @@ class Session:
             self.error = from_code(verdict.code, verdict.reason, peer=self.name)
         self._enter(SessionState.REFUSED, now)
 
+    def cut_off(self, now: float) -> None:
+        """Our writes towards the peer were cut off, perhaps because it has died: ask for a sign of life, and reach for
+        its memory again only then. Reaching for the dead costs UCX a descriptor each time."""
+        self._enter(SessionState.PREPARING, now)
+        self._awaits_life = True
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
+
     def prepare_again(self, now: float) -> None:
-        """Our writes towards the peer were cut off; it may be alive, so make it reachable again."""
+        """The peer is alive: make its memory reachable again."""
         if self.hello is not None and self.pair is not None:
             self._enter(SessionState.PREPARING, now)
             self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
@@ -291,6 +300,8 @@ class Session:
     def heard(self, now: float) -> None:
         """Any message of the peer arrived."""
         self.heard_at = now
+        if self._awaits_life:
+            self.prepare_again(now)
         if self.state is not SessionState.LOST:
             return
         if self.role == "target":
@@ -334,6 +345,7 @@ class Session:
     def _enter(self, state: SessionState, now: float) -> None:
         self.desk.cancel_session_timers(self)
         self.state = state
+        self._awaits_life = False
         self.heard_at = now
         if state is SessionState.READY:
             self.error = None

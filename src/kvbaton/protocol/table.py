@@ -30,10 +30,11 @@ _TO_SOURCE = Illegal("this message goes from a target to a source")
 _TO_TARGET = Illegal("this message goes from a source to a target")
 _NO_WRITES = Illegal("a target posts no writes")
 _NO_CHUNKS = Illegal("a target submits no chunks")
-_NOTHING_OUT = Ignored("no write of this transfer is out; a late report of a cancelled or fenced one")
+_NOTHING_OUT = Illegal("no write of this transfer is out; of a fenced one no report is passed on")
 _STALE = Ignored("a late copy of a message that was acted on")
 _NO_TIMER = Illegal("no such timer is set in this state")
 _ENDED = Ignored("the transfer has ended")
+_ENDED_ALONE = Illegal("only live transfers hear of their peer")
 _TARGET_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.OPEN_ARRIVED: _TO_SOURCE,
     On.CLOSE_ARRIVED: _TO_SOURCE,
@@ -42,7 +43,7 @@ _TARGET_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.CHUNK_SUBMITTED: _NO_CHUNKS,
     On.WRITE_SETTLED: _NO_WRITES,
     On.WRITE_BROKEN: _NO_WRITES,
-    On.PEER_FENCED: Ignored("fencing our writes towards the peer says nothing of its writes towards us"),
+    On.PEER_FENCED: Illegal("a fence is for those that write to the peer; it says nothing of its writes towards us"),
     On.PEER_QUIESCED: Ignored("asked for another transfer with the same peer"),
 }
 _SOURCE_NEVER: dict[On, Handler | Ignored | Illegal] = {
@@ -62,7 +63,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.DONE_ARRIVED: receiving.delivered,
         On.FAILED_ARRIVED: receiving.source_failed,
         On.DRAINED_ARRIVED: Illegal("drained answers an abort, and none was sent"),
-        On.FORGOTTEN_ARRIVED: Ignored("answers an older query; Open is being repeated"),
+        On.FORGOTTEN_ARRIVED: Illegal("forgotten answers a query, and none was sent"),
         On.GIVEN_UP: receiving.give_up_opened,
         On.DEADLINE_REACHED: receiving.expire_opened,
         On.RETRY_DUE: receiving.send_open,
@@ -98,7 +99,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
     State.QUIESCING: {
         **_TARGET_NEVER,
         On.OPENED_ARRIVED: _STALE,
-        On.DONE_ARRIVED: _STALE,
+        On.DONE_ARRIVED: Illegal("a source that was stopped by force had not delivered"),
         On.FAILED_ARRIVED: Ignored("acknowledged once quiesced; repeated until then"),
         On.DRAINED_ARRIVED: _STALE,
         On.FORGOTTEN_ARRIVED: _STALE,
@@ -199,16 +200,16 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.DRAINED_ARRIVED: _STALE,
         On.QUERY_ARRIVED: sending.answer_late_open,
         On.FORGOTTEN_ARRIVED: _STALE,
-        On.CHUNK_SUBMITTED: _ENDED,
+        On.CHUNK_SUBMITTED: Illegal("a room whose transfer has ended wants no chunks"),
         On.WRITE_SETTLED: _NOTHING_OUT,
         On.WRITE_BROKEN: _NOTHING_OUT,
         On.GIVEN_UP: _ENDED,
         On.DEADLINE_REACHED: _NO_TIMER,
         On.RETRY_DUE: _NO_TIMER,
-        On.PEER_LOST: _ENDED,
-        On.PEER_GONE: _ENDED,
-        On.PEER_FENCED: _ENDED,
-        On.PEER_QUIESCED: _ENDED,
+        On.PEER_LOST: _ENDED_ALONE,
+        On.PEER_GONE: _ENDED_ALONE,
+        On.PEER_FENCED: _ENDED_ALONE,
+        On.PEER_QUIESCED: _ENDED_ALONE,
     },
 }
 

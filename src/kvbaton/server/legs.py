@@ -158,7 +158,7 @@ class Legs:
             try:
                 await response.read()
             except (aiohttp.ClientError, OSError) as error:
-                raise _unreachable(self._pair.prefill, error) from None
+                raise _unreachable(self._pair.prefill, error, self._pair.room) from None
 
     def _body(self, overrides: Mapping[str, object]) -> bytes:
         pair = self._pair
@@ -176,19 +176,19 @@ class Legs:
                 worker.url + self._path, data=BytesIO(body), headers=self._headers, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
-            raise _unreachable(worker, error) from None
+            raise _unreachable(worker, error, self._pair.room) from None
         if response.status == 200:
             return response
         async with response:
             try:
                 payload = await response.content.read(MAX_ERROR_BYTES)
             except (aiohttp.ClientError, OSError) as error:
-                raise _unreachable(worker, error) from None
+                raise _unreachable(worker, error, self._pair.room) from None
         raise _refused(worker, response.status, payload)
 
 
-def _unreachable(worker: Worker, error: Exception) -> LegFailed:
-    message = f"the server cannot be reached or went away ({cause_of(error)})"
+def _unreachable(worker: Worker, error: Exception, room: int) -> LegFailed:
+    message = f"the server cannot be reached or went away ({cause_of(error)}); send the request again [room {room}]"
     detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
     return LegFailed(worker, 503, detail, again=True)
 

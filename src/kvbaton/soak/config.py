@@ -31,7 +31,7 @@ class SoakConfig:
     restart_seconds: float = 60.0
     concurrency: int = 32
     sample_rooms: int = 500
-    warmup: float = 0.4
+    warmup: float = 0.5
     seed: int = 0
     transport: str = "nixl"
 

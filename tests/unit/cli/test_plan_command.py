@@ -130,6 +130,14 @@ def test_a_picture_shows_every_rank_and_every_line(name: str, tmp_path: Path, ca
     assert "bytes per token" in html.read_text()
 
 
+def test_the_picture_in_the_documents_is_todays(tmp_path: Path, capsys) -> None:
+    plan(capsys, "--source", "tp=4,pp=2", "--target", "tp=2", "--svg", str(tmp_path / "plan.svg"))
+    drawn = (Path(__file__).parents[3] / "docs" / "plan.svg").read_text()
+    assert drawn == (tmp_path / "plan.svg").read_text(), (
+        "kvbaton plan --source tp=4,pp=2 --target tp=2 --svg docs/plan.svg"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -155,7 +163,7 @@ def test_wrong_use_is_named(arguments: list[str], words: str, capsys) -> None:
 
 def test_sides_that_do_not_fit_are_refused(capsys) -> None:
     assert main(["plan", "--source", "page=16", "--target", "page=7"], {}) == FAILED
-    assert "neither divides the other share only 1 tokens" in capsys.readouterr().err
+    assert "neither divides the other and they have only 1 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

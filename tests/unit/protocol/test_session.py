@@ -10,11 +10,12 @@ import pytest
 from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
 from kvbaton.layout import CacheLayout
 from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict
-from kvbaton.protocol.effects import KVPoll, PreparePeer
+from kvbaton.protocol.effects import KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
     LinkRefused,
     LinkUp,
     MessageArrived,
+    PeerFenced,
     PeerPrepared,
     PeerUnprepared,
     ReceiverOpened,
@@ -234,6 +235,27 @@ def test_what_could_not_be_reached_once_is_tried_again_for_the_next_room(monkeyp
     assert target.status("target", 3).error is None
 
 
+def test_a_peer_that_was_cut_off_is_reached_for_again_only_when_it_gives_a_sign_of_life() -> None:
+    """Found by `kvbaton soak`: reaching for the memory of a dead peer costs a descriptor each time, and so each death
+    within a write left one behind."""
+    world, source, target = pair()
+    meet(world, source, target)
+    peer = target.core.instance
+    link = next(iter(source.links))
+    effects = source.core.handle(PeerFenced(peer), world.now)
+    assert not [effect for effect in effects if isinstance(effect, PreparePeer)]
+    asked = [msgspec.msgpack.decode(effect.payload)["type"] for effect in effects if isinstance(effect, Send)]
+    assert asked == ["ping"]
+    assert states(source) == ["preparing"]
+    pong = msgspec.msgpack.encode(Pong(sender=peer, receiver=source.core.instance))
+    effects = source.core.handle(MessageArrived(link, pong), world.now)
+    assert [effect.peer for effect in effects if isinstance(effect, PreparePeer)] == [peer]
+    effects = source.core.handle(MessageArrived(link, pong), world.now)
+    assert not [effect for effect in effects if isinstance(effect, PreparePeer)], "once is enough"
+    source.do(PeerPrepared(peer))
+    assert states(source) == ["ready"]
+
+
 # ---- life and loss --------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +328,15 @@ def test_an_address_where_nobody_listens_fails_the_room_at_once_and_is_dialled_a
     target.do(ReceiverOpened(1, ("world://p0",)))
     world.run()
     assert error_of(target).code == "peer_lost"
-    assert "nobody listens at world://p0" in str(error_of(target))
+    told = str(error_of(target))
+    for part in (
+        "nobody listens at world://p0",
+        "send the request again",
+        "[room 1]",
+        "[while Bootstrapping]",
+        "[peer ",
+    ):
+        assert part in told, "an error names cause, remedy, room, phase and peer"
     assert target.core.sessions() == []
     source = add_group(world, PAIR, side="source")[0]
     meet(world, source, target, 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 
+from msgspec.structs import replace
+
 from kvbaton.testing.sim.scenario import (
     Clock,
     Fault,
@@ -54,21 +56,39 @@ WRITE_FAULTS = (
 )
 
 
+#: What a world is about, and how many of a hundred are: nothing but work; work and aborts; one room used again and
+#: again while its messages linger; one room used twice at once; ranks that stall; ranks that send and receive; ranks
+#: that remember almost nothing; quarantines that end by policy; engines that forget a chunk; anything.
+THEMES = {
+    "clean": 6,
+    "calm": 10,
+    "reuse": 12,
+    "rivals": 4,
+    "stalls": 8,
+    "both": 8,
+    "amnesia": 4,
+    "policy": 4,
+    "gaps": 2,
+    "storm": 42,
+}
+
+
 def generate(seed: int) -> Scenario:
     """The scenario of a seed: the same for ever, as long as this file is the same."""
     rng = random.Random(seed)
+    theme = rng.choices(tuple(THEMES), tuple(THEMES.values()))[0]
+    quiet = theme in ("clean", "calm")
     model = _model(rng)
-    quiet = rng.random()
-    tuning = _tuning(rng, quiet=quiet < 0.16)
-    staged = rng.random() < 0.3
-    roomy = quiet < 0.16 or rng.random() < 0.5
+    tuning = _tuning(rng, theme)
+    roomy = quiet or rng.random() < 0.6
+    staged = theme == "both" or rng.random() < 0.25
     sources = tuple(_group(rng, model, f"p{i}", roomy=roomy, staged=staged) for i in range(_few(rng)))
-    targets = tuple(_group(rng, model, f"d{i}", roomy=roomy, staged=staged) for i in range(_few(rng)))
-    if quiet >= 0.16 and rng.random() < 0.02:
-        targets = (*targets[:-1], _misfit(targets[-1]))
-    requests = _requests(rng, sources, targets, clean=quiet < 0.08, calm=quiet < 0.16)
-    ranks = [g.rank(n) for g in (*sources, *targets) for n in range(g.size)]
-    faults = () if quiet < 0.16 else _faults(rng, sources, targets, ranks)
+    several = 1 + (theme == "rivals")
+    targets = tuple(_group(rng, model, f"d{i}", roomy=roomy, staged=staged) for i in range(max(several, _few(rng))))
+    if theme == "storm" and rng.random() < 0.03:
+        targets = (*targets[:-1], replace(targets[-1], misfit=True))
+    requests = _requests(rng, sources, targets, theme)
+    faults = () if quiet else _faults(rng, sources, targets, theme)
     return Scenario(
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
     )
@@ -90,16 +110,17 @@ def _model(rng: random.Random) -> Model:
     )
 
 
-def _tuning(rng: random.Random, *, quiet: bool) -> Tuning:
+def _tuning(rng: random.Random, theme: str) -> Tuning:
+    quiet = theme in ("clean", "calm")
     return Tuning(
         write_bytes=rng.choice((16, 32, 64, 4096)),
         write_entries=rng.choice((2, 8, 64)),
         window_bytes=rng.choice((16, 64, 4096)),
         window_entries=rng.choice((2, 16, 256)),
-        tombstones=64 if quiet else rng.choice((2, 8, 64, 64)),
+        tombstones=1 if theme == "amnesia" else 64 if quiet else rng.choice((2, 8, 64, 64)),
         rooms=64 if quiet or rng.random() < 0.97 else 2,
         staging=rng.choice(("auto", "always", "always")),
-        quarantine_seconds=None if quiet or rng.random() < 0.95 else 40.0,
+        quarantine_seconds=rng.choice((0.5, 6.0)) if theme == "policy" else None,
     )
 
 
@@ -129,60 +150,74 @@ def _group(rng: random.Random, model: Model, name: str, *, roomy: bool, staged: 
     )
 
 
-def _misfit(group: Group) -> Group:
-    from msgspec.structs import replace
-
-    return replace(group, misfit=True)
-
-
 def _requests(
-    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], *, clean: bool, calm: bool
+    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], theme: str
 ) -> tuple[Request, ...]:
     count = rng.choices((1, 2, 3, 4, 5), (25, 30, 25, 13, 7))[0]
     made: list[Request] = []
-    for number in range(count):
-        source, target = rng.randrange(len(sources)), rng.randrange(len(targets))
-        after, room, tokens, rival = None, 100 + number, rng.randint(1, 10), False
-        if made and rng.random() < 0.35:
-            before = rng.choice(list({r.room: r for r in made if not r.rival}.values()))
-            after, room = before.number, before.room  # the room is used again, after its end
-        elif made and not calm and rng.random() < 0.06:
-            before = rng.choice(made)
-            room, tokens, rival = before.room, before.tokens, True  # the room is used twice at once
-        page, theirs = sources[source].page_size, targets[target].page_size
-        common, granule = math.lcm(page, theirs), math.gcd(page, theirs)
-        step = common if rng.random() < 0.7 else granule
-        prefix = rng.choice((0, 0, 0, tokens // step * step, rng.randint(0, tokens // step) * step))
-        abort = None if clean or rng.random() < 0.7 else rng.choice(("source", "target", "both"))
-        made.append(
-            Request(
-                number=number,
-                room=room,
-                source=source,
-                target=target,
-                prefix=prefix,
-                chunks=_chunks(rng, tokens, page),
-                after=after,
-                source_at=_soon(rng),
-                target_at=_soon(rng),
-                publish_after=_soon(rng) if calm or rng.random() < 0.95 else rng.uniform(5, 30),
-                chunk_every=rng.choice((0.0, 0.001, 0.01)) if calm or rng.random() < 0.95 else rng.uniform(1, 12),
-                ready_after=rng.choice((0.0, 0.0, 0.002, 0.1)) if calm or rng.random() < 0.95 else rng.uniform(1, 40),
-                eager=rng.random() < 0.2,
-                skip_prefix=rng.random() < 0.4,
-                source_abort=_soon(rng) + 0.001 if abort in ("source", "both") else None,
-                target_abort=_soon(rng) + 0.001 if abort in ("target", "both") else None,
-                lone_abort=rng.random() < 0.3,
-                rival=rival,
-                back=targets[target].pp == 1 and rng.random() < 0.15,
-                gap=0 if calm or rng.random() < 0.97 else 1,
-            )
-        )
+    for number in range(max(count, {"reuse": 2, "rivals": 2, "both": 3}.get(theme, 1))):
+        made.append(_request(rng, sources, targets, theme, made, number))
     return tuple(made)
 
 
-def _chunks(rng: random.Random, tokens: int, page: int) -> tuple[int, ...]:
-    edges = [t for t in range(page, tokens, page) if rng.random() < 0.4]
+def _request(
+    rng: random.Random,
+    sources: tuple[Group, ...],
+    targets: tuple[Group, ...],
+    theme: str,
+    made: list[Request],
+    number: int,
+) -> Request:
+    calm = theme in ("clean", "calm")
+    source, target = rng.randrange(len(sources)), rng.randrange(len(targets))
+    back = targets[target].pp == 1 and rng.random() < (0.5 if theme == "both" else 0.12)
+    after, room, tokens, rival = None, 100 + number, rng.randint(1, 10), False
+    chance = {"reuse": 0.9, "rivals": 0.0, "amnesia": 0.0}.get(theme, 0.25)
+    if made and rng.random() < chance:  # the room is used again, after its end
+        before = rng.choice(list({r.room: r for r in made if not r.rival}.values()))
+        after, room = before.number, before.room
+        if theme == "reuse":
+            source, target, back = before.source, before.target, before.back
+    elif made and rng.random() < (0.7 if theme == "rivals" else 0.02 * (theme == "storm")):  # the room is in use
+        before = rng.choice(made)
+        room, tokens, source, back, rival = before.room, before.tokens, before.source, False, True
+        target = (before.target + 1) % len(targets)
+    page, theirs = sources[source].page_size, targets[target].page_size
+    step = math.lcm(page, theirs) if rng.random() < 0.7 else math.gcd(page, theirs)
+    prefix = rng.choice((0, 0, 0, tokens // step * step, rng.randint(0, tokens // step) * step))
+    odds = {"clean": 0.0, "calm": 0.7}.get(theme, 0.3)
+    abort = rng.choice(("source", "target", "both")) if rng.random() < odds else None
+    wait = rng.uniform(4.0, 20.0) if theme == "stalls" and rng.random() < 0.5 else 0.001
+    slow = not calm and rng.random() < (0.4 if theme == "stalls" else 0.12)
+    slowness = rng.choice(("publish", "chunk", "ready")) if slow else ""
+    return Request(
+        number=number,
+        room=room,
+        source=source,
+        target=target,
+        prefix=prefix,
+        chunks=_chunks(
+            rng, 10 if theme == "gaps" else tokens, theirs if back else page, 0.9 if theme == "gaps" else 0.4
+        ),
+        after=after,
+        source_at=_soon(rng),
+        target_at=_soon(rng),
+        publish_after=rng.uniform(5, 30) if slowness == "publish" else _soon(rng),
+        chunk_every=rng.uniform(1, 12) if slowness == "chunk" else rng.choice((0.0, 0.001, 0.01)),
+        ready_after=rng.uniform(1, 40) if slowness == "ready" else rng.choice((0.0, 0.0, 0.002, 0.1)),
+        eager=rng.random() < (0.7 if theme == "gaps" else 0.2),
+        skip_prefix=rng.random() < 0.4,
+        source_abort=_soon(rng) + wait if abort in ("source", "both") else None,
+        target_abort=_soon(rng) + wait if abort in ("target", "both") else None,
+        lone_abort=rng.random() < 0.3,
+        rival=rival,
+        back=back,
+        gap=rng.choice((0, 1, 2)) if theme == "gaps" else 0,
+    )
+
+
+def _chunks(rng: random.Random, tokens: int, page: int, odds: float) -> tuple[int, ...]:
+    edges = [t for t in range(page, tokens, page) if rng.random() < odds]
     return (*edges, tokens)
 
 
@@ -204,10 +239,42 @@ def _trigger(rng: random.Random) -> Trigger:
 
 
 def _faults(
-    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], ranks: list[str]
+    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], theme: str
 ) -> tuple[Fault, ...]:
-    count = rng.choices((1, 2, 3, 4, 6), (30, 30, 20, 12, 8))[0]
-    return tuple(_fault(rng, sources, targets, ranks) for _ in range(count))
+    ranks = [g.rank(n) for g in (*sources, *targets) for n in range(g.size)]
+    made: list[Fault] = []
+    if theme == "storm" and rng.random() < 0.05:  # an engine that is shut down while its last words get lost
+        made.append(RankFault(kind="close", rank=rng.choice(ranks), when=_trigger(rng)))
+        made.append(MessageFault(kind="drop", message=rng.choice(("abort", "failed")), count=40))
+    if theme in ("reuse", "amnesia", "policy"):
+        for _ in range(rng.randint(1, 4)):
+            made.append(_lingering(rng, theme))
+    if theme == "stalls":
+        for _ in range(rng.randint(1, 2)):
+            when = _trigger(rng)
+            made.append(RankFault(kind="pause", rank=rng.choice(ranks), when=when, seconds=rng.uniform(4.0, 45.0)))
+        made.append(WriteFault(kind=rng.choice(("never_settles", "late")), count=3, seconds=rng.uniform(5.0, 40.0)))
+    if theme in ("amnesia", "policy"):
+        made.append(_cut(rng, sources, targets, rng.uniform(1.0, 40.0)))
+    most = {"reuse": 1, "rivals": 1, "stalls": 1, "both": 2, "amnesia": 2, "policy": 2}.get(theme, 6)
+    count = min(most, rng.choices((1, 2, 3, 4, 6), (30, 30, 20, 12, 8))[0])
+    if theme != "rivals" or rng.random() < 0.3:
+        made += [_fault(rng, sources, targets, ranks) for _ in range(count)]
+    return tuple(made)
+
+
+def _lingering(rng: random.Random, theme: str) -> MessageFault:
+    """A message that comes (again) when its room is perhaps in use for the next time."""
+    kinds = (
+        OUTCOMES if theme == "reuse" else ("query", "query", "opened", "failed", "abort", "done", "close", "drained")
+    )
+    return MessageFault(
+        kind=rng.choice(("double", "double", "delay") if theme == "reuse" else ("double", "delay", "drop")),
+        message=rng.choice(kinds),
+        nth=rng.choice((1, 1, 2, 3)),
+        count=rng.choice((1, 3, 40)),
+        seconds=math.exp(rng.uniform(math.log(0.001), math.log(0.6 if theme == "reuse" else 20.0))),
+    )
 
 
 def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], ranks: list[str]) -> Fault:
@@ -247,6 +314,10 @@ def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group,
         )
     if kind == "prepare":
         return PrepareFault(nth=rng.randint(1, 4))
+    return _cut(rng, sources, targets, _duration(rng))
+
+
+def _cut(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], seconds: float) -> LinkFault:
     source, target = rng.choice(sources), rng.choice(targets)
     ends = [source.rank(rng.randrange(source.size)), target.rank(rng.randrange(target.size))]
     rng.shuffle(ends)
@@ -256,5 +327,5 @@ def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group,
         both=rng.random() < 0.5,
         manner=rng.choice(("held", "lost", "broken")),
         when=_trigger(rng),
-        seconds=_duration(rng),
+        seconds=seconds,
     )

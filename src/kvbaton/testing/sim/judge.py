@@ -32,6 +32,7 @@ class Judge:
         self._clockwork = world.clockwork
         self._first_abort: dict[int, float] = {}
         self._counted: dict[Process, tuple[int, int]] = {}
+        self._delivered: dict[int, str] = {}
         self.jobs: list[Job] = []
 
     # ---- the data plane -----------------------------------------------------------------------------------------
@@ -46,6 +47,9 @@ class Judge:
                 if owner is None:
                     where = f"{host.name} {host.memory.unit_name(unit)}"
                     raise self._violated(f"{kind} after free", f"{source.name} posts a write, {where} is free")
+                if host.in_two_roles(unit):
+                    where = f"{host.name} {host.memory.unit_name(unit)}"
+                    raise self._violated("slot used twice", f"{where} is leased to a source and sent from")
                 if isinstance(owner, Tenancy):
                     rooms.add(owner.job.request.room)
                 elif isinstance(owner, Transfer):
@@ -158,9 +162,14 @@ class Judge:
         if not isinstance(job, TargetJob) or self._released_by_policy(job.process):
             return
         rivals = [r.number for r in self._world.scenario.requests if r.room == job.request.room]
-        wrong = job.wrong(rivals if self._world.scenario.misuses else [job.request.number])
-        if wrong:
+        if not self._world.scenario.misuses:
+            rivals = [job.request.number]
+        if wrong := job.wrong(rivals):
             raise self._violated("corrupt", f"{job} succeeded, but {wrong} are wrong")
+        for number in rivals if len(rivals) > 1 else ():
+            group = job.process.group.name
+            if not job.wrong([number]) and self._delivered.setdefault(number, group) != group:
+                raise self._violated("delivered twice", f"{job} and group {self._delivered[number]} got one content")
 
     def concluded(self, job: Job) -> None:
         if job.outcome is None:
@@ -214,8 +223,7 @@ class Judge:
         requests = self._world.scenario.requests
         for request in requests:
             self._check_agreement(request)
-        scenario = self._world.scenario
-        if not scenario.faults and not scenario.misuses:
+        if self._world.scenario.undisturbed:
             self._check_undisturbed()
 
     def _check_agreement(self, request: Request) -> None:

@@ -164,8 +164,8 @@ class Network:
             return
         latency = clockwork.stream(f"link {names[0]} {names[1]}").uniform(*LATENCY_SECONDS)
         for copy in range(copies):
-            if delay or copy:
-                arrival = clockwork.now + latency + (delay or latency)
+            if copy or (delay and copies == 1):
+                arrival = clockwork.now + latency + (delay or latency)  # and may be overtaken
             else:
                 arrival = receiver.arriving = max(clockwork.now + latency, receiver.arriving)
             clockwork.at(arrival, lambda: self._arrive(sender, receiver, payload))
@@ -180,7 +180,7 @@ class Network:
             if fault.message in ("", tag) and fault.nth <= count < fault.nth + fault.count:
                 clockwork.fault(f"message {_PAST[fault.kind]}", names[0], tag)
                 copies = {"drop": 0, "double": 2, "delay": copies}[fault.kind]
-                delay = fault.seconds if fault.kind == "delay" else delay
+                delay = delay if fault.kind == "drop" else fault.seconds
         for noise in self._noises:
             if noise.at <= clockwork.now:
                 random = clockwork.stream(f"noise {names[0]} {names[1]}")

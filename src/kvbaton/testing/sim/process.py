@@ -121,6 +121,12 @@ class Process:
             return self.memory.owners[unit]
         return self.manager.driver.staging_reader(slot) if reading else self.manager.core.staging_lessee(slot)
 
+    def in_two_roles(self, unit: int) -> bool:
+        """Whether a staging slot is used to send from while it is leased to a source of ours."""
+        slot = unit - len(self.memory.owners)
+        driver, core = self.manager.driver, self.manager.core
+        return slot >= 0 and driver.staging_reader(slot) is not None and core.staging_lessee(slot) is not None
+
     # ---- turning ------------------------------------------------------------------------------------------------
 
     def stir(self) -> None:

@@ -12,6 +12,9 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+#: An engine that takes less than this for a prompt is not slow.
+PROMPT_SECONDS = 2.0
+
 Order = Literal["HND", "NHD", "fused"]
 
 
@@ -124,7 +127,10 @@ class Trigger(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MessageFault(Struct, frozen=True, kw_only=True, tag="message", omit_defaults=True):
-    """The ``nth`` message of a type (of any type, if empty), counted over the whole run, and ``count`` - 1 after it."""
+    """The ``nth`` message of a type (of any type, if empty), counted over the whole run, and ``count`` - 1 after it.
+
+    ``seconds``: how much later a delayed message arrives, or the second copy of a doubled one.
+    """
 
     kind: Literal["drop", "double", "delay"]
     message: str = ""
@@ -226,14 +232,21 @@ class Scenario(Struct, frozen=True, kw_only=True):
     faults: tuple[Fault, ...] = ()
 
     @property
-    def aborts(self) -> bool:
-        return any(r.source_abort is not None or r.target_abort is not None for r in self.requests)
-
-    @property
     def misuses(self) -> bool:
         """Whether somebody outside did something that must fail: a room used twice at once, groups that do not fit."""
         misfits = {g.misfit for g in (*self.sources, *self.targets)}
         return any(r.rival or r.gap for r in self.requests) or len(misfits) > 1
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nothing stands between these requests and their success but aborts: no fault, engines without delay,
+        room for everybody at once."""
+        takes = [r.publish_after + r.chunk_every * len(r.chunks) + r.ready_after for r in self.requests]
+        roomy = all(
+            g.pages >= sum(r.tokens + 1 for r in self.requests) and g.slots >= len(self.requests)
+            for g in (*self.sources, *self.targets)
+        )
+        return roomy and max(takes, default=0.0) < PROMPT_SECONDS and not (self.faults or self.misuses)
 
     def to_json(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1)

@@ -25,12 +25,19 @@ def shrink(failed: Outcome, *, runner: Callable[[Scenario], Outcome] = run, most
         for candidate in _cuts(best.scenario):
             if runs >= most_runs:
                 return best
+            if not _sound(candidate):
+                continue
             runs += 1
             outcome = runner(candidate)
             if outcome.kind == failed.kind:
                 best, progress = outcome, True
                 break
     return best
+
+
+def _sound(scenario: Scenario) -> bool:
+    """Whether there can be such a world: every pipeline stage has a layer."""
+    return all(group.pp <= scenario.model.layers for group in (*scenario.sources, *scenario.targets))
 
 
 def _cuts(scenario: Scenario) -> Iterator[Scenario]:

@@ -209,7 +209,7 @@ class World:
     def _arrange(self, fault: Fault) -> None:
         if isinstance(fault, MessageFault):
             self.network.add_message_fault(fault)
-            self._trouble(fault.seconds if fault.kind == "delay" else 0.0)
+            self._trouble(0.0 if fault.kind == "drop" else fault.seconds)
         elif isinstance(fault, Noise):
             self.network.add_noise(fault)
             self._trouble(fault.at + fault.seconds + fault.delay_seconds)

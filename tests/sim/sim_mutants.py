@@ -21,6 +21,7 @@ from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.transfer import On, State
 from kvbaton.runtime import posting, staging
+from kvbaton.runtime.driver import Driver
 
 Planter = Callable[["Patches"], None]
 
@@ -302,3 +303,42 @@ def done_before_settled(patches: Patches) -> None:
             t.as_source().outstanding = outstanding
 
     patches.set(sending, "conclude_if_settled", conclude)
+
+
+@mutant("two chunks of one room that wait for their fences wait for each other (our own, found by seed 36)")
+def fenced_chunks_block_each_other(patches: Patches) -> None:
+    def release_fenced(self: Any) -> None:
+        for _ in range(len(self._fenced_chunks)):
+            command = self._fenced_chunks.popleft()
+            number = getattr(command.event, "room", -1)
+            if not self._core.wants_chunks(number):
+                continue
+            blocked = any(other.event.room == number for other in self._fenced_chunks)
+            if not blocked and (command.fence is None or command.fence()):
+                self._events.append(command.event)
+            else:
+                self._fenced_chunks.append(command)
+
+    patches.set(Driver, "_release_fenced", release_fenced)
+
+
+@mutant("a rank in both roles uses one staging slot for both at once (our own, found by seed 396)")
+def staging_slots_not_shared_between_roles(patches: Patches) -> None:
+    def init(self: Any, pool: Any) -> None:
+        self._taken = {}
+        self._pool = _Slots(len(pool))
+
+    patches.set(staging.StagingDesk, "__init__", init)
+
+
+class _Slots(list[int]):
+    """Free slots of nobody else's knowing."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(range(count))
+
+    def take(self) -> int:
+        return self.pop()
+
+    def release(self, slots: tuple[int, ...]) -> None:
+        self.extend(slots)

@@ -1,0 +1,45 @@
+"""The simulator finds every planted bug within a bounded number of seeds, makes it small, and tells its story."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from sim_mutants import MUTANTS, Mutant
+
+from kvbaton.testing.sim.generate import generate
+from kvbaton.testing.sim.shrink import shrink
+from kvbaton.testing.sim.world import Outcome, run
+
+#: Seeds from 0 on within which every planted bug must show.
+MOST_SEEDS = 600
+
+
+@pytest.fixture(autouse=True)
+def _silent_drivers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="kvbaton")
+
+
+def first_failure(mutant: Mutant, most: int = MOST_SEEDS) -> Outcome | None:
+    with mutant.planted():
+        return next((outcome for seed in range(most) if not (outcome := run(generate(seed))).ok), None)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_found(mutant: Mutant) -> None:
+    failed = first_failure(mutant)
+    assert failed is not None, mutant.what
+    assert run(failed.scenario).ok, "what fails must be the planted bug, and it must be gone again"
+
+
+def test_a_failure_shrinks_and_replays() -> None:
+    mutant = next(m for m in MUTANTS if m.name == "ack counted instead of identified")
+    failed = first_failure(mutant)
+    assert failed is not None
+    with mutant.planted():
+        small = shrink(failed, most_runs=150)
+        again = run(small.scenario, tracing=True)
+    assert small.kind == again.kind == failed.kind
+    assert len(small.scenario.requests) <= len(failed.scenario.requests)
+    assert len(small.scenario.faults) <= len(failed.scenario.faults)
+    assert "!!!" in again.trace[-1]
