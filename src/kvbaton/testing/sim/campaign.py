@@ -49,8 +49,17 @@ class Summary:
 
 
 def run_seeds(seeds: Sequence[int]) -> Summary:
-    """Run seeds one after the other, in this process."""
-    logging.getLogger("kvbaton").setLevel(logging.CRITICAL)  # drivers warn of what is done to them on purpose
+    """Run seeds one after the other, in this process; drivers do not warn of what is done to them on purpose."""
+    logger = logging.getLogger("kvbaton")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return _run_seeds(seeds)
+    finally:
+        logger.setLevel(level)
+
+
+def _run_seeds(seeds: Sequence[int]) -> Summary:
     summary = Summary()
     for seed in seeds:
         outcome = run(generate(seed))
