@@ -342,3 +342,8 @@ class _Slots(list[int]):
 
     def release(self, slots: tuple[int, ...]) -> None:
         self.extend(slots)
+
+
+@mutant("an Open that was refused is not remembered, and a late copy of it is accepted (our own, found by seed 3012)")
+def refused_open_forgotten(patches: Patches) -> None:
+    patches.set(transfers.Transfers, "entomb", lambda _self, _session, _key, _error: None)

@@ -131,6 +131,7 @@ class Rooms:
             leases = check_staging(message.staging, session.staged, grants)
         except KVBatonError as error:
             self._around.tell(key.room, f"{key} from {session.name} refused: {error}")
+            self._transfers.entomb(session, key, error)  # "drained" is a promise, for late copies of the Open as well
             self._around.send_on(
                 session.link,
                 Failed(

@@ -169,17 +169,17 @@ class Transfers:
         self._around.counters["messages_unknown_room"] += 1
         ours, link = self._around.instance, session.link
         if isinstance(message, Abort):
-            self._entomb(session, key, from_code(message.code, message.reason, peer=session.peer, room=key.room))
+            self.entomb(session, key, from_code(message.code, message.reason, peer=session.peer, room=key.room))
             self._around.send_on(link, Drained(sender=ours, receiver=session.peer, key=key))
         elif isinstance(message, Query):
-            self._entomb(session, key, TransferFailedError("forgotten here", peer=session.peer, room=key.room))
+            self.entomb(session, key, TransferFailedError("forgotten here", peer=session.peer, room=key.room))
             self._around.send_on(link, Forgotten(sender=ours, receiver=session.peer, key=key))
         elif isinstance(message, Opened | Done | Failed):
             self._around.send_on(link, Close(sender=ours, receiver=session.peer, key=key, success=False))
 
-    def _entomb(self, session: Session, key: TransferKey, error: KVBatonError) -> None:
-        """Remember an end that we only heard of: its Open, should it still arrive, must not begin anything."""
-        if session.pair is not None:
+    def entomb(self, session: Session, key: TransferKey, error: KVBatonError) -> None:
+        """Remember an end without a beginning: a copy of its Open that still arrives must not begin anything."""
+        if session.pair is not None and not self.is_forgotten(session.peer, key):
             transfer = Transfer(
                 key, session.peer, self, outgoing=Outgoing(pair=session.pair, grants={}, parts=(), token_count=0)
             )

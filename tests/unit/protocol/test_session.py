@@ -12,6 +12,7 @@ from kvbaton.layout import CacheLayout
 from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict
 from kvbaton.protocol.effects import KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
+    GrantsPublished,
     LinkRefused,
     LinkUp,
     MessageArrived,
@@ -20,6 +21,7 @@ from kvbaton.protocol.events import (
     PeerUnprepared,
     ReceiverOpened,
 )
+from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank, World
 from unit.protocol.scene import PAIR, QUICK, Scene, Shape, add_group, dropping, layouts
 
@@ -431,8 +433,7 @@ def test_a_stranger_for_another_instance_is_not_believed() -> None:
 
 
 def test_more_sessions_than_the_bound_are_refused_and_counted() -> None:
-    world = World(msgspec_settings := type(QUICK)(sessions=1))
-    assert msgspec_settings.sessions == 1
+    world = World(Settings(sessions=1))
     source = add_group(world, PAIR, side="source")[0]
     for name in ("x", "y"):
         meet(world, source, add_group(world, PAIR, side="target", name=name)[0])
@@ -445,12 +446,10 @@ def test_sources_of_two_groups_or_half_a_group_are_refused() -> None:
     half = add_group(world, Shape(source_tp=2), side="source", name="a")
     other = add_group(world, PAIR, side="source", name="b")
     target = add_group(world, PAIR, side="target")[0]
-    scene_grants = Scene().grants(target)
-    from kvbaton.protocol.events import GrantsPublished
-
+    grants = Scene().grants(target)
     for room, sources in ((1, (half[0].address,)), (2, (half[0].address, other[0].address))):
         target.do(ReceiverOpened(room, sources))
-        target.do(GrantsPublished(room, scene_grants, 22))
+        target.do(GrantsPublished(room, grants, 22))
         world.run()
         error = error_of(target, room)
         assert isinstance(error, IncompatibleError)

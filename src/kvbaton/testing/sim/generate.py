@@ -171,13 +171,14 @@ def _request(
     calm = theme in ("clean", "calm")
     source, target = rng.randrange(len(sources)), rng.randrange(len(targets))
     back = targets[target].pp == 1 and rng.random() < (0.5 if theme == "both" else 0.12)
-    after, room, tokens, rival = None, 100 + number, rng.randint(1, 10), False
+    after, room, tokens, rival, twin = None, 100 + number, rng.randint(1, 10), False, None
     chance = {"reuse": 0.9, "rivals": 0.0, "amnesia": 0.0}.get(theme, 0.25)
     if made and rng.random() < chance:  # the room is used again, after its end
         before = rng.choice(list({r.room: r for r in made if not r.rival}.values()))
         after, room = before.number, before.room
         if theme == "reuse":
             source, target, back = before.source, before.target, before.back
+            twin = before if rng.random() < 0.7 else None  # the same prompt again: only ids tell the two apart
     elif made and rng.random() < (0.7 if theme == "rivals" else 0.02 * (theme == "storm")):  # the room is in use
         before = rng.choice(made)
         room, tokens, source, back, rival = before.room, before.tokens, before.source, False, True
@@ -189,21 +190,21 @@ def _request(
     abort = rng.choice(("source", "target", "both")) if rng.random() < odds else None
     wait = rng.uniform(4.0, 20.0) if theme == "stalls" and rng.random() < 0.5 else 0.001
     slow = not calm and rng.random() < (0.4 if theme == "stalls" else 0.12)
+    paces = (0.001, 0.1, 0.3) if theme == "reuse" else (0.0, 0.001, 0.01)
     slowness = rng.choice(("publish", "chunk", "ready")) if slow else ""
+    chunks = _chunks(rng, tokens, theirs if back else page, 0.9 if theme == "gaps" else 0.4)
     return Request(
         number=number,
         room=room,
         source=source,
         target=target,
-        prefix=prefix,
-        chunks=_chunks(
-            rng, 10 if theme == "gaps" else tokens, theirs if back else page, 0.9 if theme == "gaps" else 0.4
-        ),
+        prefix=twin.prefix if twin is not None else prefix,
+        chunks=twin.chunks if twin is not None else chunks,
         after=after,
         source_at=_soon(rng),
         target_at=_soon(rng),
         publish_after=rng.uniform(5, 30) if slowness == "publish" else _soon(rng),
-        chunk_every=rng.uniform(1, 12) if slowness == "chunk" else rng.choice((0.0, 0.001, 0.01)),
+        chunk_every=rng.uniform(1, 12) if slowness == "chunk" else rng.choice(paces),
         ready_after=rng.uniform(1, 40) if slowness == "ready" else rng.choice((0.0, 0.0, 0.002, 0.1)),
         eager=rng.random() < (0.7 if theme == "gaps" else 0.2),
         skip_prefix=rng.random() < 0.4,
@@ -265,6 +266,15 @@ def _faults(
 
 def _lingering(rng: random.Random, theme: str) -> MessageFault:
     """A message that comes (again) when its room is perhaps in use for the next time."""
+    if theme == "reuse" and rng.random() < 0.5:
+        return MessageFault(
+            kind=rng.choice(("double", "delay")),
+            message=rng.choice(OUTCOMES),
+            nth=rng.choice((1, 1, 2)),
+            count=rng.choice((1, 3)),
+            seconds=rng.uniform(0.0, 0.003),
+            until=rng.choice(("open", "opened", "hello")),
+        )
     kinds = (
         OUTCOMES if theme == "reuse" else ("query", "query", "opened", "failed", "abort", "done", "close", "drained")
     )

@@ -59,6 +59,7 @@ class Network:
         self._held: list[tuple[End, End, bytes]] = []
         self._message_faults: list[MessageFault] = []
         self._noises: list[Noise] = []
+        self._lingering: dict[str, list[Callable[[], None]]] = {}
 
     # ---- faults -------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,9 @@ class Network:
             if not isinstance(message, Ping | Pong):
                 text = "Hello" if isinstance(message, Hello) else str(message)[:240]
                 clockwork.tell(names[0], f"→ {names[1]} {text}")
-        copies, delay = (1, 0.0) if resent else self._disturb(tag, names)
+        for arrive in self._lingering.pop(tag, ()):
+            arrive()
+        copies, delay, until = (1, 0.0, "") if resent else self._disturb(tag, names)
         cut = self.is_cut(*names)
         if cut is not None and copies:
             clockwork.faults[f"message {'held' if cut.manner == 'held' else 'lost'} by a cut"] += 1
@@ -164,23 +167,33 @@ class Network:
             return
         latency = clockwork.stream(f"link {names[0]} {names[1]}").uniform(*LATENCY_SECONDS)
         for copy in range(copies):
-            if copy or (delay and copies == 1):
-                arrival = clockwork.now + latency + (delay or latency)  # and may be overtaken
-            else:
-                arrival = receiver.arriving = max(clockwork.now + latency, receiver.arriving)
-            clockwork.at(arrival, lambda: self._arrive(sender, receiver, payload))
+            if copy or ((delay or until) and copies == 1):  # may be overtaken
+                self._arrive_late(sender, receiver, payload, latency + (delay or latency), until)
+                continue
+            receiver.arriving = max(clockwork.now + latency, receiver.arriving)
+            clockwork.at(receiver.arriving, lambda: self._arrive(sender, receiver, payload))
 
-    def _disturb(self, tag: str, names: tuple[str, str]) -> tuple[int, float]:
-        """Copies and extra delay of a message: what its faults and the noise make of it."""
+    def _arrive_late(self, sender: End, receiver: End, payload: bytes, seconds: float, until: str) -> None:
+        def arrive() -> None:
+            self.clockwork.after(seconds, lambda: self._arrive(sender, receiver, payload))
+
+        if until:
+            self._lingering.setdefault(until, []).append(arrive)
+        else:
+            arrive()
+
+    def _disturb(self, tag: str, names: tuple[str, str]) -> tuple[int, float, str]:
+        """What its faults and the noise make of a message: copies, extra delay, and the message that it waits for."""
         clockwork = self.clockwork
         number, total = clockwork.happened(tag), clockwork.happened("message")
-        copies, delay = 1, 0.0
+        copies, delay, until = 1, 0.0, ""
         for fault in self._message_faults:
             count = number if fault.message else total
             if fault.message in ("", tag) and fault.nth <= count < fault.nth + fault.count:
                 clockwork.fault(f"message {_PAST[fault.kind]}", names[0], tag)
                 copies = {"drop": 0, "double": 2, "delay": copies}[fault.kind]
-                delay = delay if fault.kind == "drop" else fault.seconds
+                if fault.kind != "drop":
+                    delay, until = fault.seconds, fault.until
         for noise in self._noises:
             if noise.at <= clockwork.now:
                 random = clockwork.stream(f"noise {names[0]} {names[1]}")
@@ -194,7 +207,7 @@ class Network:
                 elif delayed < noise.delay:
                     delay += noise.delay_seconds * random.random()
                     clockwork.fault("message delayed", names[0], tag)
-        return copies, delay
+        return copies, delay, until
 
     def _arrive(self, sender: End, receiver: End, payload: bytes) -> None:
         if (receiver.peer is sender or sender.flushed) and receiver.owner.ends.get(receiver.link) is receiver:

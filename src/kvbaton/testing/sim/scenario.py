@@ -129,7 +129,8 @@ class Trigger(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class MessageFault(Struct, frozen=True, kw_only=True, tag="message", omit_defaults=True):
     """The ``nth`` message of a type (of any type, if empty), counted over the whole run, and ``count`` - 1 after it.
 
-    ``seconds``: how much later a delayed message arrives, or the second copy of a doubled one.
+    ``seconds``: how much later a delayed message arrives, or the second copy of a doubled one; counted from when the
+    next message of the type ``until`` is sent, if that is given.
     """
 
     kind: Literal["drop", "double", "delay"]
@@ -137,6 +138,7 @@ class MessageFault(Struct, frozen=True, kw_only=True, tag="message", omit_defaul
     nth: int = 1
     count: int = 1
     seconds: float = 0.0
+    until: str = ""
 
 
 class Noise(Struct, frozen=True, kw_only=True, tag="noise", omit_defaults=True):

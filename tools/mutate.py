@@ -1,0 +1,293 @@
+"""Mutation testing of the protocol: small changes to its source, each of which some test must notice.
+
+    python tools/mutate.py [--sample 300] [--seed 1] [--jobs 2] [--json FILE]
+
+For every mutant of ``protocol/`` and ``plan.py`` (one operator changed, one condition negated, one statement dropped,
+one table cell ignored, ...) a forked process imports the changed module and runs a fixed sample of the simulator, then
+the fast unit and property tests, until something fails. What nothing fails for has survived, and is printed as a diff.
+A mutant that takes longer than the time limit is killed too: it hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import difflib
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src"
+SUBJECTS = [*sorted((SOURCE / "kvbaton" / "protocol").glob("*.py")), SOURCE / "kvbaton" / "plan.py"]
+TESTS = ("tests/unit/protocol", "tests/unit/test_staging.py", "tests/property")
+#: Seeds of the simulator that every mutant meets before the unit tests.
+SIM_SEEDS = 240
+#: A mutant that needs longer than this in wall time hangs.
+LIMIT_SECONDS = 240
+KILLED_BY = {10: "simulator", 11: "tests", 12: "import"}
+SURVIVED = 0
+
+_COMPARISONS: dict[type, type] = {
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_OPERATORS: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed module. ``node`` numbers the node in the order of ``ast.walk``, ``how`` names the change."""
+
+    path: Path
+    node: int
+    how: str
+    line: int
+
+    @property
+    def module(self) -> str:
+        return ".".join(self.path.relative_to(SOURCE).with_suffix("").parts)
+
+    def tree(self) -> ast.Module:
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        _change(list(ast.walk(tree))[self.node], self.how)
+        return ast.fix_missing_locations(tree)
+
+    def diff(self) -> list[str]:
+        before = ast.unparse(ast.parse(self.path.read_text(encoding="utf-8"))).splitlines()
+        after = ast.unparse(self.tree()).splitlines()
+        lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:]
+        return [line.strip() for line in lines if not line.startswith("@@")]
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    quiet = {id(inner) for outer in ast.walk(tree) if _is_quiet(outer) for inner in ast.walk(outer)}
+    for outer in ast.walk(tree):  # what a decorator says (frozen, slots) is for people and type checkers
+        for decorator in getattr(outer, "decorator_list", ()):
+            quiet |= {id(inner) for inner in ast.walk(decorator)}
+    for number, node in enumerate(ast.walk(tree)):
+        if id(node) not in quiet:
+            for how in _changes(node):
+                yield Mutant(path, number, how, getattr(node, "lineno", 0))
+
+
+def _is_quiet(node: ast.AST) -> bool:
+    """What is for people only: imports, annotations, texts, stories, ``__repr__``."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr | ast.AnnAssign):
+        return True
+    if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "story", "waits_for", "sizes", "describe"):
+        return True
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "tell":
+        return True
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _is_quiet(node.value)
+
+
+def _changes(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+        yield "comparison"
+    elif isinstance(node, ast.BoolOp):
+        yield "and-or"
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "drop not"
+    elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        yield "operator"
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "truth"
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield "number"
+    elif isinstance(node, ast.If) and not isinstance(node.test, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        yield "negate"
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield "drop call"
+    elif isinstance(node, ast.Raise | ast.AugAssign) or _assigns_elsewhere(node):
+        yield "drop statement"
+    elif isinstance(node, ast.Dict) and node.keys and isinstance(node.keys[-1], ast.Attribute):
+        for i, value in enumerate(node.values):
+            home = value.value if isinstance(value, ast.Attribute) else None
+            if isinstance(home, ast.Name) and home.id in ("sending", "receiving"):
+                yield f"ignore cell {i}"
+
+
+def _assigns_elsewhere(node: ast.AST) -> bool:
+    """An assignment that outlives its function; a local one would only be a NameError."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+
+
+def _change(node: ast.AST, how: str) -> None:
+    if isinstance(node, ast.Compare):
+        node.ops = [_COMPARISONS[type(node.ops[0])]()]
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    elif isinstance(node, ast.UnaryOp):
+        _become(node, node.operand)
+    elif isinstance(node, ast.BinOp):
+        node.op = _OPERATORS[type(node.op)]()
+    elif isinstance(node, ast.Constant):
+        node.value = (not node.value) if isinstance(node.value, bool) else node.value + 1  # type: ignore[operator]
+    elif isinstance(node, ast.If):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Dict):
+        node.values[int(how.rpartition(" ")[2])] = ast.Name("_STALE", ast.Load())
+    else:
+        _become(node, ast.Pass())
+
+
+def _become(node: ast.AST, other: ast.AST) -> None:
+    other = copy.copy(other)
+    node.__class__ = other.__class__  # type: ignore[assignment]
+    keep = {name: getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
+    node.__dict__.clear()
+    node.__dict__.update({**keep, **other.__dict__})
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a changed tree."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> object:
+        if name != self._mutant.module:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(self._mutant.path))
+
+    def exec_module(self, module: object) -> None:
+        module.__file__ = str(self._mutant.path)  # type: ignore[attr-defined]
+        exec(compile(self._mutant.tree(), str(self._mutant.path), "exec"), module.__dict__)
+
+
+def trial(mutant: Mutant | None, log: Path) -> int:
+    """In a forked process: what kills the mutant, as an exit code."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(ROOT)
+    if mutant is not None:
+        sys.meta_path.insert(0, Finder(mutant))  # type: ignore[arg-type]
+    try:
+        from kvbaton.testing.sim.campaign import run_seeds
+    except Exception as error:  # noqa: BLE001
+        print(error)
+        return 12
+    for first in range(0, SIM_SEEDS, 20):
+        findings = run_seeds(range(first, first + 20)).findings
+        if findings:
+            print(findings[0])
+            return 10
+    import pytest
+
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=1", *TESTS]
+    return SURVIVED if pytest.main(arguments) == 0 else 11
+
+
+def _guarded(mutant: Mutant, log: Path) -> int:
+    try:
+        return trial(mutant, log)
+    except BaseException:  # noqa: BLE001 - whatever it is kills the mutant
+        traceback.print_exc()
+        return 13
+
+
+@dataclass
+class Running:
+    mutant: Mutant
+    started: float
+    log: Path
+
+
+def run_all(chosen: Sequence[Mutant], jobs: int, limit: float) -> Iterator[tuple[Mutant, str, float]]:
+    """Try mutants, ``jobs`` at a time; (mutant, what killed it or "", seconds)."""
+    waiting, running = list(reversed(chosen)), dict[int, Running]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop()
+            log = Path(f"/tmp/kvbaton-mutant-{os.getpid()}-{len(waiting)}.log")
+            child = os.fork()
+            if child == 0:
+                os.setpgid(0, 0)
+                os._exit(_guarded(mutant, log))
+            running[child] = Running(mutant, time.monotonic(), log)
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            done = running.pop(child)
+            code = os.waitstatus_to_exitcode(status)
+            if code != 13:
+                done.log.unlink(missing_ok=True)
+            yield done.mutant, _verdict(code), time.monotonic() - done.started
+            continue
+        for pid, late in running.items():
+            if time.monotonic() - late.started > limit:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _verdict(code: int) -> str:
+    if code == SURVIVED:
+        return ""
+    return "time limit" if code == -signal.SIGKILL else KILLED_BY.get(code, "crash")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sample", type=int, default=300, help="mutants to try, drawn at random; 0: all")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds until a mutant counts as hanging")
+    parser.add_argument("--only", help="only modules whose name contains this")
+    parser.add_argument("--json", type=Path, help="write all verdicts there")
+    options = parser.parse_args()
+    every = [m for path in SUBJECTS for m in mutants(path) if not options.only or options.only in m.module]
+    chosen = every if not options.sample else random.Random(options.seed).sample(every, min(options.sample, len(every)))
+    import msgspec  # noqa: F401 - what mutants do not touch is imported once
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401
+
+    print(f"{len(every)} mutants of {len(SUBJECTS)} modules, {len(chosen)} tried", file=sys.stderr)
+    verdicts, survivors, records = Counter[str](), [], []
+    for number, (mutant, verdict, seconds) in enumerate(run_all(chosen, options.jobs, options.limit), 1):
+        verdicts[verdict or "survived"] += 1
+        where = f"{mutant.module.removeprefix('kvbaton.')}:{mutant.line}"
+        records.append({"where": where, "how": mutant.how, "verdict": verdict or "survived", "seconds": seconds})
+        if not verdict:
+            survivors.append(mutant)
+            records[-1]["diff"] = mutant.diff()
+            print(f"survived {where} {mutant.how}: {' '.join(mutant.diff())}", flush=True)
+        if number % 20 == 0:
+            print(f"{number} of {len(chosen)}: {dict(verdicts)}", file=sys.stderr)
+        if options.json:
+            options.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    killed = len(chosen) - len(survivors)
+    print(f"score {killed / len(chosen):.3f}: {killed} of {len(chosen)} killed, {dict(verdicts)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
