@@ -59,6 +59,8 @@ soak: setup            ## 200,000 rooms with aborts and kills, and what grew mea
 
 docs: setup            ## regenerate what is generated in docs/
 	$(BIN)/python tools/protocol_diagram.py
+	$(BIN)/python tools/flags_table.py
+	$(BIN)/python tools/mutant_table.py --names
 
 train: setup           ## train the bundled recall model again (about 15 minutes on two cores)
 	$(BIN)/python training/recall.py

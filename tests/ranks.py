@@ -36,6 +36,7 @@ class RankHarness:
             (Region(self.kv.ctypes.data, len(self.kv)), Region(self.aux.ctypes.data, len(self.aux))),
             (pool, aux_pool(slots=SLOTS, slot_bytes=AUX_BYTES, region=1)),
         )
+        self.network = network
         instance = new_instance()
         self.manager = KVManager(
             self.layout,

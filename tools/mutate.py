@@ -1,6 +1,7 @@
 """Mutation testing of the protocol: small changes to its source, each of which some test must notice.
 
-    python tools/mutate.py [--sample 300] [--seed 1] [--jobs 2] [--json FILE]
+    python tools/mutate.py [--sample 300] [--seed 1] [--jobs 2] [--json FILE] [--write docs/simulation.md]
+    python tools/mutate.py --from FILE --write docs/simulation.md      run nothing: what --json wrote before
 
 For every mutant of ``protocol/`` and ``plan.py`` (one operator changed, one condition negated, one statement dropped,
 one table cell ignored, ...) a forked process imports the changed module and runs a fixed sample of the simulator, then
@@ -27,11 +28,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import mutation_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src"
 SUBJECTS = [*sorted((SOURCE / "kvbaton" / "protocol").glob("*.py")), SOURCE / "kvbaton" / "plan.py"]
 TESTS = ("tests/unit/protocol", "tests/unit/test_staging.py", "tests/property")
+EXPLAINED = ROOT / "tests" / "sim" / "survivors.toml"
 #: Seeds of the simulator that every mutant meets before the unit tests.
 SIM_SEEDS = 240
 #: A mutant that needs longer than this in wall time hangs.
@@ -256,6 +261,24 @@ def _verdict(code: int) -> str:
 
 
 def main() -> int:
+    options = _options()
+    every = [m for path in SUBJECTS for m in mutants(path) if not options.only or options.only in m.module]
+    if options.recorded:
+        records = json.loads(options.recorded.read_text(encoding="utf-8"))
+    else:
+        count = min(options.sample, len(every)) if options.sample else len(every)
+        chosen = every if count == len(every) else random.Random(options.seed).sample(every, count)
+        print(f"{len(every)} mutants of {len(SUBJECTS)} modules, {len(chosen)} tried", file=sys.stderr)
+        records = _try(chosen, options)
+    if options.write:
+        mutation_report.write(options.write, records, len(every), EXPLAINED)
+    verdicts = Counter(record["verdict"] for record in records)
+    killed = len(records) - verdicts["survived"]
+    print(f"score {killed / len(records):.3f}: {killed} of {len(records)} killed, {dict(verdicts)}")
+    return 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sample", type=int, default=300, help="mutants to try, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
@@ -263,30 +286,30 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds until a mutant counts as hanging")
     parser.add_argument("--only", help="only modules whose name contains this")
     parser.add_argument("--json", type=Path, help="write all verdicts there")
-    options = parser.parse_args()
-    every = [m for path in SUBJECTS for m in mutants(path) if not options.only or options.only in m.module]
-    chosen = every if not options.sample else random.Random(options.seed).sample(every, min(options.sample, len(every)))
+    parser.add_argument("--from", type=Path, dest="recorded", help="run nothing: take the verdicts that --json wrote")
+    parser.add_argument("--write", type=Path, help="put score and survivors into this Markdown, between its markers")
+    return parser.parse_args()
+
+
+def _try(chosen: Sequence[Mutant], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run mutants; what became of each, told while it goes on."""
     import msgspec  # noqa: F401 - what mutants do not touch is imported once
     import numpy  # noqa: F401
     import pytest  # noqa: F401
 
-    print(f"{len(every)} mutants of {len(SUBJECTS)} modules, {len(chosen)} tried", file=sys.stderr)
-    verdicts, survivors, records = Counter[str](), [], []
+    verdicts, records = Counter[str](), list[dict[str, Any]]()
     for number, (mutant, verdict, seconds) in enumerate(run_all(chosen, options.jobs, options.limit), 1):
         verdicts[verdict or "survived"] += 1
         where = f"{mutant.module.removeprefix('kvbaton.')}:{mutant.line}"
         records.append({"where": where, "how": mutant.how, "verdict": verdict or "survived", "seconds": seconds})
         if not verdict:
-            survivors.append(mutant)
             records[-1]["diff"] = mutant.diff()
             print(f"survived {where} {mutant.how}: {' '.join(mutant.diff())}", flush=True)
         if number % 20 == 0:
             print(f"{number} of {len(chosen)}: {dict(verdicts)}", file=sys.stderr)
         if options.json:
             options.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    killed = len(chosen) - len(survivors)
-    print(f"score {killed / len(chosen):.3f}: {killed} of {len(chosen)} killed, {dict(verdicts)}")
-    return 0
+    return records
 
 
 if __name__ == "__main__":

@@ -327,6 +327,17 @@ class KVManager:
         with self._lock:
             return sum(1 for side in self._sides.values() if side.leased)
 
+    @property
+    def quarantined_rooms(self) -> int:
+        """Of those, the ones that have failed: no peer has proven yet that its writes have ended."""
+        with self._lock:
+            return sum(1 for side in self._sides.values() if side.leased and side.poll() is KVPoll.Failed)
+
+    @property
+    def staging_slots_free(self) -> int:
+        """Slots of staging memory that are neither leased to a room nor being sent."""
+        return len(self._core.staging)
+
     def counters(self) -> dict[str, int]:
         """Everything that was counted, by name."""
         return {**self._core.counters, **self._driver.counters, **self.outcomes}

@@ -8,24 +8,29 @@ of blocks is one run.
 
 The target decides (it leases the slots, see ``StagingPool``), the source follows what ``Open`` says. The slots of a
 part are filled in order: the k-th holds blocks ``[k * blocks_per_slot, …)`` counted from the first block granted.
-Slots are leased exactly like pages: until the transfer has closed on proof. Pure arithmetic; no memory is touched here.
+Slots are leased exactly like pages: until the transfer has closed on proof. Parts whose pools lie in another memory
+than the staging (aux rows of the host beside pages of a GPU) are never staged. Pure arithmetic; no memory is touched
+here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from kvbaton.costs import Costs
-from kvbaton.errors import LayoutError
+from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import CacheLayout
-from kvbaton.plan import PairPlan, PartPlan
+from kvbaton.plan import PairPlan, PartPlan, pair_plan
 from kvbaton.table import Table
 
 StagingPolicy = Literal["auto", "always", "never"]
+
+#: Most blocks in a slot, however small they are: each is an entry of the tables that the transport prepares.
+MAX_BLOCKS_PER_SLOT = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,24 +60,62 @@ class StagedPart:
 
 
 def stage(pair: PairPlan, source: CacheLayout, target: CacheLayout) -> tuple[StagedPart | None, ...]:
-    """For each part how it can be staged; None where a side has no staging memory.
+    """For each part how it can be staged; None where a side has no staging memory that it could go through.
 
-    Raises LayoutError, naming the size to set, where a slot cannot hold one block of a part.
+    Raises IncompatibleError (``ours`` is the source's), naming the size to set, where a slot cannot hold one block.
     """
     if source.staging is None or target.staging is None:
         return (None,) * len(pair.parts)
     slot_bytes = min(source.staging.slot_bytes, target.staging.slot_bytes)
-    staged = []
-    for part in pair.parts:
-        blocks_per_slot = slot_bytes // part.block_bytes
-        if not blocks_per_slot:
-            raise LayoutError(
-                f"part {part.id}: a block of {part.block_bytes} bytes does not fit a staging slot of {slot_bytes}; "
-                f"set --staging-slot-bytes to at least {part.block_bytes} on both sides"
-            )
-        tables = [_table(layout, part.block_bytes, blocks_per_slot) for layout in (source, target)]
-        staged.append(StagedPart(part=part, blocks_per_slot=blocks_per_slot, source=tables[0], target=tables[1]))
-    return tuple(staged)
+    near = [_is_near(part.source.table, source) and _is_near(part.target.table, target) for part in pair.parts]
+    largest = max((part for part, here in zip(pair.parts, near, strict=True) if here), key=_block_bytes, default=None)
+    if largest is not None and largest.block_bytes > slot_bytes:
+        hint = f"set --staging-slot-bytes to at least {largest.block_bytes} on both sides"
+        raise IncompatibleError(
+            f"part {largest.id}: a block of {largest.block_bytes} bytes does not fit a staging slot of {slot_bytes}; "
+            f"{hint}",
+            field="staging.slot_bytes",
+            ours=str(source.staging.slot_bytes),
+            theirs=str(target.staging.slot_bytes),
+            hint=hint,
+        )
+    return tuple(
+        _staged(part, slot_bytes, source, target) if here else None for part, here in zip(pair.parts, near, strict=True)
+    )
+
+
+def slots_too_small(sources: Sequence[CacheLayout], targets: Sequence[CacheLayout]) -> list[IncompatibleError]:
+    """Why ranks of two groups that fit otherwise would refuse each other for their staging slots, each once."""
+    found: dict[tuple[str, str], IncompatibleError] = {}
+    for source in sources:
+        for target in targets:
+            try:
+                stage(pair_plan(source, target), source, target)
+            except IncompatibleError as error:
+                found.setdefault((error.ours, error.theirs), error)
+    return list(found.values())
+
+
+def _block_bytes(part: PartPlan) -> int:
+    return part.block_bytes
+
+
+def _is_near(table: Table, layout: CacheLayout) -> bool:
+    """Whether a part's memory is of the kind and device of the staging memory, so that one copy joins them."""
+    if layout.staging is None:
+        return False
+    region = layout.regions[layout.staging.region]
+    return table.memory == region.memory and bool((table.rows[:, 2] == region.device).all())
+
+
+def _staged(part: PartPlan, slot_bytes: int, source: CacheLayout, target: CacheLayout) -> StagedPart:
+    per_slot = min(slot_bytes // part.block_bytes, MAX_BLOCKS_PER_SLOT) if part.paged else 1
+    return StagedPart(
+        part=part,
+        blocks_per_slot=per_slot,
+        source=_table(source, part.block_bytes, per_slot),
+        target=_table(target, part.block_bytes, per_slot),
+    )
 
 
 def _table(layout: CacheLayout, block_bytes: int, blocks_per_slot: int) -> Table:
@@ -98,11 +141,13 @@ class StagingPool:
 
     def __init__(self, layout: CacheLayout, policy: StagingPolicy, costs: Costs) -> None:
         self.sends = False
-        self._free = list(range(layout.staging.slots)) if layout.staging is not None else []
+        self.slots = layout.staging.slots if layout.staging is not None else 0
+        self._free = list(range(self.slots))
         self._policy = policy
         self._costs = costs
 
     def __len__(self) -> int:
+        """Free slots. May be read from any thread."""
         return len(self._free)
 
     def lease(self, staged: StagedPart | None, blocks: int) -> tuple[int, ...]:

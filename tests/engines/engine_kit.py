@@ -119,6 +119,15 @@ class Caller:
     def logprobs(self) -> tuple[float, ...]:
         return tuple(value for output in self.outputs for value in output.logprobs)
 
+    def choice(self, index: int) -> tuple[Output, ...]:
+        """The outputs of one answer."""
+        return tuple(output for output in self.outputs if output.index == index)
+
+    def answers(self) -> list[tuple[int, ...]]:
+        """The tokens of each answer, in order."""
+        count = max((output.index for output in self.outputs), default=-1) + 1
+        return [tuple(token for output in self.choice(i) for token in output.tokens) for i in range(count)]
+
     @property
     def last(self) -> Output:
         return self.outputs[-1]

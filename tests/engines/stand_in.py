@@ -59,8 +59,11 @@ class End:
             if last:
                 self.wire.sent.set()
 
+    def fail(self, error: KVBatonError) -> None:
+        self.wire.fail(self.room, error)
+
     def abort(self, reason: str) -> None:
-        self.wire.fail(self.room, AbortedError(reason, room=self.room))
+        self.fail(AbortedError(reason, room=self.room))
 
 
 class Manager:

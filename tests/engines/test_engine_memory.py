@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
+import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +17,28 @@ from hypothesis import strategies as st
 from kvbaton.engine import aux_row
 from kvbaton.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import ALIGNMENT_BYTES, Allocator, PoolConfig, Pools
+from kvbaton.engine.pool import (
+    ALIGNMENT_BYTES,
+    STAGING_BYTES,
+    STAGING_SLOT_BYTES,
+    Allocator,
+    PoolConfig,
+    Pools,
+)
+from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
 from kvbaton.engine.shard import Shard
-from kvbaton.errors import CapacityError, ConfigError, InternalError, LayoutError, RemoteProtocolError
-from kvbaton.layout import CacheLayout, Plane
+from kvbaton.errors import (
+    CapacityError,
+    ConfigError,
+    InternalError,
+    LayoutError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from kvbaton.layout import CacheLayout, Plane, Staging
 from kvbaton.manager import Span
+from kvbaton.plan import pair_plan
+from kvbaton.staging import stage
 
 TENSORS = tuple(PagedTensor(layer, name, 3, 4) for layer in range(2) for name in "kv")
 GEOMETRY = Geometry(
@@ -150,13 +171,39 @@ def test_a_pool_of_a_wrong_shape_is_refused() -> None:
         Pools(GEOMETRY, PoolConfig(), model="m", shard=Shard(tp_size=2))
 
 
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+def test_staging_memory_is_the_last_region_and_holds_any_block(order: str, each_family: LoadedModel) -> None:
+    pools = make_pools(each_family, pages=4, order=order, aux_slots=4, chunk_tokens=1, staging_bytes=None)
+    layout, staging = pools.layout, pools.layout.staging
+    assert staging == Staging(len(layout.regions) - 1, STAGING_SLOT_BYTES, STAGING_BYTES // STAGING_SLOT_BYTES)
+    assert layout.regions[-1].address % ALIGNMENT_BYTES == 0
+    assert all(part is not None for part in stage(pair_plan(layout, layout), layout, layout))
+
+
+def test_slots_are_as_large_as_the_largest_page_and_the_default_memory_holds_one(model: LoadedModel) -> None:
+    pools = make_pools(model, pages=1, page_size=(1 << 15) + 16, staging_bytes=None)
+    page = pools.layout.regions[0].length
+    assert page > STAGING_BYTES
+    assert pools.layout.staging == Staging(len(pools.layout.regions) - 1, page, 1)
+
+
+def test_staging_memory_without_a_slot_is_refused_with_the_size_to_set(model: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="set --staging-mib to at least 4, or to 0"):
+        make_pools(model, staging_bytes=1 << 20)
+    with pytest.raises(ConfigError, match="set --staging-mib to at least 2, or to 0"):
+        make_pools(model, staging_bytes=1 << 20, staging_slot_bytes=(1 << 20) + 1)
+    pools = make_pools(model, staging_bytes=1 << 20, staging_slot_bytes=1 << 19)
+    assert pools.layout.staging == Staging(len(pools.layout.regions) - 1, 1 << 19, 2)
+    assert make_pools(model).layout.staging is None
+
+
 PROMPT = (5, 6, 7)
 ROW = aux_row.AuxRow(
     room=2**63 - 1,
     prompt_digest=aux_row.prompt_digest(PROMPT),
     prompt_tokens=3,
-    first_token=151_935,
-    logprob=-0.25,
+    firsts=((151_935, -0.25), (7, -1.5)),
+    top=((151_935, -0.25), (1, -0.5), (0, -9999.0)),
     seed=2**64 - 1,
 )
 
@@ -164,15 +211,16 @@ ROW = aux_row.AuxRow(
 def test_aux_row_goes_there_and_back() -> None:
     data = aux_row.encode(ROW)
     assert len(data) == aux_row.ROW_BYTES
-    assert data.hex() == (
-        "4b564241010000"
-        "00ffffffffffffff7f"
+    assert data[:64].hex() == (
+        "4b56424102000000ffffffffffffff7f"
         + ROW.prompt_digest.to_bytes(8, "little").hex()
-        + "ffffffffffffffff000000000000d0bf03000000"
-        + "7f510200"
-        + data[48:52].hex()
-        + "00" * 12
+        + "ffffffffffffffff0300000002000300"
+        + "000000000000d0bf7f510200"
+        + "000000000000f8bf07000000"
     )
+    assert data[232:268].hex() == ("000000000000d0bf7f510200" + "000000000000e0bf01000000" + "000000008087c3c000000000")
+    assert not any(data[64:232])
+    assert not any(data[268:508])
     assert aux_row.decode(memoryview(data), room=ROW.room, prompt=PROMPT) == ROW
 
 
@@ -185,7 +233,46 @@ def test_a_row_of_something_else_is_refused(room: int, prompt: tuple[int, ...], 
         aux_row.decode(aux_row.encode(ROW), room=room, prompt=prompt)
 
 
-@given(st.integers(0, 52 * 8 - 1))
+def test_a_row_has_room_for_as_much_as_may_be_asked() -> None:
+    most = tuple((2**32 - 1 - i, -i / 3) for i in range(MAX_TOP_LOGPROBS))
+    full = replace(ROW, firsts=most[:MAX_CHOICES], top=most)
+    assert aux_row.decode(aux_row.encode(full), room=ROW.room, prompt=PROMPT) == full
+    least = replace(ROW, firsts=most[:1], top=())
+    assert aux_row.decode(aux_row.encode(least), room=ROW.room, prompt=PROMPT) == least
+
+
+@pytest.mark.parametrize("fields", [{"firsts": ()}, {"firsts": ((1, -1.0),) * 17}, {"top": ((1, -1.0),) * 21}])
+def test_more_than_a_row_has_room_for_is_not_written(fields: dict) -> None:
+    with pytest.raises(LocalProtocolError, match="has room for"):
+        aux_row.encode(replace(ROW, **fields))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [
+        (36, b"\x00\x00", "0 first tokens"),
+        (36, b"\x11\x00", "17 first tokens"),
+        (38, b"\xff\xff", "65535 alternatives"),
+        (40, struct.pack("<d", math.nan), "nan for a logarithm"),
+        (232, struct.pack("<d", -math.inf), "-inf for a logarithm"),
+        (4, b"\x01\x00", "version 1, ours is 2"),
+    ],
+)
+def test_a_whole_row_that_says_what_no_row_may_is_refused(at: int, value: bytes, says: str) -> None:
+    data = bytearray(aux_row.encode(ROW))
+    data[at : at + len(value)] = value
+    data[508:] = struct.pack("<I", zlib.crc32(data[:508]))
+    with pytest.raises(RemoteProtocolError, match=says):
+        aux_row.decode(bytes(data), room=ROW.room, prompt=PROMPT)
+
+
+@pytest.mark.parametrize("length", [0, 64, 511, 513])
+def test_a_row_of_another_size_is_refused(length: int) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"has {length} bytes"):
+        aux_row.decode(aux_row.encode(ROW).ljust(513, b"x")[:length], room=ROW.room, prompt=PROMPT)
+
+
+@given(st.integers(0, aux_row.ROW_BYTES * 8 - 1))
 def test_a_row_with_any_bit_changed_is_refused(bit: int) -> None:
     data = bytearray(aux_row.encode(ROW))
     data[bit // 8] ^= 1 << bit % 8

@@ -158,6 +158,11 @@ def ask(prompt: tuple[int, ...] = (1, 2), **sampling: object) -> Request:
         (ask(top_p=float("nan")), "top_p"),
         (ask(stop=("",)), "stop"),
         (ask(stop=("a",) * 17), "stop"),
+        (ask(choices=0), "n"),
+        (ask(choices=17), "n"),
+        (ask(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (ask(logprobs=True, top_logprobs=-1), "top_logprobs"),
+        (ask(top_logprobs=1), "top_logprobs"),
     ],
 )
 def test_a_wrong_request_names_its_field(model: LoadedModel, request_: Request, field: str) -> None:
@@ -172,8 +177,12 @@ def test_what_never_fits_is_a_capacity_error(model: LoadedModel) -> None:
         limits.validate(ask((1,) * 60, max_tokens=6))
     with pytest.raises(CapacityError, match="512 positions"):
         limits_of(model, make_pools(model)).validate(ask((1,) * 500, max_tokens=13))
+    limits.validate(ask((1,) * 40, max_tokens=9, choices=2))  # two pages of the prompt for both, one each
+    with pytest.raises(CapacityError, match=r"^n: 3 answers .* room for 2 at once"):
+        limits.validate(ask((1,) * 40, max_tokens=9, choices=3))
+    limits.validate(ask((1,) * 64, max_tokens=1, choices=16))
     prompt_only = limits_of(model, make_pools(model, pages=4), keeps_answer=False)
-    prompt_only.validate(ask((1,) * 60, max_tokens=100))
+    prompt_only.validate(ask((1,) * 60, max_tokens=100, choices=16))
     with pytest.raises(ConfigError, match=r"^bootstrap_room: "):
         limits_of(model, make_pools(model), needs_room=True).validate(ask())
     for room in (-1, 1 << 63):

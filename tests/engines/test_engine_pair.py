@@ -233,7 +233,7 @@ def test_a_model_that_fails_tells_the_other_side(model: LoadedModel, monkeypatch
         monkeypatch.setattr(both.prefill._role._runner, "_network", lambda **_: 1 / 0)
         first, answer = both.ask(ask_for(1, 20, 5))
         assert isinstance(first.wait().last.error, InternalError)
-        assert isinstance(answer.wait().last.error, AbortedError)
+        assert isinstance(answer.wait().last.error, InternalError), "the cause, not that it was given up"
         both.assert_nothing_held()
 
 

@@ -126,6 +126,9 @@ def test_a_hit_moves_only_what_follows(family: str, page_size: int, loaded_model
         assert whole - nothing == 128 * model.geometry.token_bytes
         assert grown <= nothing + max(page_size, 24) * model.geometry.token_bytes
         both.assert_nothing_held()
+        stats = both.decode.stats()
+        assert stats.prefix_lookups == 4
+        assert stats.prefix_hit_tokens == 64 + 128 + 128
         assert both.decode.stats().pages_free == both.pages
 
 

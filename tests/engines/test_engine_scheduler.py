@@ -101,6 +101,7 @@ def test_drain_refuses_and_waits() -> None:
         assert not scheduler.drain(0.05)
         with pytest.raises(OverloadedError, match="draining"):
             call(scheduler, ask("late"))
+        assert scheduler.failure is None
         role.open = True
         wakeup.set()
         assert scheduler.drain(10)
@@ -126,10 +127,12 @@ def test_a_dead_thread_tells_every_caller(caplog: pytest.LogCaptureFixture) -> N
     scheduler, wakeup = make(role)
     scheduler.start()
     callers = [call(scheduler, ask(name)) for name in "ab"]
+    assert scheduler.failure is None
     role.broken = True
     wakeup.set()
     for caller in callers:
         assert isinstance(caller.wait().last.error, InternalError)
+    assert isinstance(scheduler.failure, InternalError)
     with pytest.raises(InternalError, match="died of ZeroDivisionError"):
         call(scheduler, ask("late"))
     assert not scheduler.drain(1)

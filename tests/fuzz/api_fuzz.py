@@ -27,7 +27,7 @@ from kvbaton.server.intake import ApiConfig, Mode  # noqa: E402
 from kvbaton.server.lifecycle import listen, port_of, reserve  # noqa: E402
 from kvbaton.server.router import Router, RouterConfig  # noqa: E402
 from kvbaton.server.workers import Worker  # noqa: E402
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell  # noqa: E402
+from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell_all  # noqa: E402
 
 KINDS = ("null", "prefill", "router")
 CHECKS = (
@@ -65,7 +65,8 @@ def servers() -> Iterator[dict[str, str]]:
 
     def api(mode: Mode) -> web.Application:
         config = ApiConfig(model="m", max_positions=4096, mode=mode)
-        return ApiServer(ScriptedEngine(lambda _request: spell("hi")), CharacterTokenizer(), config).app
+        engine = ScriptedEngine(lambda request: spell_all("hi", request.sampling.choices))
+        return ApiServer(engine, CharacterTokenizer(), config).app
 
     try:
         urls = {"null": run(lambda: api("null")), "prefill": run(lambda: api("prefill"))}

@@ -21,6 +21,9 @@ def test_a_group_answers_and_ends_with_an_error_when_a_rank_is_killed() -> None:
         question = {"prompt": "a7=3MB0;?a7=", "max_tokens": 4, "temperature": 0}
         with urllib.request.urlopen(post(url, **question)) as response:
             assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
+        with urllib.request.urlopen(post(url, **question, n=3)) as response:  # a partial page is copied on every rank
+            choices = msgspec.json.decode(response.read())["choices"]
+            assert [choice["text"] for choice in choices] == ["3MB0"] * 3
         (follower,) = psutil.Process(process.pid).children()
         os.kill(follower.pid, signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import time
+from typing import Any
 
 import aiohttp
 import pytest
@@ -33,6 +35,12 @@ def test_equal_to_the_single_process_at_every_edge(fleet: Fleet, runner: asyncio
     questions = [*edge_questions(), Question(title="longest", prompt=LONG.prompt, max_tokens=5)]
     runner.run(answers_equal(fleet, questions))
     runner.run(fleet.all_returned())
+
+
+def test_the_facts_name_the_staging_memory(fleet: Fleet, runner: asyncio.Runner) -> None:
+    for server in (*fleet.prefills, *fleet.decodes):
+        facts = runner.run(fleet.info(server))["handoff"]["staging"]
+        assert facts == {"policy": "auto", "slot_bytes": 4 << 20, "slots": 16, "slots_free": 16}
 
 
 def test_streaming_gives_the_same_text(fleet: Fleet, runner: asyncio.Runner) -> None:
@@ -76,6 +84,79 @@ def test_clients_that_hang_up_at_random_harm_nobody(fleet: Fleet, runner: asynci
     for number, reference in zip(kept, references, strict=True):
         assert answers[number].tokens == reference.tokens, (number, answers[number])
     assert len(kept) == 200 - len(impatient)
+
+
+async def choices_of(fleet: Fleet, url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a request with several choices was answered; streamed pieces put together again."""
+    async with fleet.http.post(f"{url}/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        if not body.get("stream"):
+            answer = await response.json()
+            assert answer["usage"]["completion_tokens"] == sum(len(c["token_ids"]) for c in answer["choices"])
+            assert [choice["index"] for choice in answer["choices"]] == list(range(body["n"]))
+            return list(answer["choices"])
+        lines = [line async for line in response.content if line.startswith(b"data: ")]
+    assert lines.pop() == b"data: [DONE]\n"
+    choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(body["n"])]
+    for line in lines:
+        (piece,) = json.loads(line[len(b"data: ") :])["choices"]
+        choices[piece["index"]]["text"] += piece["text"]
+        choices[piece["index"]]["token_ids"] += piece["token_ids"]
+    return choices
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 2.0, "seed": 11}])
+def test_four_choices_with_logprobs_equal_the_single_process(fleet: Fleet, runner: asyncio.Runner, how: dict) -> None:
+    """Prompts that fill their last page, and that do not; the first token's alternatives came through the aux row."""
+    prompt = make_prompts(1, seed=5)[0].prompt
+
+    async def scenario() -> None:
+        assert fleet.reference is not None
+        for text in (prompt[:1], prompt[-64:], prompt[-75:]):
+            body = {
+                "prompt": text,
+                "n": 4,
+                "logprobs": 5,
+                "max_tokens": 12,
+                "return_token_ids": True,
+                "ignore_eos": True,
+                **how,
+            }
+            ours = await choices_of(fleet, fleet.router.url, body)
+            theirs = await choices_of(fleet, fleet.reference.url, body)
+            for mine, other in zip(ours, theirs, strict=True):
+                assert mine["token_ids"] == other["token_ids"]
+                for token, (one, two) in enumerate(
+                    zip(mine["logprobs"]["top_logprobs"], other["logprobs"]["top_logprobs"], strict=True)
+                ):
+                    assert 5 <= len(one) <= 6
+                    assert one == pytest.approx(two, abs=1e-3), token
+                assert mine["logprobs"]["token_logprobs"] == pytest.approx(
+                    other["logprobs"]["token_logprobs"], abs=1e-3
+                )
+            single = await choices_of(fleet, fleet.router.url, {**body, "n": 1})
+            assert single[0]["token_ids"] == ours[0]["token_ids"]
+            distinct = {tuple(choice["token_ids"]) for choice in ours}
+            assert (len(distinct) == 1) == (how["temperature"] == 0)
+            streamed = await choices_of(fleet, fleet.router.url, {**body, "stream": True})
+            assert [c["text"] for c in streamed] == [c["text"] for c in ours]
+            assert [c["token_ids"] for c in streamed] == [c["token_ids"] for c in ours]
+        await fleet.all_returned()
+
+    runner.run(scenario())
+
+
+def test_a_client_that_leaves_four_choices_leaves_nothing(fleet: Fleet, runner: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        body = {"prompt": LONG.prompt[-100:], "n": 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        for pieces in (1, 5, 9):
+            async with fleet.http.post(f"{fleet.router.url}/v1/completions", json=body) as response:
+                for _ in range(pieces):
+                    await response.content.readuntil(b"\n\n")
+                response.close()
+        await fleet.all_returned()
+
+    runner.run(scenario())
 
 
 async def transferring(fleet: Fleet) -> None:

@@ -1,4 +1,5 @@
-"""A deployment with a secret: it works, strangers are kept out, and the secret is in nothing that anybody can read."""
+"""A deployment with a secret, on every interface: it works, strangers are kept out, and the secret is in nothing that
+anybody can read."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
     secret = directory / "secret"
     secret.write_text(SECRET + "\n")
     with_secret = ("--secret-file", str(secret), "--log-level", "debug")
-    fleet = Fleet(directory, model="recall", extra=with_secret, router_extra=with_secret)
+    fleet = Fleet(
+        directory,
+        model="recall",
+        extra=(*with_secret, "--host", "0.0.0.0"),
+        prefill_extra=("--disaggregation-control-advertise", "tcp://127.0.0.1:0"),
+        router_extra=with_secret,
+    )
     runner.run(fleet.__aenter__())
     try:
         runner.run(fleet.all_ready())
@@ -79,7 +86,8 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
             await fetch("PUT", f"{registry}/route", 401, headers=headers, json={"instance": "evil"})
             await fetch("DELETE", f"{registry}/route?instance=x", 401, headers=headers)
         route = await fetch("GET", f"{registry}/route", 200, headers={"Authorization": f"Bearer {SECRET}"})
-        assert msgspec.json.decode(route)["ranks"]
+        (rank,) = msgspec.json.decode(route)["ranks"]
+        assert rank["address"].startswith("tcp://127.0.0.1:")
         for server in (prefill, decode, fleet.router):
             for path in ("/metrics", "/get_server_info", "/v1/models", "/ready", "/openapi.json"):
                 await fetch("GET", server.url + path, 200)
@@ -89,6 +97,9 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
             assert server.process is not None
             for file in ("cmdline", "environ"):
                 seen[f"{file} of {server.name}"] = Path(f"/proc/{server.process.pid}/{file}").read_bytes()
+        handoff = (await fleet.info(decode))["handoff"]
+        assert (handoff["rank"], handoff["quarantined_rooms"]) == (0, 0)
+        assert b"kvbaton_rooms_quarantined 0.0" in await fetch("GET", f"{decode.url}/metrics", 200)
         await fleet.all_returned()
         return seen
 

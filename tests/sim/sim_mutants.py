@@ -1,7 +1,8 @@
 """Bugs of the field, planted: each a patched table cell, plan rule or lease rule, in the test process only.
 
-A simulator that finds nothing proves little until it is known what it would find. Every class of bug that
-``facts/sglang.md`` §2 lists, translated to this protocol, is here; ``test_mutants.py`` shows that each is found.
+A simulator that finds nothing proves little until it is known what it would find. Every class of bug that SGLang's
+public issues on disaggregation show, translated to this protocol, is here, with the issue's number where there is one;
+``test_mutants.py`` shows that each is found.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Mutant:
     name: str
     what: str
     plant: Planter
+    shown_by: int
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -55,9 +57,11 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
-def mutant(what: str) -> Callable[[Planter], Planter]:
+def mutant(what: str, shown_by: int = 0) -> Callable[[Planter], Planter]:
+    """Plant a bug. ``shown_by``: a seed to try first, where the search from 0 takes long."""
+
     def note(plant: Planter) -> Planter:
-        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), what, plant))
+        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), what, plant, shown_by))
         return plant
 
     return note
@@ -110,7 +114,7 @@ def part_id_dropped(patches: Patches) -> None:
     patches.set(sending, "post", lambda t, write: original(t, replace(write, part=0)))
 
 
-@mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)")
+@mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)", shown_by=109)
 def failed_resurrected(patches: Patches) -> None:
     original, close = room.TargetRoom.status, receiving.close
 
@@ -143,7 +147,7 @@ def source_pages_freed_before_settle(patches: Patches) -> None:
     patches.set(transfer.Transfer, "leased", property(lambda self: original(self) and self.state is not State.SETTLING))
 
 
-@mutant("a message is matched by its room, not by the id of the transfer (sglang#17259)")
+@mutant("a message is matched by its room, not by the id of the transfer (sglang#17259)", shown_by=294)
 def stale_notification_after_room_reuse(patches: Patches) -> None:
     original = transfers.Transfers.find
 
@@ -202,7 +206,7 @@ def failure_not_announced(patches: Patches) -> None:
     patches.set(transfers.Transfers, "send", send)
 
 
-@mutant("a room that is open already is opened again by another request (sglang#40125)")
+@mutant("a room that is open already is opened again by another request (sglang#40125)", shown_by=257)
 def duplicate_open_accepted(patches: Patches) -> None:
     original = rooms.Rooms._room_for
 
@@ -213,7 +217,7 @@ def duplicate_open_accepted(patches: Patches) -> None:
     patches.set(rooms.Rooms, "_room_for", room_for)
 
 
-@mutant("another instance that answers at a known address is taken for the old one (sglang#36029)")
+@mutant("another instance that answers at a known address is taken for the old one (sglang#36029)", shown_by=112)
 def restart_at_the_same_address_undetected(patches: Patches) -> None:
     def on_answer(self: Any, session: Any, hello: Any) -> None:
         if hello.answers == self._around.instance:
@@ -344,6 +348,9 @@ class _Slots(list[int]):
         self.extend(slots)
 
 
-@mutant("an Open that was refused is not remembered, and a late copy of it is accepted (our own, found by seed 3012)")
+@mutant(
+    "an Open that was refused is not remembered, and a late copy of it is accepted (our own, found by seed 3012)",
+    shown_by=587,
+)
 def refused_open_forgotten(patches: Patches) -> None:
     patches.set(transfers.Transfers, "entomb", lambda _self, _session, _key, _error: None)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from sim_mutants import MUTANTS, Mutant
 
+from kvbaton.cli.main import FAILED, main
 from kvbaton.testing.sim.generate import generate
 from kvbaton.testing.sim.shrink import shrink
 from kvbaton.testing.sim.world import Outcome, run
@@ -20,21 +24,21 @@ def _silent_drivers(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="kvbaton")
 
 
-def first_failure(mutant: Mutant, most: int = MOST_SEEDS) -> Outcome | None:
+def first_failure(mutant: Mutant, seeds: Iterable[int]) -> Outcome | None:
     with mutant.planted():
-        return next((outcome for seed in range(most) if not (outcome := run(generate(seed))).ok), None)
+        return next((outcome for seed in seeds if not (outcome := run(generate(seed))).ok), None)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_is_found(mutant: Mutant) -> None:
-    failed = first_failure(mutant)
+    failed = first_failure(mutant, (mutant.shown_by, *range(MOST_SEEDS)))
     assert failed is not None, mutant.what
     assert run(failed.scenario).ok, "what fails must be the planted bug, and it must be gone again"
 
 
 def test_a_failure_shrinks_and_replays() -> None:
     mutant = next(m for m in MUTANTS if m.name == "ack counted instead of identified")
-    failed = first_failure(mutant)
+    failed = first_failure(mutant, (mutant.shown_by, *range(MOST_SEEDS)))
     assert failed is not None
     with mutant.planted():
         small = shrink(failed, most_runs=150)
@@ -43,3 +47,21 @@ def test_a_failure_shrinks_and_replays() -> None:
     assert len(small.scenario.requests) <= len(failed.scenario.requests)
     assert len(small.scenario.faults) <= len(failed.scenario.faults)
     assert "!!!" in again.trace[-1]
+
+
+def test_the_command_says_how_to_replay_what_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbaton.cli.main.start_logging", lambda _level: None)
+    mutant = next(m for m in MUTANTS if m.name == "ack counted instead of identified")
+    failed = first_failure(mutant, (mutant.shown_by, *range(MOST_SEEDS)))
+    assert failed is not None
+    file = tmp_path / "a scenario.json"
+    file.write_bytes(failed.scenario.to_json())
+    seed = str(failed.scenario.seed)
+    with mutant.planted():
+        for given in (["--scenario", str(file)], ["--seed", seed], ["--first-seed", seed, "--seeds", "1"]):
+            assert main(["sim", "--no-shrink", "--jobs", "1", *given], {}) == FAILED
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("replay: ")]
+            wanted = ["--scenario", str(file)] if "--scenario" in given else ["--seed", seed]
+            assert shlex.split(line)[1:] == ["kvbaton", "sim", *wanted, "--trace"]

@@ -50,9 +50,10 @@ IMPURE = {"threading", "socket", "time", "os", "logging", "asyncio", "subprocess
 HOMES = {
     "nixl_cu12": ("transports.nixl", "bench.leanest"),
     "zmq": ("control", "testing"),
-    "torch": ("engine", "conformance"),
+    "torch": ("engine", "conformance", "runtime.gather_torch"),
     "transformers": ("engine", "conformance"),
     "prometheus_client": ("server", "runtime"),
+    "matplotlib": ("bench.plot",),
 }
 
 

@@ -49,6 +49,13 @@ CASES: dict[str, tuple[CacheLayout, CacheLayout, str, str, str]] = {
     ),
     "item bytes": (layout(kv()), layout(kv(head_bytes=4)), "kv.0.k.item_bytes", "8", "4"),
     "heads": (layout(kv()), layout(kv(heads=8)), "kv.0.k.items", "4", "8"),
+    "aux rows": (
+        layout(aux_pool(slots=2, slot_bytes=64, region=0)),
+        layout(aux_pool(slots=2, slot_bytes=512, region=0)),
+        "aux.-1.row.item_bytes",
+        "64",
+        "512",
+    ),
     "tensors": (layout(kv()), layout(kv(tensors=("k", "w"))), "kv.0.tensors", "['k', 'v']", "['k', 'w']"),
     "pooled keys": (
         layout(index_pool([0], pages=2, page_size=8, key_bytes=4, dtype="x")),

@@ -11,8 +11,9 @@ from kvbaton.errors import AbortedError, IncompatibleError, KVBatonError, Transf
 
 
 def tree(root: type[KVBatonError] = KVBatonError) -> list[type[KVBatonError]]:
-    """All errors of ``errors.py`` below and with ``root``; other modules may not add to the tree."""
-    return [root, *(kind for child in root.__subclasses__() for kind in tree(child))]
+    """All errors of ``errors.py`` below and with ``root``: what peers may tell each other."""
+    below = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    return [root, *(kind for child in below for kind in tree(child))]
 
 
 def test_the_tree_is_the_one_that_is_drawn() -> None:

@@ -88,7 +88,7 @@ def test_a_pool_that_cannot_be_is_refused_by_name(make: Callable[[], Pool], word
 
 
 def test_states_of_real_models_have_the_shapes_that_transformers_shows() -> None:
-    """facts/engines.md: Qwen3-Next and Mamba2 checkpoints, per request."""
+    """Per request, as in transformers' ``modeling_qwen3_next.py`` and ``modeling_mamba2.py``."""
     gdn = gated_delta_net(
         key_heads=4, value_heads=8, key_dim=64, value_dim=64, conv_width=4, element_bytes=2, dtype="bfloat16"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ranks import MakeRank, RankHarness
 
-from kvbaton.errors import AbortedError, ConfigError, LayoutError, LocalProtocolError, OverloadedError
+from kvbaton.errors import AbortedError, ConfigError, InternalError, LayoutError, LocalProtocolError, OverloadedError
 from kvbaton.manager import READY, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.protocol.settings import Settings
 
@@ -88,6 +88,16 @@ def test_an_abort_reaches_the_other_side_with_its_reason(make_rank: MakeRank) ->
             assert side.error.room == side.room
 
 
+def test_a_failure_reaches_the_other_side_as_what_it_is(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=11), make_rank("decode")
+    sender, receiver = begin(source, target)
+    sender.fail(InternalError("the model failed"))
+    finish(source, target, sender, receiver)
+    for side in (sender, receiver):
+        assert isinstance(side.error, InternalError)
+        assert "the model failed" in str(side.error)
+
+
 def test_a_sender_that_comes_late_learns_why_its_room_failed(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=5), make_rank("decode")
     begin(source, target)[1].abort("warm up the session")
@@ -100,6 +110,19 @@ def test_a_sender_that_comes_late_learns_why_its_room_failed(make_rank: MakeRank
     sender = source.manager.sender(room)
     source.wait_until(lambda: sender.concluded, "the sender learns of it")
     assert "gave up early" in str(sender.error)
+
+
+def test_a_failed_room_is_in_quarantine_until_the_source_says_that_nothing_is_under_way(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=10), make_rank("decode")
+    _, receiver = begin(source, target)
+    assert target.manager.quarantined_rooms == 0
+    target.network.cut(source.manager.address)
+    receiver.abort("gave up")
+    target.wait_until(lambda: receiver.poll() is KVPoll.Failed, "the failure is told at once")
+    assert (target.manager.quarantined_rooms, target.manager.leased_rooms) == (1, 1)
+    target.network.heal(source.manager.address)
+    target.wait_until(lambda: receiver.concluded, "the source has answered")
+    assert target.manager.quarantined_rooms == 0
 
 
 def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:

@@ -121,6 +121,21 @@ def test_what_may_not_be_posted_yet_waits_without_holding_up_others() -> None:
     assert take_all(queue) == [1]
 
 
+def test_what_may_not_be_posted_yet_is_overtaken_by_what_else_goes_to_its_peer() -> None:
+    """A slot may be held by a write to another peer that hangs; what needs none must not wait for that."""
+    free = False
+    queue = PostingQueue(Window(bytes=25), lambda offered: free or offered.write != 1)
+    for number in (1, 2, 3, 4):
+        queue.offer(write(number))
+    assert take_all(queue) == [2, 3]
+    queue.settled(write(2))
+    free = True
+    assert queue.ready
+    assert take_all(queue) == [1]
+    queue.settled(write(3))
+    assert take_all(queue) == [4]
+
+
 @pytest.mark.parametrize("window", [{"bytes": 0}, {"entries": 0}, {"bytes": -1}])
 def test_a_window_of_nothing_is_refused(window: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="a posting window must be positive"):

@@ -59,11 +59,11 @@ def test_settings_that_measure_nothing_are_refused() -> None:
 
 
 def test_a_small_soak_ends_with_empty_tables_and_right_bytes() -> None:
-    config = SoakConfig(rooms=800, sample_rooms=100, restart_seconds=0.2, concurrency=8)
+    config = SoakConfig(rooms=400, sample_rooms=100, restart_seconds=0.2, concurrency=8)
     halves = run_soak(config, lambda _survivor, _rooms: None)
     for found in halves:
-        assert found.outcomes.total() == 400
+        assert found.outcomes.total() == 200
         assert found.outcomes["corrupt"] == found.peer_outcomes["corrupt"] == 0
-        assert found.outcomes["success"] > 100
+        assert found.outcomes["success"] > 50
         assert found.restarts > 0
         assert not any(found.left.values()), found.left

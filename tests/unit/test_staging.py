@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,16 +10,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvbaton.costs import Costs
-from kvbaton.errors import AbortedError, LayoutError
-from kvbaton.layout import CacheLayout, Region, Staging, kv_pool, pool_bytes
-from kvbaton.messages import Coordinates, Grant, Open
+from kvbaton.errors import AbortedError, IncompatibleError, LayoutError, TransportError
+from kvbaton.layout import CacheLayout, Region, Staging, aux_pool, kv_pool, pool_bytes
+from kvbaton.messages import Coordinates, Grant, Open, Verdict
 from kvbaton.plan import PairPlan, pair_plan
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, GrantsPublished, ReceiverOpened, SenderOpened
 from kvbaton.protocol.settings import Settings
 from kvbaton.runs import merge
 from kvbaton.runtime.gather import gather, memory, scatter
-from kvbaton.staging import StagingPool, stage
+from kvbaton.staging import MAX_BLOCKS_PER_SLOT, StagingPool, slots_too_small, stage
 from kvbaton.testing.world import Rank, World
 
 Bytes = NDArray[np.uint8]
@@ -26,16 +27,19 @@ PAGES = 12
 ALWAYS = Settings(staging="always")
 
 
-def real_layout(tp: int, rank: int, order: str, page_size: int) -> tuple[Bytes, CacheLayout]:
+def real_layout(
+    tp: int, rank: int, order: str, page_size: int, *, head_bytes: int = 8, fusion: str = "none"
+) -> tuple[Bytes, CacheLayout]:
     """A layout over memory of this process, filled with what the rank's number seeds."""
     pool = kv_pool(
         range(2),
         pages=PAGES,
         page_size=page_size,
         heads=4,
-        head_bytes=8,
+        head_bytes=head_bytes,
         dtype="u1",
         order=order,  # type: ignore[arg-type]
+        fusion=fusion,  # type: ignore[arg-type]
         tp_size=tp,
         tp_rank=rank,
     )
@@ -61,8 +65,8 @@ def test_gather_and_scatter_equal_direct_runs(
         blocks = part.blocks(0, tokens)
         entries = part.entries(blocks, rng.permutation(PAGES), 0, rng.permutation(PAGES), 0)
         through = np.zeros((len(blocks), part.block_bytes), dtype=np.uint8)
-        gather(part.source.table, part.lane_bytes, entries[0], through)
-        scatter(part.target.table, part.lane_bytes, entries[1], through)
+        gather(part.source.table, part.lane_bytes, entries[0], through.ctypes.data)
+        scatter(part.target.table, part.lane_bytes, entries[1], through.ctypes.data)
         runs = merge(part.source.table, entries[0], part.target.table, entries[1])
         for s, t, n in zip(runs.source, runs.target, runs.length, strict=True):
             at = int(t) - target.regions[0].address
@@ -196,8 +200,83 @@ def test_a_slot_too_small_for_a_block_is_refused_at_the_handshake_with_the_size_
     pair = Pair(slot_bytes=128)
     pair.open()
     error = pair.target.status("target", 1).error
-    assert error is not None
+    assert isinstance(error, IncompatibleError)
     assert "--staging-slot-bytes to at least 256" in str(error)
+    assert (error.field, error.ours, error.theirs) == ("staging.slot_bytes", "128", "128")
+    refused = [m for _, _, receiver, m in pair.world.trace if isinstance(m, Verdict) and receiver in ("p0", "d")]
+    assert refused
+    assert not any(message.compatible for message in refused)
+    assert all("--staging-slot-bytes to at least 256" in message.reason for message in refused)
+
+
+def test_each_side_sees_its_own_slot_in_the_refusal() -> None:
+    small, large = world_layout(1 << 40, 2, 0, slot_bytes=128), world_layout(2 << 40, 1, 0, slot_bytes=512)
+    with pytest.raises(IncompatibleError) as refusal:
+        stage(pair_plan(small, large), small, large)
+    assert (refusal.value.ours, refusal.value.theirs) == ("128", "512")
+    (told,) = slots_too_small([small, small], [large])
+    assert told.hint == "set --staging-slot-bytes to at least 256 on both sides"
+    assert slots_too_small([large], [large]) == []
+
+
+def test_small_blocks_do_not_make_large_tables() -> None:
+    """A slot of 4 MiB holds 65,536 aux rows of 64 bytes; each would be a descriptor that NIXL prepares."""
+    pool = kv_pool(range(1), pages=4, page_size=1, heads=1, head_bytes=1, dtype="u1")
+    regions = tuple(Region((i + 1) << 40, 1 << 24) for i in range(3))
+    pools = (pool, aux_pool(slots=4, slot_bytes=64, region=1))
+    layout = CacheLayout("m", regions, pools, Staging(2, 4 << 20, 2))
+    kv, aux = stage(pair_plan(layout, layout), layout, layout)
+    assert kv is not None
+    assert aux is not None
+    assert (kv.blocks_per_slot, aux.blocks_per_slot) == (MAX_BLOCKS_PER_SLOT, 1)
+
+
+def test_what_lies_on_another_device_than_the_slots_goes_directly() -> None:
+    """Aux rows are in host memory, pages and slots on the GPU."""
+    kv = kv_pool(range(1), pages=4, page_size=4, heads=1, head_bytes=8, dtype="u1")
+    aux = aux_pool(slots=4, slot_bytes=64, region=1)
+    regions = Region(1 << 40, 4096, "VRAM", 1), Region(2 << 40, 4096), Region(3 << 40, 4096, "VRAM", 1)
+    layout = CacheLayout("m", regions, (kv, aux), Staging(2, 256, 2))
+    layout.validate()
+    staged = stage(pair_plan(layout, layout), layout, layout)
+    assert [part is not None for part in staged] == [True, False]
+    for elsewhere in (Region(3 << 40, 4096), Region(3 << 40, 4096, "VRAM", 0)):
+        wrong = msgspec.structs.replace(layout, regions=(*regions[:2], elsewhere))
+        with pytest.raises(LayoutError, match="staging memory must be on the device of the pages"):
+            wrong.validate()
+
+
+@given(
+    shape=st.tuples(*[st.sampled_from((1, 2, 4)), st.sampled_from(("HND", "NHD")), st.sampled_from((2, 4, 8))] * 2),
+    head_bytes=st.sampled_from((1, 2, 3, 4, 8, 12, 16)),
+    fusion=st.sampled_from(("none", "page", "item")),
+    tokens=st.integers(1, 16),
+    skew=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_torch_copies_what_numpy_copies(
+    shape: tuple[int, str, int, int, str, int], head_bytes: int, fusion: str, tokens: int, skew: int, seed: int
+) -> None:
+    """On tensors of host memory: the same code, but for the pointers and the stream."""
+    gather_torch = pytest.importorskip("kvbaton.runtime.gather_torch")
+    rng = np.random.default_rng(seed)
+    sizes = {"head_bytes": head_bytes, "fusion": fusion}
+    _source_memory, source = real_layout(shape[0], 0, shape[1], shape[2], **sizes)
+    target_memory, target = real_layout(shape[3], 0, shape[4], shape[5], **sizes)
+    before = target_memory.copy()
+    for part in pair_plan(source, target).parts:
+        blocks = part.blocks(0, tokens)
+        entries = part.entries(blocks, rng.permutation(PAGES), 0, rng.permutation(PAGES), 0)
+        size, found = len(blocks) * part.block_bytes, []
+        for gathers, scatters in ((gather, scatter), (gather_torch.gather, gather_torch.scatter)):
+            target_memory[:] = before
+            slot = np.full(skew + size + 8, 7, dtype=np.uint8)
+            gathers(part.source.table, part.lane_bytes, entries[0], slot.ctypes.data + skew)
+            scatters(part.target.table, part.lane_bytes, entries[1], slot.ctypes.data + skew)
+            found.append((slot, target_memory.copy()))
+        for numpys, torchs in zip(*found, strict=True):
+            np.testing.assert_array_equal(torchs, numpys)
 
 
 def test_without_staging_memory_on_both_sides_nothing_is_staged() -> None:
@@ -222,3 +301,40 @@ def test_staging_that_leaves_its_region_is_refused(staging: Staging) -> None:
     good = world_layout(1 << 40, 1, 0)
     with pytest.raises(LayoutError, match="staging"):
         CacheLayout(good.model, good.regions, good.pools, staging).validate()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_copied_as_memory_of_the_host_is() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    rng = np.random.default_rng(5)
+    host, layout = real_layout(1, 0, "NHD", 4)
+    _half, target = real_layout(2, 0, "NHD", 4)
+    device = torch.from_numpy(host.copy()).to("cuda:0")
+    there = msgspec.structs.replace(layout, regions=(Region(device.data_ptr(), len(host), "VRAM"),))
+    pages = rng.permutation(PAGES)
+    slots = []
+    for source, where in ((layout, "cpu"), (there, "cuda:0")):
+        part = pair_plan(source, target).parts[0]
+        blocks = part.blocks(0, 16)
+        slot = torch.zeros(len(blocks) * part.block_bytes, dtype=torch.uint8, device=where)
+        gather(part.source.table, part.lane_bytes, part.source_entries(blocks, pages, 0), slot.data_ptr())
+        entries = part.source_entries(blocks, pages[::-1].copy(), 0)
+        scatter(part.source.table, part.lane_bytes, entries, slot.data_ptr())
+        slots.append(slot.cpu())
+    assert torch.equal(*slots)
+    assert slots[0].any()
+    np.testing.assert_array_equal(device.cpu().numpy(), host)
+
+
+def test_a_device_that_is_not_there_is_an_error_of_the_transport() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    _host, layout = real_layout(1, 0, "NHD", 4)
+    region = msgspec.structs.replace(layout.regions[0], memory="VRAM")
+    part = pair_plan(msgspec.structs.replace(layout, regions=(region,)), layout).parts[0]
+    entries = part.source_entries(part.blocks(0, 4), np.arange(PAGES), 0)
+    with pytest.raises(TransportError, match="cuda:0 cannot copy between pages and staging"):
+        gather(part.source.table, part.lane_bytes, entries, 1 << 40)

@@ -83,8 +83,8 @@ def _copy_seconds(head_bytes: int) -> tuple[float, int, int]:
     times = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        gather(part.source.table, part.lane_bytes, entries[0], through)
-        scatter(part.target.table, part.lane_bytes, entries[1], through)
+        gather(part.source.table, part.lane_bytes, entries[0], through.ctypes.data)
+        scatter(part.target.table, part.lane_bytes, entries[1], through.ctypes.data)
         times.append(time.perf_counter() - start)
     if not (source_memory.any() and target_memory.any()):
         raise AssertionError("nothing was copied")

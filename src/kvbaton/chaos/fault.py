@@ -88,9 +88,6 @@ def quick() -> list[Spec]:
     """A fixed handful that fits into a test run."""
     return [
         Spec(Fault.KILL, Victim.PREFILL, Phase.DELIVERED),
-        Spec(Fault.KILL, Victim.DECODE, Phase.MIDDLE),
-        Spec(Fault.RESTART, Victim.PREFILL, Phase.MIDDLE),
-        Spec(Fault.PARTITION, Victim.LINK, Phase.OPEN),
+        Spec(Fault.RESTART, Victim.DECODE, Phase.MIDDLE),
         Spec(Fault.CUT, Victim.LINK, Phase.CLOSING),
-        Spec(Fault.FILES, Victim.DECODE, Phase.MIDDLE),
     ]

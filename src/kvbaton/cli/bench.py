@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from kvbaton.bench.scenario import Scenario
+    from kvbaton.bench.staging import Point
     from kvbaton.bench.transfer import Result
 
 NAME = "bench"
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="kvbaton's transport"
     )
     parser.add_argument("--transfer-costs", type=Path, default=None, help="a file that calibrate wrote")
+    parser.add_argument("--plot", type=Path, default=None, help="with staging: a picture of the grid, .svg or .png")
     parser.add_argument("--json", action="store_true", help="data on stdout, every round")
     add_log_level(parser)
 
@@ -113,6 +115,7 @@ def _run_staging(options: argparse.Namespace) -> int:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(costs)).decode() + "\n")
         return 0
     costs = transfer_costs(options.transfer_costs)
+    save = _plotter() if options.plot is not None else None
     points = []
     for number, (run_bytes, pages) in enumerate(grid()):
         with console.status("starting") as status:
@@ -123,6 +126,8 @@ def _run_staging(options: argparse.Namespace) -> int:
             f"{point.staged_seconds * 1e3:.2f} ms ({point.direct_seconds / point.staged_seconds:.2f} times), equal TP "
             f"{point.equal_seconds * 1e3:.2f} ms; model {'stages' if point.prefers_staging else 'writes directly'}"
         )
+    if save is not None:
+        save(points, options.plot)
     right = sum(point.prefers_staging == point.staging_is_faster for point in points)
     if options.json:
         sys.stdout.write(msgspec.json.encode({"right": right, "of": len(points), "points": points}).decode() + "\n")
@@ -132,6 +137,14 @@ def _run_staging(options: argparse.Namespace) -> int:
             f"the cost model picks the faster way in {right} of {len(points)} points; at worst {worst:.2f} of its time"
         )
     return 0
+
+
+def _plotter() -> Callable[[Sequence[Point], Path], None]:
+    try:
+        from kvbaton.bench.plot import save
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--plot needs the package {error.name!r}", hint="pip install 'kvbaton[plot]'") from None
+    return save
 
 
 def _show(status: Status, name: str, text: str) -> None:

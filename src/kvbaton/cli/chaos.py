@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phases", default="", help="some of the phases, separated by commas; empty: all")
     parser.add_argument("--victims", default="", help="some of the victims, separated by commas; empty: all")
     parser.add_argument("--network", default="", choices=("", "shm", "tcp"), help="one network only; empty: both")
-    parser.add_argument("--quick", action="store_true", help="a fixed handful of cells, about a minute")
+    parser.add_argument("--quick", action="store_true", help="a few cells, about half a minute")
     parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
     parser.add_argument(
         "--write", type=Path, default=None, metavar="FILE", help="also put the table into this Markdown"

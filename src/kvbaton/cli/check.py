@@ -20,6 +20,7 @@ from kvbaton.compatibility import group_differences
 from kvbaton.control.access import bearer, read_secret
 from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
 from kvbaton.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
+from kvbaton.staging import slots_too_small
 
 NAME = "check"
 HELP = "compare the layouts of a prefill and a decode side: every difference, before any traffic"
@@ -89,7 +90,8 @@ def judge(prefill: Sequence[RankLayout], decode_side: Sequence[RankLayout]) -> l
                     hint=advice,
                 )
             )
-    return [*found, *group_differences([rank.layout for rank in prefill], [rank.layout for rank in decode_side])]
+    layouts = [[rank.layout for rank in side] for side in (prefill, decode_side)]
+    return [*found, *(group_differences(*layouts) or slots_too_small(*layouts))]
 
 
 def _data(

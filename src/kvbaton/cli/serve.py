@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvbaton.cli.settings import add_log_level, port, positive, seconds
+from kvbaton.cli.settings import add_log_level, natural, port, positive, seconds, transfer_costs
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-control-advertise",
         default="",
         metavar="tcp://IP:PORT",
-        help="where decode finds this rank's control port, if it differs (address translation); empty: as bound",
+        help="where decode finds this rank's control port, if that is not where it listens (--host 0.0.0.0, address "
+        "translation); port 0: as bound",
     )
     pd.add_argument(
         "--disaggregation-handshake-timeout", type=seconds, default=10.0, help="a dialled peer has answered by then"
@@ -79,6 +80,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-decode-enable-radix-cache",
         action="store_true",
         help="decode keeps prefixes and asks only for what follows them",
+    )
+    pd.add_argument(
+        "--staging",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="whether small pieces travel together through a buffer: where that costs less, always, or never",
+    )
+    pd.add_argument(
+        "--staging-mib",
+        type=natural,
+        default=None,
+        help="that buffer's size on each rank; 0: none (default: 64, and at least one slot)",
+    )
+    pd.add_argument(
+        "--staging-slot-bytes",
+        type=natural,
+        default=0,
+        help="what travels at once, alike on both sides; 0: the largest page or state, and at least 4 MiB",
+    )
+    pd.add_argument(
+        "--transfer-costs",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="what --staging auto reckons with, from `kvbaton bench calibrate`; none: the defaults",
     )
     pd.add_argument("--secret-file", type=Path, default=None, help="shared secret; needed beyond loopback")
     add_log_level(parser)
@@ -118,6 +144,10 @@ def run(options: argparse.Namespace) -> int:
         bootstrap_seconds=options.disaggregation_bootstrap_timeout,
         waiting_seconds=options.disaggregation_waiting_timeout,
         heartbeat_seconds=options.disaggregation_heartbeat_interval,
+        staging=options.staging,
+        staging_mib=options.staging_mib,
+        staging_slot_bytes=options.staging_slot_bytes,
+        costs=transfer_costs(options.transfer_costs),
     )
     serve(config, listening=lambda bound: _announce(options.host, bound, options.disaggregation_mode))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -74,7 +75,7 @@ def _run_one(options: argparse.Namespace) -> int:
         verdict = f"{outcome.kind}: {outcome.text}" if outcome.kind else "every invariant held"
         print(f"seed {scenario.seed}: {verdict} ({outcome.steps} steps, {outcome.seconds:.1f} simulated seconds)")
     if outcome.kind:
-        _tell(scenario, options.shrink)
+        _tell(scenario, options.shrink, source=_source(options))
     return 1 if outcome.kind else 0
 
 
@@ -93,7 +94,7 @@ def _run_many(options: argparse.Namespace) -> int:
         coverage.write_plot(options.plot, summary.cells, caption)
     print(msgspec.json.encode(report).decode() if options.json else _table(report))
     for finding in summary.findings[:MOST_TOLD]:
-        _tell(generate(finding.seed), options.shrink)
+        _tell(generate(finding.seed), options.shrink, source=f"--seed {finding.seed}")
     return 1 if summary.findings else 0
 
 
@@ -135,8 +136,13 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tell(scenario: Scenario, shrinking: bool) -> None:
-    """A failing scenario's story, for people: on stderr."""
+def _source(options: argparse.Namespace) -> str:
+    """Where the one scenario comes from, as flags."""
+    return f"--seed {options.seed}" if options.scenario is None else f"--scenario {shlex.quote(str(options.scenario))}"
+
+
+def _tell(scenario: Scenario, shrinking: bool, *, source: str) -> None:
+    """A failing scenario's story, for people: on stderr. ``source``: the flags that it comes from."""
     from kvbaton.testing.sim.shrink import shrink
     from kvbaton.testing.sim.world import run as run_scenario
 
@@ -144,10 +150,10 @@ def _tell(scenario: Scenario, shrinking: bool) -> None:
     if shrinking and failed.kind:
         failed = shrink(failed)
     told = run_scenario(failed.scenario, tracing=True)
-    print(f"\nseed {scenario.seed} breaks an invariant{', made small' if shrinking else ''}:", file=sys.stderr)
+    print(f"\n{source.removeprefix('--')} breaks an invariant{', made small' if shrinking else ''}:", file=sys.stderr)
     print(failed.scenario.to_json().decode(), file=sys.stderr)
     print("\n".join(told.trace[-200:]), file=sys.stderr)
-    print(f"replay: kvbaton sim --seed {scenario.seed} --trace", file=sys.stderr)
+    print(f"replay: kvbaton sim {source} --trace", file=sys.stderr)
 
 
 class _Progress:

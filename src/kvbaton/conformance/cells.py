@@ -1,7 +1,8 @@
 """The table: which topologies there are, and how one cell is run and judged.
 
 A cell is equal when every token of every prompt is that of the single process, and, where the decode side held a
-prefix, fewer bytes have moved than without. What cannot be run is a cell that is not equal, with the reason.
+prefix, fewer bytes have moved than without; where all was to be staged, something was. What cannot be run is a cell
+that is not equal, with the reason.
 
 This file must not know how servers are started.
 """
@@ -44,18 +45,19 @@ class Topology:
     kv_heads: int | None = None
 
 
-def _source(tensor: int = 1, *, pipeline: int = 1, page_size: int = 16) -> Shape:
-    return Shape("prefill", tensor, pipeline, page_size)
+def _source(tensor: int = 1, *, pipeline: int = 1, page_size: int = 16, staged: bool = False) -> Shape:
+    return Shape("prefill", tensor, pipeline, page_size, staged=staged)
 
 
-def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False) -> Shape:
-    return Shape("decode", tensor, 1, page_size, radix)
+def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False, staged: bool = False) -> Shape:
+    return Shape("decode", tensor, 1, page_size, radix, staged)
 
 
 TOPOLOGIES: tuple[Topology, ...] = (
     Topology("TP 1→1", _source(), _target()),
     Topology("TP 2→1", _source(2), _target()),
     Topology("TP 1→2", _source(), _target(2)),
+    Topology("TP 2→1, staged", _source(2, staged=True), _target(staged=True)),
     Topology("TP 4→1", _source(4), _target()),
     Topology("TP 2→4", _source(2), _target(4)),
     Topology("TP 4→2", _source(4), _target(2)),
@@ -105,6 +107,8 @@ class Judge:
             )
             moved = sum(answer.bytes for answer in answers)
             reason = _first_difference(prompts, answers, expected) or self._prefix_complaint(topology, moved)
+            if not reason and topology.source.staged and not await self._servers.staged_writes(source):
+                reason = "nothing was staged"
         except (KVBatonError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
         return Cell(

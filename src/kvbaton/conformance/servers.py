@@ -189,6 +189,15 @@ class Servers:
             raise KVBatonError(f"prefill says {_answer(first).tokens}, decode {_answer(answer).tokens}")
         return _answer(answer)
 
+    async def staged_writes(self, server: Server) -> int:
+        """Staged writes that the first rank of a server has posted."""
+        try:
+            async with self._http.get(f"{server.url}/get_server_info") as response:
+                info = msgspec.json.decode(await response.read())
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise PeerLostError(f"{server.shape}: {error}\n{server.last_words()}") from error
+        return int(info["handoff"]["counters"].get("writes_staged", 0))
+
     async def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
         try:
             async with self._http.post(f"{server.url}/v1/completions", json=body) as response:

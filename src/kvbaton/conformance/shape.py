@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a server is started: its half of the pair, its ranks, its pages."""
+    """How a server is started: its half of the pair, its ranks, its pages. ``staged``: all goes through staging."""
 
     mode: str = "null"
     tensor: int = 1
     pipeline: int = 1
     page_size: int = 16
     radix: bool = False
+    staged: bool = False
 
     @property
     def arguments(self) -> list[str]:
         words = ["--disaggregation-mode", self.mode, "--page-size", str(self.page_size)]
         words += ["--tensor-parallel-size", str(self.tensor), "--pipeline-parallel-size", str(self.pipeline)]
+        words += ["--staging", "always"] if self.staged else []
         return [*words, *(["--disaggregation-decode-enable-radix-cache"] if self.radix else [])]
 
     def __str__(self) -> str:
         parts = [f"TP {self.tensor}", f"PP {self.pipeline}" * (self.pipeline > 1), f"page {self.page_size}"]
-        return f"{self.mode} ({', '.join(part for part in parts if part)}{', prefix cache' * self.radix})"
+        parts += ["prefix cache" * self.radix, "staged" * self.staged]
+        return f"{self.mode} ({', '.join(part for part in parts if part)})"

@@ -1,8 +1,8 @@
 """The continuous batch: answers that grow by one token per step, together.
 
 Rules: requests join and leave between steps. A request's failure is its own: when a step of the whole batch fails,
-every request is run by itself, and only those that fail again are ended. Pages go back before the caller hears the
-last word, so that who waits for it finds them free.
+every answer is run by itself, and only the requests of those that fail again are ended, with all of their answers.
+Pages go back before the caller hears the last word, so that who waits for it finds them free.
 
 This file must not know of peers or prompts.
 """
@@ -38,18 +38,18 @@ class ContinuousBatch:
     def running(self) -> int:
         return min(len(self._members), self._max_batch)
 
-    def join(self, generation: Generation, first: Pick, handoff: Handoff | None = None) -> None:
-        """Add an answer with its first token; it stays only if that is not the last one, too."""
-        self._members.append(generation)
-        self._push(generation, first, handoff)
+    def join(self, choices: Sequence[Generation], firsts: Sequence[Pick], handoff: Handoff | None = None) -> None:
+        """Add a request's answers with their first tokens; each stays only if that is not its last one, too.
+
+        ``handoff`` is told with the first of them.
+        """
+        self._members += choices
+        for generation, first in zip(choices, firsts, strict=True):
+            self._push(generation, first, handoff if generation is choices[0] else None)
 
     def remove(self, job: Job) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
-        generation = next((member for member in self._members if member.job is job), None)
-        if generation is None:
-            return False
-        self._retire(generation, Output(finish_reason="abort"))
-        return True
+        return self._end(job, Output(finish_reason="abort"))
 
     def step(self) -> bool:
         """One token for each running answer. False if there is none."""
@@ -60,7 +60,7 @@ class ContinuousBatch:
             if isinstance(picked, Pick):
                 self._push(generation, picked)
             else:
-                self._retire(generation, Output(error=picked))
+                self._end(generation.job, Output(error=picked))
         return True
 
     def _pick(self, batch: Sequence[Generation]) -> list[Pick | InternalError]:
@@ -75,21 +75,29 @@ class ContinuousBatch:
         return self._runner.decode([generation.step() for generation in batch])
 
     def _push(self, generation: Generation, pick: Pick, handoff: Handoff | None = None) -> None:
+        if generation.job.done:  # another of its answers has ended it meanwhile
+            return
         try:
             output = generation.push(pick, handoff)
         except KVBatonError as error:
-            output = Output(error=error)
-        if output.final:
-            self._retire(generation, output)
+            self._end(generation.job, Output(error=error))
             return
+        if output.ends_choice:
+            self._members.remove(generation)
+            self._release(generation)
         generation.job.emit(output)
         if generation.job.deserted:
             self.remove(generation.job)
 
-    def _retire(self, generation: Generation, last: Output) -> None:
-        self._members.remove(generation)
-        self._release(generation)
-        generation.job.emit(last)
+    def _end(self, job: Job, last: Output) -> bool:
+        """End every answer of ``job``. False if it has none here."""
+        choices = [member for member in self._members if member.job is job]
+        for generation in choices:
+            self._members.remove(generation)
+            self._release(generation)
+        if choices:
+            job.emit(last)
+        return bool(choices)
 
     def __repr__(self) -> str:
         return f"ContinuousBatch({self.running} running of {len(self)})"

@@ -1,7 +1,8 @@
 """The decode scheduler: preallocation queue, transfer queue, continuous batch.
 
 With a prefix cache a request is granted only the pages that follow what the tree has; its own join the tree once they
-have arrived whole.
+have arrived whole. Several answers to one prompt are one hand-off: its cache arrives once, in the first one's units,
+and is shared with the others or copied to theirs.
 
 Rules: a request is admitted, in order, when there are pages for its prompt and all of its answer, so that a running
 request never runs out; while the pool is full requests wait, they do not fail. Pages that were published go back only
@@ -18,29 +19,30 @@ from dataclasses import dataclass
 
 from kvbaton.engine import aux_row
 from kvbaton.engine.batch import ContinuousBatch
-from kvbaton.engine.generation import Generation
+from kvbaton.engine.fork import Fork, missing_pages, take_fork
+from kvbaton.engine.generation import Generation, generations
 from kvbaton.engine.group import GroupManager, GroupSide
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Holding, Pools
+from kvbaton.engine.pool import Pools
 from kvbaton.engine.prefix import Prefix, PrefixCache
 from kvbaton.engine.request import Handoff, Output, Request
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
+from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
 
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One prompt whose cache is expected in ``holding``, its aux row in ``slot``."""
+    """One prompt whose cache is expected in the first holding of ``fork``, its aux row in ``slot``."""
 
     job: Job
     room: int
     receiver: KVReceiver | GroupSide
-    holding: Holding
+    fork: Fork
     slot: int
     prefix: Prefix
 
@@ -60,9 +62,10 @@ class Decode(Role):
         self._model = model
         self._pools = pools
         self._prefixes = PrefixCache(pools.page_size) if config.prefix_cache and pools.pages is not None else None
-        self._held: dict[Job, Prefix] = {}
+        self._held: dict[Job, tuple[Fork, Prefix]] = {}
         self._manager = manager
         self._limits = limits
+        self._runner = runner
         self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
         self._waiting: deque[Job] = deque()
         self._transfers: list[_Arrival] = []
@@ -78,7 +81,7 @@ class Decode(Role):
             return
         arrival = next((arrival for arrival in self._transfers if arrival.job is job), None)
         if arrival is not None:
-            self._end(arrival, Output(finish_reason="abort"), reason)
+            self._end(arrival, Output(finish_reason="abort"), AbortedError(reason, room=arrival.room))
             return
         self._batch.remove(job)
 
@@ -99,30 +102,31 @@ class Decode(Role):
             admitted = True
         return admitted
 
-    def _take(self, request: Request) -> tuple[Holding, Prefix] | None:
+    def _take(self, request: Request) -> tuple[Fork, Prefix] | None:
         """Units for all that the request may ever cache; pages of its prefix are shared, others evicted if need be."""
-        tokens = self._limits.cached_tokens(request)
+        size = len(request.prompt_tokens), self._limits.cached_tokens(request), request.sampling.choices
         if self._prefixes is None:
-            holding = self._pools.take(tokens)
-            return None if holding is None else (holding, Prefix())
+            fork = take_fork(self._pools, *size)
+            return None if fork is None else (fork, Prefix())
         prefix = self._prefixes.match(request.prompt_tokens)
-        missing = self._pools.missing_pages(tokens, shared=len(prefix.nodes))
+        missing = missing_pages(self._pools, *size, shared=len(prefix.nodes))
         if 0 < missing <= self._prefixes.evictable and self._pools.pages is not None:
             self._pools.pages.give_back(self._prefixes.evict(missing))
-        holding = self._pools.take(tokens, shared=prefix.pages)
-        if holding is None:
+        fork = take_fork(self._pools, *size, shared=prefix.pages)
+        if fork is None:
             self._prefixes.release(prefix)
             return None
+        self._prefixes.lookups += 1
         self._prefixes.hit_tokens += len(prefix.nodes) * self._pools.page_size
-        return holding, prefix
+        return fork, prefix
 
-    def _give_back(self, holding: Holding, prefix: Prefix) -> None:
+    def _give_back(self, fork: Fork, prefix: Prefix) -> None:
         """What is in the tree stays there, unlocked; the rest goes back."""
-        self._pools.give_back(holding, keep=frozenset(prefix.pages))
+        fork.give_back(self._pools, keep=frozenset(prefix.pages))
         if self._prefixes is not None:
             self._prefixes.release(prefix)
 
-    def _expect(self, job: Job, holding: Holding, prefix: Prefix) -> None:
+    def _expect(self, job: Job, fork: Fork, prefix: Prefix) -> None:
         """Publish the units of the prompt and an aux row to the sources."""
         request, slot = job.request, self._pools.take_slot()
         assert slot is not None  # noqa: S101 - admission saw a free one
@@ -132,18 +136,18 @@ class Decode(Role):
                 raise LocalProtocolError("a decode request has no room")
             receiver = self._manager.receiver(request.room, request.sources)
         except KVBatonError as error:  # no peer has heard of the pages
-            self._give_back(holding, prefix)
+            self._give_back(fork, prefix)
             self._pools.slots.give_back([slot])
             job.fail(error)
             return
-        arrival = _Arrival(job, request.room, receiver, holding, slot, prefix)
+        arrival = _Arrival(job, request.room, receiver, fork, slot, prefix)
         self._transfers.append(arrival)
         held = len(prefix.nodes) * self._pools.page_size
-        spans = [*self._pools.wanted(holding, held, count), Span("aux", 0, 0, (slot,))]
+        spans = [*self._pools.wanted(fork.first, held, count), Span("aux", 0, 0, (slot,))]
         try:
             receiver.publish(spans, token_count=count)
         except KVBatonError as error:
-            self._end(arrival, Output(error=error), error.message)
+            self._end(arrival, Output(error=error), error)
 
     def _poll_transfers(self) -> bool:
         worked = False
@@ -151,7 +155,7 @@ class Decode(Role):
             poll = arrival.receiver.poll()
             if poll == KVPoll.Failed:
                 error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
-                self._end(arrival, Output(error=error), "")
+                self._end(arrival, Output(error=error), error)
                 worked = True
             elif poll == KVPoll.Success and arrival.receiver.concluded:
                 self._begin(arrival)
@@ -159,25 +163,25 @@ class Decode(Role):
         return worked
 
     def _begin(self, arrival: _Arrival) -> None:
-        """Everything is here: check the aux row, serve the first token, join the batch."""
+        """Everything is here: check the aux row, serve the first tokens, join the batch."""
         self._transfers.remove(arrival)
-        prompt = arrival.job.request.prompt_tokens
+        fork, prompt = arrival.fork, arrival.job.request.prompt_tokens
         try:
             row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
-            if row.first_token >= self._model.geometry.vocab_size:
-                raise RemoteProtocolError(f"first token {row.first_token} is not in the vocabulary", room=arrival.room)
-            generation = Generation(arrival.job, self._model, arrival.holding, row.seed)
+            firsts = self._firsts(row, arrival.job.request)
+            self._runner.copy(fork.copies(self._pools, len(prompt)))
+            choices = generations(arrival.job, self._model, fork.holdings, row.seed)
         except KVBatonError as error:
             self._release(arrival)
             arrival.job.fail(error)
             return
         self._pools.slots.give_back([arrival.slot])
         if self._prefixes is not None:
-            self._prefixes.extend(arrival.prefix, prompt, arrival.holding.pages)
-        self._held[arrival.job] = arrival.prefix
+            self._prefixes.extend(arrival.prefix, prompt, fork.first.pages)
+        self._held[arrival.job] = (fork, arrival.prefix)
         self._batch.join(
-            generation,
-            Pick(row.first_token, row.logprob),
+            choices,
+            firsts,
             Handoff(
                 bytes=arrival.receiver.bytes,
                 seconds=arrival.receiver.handoff_seconds,
@@ -185,11 +189,27 @@ class Decode(Role):
             ),
         )
 
-    def _end(self, arrival: _Arrival, last: Output, reason: str) -> None:
-        """Take ``arrival`` out of the transfer queue; its memory follows when nothing can touch it."""
+    def _firsts(self, row: aux_row.AuxRow, request: Request) -> list[Pick]:
+        """The first token of each choice. Raises RemoteProtocolError where prefill was asked something else."""
+        vocabulary, asked = self._model.geometry.vocab_size, request.sampling
+        foreign = next((token for token, _ in (*row.firsts, *row.top) if token >= vocabulary), None)
+        if foreign is not None:
+            raise RemoteProtocolError(f"first token {foreign} is not in the vocabulary", room=row.room)
+        wanted = asked.choices, min(asked.top_logprobs, vocabulary)
+        if (len(row.firsts), len(row.top)) != wanted:
+            raise RemoteProtocolError(
+                f"prefill hands over {len(row.firsts)} first tokens and {len(row.top)} alternatives, "
+                f"decode was asked for {wanted[0]} and {wanted[1]}; send both the same request",
+                room=row.room,
+            )
+        return [Pick(token, logprob, row.top) for token, logprob in row.firsts]
+
+    def _end(self, arrival: _Arrival, last: Output, cause: KVBatonError) -> None:
+        """Take ``arrival`` out of the transfer queue; its memory follows when nothing can touch it. The other side is
+        told the cause."""
         self._transfers.remove(arrival)
         with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
-            arrival.receiver.abort(reason)
+            arrival.receiver.fail(cause)
         self._draining.append(arrival)
         self._reap()
         arrival.job.emit(last)
@@ -202,15 +222,22 @@ class Decode(Role):
         return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
-        self._give_back(arrival.holding, arrival.prefix)
+        self._give_back(arrival.fork, arrival.prefix)
         self._pools.slots.give_back([arrival.slot])
 
     def _retire(self, generation: Generation) -> None:
         """An answer has ended: what it has cached may serve another."""
-        prefix = self._held.pop(generation.job)
+        fork, prefix = self._held[generation.job]
+        last = fork.open == 1
+        own = prefix if last else Prefix(list(prefix.nodes))
+        # until the last one ends, common pages that are somebody else's in the tree must not come in: nobody locks them
+        if self._prefixes is not None and (last or len(prefix.nodes) >= fork.common):
+            self._prefixes.extend(own, generation.cached_tokens, generation.holding.pages)
+        fork.end(self._pools, generation.holding, keep=frozenset(own.pages))
+        if last:
+            del self._held[generation.job]
         if self._prefixes is not None:
-            self._prefixes.extend(prefix, generation.cached_tokens, generation.holding.pages)
-        self._give_back(generation.holding, prefix)
+            self._prefixes.release(own if last else Prefix(own.nodes[len(prefix.nodes) :]))
 
     @property
     def busy(self) -> bool:
@@ -222,7 +249,7 @@ class Decode(Role):
         return Stats(
             pages_free=self._pools.pages_free + spare,
             pages_used=self._pools.pages_used - spare,
-            pages_leased=sum(a.holding.count for a in holders if a.receiver.leased),
+            pages_leased=sum(a.fork.first.count for a in holders if a.receiver.leased),
             slots_used=self._pools.slots.used,
             running=self._batch.running,
             queues={
@@ -231,6 +258,8 @@ class Decode(Role):
                 "draining": len(self._draining),
                 "ready": len(self._batch) - self._batch.running,
             },
+            prefix_lookups=self._prefixes.lookups if self._prefixes is not None else 0,
+            prefix_hit_tokens=self._prefixes.hit_tokens if self._prefixes is not None else 0,
         )
 
 

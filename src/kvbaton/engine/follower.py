@@ -95,6 +95,8 @@ class Follower:
     def _do(self, order: orders.Order) -> None:
         if isinstance(order, orders.Forward):
             self._compute(order)
+        elif isinstance(order, orders.Copy):
+            self._copy(order)
         elif isinstance(order, orders.Begin):
             self._begin(order)
         elif isinstance(order, orders.Publish | orders.Submit | orders.Fail):
@@ -116,6 +118,12 @@ class Follower:
         try:
             self._runner.forward([list(request.tokens) for request in order.requests], extents)
         except KVBatonError as error:  # the leader has failed on the same input, or hears from its own collective
+            logger.warning("%s", error)
+
+    def _copy(self, order: orders.Copy) -> None:
+        try:
+            self._runner.copy(order.copies)
+        except KVBatonError as error:  # as above
             logger.warning("%s", error)
 
     def _begin(self, order: orders.Begin) -> None:

@@ -1,4 +1,4 @@
-"""An answer in the making: the state of one request from its first token to its last.
+"""An answer in the making: the state of one choice of a request from its first token to its last.
 
 This file must not know of peers, batches or queues.
 """
@@ -12,18 +12,20 @@ from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Holding
 from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import Step
-from kvbaton.engine.sampling import Draw, Pick
+from kvbaton.engine.sampling import Draw, Pick, seed_of_choice
 from kvbaton.engine.text import TextStream
 
 
 class Generation:
-    """``holding`` has everything but the newest token, which the next step computes. ``seed`` is the one in use."""
+    """``holding`` has everything but the newest token, which the next step computes. ``seed`` is the request's in use,
+    ``index`` the choice's number."""
 
-    def __init__(self, job: Job, model: LoadedModel, holding: Holding, seed: int) -> None:
+    def __init__(self, job: Job, model: LoadedModel, holding: Holding, seed: int, index: int = 0) -> None:
         request, sampling = job.request, job.request.sampling
         self.job = job
         self.holding = holding
-        self._seed = seed
+        self._index = index
+        self._seed = seed_of_choice(seed, index)
         self._tokens = list(request.prompt_tokens)
         self._newest = -1
         self._position = len(request.prompt_tokens) - 1
@@ -54,13 +56,21 @@ class Generation:
         self._tokens.append(pick.token)
         self._position += 1
         piece = self._text.push(pick.token)
+        sampling = self.job.request.sampling
         return Output(
+            index=self._index,
             tokens=(pick.token,),
             text=piece.text,
-            logprobs=(pick.logprob,) if self.job.request.sampling.logprobs else (),
+            logprobs=(pick.logprob,) if sampling.logprobs else (),
+            top_logprobs=(pick.top,) if sampling.top_logprobs else (),
             finish_reason=piece.finish_reason,
             handoff=handoff,
         )
 
     def __repr__(self) -> str:
-        return f"Generation({self.job!r} at position {self._position})"
+        return f"Generation({self.job!r} choice {self._index} at position {self._position})"
+
+
+def generations(job: Job, model: LoadedModel, holdings: Sequence[Holding], seed: int) -> list[Generation]:
+    """One for each choice of a request. Raises InternalError (no text for the prompt's last tokens)."""
+    return [Generation(job, model, holding, seed, index) for index, holding in enumerate(holdings)]

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from kvbaton.engine import orders
 from kvbaton.engine.cache import Extent
 from kvbaton.engine.polls import combine
-from kvbaton.engine.pool import Pools
+from kvbaton.engine.pool import Copies, Pools
 from kvbaton.errors import AbortedError, InternalError, KVBatonError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.messages import Role
@@ -107,6 +107,10 @@ class Group:
             for row, e in zip(tokens, extents, strict=True)
         )
         self.order(orders.Forward(requests))
+
+    def announce_copy(self, copies: Copies) -> None:
+        """Have every follower copy the same units."""
+        self.order(orders.Copy(copies))
 
     def enter(self, side: GroupSide) -> int:
         number = next(self._numbers)

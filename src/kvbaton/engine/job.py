@@ -1,6 +1,7 @@
 """A request inside a scheduler: who asked, and whether the last word has been said.
 
-Rules: after a final Output nothing more is emitted, whoever tries. A callback that raises (its event loop is gone)
+Rules: after a final Output nothing more is emitted, whoever tries; which of several answers' last words is final is
+counted here. A callback that raises (its event loop is gone)
 makes the job ``deserted``: it is not called again, and the job is to be ended.
 
 This file must not know of queues, models or peers.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvbaton.engine.request import Output, Request
 from kvbaton.errors import KVBatonError
@@ -29,6 +31,7 @@ class Job:
         self.request = request
         self._on_output = on_output
         self._on_end = on_end
+        self._unfinished = request.sampling.choices
         self.done = False
         self.deserted = False
 
@@ -36,6 +39,9 @@ class Job:
         """Tell the caller, unless the last word has been said."""
         if self.done:
             return
+        if output.finish_reason is not None and output.finish_reason != "abort":
+            self._unfinished -= 1
+            output = replace(output, unfinished=self._unfinished) if self._unfinished else output
         if output.final:
             self.done = True
             self._on_end(self.request)

@@ -6,11 +6,13 @@ This file must not know of threads or peers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvbaton.engine.fork import most_choices
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Pools
-from kvbaton.engine.request import Request, Sampling
+from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
 from kvbaton.errors import CapacityError, ConfigError
 from kvbaton.manager import MAX_ROOM
 
@@ -30,6 +32,7 @@ class Limits:
         keeps_answer: the answer's tokens are cached here too (everywhere but on prefill).
         needs_room: requests are half of a hand-off.
         has_text: there is a tokenizer, so stop strings can match.
+        most_choices: how many answers of (prompt tokens, tokens in all) the empty pool has room for at once.
     """
 
     max_positions: int
@@ -38,6 +41,7 @@ class Limits:
     keeps_answer: bool = True
     needs_room: bool = False
     has_text: bool = True
+    most_choices: Callable[[int, int], int] = lambda _prompt, _tokens: MAX_CHOICES
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens that ``request`` will ever have in the pool: the answer's last one is never computed."""
@@ -74,6 +78,12 @@ class Limits:
                 f"max_tokens: the request needs {needed} tokens of cache, the whole pool has {self.pool_tokens}; "
                 "shorten it or start the server with more pages"
             )
+        most = self.most_choices(prompt, needed) if self.keeps_answer else MAX_CHOICES
+        if request.sampling.choices > most:
+            raise CapacityError(
+                f"n: {request.sampling.choices} answers of {needed} tokens each, prompt and answer, need more than the "
+                f"whole pool, which has room for {most} at once; lower n or max_tokens"
+            )
 
 
 def _validate_sampling(sampling: Sampling) -> None:
@@ -83,6 +93,12 @@ def _validate_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"temperature: {sampling.temperature} must be a number of at least 0")
     if not 0 < sampling.top_p <= 1:  # false for NaN
         raise ConfigError(f"top_p: {sampling.top_p} must be above 0 and at most 1")
+    if not 1 <= sampling.choices <= MAX_CHOICES:
+        raise ConfigError(f"n: {sampling.choices} is outside 1..{MAX_CHOICES}")
+    if not 0 <= sampling.top_logprobs <= (MAX_TOP_LOGPROBS if sampling.logprobs else 0):
+        raise ConfigError(
+            f"top_logprobs: {sampling.top_logprobs} is outside 0..{MAX_TOP_LOGPROBS}, or without logprobs"
+        )
     if len(sampling.stop) > MAX_STOPS:
         raise ConfigError(f"stop: {len(sampling.stop)} strings are more than {MAX_STOPS}")
     if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in sampling.stop):
@@ -98,4 +114,5 @@ def limits_of(model: LoadedModel, pools: Pools, *, keeps_answer: bool = True, ne
         keeps_answer=keeps_answer,
         needs_room=needs_room,
         has_text=model.tokenizer is not None,
+        most_choices=lambda prompt, tokens: most_choices(pools, prompt, tokens),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from kvbaton.engine.pool import Copies
 from kvbaton.errors import KVBatonError, from_code
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVPoll, Span
@@ -45,6 +46,10 @@ class Request(Struct, frozen=True, array_like=True):
 
 class Forward(Struct, frozen=True, tag="forward"):
     requests: tuple[Request, ...]
+
+
+class Copy(Struct, frozen=True, tag="copy"):
+    copies: Copies
 
 
 class Begin(Struct, frozen=True, tag="begin"):
@@ -107,7 +112,7 @@ class Died(Struct, frozen=True, tag="died"):
     failure: Failure
 
 
-Order = Forward | Begin | Publish | Submit | Fail | Stop
+Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop
 Report = Ready | Fares | Died
 
 _encoder = msgspec.msgpack.Encoder()

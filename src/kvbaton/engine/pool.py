@@ -13,7 +13,7 @@ This file must not know of models, requests or peers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,16 @@ from kvbaton.engine.aux_row import ROW_BYTES
 from kvbaton.engine.geometry import DTYPES, Geometry, PagedGeometry, PagedTensor, StateTensor
 from kvbaton.engine.shard import Shard
 from kvbaton.errors import CapacityError, ConfigError, InternalError
-from kvbaton.layout import CacheLayout, InteriorOrder, Plane, Pool, Region, aux_pool, window_range
+from kvbaton.layout import CacheLayout, InteriorOrder, Plane, Pool, Region, Staging, aux_pool, pool_bytes, window_range
 from kvbaton.manager import Span
 
 #: Memory that is registered with a network card should start on a page of the machine.
 ALIGNMENT_BYTES = 4096
+#: A slot of staging memory, where none is asked for: copying so much takes several times the fixed cost of a staged
+#: write (0.3 ms, see ``costs``), so larger slots gain nothing; and the pages of most models fit.
+STAGING_SLOT_BYTES = 4 << 20
+#: Staging memory, likewise: a few rooms at once, small beside any real pool. Rooms that find no slot go directly.
+STAGING_BYTES = 64 << 20
 
 
 class Allocator:
@@ -88,6 +93,9 @@ class PoolConfig:
     """Sizes: ``pages`` of ``page_size`` tokens each, ``aux_slots`` requests in hand-off at once, as many with states.
 
     ``chunk_tokens``: most tokens of one request that are computed at once; a window's ring must hold them beside it.
+    ``staging_bytes``: memory through which small pieces travel together; 0: none, None: :data:`STAGING_BYTES` or a slot
+    where that is more. ``staging_slot_bytes``: of a slot; 0: whatever a peer can ask for, a page or a request's state,
+    and at least :data:`STAGING_SLOT_BYTES`.
     """
 
     pages: int = 1024
@@ -95,6 +103,8 @@ class PoolConfig:
     aux_slots: int = 64
     order: InteriorOrder = "HND"
     chunk_tokens: int = 512
+    staging_bytes: int | None = 0
+    staging_slot_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,18 @@ class Holding:
     def count(self) -> int:
         """Pages of both kinds."""
         return len(self.pages) + len(self.ring)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Units whose contents are to be copied, on every rank, as (from, to)."""
+
+    pages: tuple[tuple[int, int], ...] = ()
+    ring: tuple[tuple[int, int], ...] = ()
+    states: tuple[tuple[int, int], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.pages or self.ring or self.states)
 
 
 class PagedMemory:
@@ -184,12 +206,45 @@ class StateMemory:
         return Pool("state", "state", self.slots, 1, False, dtype, tuple(planes))
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
-    """A zeroed tensor whose first byte lies on :data:`ALIGNMENT_BYTES`."""
+class StagingMemory:
+    """Slots of staging memory on the device of the pages. ``pools``: all of this rank's, for the largest block.
+
+    Raises ConfigError where the memory holds no slot.
+    """
+
+    def __init__(self, config: PoolConfig, pools: Sequence[Pool], device: str) -> None:
+        largest = max((-(-pool_bytes(pool) // pool.units) for pool in pools), default=0)
+        rounded = -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self.slot_bytes = config.staging_slot_bytes or max(STAGING_SLOT_BYTES, rounded)
+        memory = max(STAGING_BYTES, self.slot_bytes) if config.staging_bytes is None else config.staging_bytes
+        self.slots = memory // self.slot_bytes
+        if not self.slots:
+            raise ConfigError(
+                f"{memory} bytes of staging memory hold no slot of {self.slot_bytes} bytes; set --staging-mib to at "
+                f"least {-(-self.slot_bytes >> 20)}, or to 0 for none"
+            )
+        # not zeroed: what is never used then costs no memory on a host
+        self._buffer: Any = _aligned((self.slots * self.slot_bytes,), torch.uint8, device, make=torch.empty)
+
+    @property
+    def region(self) -> Region:
+        return _region(self._buffer)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any, device: str, *, make: Callable[..., Any] = torch.zeros) -> Any:
+    """A tensor, zeroed if ``make`` does that, whose first byte lies on :data:`ALIGNMENT_BYTES`."""
     length = int(np.prod(shape)) * dtype.itemsize
-    buffer = torch.zeros(length + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    buffer = make(length + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
     skip = -buffer.data_ptr() % ALIGNMENT_BYTES
     return buffer[skip : skip + length].view(dtype).view(shape)
+
+
+def _copy(tensors: Iterable[Any], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy along the first axis; no unit is both read and written."""
+    if pairs:
+        sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        for tensor in tensors:
+            tensor[targets] = tensor[sources]
 
 
 def _region(buffer: Any) -> Region:
@@ -239,6 +294,7 @@ class Pools:
         self.rings = Allocator(self._window_pages(), "window page") if geometry.window else None
         self.state_slots = Allocator(config.aux_slots, "state slot") if geometry.states else None
         self.slots = Allocator(config.aux_slots, "slot")
+        self._staging: StagingMemory | None = None
         self.layout = self._describe(model, shard)
 
     def pages_for(self, tokens: int) -> int:
@@ -260,6 +316,10 @@ class Pools:
     def _paged_allocators(self) -> list[Allocator]:
         return [allocator for allocator in (self.pages, self.rings) if allocator is not None]
 
+    def ring_pages(self, tokens: int) -> int:
+        """Pages of the ring of a request of ``tokens`` tokens."""
+        return min(self.pages_for(tokens), self._ring_pages(self._config.chunk_tokens))
+
     def _ring_pages(self, chunk_tokens: int) -> int:
         """Pages that hold a window and a chunk after it, wherever in a page they begin."""
         return self.pages_for(self.geometry.window - 1 + max(chunk_tokens, self.page_size)) + 1
@@ -267,10 +327,6 @@ class Pools:
     def _window_pages(self) -> int:
         """Pages of the window pool: a ring for every request, and never more than the whole pool."""
         return min(self._config.pages, self._config.aux_slots * self._ring_pages(self._config.chunk_tokens))
-
-    def missing_pages(self, tokens: int, *, shared: int = 0) -> int:
-        """Pages that are too few in the pool for such a request."""
-        return 0 if self.pages is None else max(0, self.pages_for(tokens) - shared - self.pages.free)
 
     def take(self, tokens: int, *, shared: tuple[int, ...] = ()) -> Holding | None:
         """Units for a request of ``tokens`` tokens, or None while any pool is too full.
@@ -280,7 +336,7 @@ class Pools:
         count = self.pages_for(tokens)
         takes = (
             (self.pages, count - len(shared)),
-            (self.rings, min(count, self._ring_pages(self._config.chunk_tokens))),
+            (self.rings, self.ring_pages(tokens)),
             (self.state_slots, 1),
         )
         if any(allocator is not None and allocator.too_full(wanted) for allocator, wanted in takes):
@@ -296,6 +352,13 @@ class Pools:
             self.rings.give_back(holding.ring)
         if self.state_slots is not None:
             self.state_slots.give_back([holding.state])
+
+    def copy(self, copies: Copies) -> None:
+        """Copy units within this rank's memory. Nothing may write to them meanwhile."""
+        for memory in self.paged.values():
+            _copy(memory.tensors.values(), copies.ring if memory.geometry.window else copies.pages)
+        if self.states is not None:
+            _copy(self.states.tensors.values(), copies.states)
 
     def spans(self, holding: Holding, start: int, stop: int) -> list[Span]:
         """Tokens ``[start, stop)`` in every paged pool of the model. What a ring has lost meanwhile is in it, too."""
@@ -358,7 +421,12 @@ class Pools:
                     tp_rank=shard.tp_rank,
                 )
             )
-        layout = CacheLayout(model=model, regions=tuple(regions), pools=tuple(pools))
+        staging = None
+        if self._config.staging_bytes != 0:
+            self._staging = StagingMemory(self._config, pools, self.device)
+            staging = Staging(len(regions), self._staging.slot_bytes, self._staging.slots)
+            regions.append(self._staging.region)
+        layout = CacheLayout(model=model, regions=tuple(regions), pools=tuple(pools), staging=staging)
         layout.validate()
         return layout
 

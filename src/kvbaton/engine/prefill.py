@@ -10,7 +10,7 @@ This file must not know of transports, peers' layouts or text.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbaton.engine import aux_row
 from kvbaton.engine.group import GroupManager, GroupSide
@@ -21,9 +21,9 @@ from kvbaton.engine.pool import Holding, Pools
 from kvbaton.engine.prompt import PromptRun
 from kvbaton.engine.request import Output
 from kvbaton.engine.runner import ModelRunner
-from kvbaton.engine.sampling import Draw, Pick, pick_tokens, seed_of
+from kvbaton.engine.sampling import Draw, Pick, first_tokens, seed_of, seed_of_choice
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
+from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVManager, KVPoll, KVSender, Span
 
 
@@ -37,7 +37,7 @@ class _Handoff:
     holding: Holding | None = None
     slot: int | None = None
     sent: int = 0
-    first: Pick | None = None
+    firsts: list[Pick] = field(default_factory=list)
 
 
 class Prefill(Role):
@@ -70,7 +70,7 @@ class Prefill(Role):
     def abort(self, job: Job, reason: str) -> None:
         handoff = next((handoff for handoff in self._live() if handoff.job is job), None)
         if handoff is not None:
-            self._end(handoff, Output(finish_reason="abort"), reason)
+            self._end(handoff, Output(finish_reason="abort"), AbortedError(reason, room=handoff.room))
 
     def step(self) -> bool:
         worked = self._drop_failed()
@@ -92,7 +92,7 @@ class Prefill(Role):
         failed = [handoff for handoff in self._live() if handoff.sender.poll() == KVPoll.Failed]
         for handoff in failed:
             error = handoff.sender.error or TransferFailedError("the transfer failed", room=handoff.room)
-            self._end(handoff, Output(error=error), "")
+            self._end(handoff, Output(error=error), error)
         return bool(failed)
 
     def _collect(self) -> bool:
@@ -119,17 +119,18 @@ class Prefill(Role):
         return True
 
     def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
-        """One chunk: compute it, hand it over; after the last one, the first token with it."""
+        """One chunk: compute it, hand it over; after the last one, the first token of each choice with it."""
         try:
             logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
             spans = self._unsent(handoff, run)
             if run.finished:
-                handoff.first = self._first_token(handoff, logits)
-                spans += [*self._pools.state_spans(run.holding), self._write_aux(handoff, handoff.first)]
+                handoff.firsts = self._first_tokens(handoff, logits)
+                spans += [*self._pools.state_spans(run.holding), self._write_aux(handoff)]
             if spans:
                 handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
         except KVBatonError as error:
-            self._end(handoff, Output(error=handoff.sender.error or error), error.message)
+            cause = handoff.sender.error or error
+            self._end(handoff, Output(error=cause), cause)
             return
         if run.finished:
             self._computing = None
@@ -140,23 +141,20 @@ class Prefill(Role):
         start, handoff.sent = handoff.sent, max(handoff.sent, run.computed)
         return self._pools.spans(run.holding, start, run.computed)
 
-    def _first_token(self, handoff: _Handoff, logits: object) -> Pick:
+    def _first_tokens(self, handoff: _Handoff, logits: object) -> list[Pick]:
         request = handoff.job.request
-        draw = Draw(request.sampling, seed_of(request), len(request.prompt_tokens))
-        first = pick_tokens(logits, [draw])[0]
-        if isinstance(first, Pick):
-            return first
-        raise first
+        seeds = [seed_of_choice(seed_of(request), index) for index in range(request.sampling.choices)]
+        return first_tokens(logits, [Draw(request.sampling, seed, len(request.prompt_tokens)) for seed in seeds])
 
-    def _write_aux(self, handoff: _Handoff, first: Pick) -> Span:
+    def _write_aux(self, handoff: _Handoff) -> Span:
         assert handoff.slot is not None  # noqa: S101 - taken with the pages
         request = handoff.job.request
         row = aux_row.AuxRow(
             room=handoff.room,
             prompt_digest=aux_row.prompt_digest(request.prompt_tokens),
             prompt_tokens=len(request.prompt_tokens),
-            first_token=first.token,
-            logprob=first.logprob,
+            firsts=tuple((first.token, first.logprob) for first in handoff.firsts),
+            top=handoff.firsts[0].top,
             seed=seed_of(request),
         )
         self._pools.row(handoff.slot)[:] = aux_row.encode(row)
@@ -168,21 +166,29 @@ class Prefill(Role):
         for handoff in arrived:
             self._inflight.remove(handoff)
             self._release(handoff)
-            first = handoff.first
-            assert first is not None  # noqa: S101 - in flight means that it was picked
-            logprobs = (first.logprob,) if handoff.job.request.sampling.logprobs else ()
-            handoff.job.emit(Output(tokens=(first.token,), logprobs=logprobs, finish_reason="length"))
+            sampling = handoff.job.request.sampling
+            for index, first in enumerate(handoff.firsts):
+                handoff.job.emit(
+                    Output(
+                        index=index,
+                        tokens=(first.token,),
+                        logprobs=(first.logprob,) if sampling.logprobs else (),
+                        top_logprobs=(first.top,) if sampling.top_logprobs else (),
+                        finish_reason="length",
+                    )
+                )
         return bool(arrived)
 
-    def _end(self, handoff: _Handoff, last: Output, reason: str) -> None:
-        """Take ``handoff`` out of whatever queue it is in; its memory follows when nothing can touch it."""
+    def _end(self, handoff: _Handoff, last: Output, cause: KVBatonError) -> None:
+        """Take ``handoff`` out of whatever queue it is in; its memory follows when nothing can touch it. The other side
+        is told the cause."""
         if self._computing is not None and self._computing[0] is handoff:
             self._computing = None
         for queue in (self._bootstrap, self._ready, self._inflight):
             if handoff in queue:
                 queue.remove(handoff)
         with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
-            handoff.sender.abort(reason)
+            handoff.sender.fail(cause)
         self._draining.append(handoff)
         self._reap()
         handoff.job.emit(last)

@@ -48,7 +48,8 @@ class PrefixCache:
         self._clock = itertools.count(1)
         #: Pages in the tree that nobody uses.
         self.evictable = 0
-        #: Tokens that were found here, since the start.
+        #: Requests that were admitted by way of it, and their tokens that were found here, since the start.
+        self.lookups = 0
         self.hit_tokens = 0
 
     def match(self, tokens: Sequence[int]) -> Prefix:

@@ -6,10 +6,21 @@ from dataclasses import dataclass, field
 
 from kvbaton.errors import KVBatonError
 
+#: Most answers to one prompt, and most alternatives told of beside each token: an aux row has room for these.
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+
+#: Alternatives to one token: (token, natural logarithm of its probability), likeliest first.
+Alternatives = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How to pick tokens. ``temperature`` 0 is greedy. ``seed`` makes a sampled request repeatable."""
+    """How to pick tokens. ``temperature`` 0 is greedy. ``seed`` makes a sampled request repeatable.
+
+    ``choices`` answers are given to the one prompt. ``top_logprobs`` alternatives are told of beside each token's own
+    logprob; they need ``logprobs``.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -18,6 +29,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    choices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +63,28 @@ class Handoff:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """One step of a request's answer. The last one has ``finish_reason`` ("stop", "length", "abort") or ``error``."""
+    """One step of one of a request's answers, of which ``index`` is the number.
 
+    The last of an answer has ``finish_reason`` ("stop", "length"); ``unfinished`` other answers go on after it. An
+    ``error``, or the finish_reason "abort", is the last word on all of them. ``top_logprobs`` has one entry per token.
+    """
+
+    index: int = 0
     tokens: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Alternatives, ...] = ()
     finish_reason: str | None = None
+    unfinished: int = 0
     error: KVBatonError | None = None
     handoff: Handoff | None = None
 
     @property
-    def final(self) -> bool:
+    def ends_choice(self) -> bool:
+        """Nothing follows in this answer."""
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def final(self) -> bool:
+        """Nothing follows in any answer."""
+        return self.ends_choice and not self.unfinished

@@ -18,7 +18,7 @@ from kvbaton.engine.cache import Extent, PagedCache, View
 from kvbaton.engine.collective import Collective
 from kvbaton.engine.geometry import DTYPES
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Holding, Pools
+from kvbaton.engine.pool import Copies, Holding, Pools
 from kvbaton.errors import InternalError
 from kvbaton.manager import READY
 
@@ -38,7 +38,7 @@ class ModelRunner:
     """Runs ``model`` over ``pools``. Logits are float tensors [rows, vocabulary] on the model's device.
 
     In a group the leader's runner tells the others with ``announce`` what it is about to compute, and they call
-    :meth:`forward` with it; ``collective`` connects the stages.
+    :meth:`forward` with it; so it is with ``announce_copy`` and :meth:`copy`. ``collective`` connects the stages.
     """
 
     def __init__(
@@ -48,12 +48,14 @@ class ModelRunner:
         *,
         collective: Collective | None = None,
         announce: Announce = lambda _tokens, _extents: None,
+        announce_copy: Callable[[Copies], None] = lambda _copies: None,
     ) -> None:
         self._network = model.network
         self._geometry = model.geometry
         self._shard = model.shard
         self._collective = collective
         self._announce = announce
+        self._announce_copy = announce_copy
         self._pools = pools
         self._device = torch.device(pools.device)
         self._cache = PagedCache(pools)
@@ -68,6 +70,16 @@ class ModelRunner:
     def decode(self, batch: Sequence[Step]) -> Any:
         """Compute one token of each request. Returns logits [len(batch), vocabulary]."""
         return self._lead([[step.token] for step in batch], [Extent(s.holding, s.position, 1) for s in batch])
+
+    def copy(self, copies: Copies) -> None:
+        """Copy units of the pools, on every rank of the group. Raises InternalError."""
+        if not copies:
+            return
+        self._announce_copy(copies)
+        try:
+            self._pools.copy(copies)
+        except Exception as error:  # torch has no common base
+            raise InternalError(f"copying {copies} failed: {error!r}") from error
 
     def fence(self) -> Callable[[], bool]:
         """A callable that turns true when everything computed so far has reached the pools' memory."""

@@ -1,8 +1,9 @@
 """The thread that owns a model and its pools, and the doorway to it. What it does is its Role's business.
 
-Rules: everything but ``submit``, ``abort``, ``drain``, ``close`` and ``stats`` happens on the one thread. It sleeps on
-one event, which new work and the KVManager share: the event is cleared before anything is looked at, so no news is
-missed, and a role that reports no progress is not asked again before there is news. A role never waits by itself.
+Rules: everything but ``submit``, ``abort``, ``drain``, ``close``, ``stats`` and ``failure`` happens on the one thread.
+It sleeps on one event, which new work and the KVManager share: the event is cleared before anything is looked at, so no
+news is missed, and a role that reports no progress is not asked again before there is news. A role never waits by
+itself.
 
 This file must not know of models, pages or peers; it cannot tell prefill from decode.
 """
@@ -45,7 +46,11 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stats:
-    """A snapshot. ``pages_leased`` (part of ``pages_used``) may still be touched by a peer."""
+    """A snapshot. ``pages_leased`` (part of ``pages_used``) may still be touched by a peer.
+
+    ``prefix_lookups``, ``prefix_hit_tokens``: since the start; requests that were admitted by way of the prefix cache,
+    and their tokens that it had.
+    """
 
     pages_free: int
     pages_used: int
@@ -53,6 +58,8 @@ class Stats:
     slots_used: int
     running: int
     queues: dict[str, int] = field(default_factory=dict)
+    prefix_lookups: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Role(ABC):
@@ -171,6 +178,11 @@ class Scheduler:
 
     def stats(self) -> Stats:
         return self._role.stats()
+
+    @property
+    def failure(self) -> KVBatonError | None:
+        """What the thread has died of."""
+        return self._refusal if isinstance(self._refusal, InternalError) else None
 
     def __enter__(self) -> Scheduler:
         self.start()

@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvbaton.engine.batch import ContinuousBatch
-from kvbaton.engine.generation import Generation
+from kvbaton.engine.fork import Fork, take_fork
+from kvbaton.engine.generation import Generation, generations
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
@@ -19,19 +20,16 @@ from kvbaton.engine.pool import Pools
 from kvbaton.engine.prompt import PromptRun
 from kvbaton.engine.request import Output
 from kvbaton.engine.runner import ModelRunner
-from kvbaton.engine.sampling import pick_tokens, seed_of
+from kvbaton.engine.sampling import first_tokens, seed_of
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.errors import KVBatonError
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
+    job: Job
     run: PromptRun
-    generation: Generation
-
-    @property
-    def job(self) -> Job:
-        return self.generation.job
+    fork: Fork
 
 
 class Unified(Role):
@@ -47,6 +45,7 @@ class Unified(Role):
         self._runner = runner
         self._waiting: deque[Job] = deque()
         self._prompt: _Prompt | None = None
+        self._forks: dict[Job, Fork] = {}
         self._batch = ContinuousBatch(self._runner, self._release, config.max_batch)
 
     def add(self, job: Job) -> None:
@@ -74,35 +73,38 @@ class Unified(Role):
         if not self._waiting:
             return None
         job = self._waiting[0]
-        holding = self._pools.take(self._limits.cached_tokens(job.request))
-        if holding is None:
+        prompt, tokens = job.request.prompt_tokens, self._limits.cached_tokens(job.request)
+        fork = take_fork(self._pools, len(prompt), tokens, job.request.sampling.choices)
+        if fork is None:
             return None
         self._waiting.popleft()
-        run = PromptRun(job.request.prompt_tokens, holding)
-        return _Prompt(run, Generation(job, self._model, holding, seed_of(job.request)))
+        return _Prompt(job, PromptRun(prompt, fork.first), fork)
 
     def _compute(self, prompt: _Prompt) -> None:
         try:
             logits = prompt.run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
             if not prompt.run.finished:
                 return
-            first = pick_tokens(logits, [prompt.generation.draw()])[0]
+            self._runner.copy(prompt.fork.copies(self._pools, prompt.run.computed))
+            choices = generations(prompt.job, self._model, prompt.fork.holdings, seed_of(prompt.job.request))
+            firsts = first_tokens(logits, [choice.draw() for choice in choices])
         except KVBatonError as error:
             self._drop_prompt(prompt, Output(error=error))
             return
-        if isinstance(first, InternalError):
-            self._drop_prompt(prompt, Output(error=first))
-            return
         self._prompt = None
-        self._batch.join(prompt.generation, first)
+        self._forks[prompt.job] = prompt.fork
+        self._batch.join(choices, firsts)
 
     def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
         self._prompt = None
-        self._release(prompt.generation)
+        prompt.fork.give_back(self._pools)
         prompt.job.emit(last)
 
     def _release(self, generation: Generation) -> None:
-        self._pools.give_back(generation.holding)
+        fork = self._forks[generation.job]
+        fork.end(self._pools, generation.holding)
+        if not fork.open:
+            del self._forks[generation.job]
 
     @property
     def busy(self) -> bool:

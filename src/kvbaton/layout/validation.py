@@ -37,10 +37,20 @@ def _check_staging(layout: CacheLayout) -> None:
         return
     if not 0 <= staging.region < len(layout.regions):
         raise LayoutError(f"staging: region {staging.region} does not exist, the layout has {len(layout.regions)}")
-    if not (0 < staging.slots < MAX_PLANES and 0 < staging.slot_bytes <= MAX_STRIDE):
+    if staging.slots < 1 or not 0 < staging.slot_bytes <= MAX_STRIDE:
         raise LayoutError(f"staging: slots={staging.slots} and slot_bytes={staging.slot_bytes} must be positive")
+    if staging.slots >= MAX_PLANES:
+        raise LayoutError(f"staging: {staging.slots} slots are more than {MAX_PLANES - 1}; make them larger")
     if staging.slots * staging.slot_bytes > layout.regions[staging.region].length:
         raise LayoutError(f"staging: {staging.slots} slots of {staging.slot_bytes} bytes leave region {staging.region}")
+    here = layout.regions[staging.region]
+    for pool in (pool for pool in layout.pools if pool.paged):
+        for region in (layout.regions[plane.region] for plane in pool.planes):
+            if (region.memory, region.device) != (here.memory, here.device):
+                raise LayoutError(
+                    f"staging lies in {here.memory} {here.device}, pool {pool.name!r} in {region.memory} "
+                    f"{region.device}: staging memory must be on the device of the pages"
+                )
 
 
 def _check_pool(pool: Pool, regions: Sequence[Region]) -> None:

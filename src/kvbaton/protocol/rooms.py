@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import cast
 
 from kvbaton.errors import (
@@ -41,6 +42,23 @@ from kvbaton.staging import StagingPool
 MAX_RECENT_FAILURES = 1_024
 
 
+@dataclass(frozen=True, slots=True)
+class _Unmet:
+    """Why a room failed before all parties had come, and the targets that had (``peers``, all of ``group``)."""
+
+    error: KVBatonError
+    group: str
+    peers: set[str]
+
+    def awaits(self, session: Session) -> bool:
+        """Whether an Open belongs to the request that failed. That of a target that had opened is a new request's."""
+        if session.peer in self.peers or (self.peers and session.hello and session.hello.group != self.group):
+            return False
+        if self.peers:
+            self.peers.add(session.peer)
+        return True
+
+
 class Rooms:
     """See the module. Every change touches a room; ``settle`` then draws the conclusions and reports."""
 
@@ -53,8 +71,8 @@ class Rooms:
         self._touched: dict[int, Room] = {}
         self.staging = StagingPool(around.identity.layout, around.settings.staging, around.settings.costs)
         self._homes: dict[Transfer, Room] = {}
-        self._failed_before_sender: OrderedDict[int, KVBatonError] = OrderedDict()
-        self._failed_before_open: OrderedDict[int, KVBatonError] = OrderedDict()
+        self._failed_before_sender: OrderedDict[int, _Unmet] = OrderedDict()
+        self._failed_before_open: OrderedDict[int, _Unmet] = OrderedDict()
         self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
 
     def all(self) -> list[Room]:
@@ -66,6 +84,7 @@ class Rooms:
             "homes": len(self._homes),
             "early_failures": len(self._failed_before_sender) + len(self._failed_before_open),
             "groups_covered": len(self._covered),
+            "staging_slots_busy": self.staging.slots - len(self.staging),
         }
 
     def find(self, room: int) -> list[Room]:
@@ -108,7 +127,8 @@ class Rooms:
         room = self._sources.get(event.room)
         if room is None or (room.has_sender and room.concluded):  # the old record only has to announce its outcome
             room = self._sources[event.room] = SourceRoom(room=event.room)
-            room.error = self._failed_before_sender.pop(event.room, None)
+            unmet = self._failed_before_sender.pop(event.room, None)
+            room.error = unmet.error if unmet is not None else None
         self._failed_before_open.pop(event.room, None)
         room.has_sender = True
         self._around.tell(event.room, "sender opened")
@@ -153,6 +173,7 @@ class Rooms:
         room.transfers[session.peer] = transfer
         self._homes[transfer] = room
         self._failed_before_sender.pop(key.room, None)
+        self._failed_before_open.pop(key.room, None)
         self._around.tell(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
         self._transfers.begin(transfer)
         if room.error is not None:
@@ -168,8 +189,10 @@ class Rooms:
         self._transfers.check_load(session.peer, message.grants)
         room = self._sources.get(key.room)
         if room is None:
-            if key.room in self._failed_before_open:
-                raise self._failed_before_open[key.room]
+            for failed in (self._failed_before_open, self._failed_before_sender):
+                unmet = failed.get(key.room)
+                if unmet is not None and unmet.awaits(session):
+                    raise unmet.error
             if len(self._sources) >= self._around.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)
@@ -346,9 +369,9 @@ class Rooms:
             del self._targets[room.room]
             return
         del self._sources[room.room]
-        if room.error is not None and not (room.has_sender and room.transfers):
+        if room.error is not None and not (room.has_sender and room.opened):
             remembered = self._failed_before_open if room.has_sender else self._failed_before_sender
-            remembered[room.room] = room.error
+            remembered[room.room] = _Unmet(room.error, room.group, set(room.transfers))
             if len(remembered) > MAX_RECENT_FAILURES:
                 remembered.popitem(last=False)
 

@@ -220,7 +220,10 @@ class Session:
             raise difference if self.role == "source" else difference.swapped()
         pair = pair_plan(source, target)
         check_bounds(pair, source, target)
-        self.staged = stage(pair, source, target)
+        try:
+            self.staged = stage(pair, source, target)
+        except IncompatibleError as error:
+            raise error if self.role == "source" else error.swapped() from None
         return pair
 
     def _refuse(self, error: KVBatonError, now: float) -> None:

@@ -364,7 +364,9 @@ class Driver:
         self.counters["writes_posted"] += 1
         self.counters["bytes_posted"] += write.bytes
         self.counters["entries_posted"] += len(source_entries)
-        self.counters["writes_staged"] += write.staged is not None
+        if write.staged is not None:
+            self.counters["writes_staged"] += 1
+            self.counters["bytes_staged"] += write.bytes
         self._in_flight[handle] = write
         self._check(handle, write)
 

@@ -1,14 +1,16 @@
-"""Gather and scatter between pages and staging slots in host memory, a few large copies at a time.
+"""Gather and scatter between pages and staging slots, a few large copies at a time.
 
-Lanes that lie at equal distances in every block (the tokens of a page, say) are copied together: one fancy-indexed copy
-of shape ``(blocks, lanes, lane bytes)``. Only memory of this process, and only addresses that the plan has checked
-against registered regions, are ever passed in.
+Lanes that lie at equal distances in every block (the tokens of a page, say) are copied together: one indexed copy of
+shape ``(blocks, lanes, lane bytes)``. Host memory is copied with numpy here, memory of a GPU with torch in
+``gather_torch``, which is imported only there. Both return when the bytes are in place. Only memory of this process,
+and only addresses that the plan has checked against registered regions, are ever passed in.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,37 @@ from kvbaton.table import Table
 LOOP_BYTES = 4096
 
 Bytes = NDArray[np.uint8]
+Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneGroup:
+    """Lanes that are copied together. In pages, the piece of block b and lane i begins at
+    ``base + index[b] * unit + i * step``; in a slot's block, at ``offset + i * length``. All in bytes but ``index``."""
+
+    base: int
+    index: Int64s
+    unit: int
+    lanes: int
+    step: int
+    length: int
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """Units that the index reaches over."""
+        return int(self.index.max()) + 1
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first to the last byte in pages."""
+        return (self.rows - 1) * self.unit + (self.lanes - 1) * self.step + self.length
+
+    @property
+    def columns(self) -> slice:
+        """Bytes of a slot's block that belong to the group."""
+        return slice(self.offset, self.offset + self.lanes * self.length)
 
 
 def memory(address: int, length: int) -> Bytes:
@@ -28,50 +60,85 @@ def memory(address: int, length: int) -> Bytes:
     return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address))
 
 
-def gather(table: Table, lane_bytes: Int64s, entries: NDArray[np.int32], out: Bytes) -> None:
-    """Copy table entries (lane by lane, as the plan orders them) into ``out`` of shape ``(blocks, block_bytes)``."""
-    for pages, index, columns in _groups(table, lane_bytes, entries, out):
+def gather(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
+    """Copy table entries (lane by lane, as the plan orders them) block by block to address ``slot`` of the same device.
+
+    Raises TransportError where the device refuses.
+    """
+    if table.memory == "VRAM":
+        from kvbaton.runtime import gather_torch  # torch is not needed without a GPU
+
+        gather_torch.gather(table, lane_bytes, entries, slot)
+        return
+    for group, blocks in _host_groups(table, lane_bytes, entries, slot):
+        pages, columns = _pages(group), _columns(group, blocks)
         if columns[0].size >= LOOP_BYTES:
-            for number, page in enumerate(index.tolist()):
+            for number, page in enumerate(group.index.tolist()):
                 columns[number] = pages[page]
         else:
-            columns[...] = pages[index]
+            columns[...] = pages[group.index]
 
 
-def scatter(table: Table, lane_bytes: Int64s, entries: NDArray[np.int32], data: Bytes) -> None:
-    """The inverse of :func:`gather`: copy ``data`` of shape ``(blocks, block_bytes)`` to the table entries."""
-    for pages, index, columns in _groups(table, lane_bytes, entries, data):
+def scatter(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
+    """The inverse of :func:`gather`: copy the blocks at address ``slot`` to the table entries.
+
+    Raises TransportError where the device refuses.
+    """
+    if table.memory == "VRAM":
+        from kvbaton.runtime import gather_torch
+
+        gather_torch.scatter(table, lane_bytes, entries, slot)
+        return
+    for group, blocks in _host_groups(table, lane_bytes, entries, slot):
+        pages, columns = _pages(group), _columns(group, blocks)
         if columns[0].size >= LOOP_BYTES:
-            for number, page in enumerate(index.tolist()):
+            for number, page in enumerate(group.index.tolist()):
                 pages[page] = columns[number]
         else:
-            pages[index] = columns
+            pages[group.index] = columns
 
 
-def _groups(
-    table: Table, lane_bytes: Int64s, entries: NDArray[np.int32], blocks: Bytes
-) -> Iterator[tuple[Bytes, Int64s, Bytes]]:
-    """For each group of alike lanes: a view of memory ``(any, lanes, bytes)``, the index of each block in it, and the
-    columns of ``blocks`` that belong to the group, in the same shape."""
-    lanes, count = len(lane_bytes), len(blocks)
-    at = table.addresses(entries).reshape(lanes, count)
+def lane_groups(table: Table, lane_bytes: Int64s, entries: Int32s) -> Iterator[LaneGroup]:
+    """The lanes of all blocks of ``entries``, in as few groups as their addresses allow. Touches no memory."""
+    lanes = len(lane_bytes)
+    at = table.addresses(entries).reshape(lanes, -1)
     offsets = np.concatenate(([0], np.cumsum(lane_bytes)))
     start = 0
     while start < lanes:
         stop = _group_end(at, lane_bytes, start)
         length, width = int(lane_bytes[start]), stop - start
-        step = int(at[start + 1, 0] - at[start, 0]) if width > 1 else length
         base = int(at[start].min())
         index = at[start] - base
-        unit = int(np.gcd.reduce(index)) or 1
-        index //= unit
-        span = int(index.max()) * unit + (width - 1) * step + length
-        pages = np.lib.stride_tricks.as_strided(
-            memory(base, span), (int(index.max()) + 1, width, length), (unit, step, 1)
+        unit = int(np.gcd.reduce(index)) or length
+        yield LaneGroup(
+            base=base,
+            index=index // unit,
+            unit=unit,
+            lanes=width,
+            step=int(at[start + 1, 0] - at[start, 0]) if width > 1 else length,
+            length=length,
+            offset=int(offsets[start]),
         )
-        columns = blocks[:, offsets[start] : offsets[stop]].reshape(count, width, length)
-        yield pages, index, columns
         start = stop
+
+
+def _host_groups(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> Iterator[tuple[LaneGroup, Bytes]]:
+    """Each group, with the slot's blocks as an array ``(blocks, block bytes)``."""
+    count, size = len(entries) // len(lane_bytes), int(lane_bytes.sum())
+    blocks = memory(slot, count * size).reshape(count, size)
+    for group in lane_groups(table, lane_bytes, entries):
+        yield group, blocks
+
+
+def _pages(group: LaneGroup) -> Bytes:
+    """A view of pages, ``(any, lanes, length)``, that ``group.index`` indexes."""
+    shape, strides = (group.rows, group.lanes, group.length), (group.unit, group.step, 1)
+    return np.lib.stride_tricks.as_strided(memory(group.base, group.span), shape, strides)
+
+
+def _columns(group: LaneGroup, blocks: Bytes) -> Bytes:
+    """The group's part of a slot's blocks, ``(blocks, lanes, length)``."""
+    return blocks[:, group.columns].reshape(len(blocks), group.lanes, group.length)
 
 
 def _group_end(at: Int64s, lane_bytes: Int64s, start: int) -> int:

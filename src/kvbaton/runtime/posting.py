@@ -1,6 +1,7 @@
 """Writes that wait to be posted: fair between peers, bounded in flight for each.
 
-One slow peer fills its own window and nobody else's. Plain data, no transport.
+One slow peer fills its own window and nobody else's. A write that may not be posted yet (it needs a staging slot, and
+none is free) is overtaken by those behind it: the writes of a peer need no order. Plain data, no transport.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class PostingQueue:
         """The next write to post: peers take turns, a peer whose window is full is passed over."""
         for name in list(self._peers):
             peer = self._peers[name]
-            if not peer.waiting or not self._fits(peer, peer.waiting[0]):
+            place = self._next(peer)
+            if place is None:
                 continue
-            write = peer.waiting.popleft()
+            write = peer.waiting[place]
+            del peer.waiting[place]
             peer.bytes += write.bytes
             peer.entries += len(write.source_entries)
             peer.in_flight[write.write] = write
@@ -63,9 +66,12 @@ class PostingQueue:
             return write
         return None
 
+    def _next(self, peer: _Peer) -> int | None:
+        """Place of the first write that may be posted; None if there is none, or the window has no room for it."""
+        place = next((i for i, write in enumerate(peer.waiting) if self._may_post(write)), None)
+        return place if place is not None and self._fits(peer, peer.waiting[place]) else None
+
     def _fits(self, peer: _Peer, write: PostWrite) -> bool:
-        if not self._may_post(write):
-            return False
         if not peer.in_flight:
             return True
         return (
@@ -108,7 +114,7 @@ class PostingQueue:
     @property
     def ready(self) -> bool:
         """Whether ``take`` would return a write."""
-        return any(peer.waiting and self._fits(peer, peer.waiting[0]) for peer in self._peers.values())
+        return any(self._next(peer) is not None for peer in self._peers.values())
 
     @property
     def waiting(self) -> int:

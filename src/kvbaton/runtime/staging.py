@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from kvbaton.protocol.effects import PostWrite, Scatter
 from kvbaton.protocol.events import WriteId
-from kvbaton.runtime.gather import gather, memory, scatter
-from kvbaton.staging import StagedPart, StagingPool
-from kvbaton.table import Table
+from kvbaton.runtime.gather import gather, scatter
+from kvbaton.staging import StagingPool
 
 Entries = NDArray[np.int32]
 
@@ -38,15 +37,18 @@ class StagingDesk:
         return write.staged is None or bool(self._pool)
 
     def gather(self, write: PostWrite) -> tuple[Entries, Entries]:
-        """Take a slot, gather the write's source entries into it; the entries of both staging tables to write."""
+        """Take a slot, gather the write's source entries into it; the entries of both staging tables to write.
+
+        Raises TransportError; the slot is then taken until the write's peer is fenced.
+        """
         run = write.staged
         if run is None:
             return write.source_entries, write.target_entries
         slot = self._pool.take()
         self._taken[write.write] = slot
         staged = run.staged
-        blocks = _blocks(staged.source, staged, slot, run.count)
-        gather(staged.part.source.table, staged.part.lane_bytes, write.source_entries, blocks)
+        address = int(staged.source.rows[slot, 0])
+        gather(staged.part.source.table, staged.part.lane_bytes, write.source_entries, address)
         steps = np.arange(run.count, dtype=np.int32)
         base = staged.blocks_per_slot
         return steps + np.int32(slot * base), steps + np.int32(run.slot * base + run.first)
@@ -58,12 +60,7 @@ class StagingDesk:
             self._pool.release((slot,))
 
     def scatter(self, effect: Scatter) -> None:
+        """From a slot to its blocks' pages. Raises TransportError."""
         staged = effect.staged
-        blocks = _blocks(staged.target, staged, effect.slot, effect.count)
-        scatter(staged.part.target.table, staged.part.lane_bytes, effect.target_entries, blocks)
-
-
-def _blocks(table: Table, staged: StagedPart, slot: int, count: int) -> NDArray[np.uint8]:
-    """The first ``count`` blocks of a slot, shaped ``(count, block_bytes)``."""
-    size = staged.part.block_bytes
-    return memory(int(table.rows[slot, 0]), count * size).reshape(count, size)
+        address = int(staged.target.rows[effect.slot, 0])
+        scatter(staged.part.target.table, staged.part.lane_bytes, effect.target_entries, address)

@@ -28,7 +28,6 @@ from kvbaton.errors import (
     ConfigError,
     DisconnectedError,
     IncompatibleError,
-    InternalError,
     KVBatonError,
     PeerLostError,
     RegistryError,
@@ -96,7 +95,6 @@ class ApiServer:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
-        self._broken = ""  # why the engine is gone for good
         self.gate = Gate(config.max_requests)
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
@@ -145,7 +143,7 @@ class ApiServer:
     async def _run(self, http: web.Request, accepted: Accepted, timer: RequestTimer) -> web.StreamResponse:
         try:
             with OutputStream(self._engine, accepted.request) as outputs:
-                self._submit(outputs)
+                outputs.submit()
                 first = await outputs.next()
                 timer.first_token()
                 if accepted.stream:
@@ -158,13 +156,6 @@ class ApiServer:
     def _from_router(self, http: web.Request) -> bool:
         """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
         return self._secret is None or token_matches(http.headers.get(ROUTER_HEADER), self._secret, "router")
-
-    def _submit(self, outputs: OutputStream) -> None:
-        try:
-            outputs.submit()
-        except InternalError as error:  # not this request's doing: the engine's thread is gone
-            self._broken = error.message
-            raise
 
     async def _whole(
         self, accepted: Accepted, outputs: OutputStream, output: Output, timer: RequestTimer
@@ -211,8 +202,8 @@ class ApiServer:
     # operating
 
     def _not_ready(self) -> str:
-        if self._broken:
-            return self._broken
+        if self._engine.failure is not None:
+            return self._engine.failure.message
         return "the server is stopping" if self.gate.is_shut else self._readiness()
 
     async def _models(self, _http: web.Request) -> web.Response:
@@ -226,8 +217,9 @@ class ApiServer:
         return _json({"object": "list", "data": [card]})
 
     async def _health(self, _http: web.Request) -> web.Response:
-        if self._broken:
-            return _json({"status": "failed", "reason": self._broken}, status=503)
+        failure = self._engine.failure
+        if failure is not None:
+            return _json({"status": "failed", "reason": failure.message}, status=503)
         return _json({"status": "ok"})
 
     async def _ready(self, _http: web.Request) -> web.Response:
@@ -281,6 +273,8 @@ def _engine_gauges(engine: Engine) -> list[Gauge]:
         Gauge("kvbaton_pages_leased", "Used pages that a peer may still touch.", stats.pages_leased),
         Gauge("kvbaton_aux_slots_used", "Aux slots in use.", stats.slots_used),
         Gauge("kvbaton_running_requests", "Requests in the running batch.", stats.running),
+        Gauge("kvbaton_prefix_cache_lookups", "Requests admitted by way of it.", stats.prefix_lookups, grows=True),
+        Gauge("kvbaton_prefix_cache_hit_tokens", "Tokens found in it.", stats.prefix_hit_tokens, grows=True),
     ]
     for queue, length in stats.queues.items():
         gauges.append(Gauge("kvbaton_queued_requests", "Requests by queue.", length, {"queue": queue}))

@@ -16,14 +16,15 @@ from typing import Protocol
 
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
-from kvbaton.errors import AbortedError
+from kvbaton.errors import AbortedError, KVBatonError
 
 
 class Engine(Protocol):
     """``kvbaton.engine.scheduler.Scheduler`` is one. Every method may be called from any thread."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
-        """Queue a request. ``on_output`` is called from the engine's thread, last with a final Output.
+        """Queue a request. ``on_output`` is called from the engine's thread, last with a final Output; outputs of
+        its choices come in any order.
 
         Raises ConfigError, CapacityError, OverloadedError, or InternalError when the engine has died.
         """
@@ -33,6 +34,10 @@ class Engine(Protocol):
 
     def stats(self) -> Stats:
         """A snapshot of pages and queues."""
+
+    @property
+    def failure(self) -> KVBatonError | None:
+        """Why the engine is gone for good; None while it lives."""
 
 
 class Tokenizer(Protocol):
@@ -77,7 +82,7 @@ class OutputStream:
             self._engine.abort(self._request.request_id, "the client has gone")
 
     async def next(self) -> Output:
-        """Everything new since the last call, as one Output; waits for the first of it.
+        """What is new of one choice since the last call, as one Output; waits for the first of it.
 
         Raises the error that ended the request, AbortedError for one that was aborted.
         """
@@ -85,7 +90,7 @@ class OutputStream:
             self._news.clear()
             await self._news.wait()
         output = self._arrived.popleft()
-        while self._arrived and not output.final and self._arrived[0].error is None:
+        while self._arrived and not output.ends_choice and _continues(output, self._arrived[0]):
             output = _joined(output, self._arrived.popleft())
         self._finished = output.final
         if output.error is not None:
@@ -103,11 +108,19 @@ class OutputStream:
         return f"<OutputStream {self._request.request_id}{' finished' if self._finished else ''}>"
 
 
+def _continues(first: Output, second: Output) -> bool:
+    """Whether ``second`` is more of the same answer."""
+    return second.index == first.index and second.error is None
+
+
 def _joined(first: Output, second: Output) -> Output:
     return Output(
+        index=first.index,
         tokens=first.tokens + second.tokens,
         text=first.text + second.text,
         logprobs=first.logprobs + second.logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
         finish_reason=second.finish_reason,
+        unfinished=second.unfinished,
         handoff=first.handoff or second.handoff,
     )

@@ -1,7 +1,8 @@
 """Errors as HTTP: one table from the error tree to status codes, and the OpenAI error body.
 
 Rules: 4xx is the client's doing, 503 (with Retry-After) may be cured by waiting, 504 is a deadline, 499 says that the
-request was aborted, 500 is a bug of ours. What is no KVBatonError becomes one here and nowhere else.
+request was aborted, 502 that the other side said or wrote what must not be, 500 is a bug of ours. What is no
+KVBatonError becomes one here and nowhere else.
 
 This file must not know of engines, workers or routes.
 """
@@ -27,6 +28,7 @@ from kvbaton.errors import (
     OverloadedError,
     PeerLostError,
     RegistryError,
+    RemoteProtocolError,
     TransferFailedError,
     TransportError,
 )
@@ -45,6 +47,7 @@ _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
     (AuthenticationError, 401, "authentication_error"),
     (LocalProtocolError, 409, "conflict_error"),  # a room or a request id that is live already
     (AbortedError, CLIENT_CLOSED_REQUEST, "aborted_error"),
+    (RemoteProtocolError, 502, "bad_gateway_error"),
     (ExpiredError, 504, "timeout_error"),
     (TransferFailedError, 503, "service_unavailable_error"),
     (PeerLostError, 503, "service_unavailable_error"),

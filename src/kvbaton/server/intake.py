@@ -42,7 +42,7 @@ class ApiConfig:
     Args:
         model: the name that clients use.
         max_positions: tokens of prompt and answer together that the model can see; bounds a chat's default answer.
-        pool_tokens: tokens that the pool holds; bounds it too. 0: no bound.
+        pool_tokens: tokens that the pool holds, in pages of ``page_size``; bounds it too. 0: no bound.
         bootstrap_allow: registries that a decode server may ask.
         max_requests: requests answered at once.
     """
@@ -50,6 +50,7 @@ class ApiConfig:
     model: str
     max_positions: int
     pool_tokens: int = 0
+    page_size: int = 1
     mode: Mode = "null"
     bootstrap_allow: AllowList = field(default_factory=AllowList)
     max_requests: int = 1024
@@ -83,9 +84,7 @@ class Intake:
             raise ConfigError(f"model: {request.model!r} is not served here; this server has {self._config.model!r}")
         registry = self._check_room(request, from_router)
         tokens = await self._tokens(request)
-        sampling = request.sampling(
-            max_tokens=self._max_tokens(request, len(tokens)), logprobs=request.logprobs not in (None, False)
-        )
+        sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
         request_id = request.rid or f"{prefix}-{uuid.uuid4().hex}"
         answers = Answers(
@@ -177,10 +176,18 @@ class Intake:
         asked = request.asked_tokens()
         if asked is not None:
             return asked
-        limit = min(self._config.max_positions, self._config.pool_tokens or self._config.max_positions)
+        limit = min(self._config.max_positions, self._share(prompt_tokens, request.choices))
         if prompt_tokens >= limit:
             raise CapacityError(f"messages: {prompt_tokens} tokens leave no room for an answer within {limit} tokens")
         return min(CHAT_MAX_TOKENS, limit - prompt_tokens)
+
+    def _share(self, prompt_tokens: int, choices: int) -> int:
+        """Tokens, prompt and answer, that each of ``choices`` may have in the pool; they share the prompt's pages."""
+        if not self._config.pool_tokens:
+            return self._config.max_positions
+        page = self._config.page_size
+        pages, common = self._config.pool_tokens // page, min(prompt_tokens, self._config.pool_tokens) // page
+        return (common + (pages - common) // choices) * page
 
 
 async def _tokenized(tokenize: Callable[[], Sequence[int]], characters: int) -> tuple[int, ...]:

@@ -24,15 +24,19 @@ from kvbaton.control.address import Address
 from kvbaton.control.registry import Registered, Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
+from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError, KVBatonError
+from kvbaton.manager import KVManager
 from kvbaton.protocol.settings import Settings
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import ApiServer
 from kvbaton.server.intake import ApiConfig, Mode
 from kvbaton.server.lifecycle import Signals, drain, listen, port_of, reserve
-from kvbaton.server.stack import Rank, Stack, build
+from kvbaton.server.metrics import Gauge
+from kvbaton.server.stack import Rank, Stack, build, link_hosts
 from kvbaton.server.tokens import ServerTokenizer
+from kvbaton.staging import StagingPolicy
 
 WITHDRAW_SECONDS = 2.0
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
@@ -42,7 +46,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Everything that ``kvbaton serve`` can be told. ``max_total_tokens`` is the pool's size."""
+    """Everything that ``kvbaton serve`` can be told. ``max_total_tokens`` is the pool's size.
+
+    ``staging_mib`` of each rank, 0: none, None: the engine's choice; ``staging_slot_bytes`` 0: likewise.
+    """
 
     model: str
     served_model_name: str = ""
@@ -71,15 +78,28 @@ class ServeConfig:
     bootstrap_seconds: float = _DEFAULTS.bootstrap_seconds
     waiting_seconds: float = _DEFAULTS.transfer_seconds
     heartbeat_seconds: float = _DEFAULTS.heartbeat_seconds
+    staging: StagingPolicy = _DEFAULTS.staging
+    staging_mib: int | None = None
+    staging_slot_bytes: int = 0
+    costs: Costs = DEFAULT_COSTS
 
     def settings(self) -> Settings:
-        """The protocol's deadlines."""
+        """The protocol's deadlines, and how it chooses between staging and direct writes."""
         return Settings(
             handshake_seconds=self.handshake_seconds,
             bootstrap_seconds=self.bootstrap_seconds,
             transfer_seconds=self.waiting_seconds,
             heartbeat_seconds=self.heartbeat_seconds,
+            staging=self.staging,
+            costs=self.costs,
         )
+
+    @property
+    def staging_bytes(self) -> int | None:
+        """Staging memory of each rank; 0: none, None: the engine's choice."""
+        if self.mode == "null" or self.staging == "never":
+            return 0
+        return None if self.staging_mib is None else self.staging_mib << 20
 
     @property
     def registry_host(self) -> str:
@@ -88,8 +108,15 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.decode_radix_cache and self.mode != "decode":
             raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
-        if self.control_advertise:
-            Address.parse(self.control_advertise)
+        if self.control_advertise and Address.parse(self.control_advertise, any_port=True).is_wildcard:
+            raise ConfigError(f"--disaggregation-control-advertise {self.control_advertise} is every interface")
+        if self.staging == "always" and self.staging_mib == 0:
+            raise ConfigError("--staging always needs memory: set --staging-mib to at least 1")
+        if self.staging_mib and self.staging_slot_bytes > self.staging_mib << 20:
+            raise ConfigError(
+                f"--staging-mib {self.staging_mib} holds no slot of --staging-slot-bytes {self.staging_slot_bytes}; "
+                f"set --staging-mib to at least {-(-self.staging_slot_bytes >> 20)}"
+            )
         if self.page_size < 1 or self.max_total_tokens < self.page_size:
             raise ConfigError(
                 f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
@@ -103,6 +130,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
     if config.mode != "null":
         require_secret(config.registry_host, secret, what="the control plane")
         require_secret(config.host, secret, what=f"a {config.mode} server")
+        link_hosts(config)  # refused before a model is loaded
     rank = Rank(shard=Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size))
     with ExitStack() as closing:
         port = closing.enter_context(reserve(config.host, config.port))
@@ -162,6 +190,7 @@ class _Server:
                 model=config.served_model_name or stack.model.name,
                 max_positions=stack.model.geometry.max_positions,
                 pool_tokens=stack.pools.tokens,
+                page_size=stack.pools.page_size,
                 mode=config.mode,
                 bootstrap_allow=self._allow,
             ),
@@ -176,8 +205,9 @@ class _Server:
         manager = stack.manager
         if manager is not None:
             api.metrics.counters(
-                "kvbaton_handoff_events", "What the hand-off counted, by event.", "event", manager.counters
+                "kvbaton_handoff_events", "What the hand-off counted on rank 0, by event.", "event", manager.counters
             )
+            api.metrics.gauges(lambda: handoff_gauges(manager))
         return api
 
     def _info(self) -> Mapping[str, object]:
@@ -202,8 +232,11 @@ class _Server:
                 "address": manager.address,
                 "group": self._rank.group,
                 "layout_digest": manager.layout.digest(),
+                "rank": self._rank.shard.rank,
                 "live_rooms": manager.live_rooms,
                 "leased_rooms": manager.leased_rooms,
+                "quarantined_rooms": manager.quarantined_rooms,
+                "staging": _staging_facts(manager, config),
                 "counters": manager.counters(),
             }
         return facts
@@ -244,6 +277,36 @@ class _Server:
         self._failure = self._failure or error
         signals.stop.set()
         signals.hurry.set()
+
+
+def handoff_gauges(manager: KVManager) -> list[Gauge]:
+    """What the leader's rank holds for hand-offs now."""
+    gauges = [
+        Gauge("kvbaton_rooms_live", "Rooms of rank 0 that have not ended, or are leased.", manager.live_rooms),
+        Gauge("kvbaton_rooms_leased", "Rooms of rank 0 that a peer may still write.", manager.leased_rooms),
+        Gauge("kvbaton_rooms_quarantined", "Leased rooms of rank 0 that have failed.", manager.quarantined_rooms),
+    ]
+    staging = manager.layout.staging
+    if staging is not None:
+        used = staging.slots - manager.staging_slots_free
+        gauges += [
+            Gauge("kvbaton_staging_slots", "Staging slots of rank 0.", staging.slots),
+            Gauge("kvbaton_staging_slots_used", "Staging slots of rank 0 in use.", used),
+        ]
+    return gauges
+
+
+def _staging_facts(manager: KVManager, config: ServeConfig) -> dict[str, object] | None:
+    """Of this rank; None without staging memory."""
+    staging = manager.layout.staging
+    if staging is None:
+        return None
+    return {
+        "policy": config.staging,
+        "slot_bytes": staging.slot_bytes,
+        "slots": staging.slots,
+        "slots_free": manager.staging_slots_free,
+    }
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:

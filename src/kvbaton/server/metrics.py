@@ -25,22 +25,26 @@ HANDOFF_BYTES_BUCKETS = tuple(float(1 << power) for power in range(12, 36, 2))
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """One number at the time of a scrape. Gauges of one name carry the same label names."""
+    """One number at the time of a scrape. Gauges of one name carry the same label names.
+
+    ``grows``: it only does that, so it is exported as a counter, with ``_total`` behind its name.
+    """
 
     name: str
     help: str
     value: float
     labels: Mapping[str, str] = field(default_factory=dict)
+    grows: bool = False
 
 
 class RequestTimer:
-    """One request under way. ``outcome`` is ``ok``, an error's code, or ``disconnected``."""
+    """One request under way. ``outcome`` is ``ok``, an error's code, or ``client_gone``."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._started = perf_counter()
         self._answered = False
-        self.outcome = "disconnected"
+        self.outcome = "client_gone"
 
     def first_token(self) -> None:
         if not self._answered:
@@ -59,7 +63,7 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "kvbaton_requests",
-            "Requests that ended, by route and outcome (ok, disconnected, or an error's code).",
+            "Requests that ended, by route and outcome (ok, client_gone, or an error's code).",
             ["route", "outcome"],
             registry=self.registry,
         )
@@ -72,7 +76,7 @@ class ServerMetrics:
         )
         self.first_token_seconds = Histogram(
             "kvbaton_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "From a request's arrival to its first token; at a router of answers that stream only.",
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
@@ -142,11 +146,12 @@ class _Gauges(Collector):
         return ()  # the names are known only when they are read
 
     def collect(self) -> Iterable[Metric]:
-        families: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for gauge in self._read():
             family = families.get(gauge.name)
             if family is None:
-                family = families[gauge.name] = GaugeMetricFamily(gauge.name, gauge.help, labels=list(gauge.labels))
+                kind = CounterMetricFamily if gauge.grows else GaugeMetricFamily
+                family = families[gauge.name] = kind(gauge.name, gauge.help, labels=list(gauge.labels))
             family.add_metric(list(gauge.labels.values()), gauge.value)
         return families.values()
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from kvbaton.engine.request import Handoff, Sampling
+from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Handoff, Sampling
 from kvbaton.errors import ConfigError
 
 #: max_tokens of a completion that does not say, as OpenAI's; of a chat, clipped to what the model has room for.
@@ -28,6 +28,8 @@ CHAT_MAX_TOKENS = 1024
 #: The registry's port, where a request names only its host.
 BOOTSTRAP_PORT = 8998
 MAX_RID_CHARACTERS = 128
+#: OpenAI's bound of a completion's alternatives; a chat's is MAX_TOP_LOGPROBS, the engine's.
+MAX_COMPLETION_LOGPROBS = 5
 
 _T = TypeVar("_T", bound="CompletionRequest | ChatRequest | AbortRequest")
 
@@ -55,7 +57,7 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=64)] | None = None
     max_tokens: _Count | None = None
-    n: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     user: str | None = None
     # known, and accepted only where they change nothing
     frequency_penalty: float | None = None
@@ -71,8 +73,6 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         """Raises ConfigError for a known field with a value that we do not implement."""
-        if self.n not in (None, 1):
-            _refuse("n", "only 1 answer per request is implemented")
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 _refuse(name, "is not implemented; leave it out or pass 0")
@@ -86,7 +86,17 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def sampling(self, *, max_tokens: int, logprobs: bool) -> Sampling:
+    @property
+    def choices(self) -> int:
+        """Answers that are asked for."""
+        return 1 if self.n is None else self.n
+
+    def told(self) -> tuple[bool, int]:
+        """Whether logprobs are asked for, and of how many alternatives to each token. Overridden by each kind."""
+        raise NotImplementedError
+
+    def sampling(self, *, max_tokens: int) -> Sampling:
+        logprobs, top_logprobs = self.told()
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -95,26 +105,29 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
             stop=self.stops(),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            choices=self.choices,
         )
 
 
 class CompletionRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[int | str]
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
 
     def check(self) -> None:
         _Common.check(self)
-        if self.logprobs not in (None, 0, 1):
-            _refuse("logprobs", "0 and 1 are implemented: the chosen token's own logprob")
         if self.echo:
             _refuse("echo", "is not implemented; leave it out")
         if self.suffix:
             _refuse("suffix", "is not implemented; leave it out")
-        if self.best_of not in (None, 1):
-            _refuse("best_of", "only 1 is implemented")
+        if self.best_of is not None and (self.best_of, self.choices) != (1, 1):
+            _refuse("best_of", "is not implemented; leave it out, n answers are given as they come")
+
+    def told(self) -> tuple[bool, int]:
+        return self.logprobs is not None, self.logprobs or 0
 
     def text_or_tokens(self) -> str | tuple[int, ...]:
         """The one prompt: text, or token ids. Raises ConfigError for an empty one and for several."""
@@ -146,18 +159,21 @@ class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_completion_tokens: _Count | None = None
     tools: list[Any] | None = None
 
     def check(self) -> None:
         _Common.check(self)
-        if self.top_logprobs:
-            _refuse("top_logprobs", "is not implemented; logprobs gives the chosen token's own")
+        if self.top_logprobs and not self.logprobs:
+            _refuse("top_logprobs", "is only allowed together with logprobs=true")
         if self.tools:
             _refuse("tools", "is not implemented; leave it out")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             _refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
+
+    def told(self) -> tuple[bool, int]:
+        return bool(self.logprobs), self.top_logprobs or 0
 
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -177,7 +193,8 @@ class CompletionLogprobs(Struct, frozen=True):
     tokens: list[str]
     token_logprobs: list[float]
     text_offset: list[int]
-    top_logprobs: None = None
+    #: For each token the likeliest ones and itself, by their texts. Of two tokens with one text the likelier is told.
+    top_logprobs: list[dict[str, float]] | None = None
 
 
 class CompletionChoice(Struct, kw_only=True):
@@ -188,11 +205,14 @@ class CompletionChoice(Struct, kw_only=True):
     index: int = 0
 
 
-class ChatLogprob(Struct, frozen=True):
+class ChatAlternative(Struct, frozen=True):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any] = []
+
+
+class ChatLogprob(ChatAlternative, frozen=True):
+    top_logprobs: list[ChatAlternative] = []
 
 
 class ChatLogprobs(Struct, frozen=True):

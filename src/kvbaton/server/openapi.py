@@ -45,7 +45,7 @@ _REFUSALS = {
     "415": "compressed bodies are not taken",
     "499": "the request was aborted",
     "500": "a bug",
-    "502": "a worker answers with something else than an answer",
+    "502": "the other side broke the protocol, or a worker answers with something else than an answer",
     "503": "try again later",
     "504": "a deadline passed",
 }
@@ -213,11 +213,9 @@ def _content(kind: str, schema: _Json) -> _Json:
 
 _NOTHING: Mapping[str, _Json] = {
     # known fields of the API that are accepted at these values only
-    "n": {"enum": [1, None]},
     "best_of": {"enum": [1, None]},
     "frequency_penalty": {"enum": [0, None]},
     "presence_penalty": {"enum": [0, None]},
-    "top_logprobs": {"enum": [0, None]},
     "echo": {"enum": [False, None]},
     "suffix": {"enum": ["", None]},
     "logit_bias": {"anyOf": [{"type": "object", "maxProperties": 0}, {"type": "null"}]},
@@ -231,8 +229,6 @@ def _tighten(schema: _Json, kind: Kind) -> None:
     for name, only in _NOTHING.items():
         if name in fields:
             fields[name] = dict(only)
-    if schema["title"] == "CompletionRequest":
-        fields["logprobs"] = {"enum": [0, 1, None]}
     rooms = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
     if kind == "router":
         for name in rooms:
@@ -246,9 +242,18 @@ def _tighten(schema: _Json, kind: Kind) -> None:
             fields[name] = fields[name]["anyOf"][0]
             schema["required"] = [*schema["required"], name]
     schema["properties"] = fields
-    schema["allOf"] = [
-        {
-            "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
-            "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
-        }
-    ]
+    schema["allOf"] = [_needs("stream_options", {"type": "object"}, "stream", {"const": True})]
+    if "top_logprobs" in fields:
+        schema["allOf"].append(_needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}))
+    if "best_of" in fields:
+        one = {"if": _holds("best_of", {"const": 1}), "then": {"properties": {"n": {"enum": [1, None]}}}}
+        schema["allOf"].append(one)
+
+
+def _needs(name: str, value: _Json, other: str, must: _Json) -> _Json:
+    """Where ``name`` has such a value, ``other`` must be there and be as ``must`` says."""
+    return {"if": _holds(name, value), "then": _holds(other, must)}
+
+
+def _holds(name: str, value: _Json) -> _Json:
+    return {"properties": {name: value}, "required": [name]}

@@ -160,10 +160,10 @@ class Router:
                 Legs(self._session, http.path, fields, pair, self._headers) as legs,
             ):
                 answer = await legs.answer()
-                timer.first_token()
                 headers = {"Content-Type": answer.headers.get("Content-Type", ""), "X-KVBaton-Room": str(pair.room)}
                 if not headers["Content-Type"].startswith("text/event-stream"):
                     return await self._whole(answer, pair, headers, legs, timer)
+                timer.first_token()  # decode sends the head of a stream together with it
                 out = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
                 await out.prepare(http)
                 timer.outcome = await self._relay(answer, pair, out)

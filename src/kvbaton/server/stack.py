@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbaton.control.address import Address
 from kvbaton.control.registry import Coordinates as Place
 from kvbaton.control.registry import Route, Sizes
 from kvbaton.control.zmq import ZmqLinks
@@ -35,7 +36,7 @@ from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.engine.shard import Shard
 from kvbaton.engine.unified import unified_scheduler
-from kvbaton.errors import KVBatonError
+from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.layout_file import RankLayout
 from kvbaton.manager import KVManager, new_instance
 from kvbaton.messages import Coordinates
@@ -59,17 +60,47 @@ class Rank:
     shard: Shard = field(default_factory=Shard)
 
 
+def link_hosts(config: ServeConfig) -> tuple[str, str]:
+    """The address where a rank's links listen, and the one that peers dial if it is another; IP addresses.
+
+    Prefill listens where its registry does. Decode dials and nobody dials it: its links listen on loopback. Raises
+    ConfigError.
+    """
+    if config.mode == "decode":
+        return "127.0.0.1", ""
+    here = _resolved(config.registry_host)
+    if config.control_advertise:
+        return here.host, Address.parse(config.control_advertise, any_port=True).host
+    if here.is_wildcard:
+        raise ConfigError(
+            f"{config.registry_host} is every interface and says not where decode finds this server",
+            hint="add --disaggregation-control-advertise tcp://IP:0, or an IP as --disaggregation-bootstrap-host",
+        )
+    return here.host, ""
+
+
+def _resolved(host: str) -> Address:
+    """A name as the first address that the system has for it, as :func:`kvbaton.server.lifecycle.reserve` takes it."""
+    if host == "localhost":
+        return Address("127.0.0.1", 0)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise ConfigError(f"{host} cannot be found: {error.strerror or error}") from None
+    return Address(str(found), 0)
+
+
 def build_manager(
     config: ServeConfig, pools: Pools, rank: Rank, *, secret: str | None, wakeup: threading.Event | None = None
 ) -> KVManager:
-    """The hand-off manager of one rank: transport by ``config.backend``, links bound to ``config.registry_host``.
+    """The hand-off manager of one rank: transport by ``config.backend``, links where :func:`link_hosts` says.
 
     With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
     """
-    host, shard = config.registry_host, rank.shard
-    shown = f"[{host}]" if ":" in host else host
+    shard = rank.shard
+    host, advertise = link_hosts(config)
     port = config.control_port + shard.rank if config.control_port else 0
-    links = ZmqLinks(f"tcp://{shown}:{port}", secret=secret)
+    links = ZmqLinks(str(Address(host, port)), secret=secret, advertise=advertise)
     try:
         transport = make_transport(config.backend, rank.instance)
         return KVManager(
@@ -203,6 +234,8 @@ def _pools(config: ServeConfig, model: LoadedModel) -> Pools:
             page_size=config.page_size,
             aux_slots=2 * config.max_running_requests,
             chunk_tokens=1 if config.mode == "decode" else config.chunked_prefill_size,
+            staging_bytes=config.staging_bytes,
+            staging_slot_bytes=config.staging_slot_bytes,
         ),
         model=model.fingerprint,
         device=_device(config, model.shard),
@@ -225,7 +258,9 @@ def _scheduler(
     )
     runner = ModelRunner(model, pools)
     if group is not None:
-        runner = ModelRunner(model, pools, collective=collective, announce=group.announce)
+        runner = ModelRunner(
+            model, pools, collective=collective, announce=group.announce, announce_copy=group.announce_copy
+        )
     if manager is None:
         return unified_scheduler(model, pools, limits, runner=runner)
     rooms = manager if group is None else GroupManager(manager, group, pools)
@@ -278,8 +313,8 @@ def _layouts(rank: Rank, manager: KVManager, group: Group | None) -> tuple[RankL
 
 
 def _advertised(config: ServeConfig, shard: Shard, bound: str) -> str:
-    """What peers are told to dial. Behind address translation rank r is found r ports above the leader."""
+    """What peers are told to dial. Where a port is told rank r is found r ports above it, else at the one it has."""
     if not config.control_advertise:
         return bound
-    host, _, port = config.control_advertise.rpartition(":")
-    return f"{host}:{int(port) + shard.rank}"
+    told = Address.parse(config.control_advertise, any_port=True)
+    return str(Address(told.host, told.port + shard.rank if told.port else Address.parse(bound).port))

@@ -30,7 +30,7 @@ from kvbaton.transports import make_transport
 HALT = "halt"
 #: A batch in which nothing ends for so long is stuck.
 STUCK_SECONDS = 60.0
-SETTINGS = Settings(heartbeat_seconds=1.0, announce_seconds=10.0, bootstrap_seconds=30.0, transfer_seconds=30.0)
+SETTINGS = Settings(heartbeat_seconds=1.0, announce_seconds=2.0, bootstrap_seconds=30.0, transfer_seconds=30.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

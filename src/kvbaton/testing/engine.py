@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
-from kvbaton.errors import KVBatonError
+from kvbaton.errors import InternalError, KVBatonError
 
 PATIENCE_SECONDS = 10.0
 
@@ -22,6 +24,14 @@ def spell(text: str, *, finish_reason: str | None = "stop") -> list[Output]:
     outputs = [Output(tokens=(ord(letter),), text=letter, logprobs=(-0.5,)) for letter in text[:-1]]
     last = Output(tokens=(ord(text[-1]),), text=text[-1], logprobs=(-0.5,), finish_reason=finish_reason)
     return [*outputs, last]
+
+
+def spell_all(text: str, choices: int, **arguments: Any) -> list[Output]:
+    """:func:`spell` for each of ``choices`` answers, letter by letter in turn."""
+    spelt = spell(text, **arguments)
+    outputs = [replace(output, index=index) for output in spelt for index in range(choices)]
+    ending = outputs[-choices:]
+    return outputs[:-choices] + [replace(last, unfinished=choices - 1 - index) for index, last in enumerate(ending)]
 
 
 class ScriptedEngine:
@@ -74,7 +84,13 @@ class ScriptedEngine:
             slots_used=0,
             running=len(self._live),
             queues={"waiting": 0},
+            prefix_lookups=3,
+            prefix_hit_tokens=48,
         )
+
+    @property
+    def failure(self) -> KVBatonError | None:
+        return self.refusal if isinstance(self.refusal, InternalError) else None
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that happened here makes ``condition`` true. Raises TimeoutError."""

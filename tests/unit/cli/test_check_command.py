@@ -16,6 +16,7 @@ from kvbaton.layout import (
     Pool,
     Region,
     Shard,
+    Staging,
     StateTensor,
     aux_pool,
     gated_delta_net,
@@ -65,6 +66,13 @@ def gdn(**changes: object) -> Pool:
 
 
 AUX = aux_pool(slots=4, slot_bytes=256, region=0)
+AUX2 = [aux_pool(slots=4, slot_bytes=256, region=0, tp_size=2, tp_rank=rank) for rank in range(2)]
+
+
+def staged(one: CacheLayout, slot_bytes: int) -> CacheLayout:
+    """``one`` with two slots of staging memory."""
+    regions = (*one.regions, Region(60 << 40, 2 * slot_bytes))
+    return msgspec.structs.replace(one, regions=regions, staging=Staging(len(one.regions), slot_bytes, 2))
 
 
 def group(*layouts: CacheLayout, size: int = 0) -> list[RankLayout]:
@@ -190,6 +198,16 @@ PAIRS = {
         group(layout(SCALED, scale_pool(SCALED, scale_bytes=4), AUX)),
         group(layout(SCALED, AUX)),
         ["kv_scale"],
+    ),
+    "staging slots that hold no block": (
+        group(staged(layout(kv(), AUX), 1024)),
+        group(staged(layout(kv(), AUX), 65536)),
+        ["staging.slot_bytes"],
+    ),
+    "staging slots of different sizes, and staging on one side": (
+        group(*(staged(one.layout, 1 << 16) for one in tp_group(2))),
+        group(staged(layout(kv(tp_size=2), AUX2[0]), 1 << 15), layout(kv(tp_size=2, tp_rank=1), AUX2[1])),
+        [],
     ),
     "K and V as one tensor": (
         BASE,

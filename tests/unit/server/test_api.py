@@ -23,7 +23,7 @@ from kvbaton.server.api import MAX_BODY_BYTES, ApiServer
 from kvbaton.server.failure import DrainingError, status_of
 from kvbaton.server.intake import INLINE_CHARACTERS, ApiConfig
 from kvbaton.server.openai import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
 from kvbaton.testing.http import run, serving
 
 CONFIG = ApiConfig(model="m", max_positions=4096)
@@ -97,7 +97,7 @@ def test_a_completion():
 def test_token_ids_and_logprobs_come_when_asked_for():
     async def test() -> None:
         async with api(lambda _request: spell("hi", finish_reason="length")) as client:
-            body = await client.post(prompt=[1, 2], logprobs=1, return_token_ids=True)
+            body = await client.post(prompt=[1, 2], logprobs=0, return_token_ids=True)
             (choice,) = body["choices"]
             assert choice["token_ids"] == [ord("h"), ord("i")]
             assert choice["finish_reason"] == "length"
@@ -132,6 +132,141 @@ def test_a_chat():
             for field in ("max_tokens", "max_completion_tokens"):
                 await client.post(path, messages=[{"role": "user", "content": "q"}], **{field: 3})
                 assert client.engine.requests[-1].sampling.max_tokens == 3
+
+    run(test())
+
+
+#: Two tokens, each with two alternatives; "i" is not among its own, and two tokens are spelt "e".
+TOPS = [
+    Output(tokens=(104,), text="h", logprobs=(-0.5,), top_logprobs=(((104, -0.5), (101, -2.0)),)),
+    Output(
+        tokens=(105,), text="i", logprobs=(-3.0,), top_logprobs=(((101, -0.25), (104, -1.5)),), finish_reason="stop"
+    ),
+]
+
+
+def test_alternatives_in_each_format():
+    async def test() -> None:
+        async with api(lambda _request: TOPS) as client:
+            body = await client.post(prompt="a", logprobs=2)
+            assert body["choices"][0]["logprobs"] == {
+                "tokens": ["h", "i"],
+                "token_logprobs": [-0.5, -3.0],
+                "text_offset": [0, 1],
+                "top_logprobs": [{"h": -0.5, "e": -2.0}, {"e": -0.25, "h": -1.5, "i": -3.0}],
+            }
+            sampling = client.engine.requests[-1].sampling
+            assert (sampling.logprobs, sampling.top_logprobs) == (True, 2)
+            question = {"messages": [{"role": "user", "content": "q"}], "logprobs": True, "top_logprobs": 2}
+            body = await client.post("/v1/chat/completions", **question)
+            assert body["choices"][0]["logprobs"]["content"][1] == {
+                "token": "i",
+                "logprob": -3.0,
+                "bytes": [105],
+                "top_logprobs": [
+                    {"token": "e", "logprob": -0.25, "bytes": [101]},
+                    {"token": "h", "logprob": -1.5, "bytes": [104]},
+                ],
+            }
+            assert client.engine.requests[-1].sampling.top_logprobs == 2
+            events = await client.events("/v1/chat/completions", **question)
+            told = [entry for event in events[:-1] for entry in event["choices"][0]["logprobs"]["content"]]
+            assert told == body["choices"][0]["logprobs"]["content"]
+
+    run(test())
+
+
+def test_several_choices():
+    async def test() -> None:
+        async with api(lambda request: spell_all("hey", request.sampling.choices)) as client:
+            body = await client.post(prompt="abc", n=3, logprobs=0, return_token_ids=True)
+            assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+            assert {choice["text"] for choice in body["choices"]} == {"hey"}
+            assert [choice["logprobs"]["text_offset"] for choice in body["choices"]] == [[0, 1, 2]] * 3
+            assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+            assert client.engine.requests[-1].sampling.choices == 3
+            question = {"messages": [{"role": "user", "content": "q"}], "n": 2}
+            body = await client.post("/v1/chat/completions", **question)
+            assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]] == [
+                (0, "hey", "stop"),
+                (1, "hey", "stop"),
+            ]
+            assert body["usage"]["completion_tokens"] == 6
+
+    run(test())
+
+
+def test_several_choices_in_a_stream():
+    async def test() -> None:
+        async with api(lambda request: spell_all("hey", request.sampling.choices)) as client:
+            fields = {"n": 3, "stream_options": {"include_usage": True}}
+            events = await client.events(prompt="abc", logprobs=0, **fields)
+            assert events.pop() == "[DONE]"
+            assert events.pop()["usage"] == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+            choices = [event["choices"][0] for event in events]
+            for index in range(3):
+                own = [choice for choice in choices if choice["index"] == index]
+                assert "".join(choice["text"] for choice in own) == "hey"
+                assert [choice["finish_reason"] for choice in own] == [None, None, "stop"]
+                assert [at for choice in own for at in choice["logprobs"]["text_offset"]] == [0, 1, 2]
+            chat = {"messages": [{"role": "user", "content": "q"}], **fields}
+            events = await client.events("/v1/chat/completions", **chat)
+            deltas = [event["choices"][0] for event in events[:-2]]
+            for index in range(3):
+                own = [choice["delta"] for choice in deltas if choice["index"] == index]
+                assert "".join(delta["content"] for delta in own) == "hey"
+                assert [delta.get("role") for delta in own] == ["assistant", None, None]
+
+    run(test())
+
+
+def test_a_client_that_leaves_before_the_last_choice_aborts_all():
+    async def test() -> None:
+        first = [Output(tokens=(97,), text="a", finish_reason="stop", unfinished=1)]
+        async with api(lambda _request: first) as client:
+            async with client.session.post(
+                f"{client.url}/v1/completions", json={"prompt": "x", "stream": True, "rid": "r1", "n": 2}
+            ) as response:
+                assert b'"finish_reason":"stop"' in await response.content.readuntil(b"\n\n")
+            await client.engine.until(lambda: client.engine.aborted == ["r1"])
+            assert not client.engine.live
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "n": 17}, "n"),
+        ("/v1/completions", {"prompt": "a", "n": 0}, "n"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 6}, "logprobs"),
+        ("/v1/chat/completions", {"n": 17}, "n"),
+        ("/v1/chat/completions", {"logprobs": 3}, "logprobs"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_choices_and_logprobs_out_of_bounds_name_their_field(path, fields, param):
+    async def test() -> None:
+        async with api() as client:
+            more = {} if "prompt" in fields else {"messages": [{"role": "user", "content": "q"}]}
+            body = await client.post(path, 400, **fields, **more)
+            assert body["error"]["param"] == param
+            assert not client.engine.requests
+
+    run(test())
+
+
+def test_a_chat_that_does_not_say_shares_the_pool_among_its_choices():
+    async def test() -> None:
+        async with api(config=ApiConfig(model="m", max_positions=100, pool_tokens=64, page_size=16)) as client:
+            message = {"role": "user", "content": "q" * 3}
+            prompt = len("<user><assistant>") + 3
+            for choices, tokens in ((1, 64), (2, 32), (3, 32)):  # one page of the prompt is shared
+                await client.post("/v1/chat/completions", messages=[message], n=choices)
+                assert client.engine.requests[-1].sampling.max_tokens == tokens - prompt
+            body = await client.post("/v1/chat/completions", 400, messages=[message], n=4)
+            assert body["error"]["param"] == "messages"
 
     run(test())
 
@@ -217,7 +352,7 @@ def test_a_client_that_goes_away_aborts_its_request(stream, started):
             await client.engine.until(lambda: client.engine.aborted == ["r"])
             assert not client.engine.live
             assert await client.server.gate.emptied(5)
-            assert await client.metric('kvbaton_requests_total{outcome="disconnected",route="/v1/completions"}') == 1
+            assert await client.metric('kvbaton_requests_total{outcome="client_gone",route="/v1/completions"}') == 1
 
     run(test())
 
@@ -235,7 +370,8 @@ ERRORS = [
     (errors.IncompatibleError("page sizes differ"), 503, "incompatible"),
     (errors.ExpiredError("too late"), 504, "expired"),
     (errors.AbortedError("aborted"), 499, "aborted"),
-    (errors.RemoteProtocolError("nonsense"), 500, "protocol"),
+    (errors.RemoteProtocolError("nonsense"), 502, "protocol"),
+    (errors.MessageError("no message"), 502, "message"),
     (errors.InternalError("bug"), 500, "internal"),
 ]
 
@@ -308,7 +444,7 @@ def test_wrong_requests_are_400_with_the_field():
     async def test() -> None:
         async with api() as client:
             for fields, param in [
-                ({"prompt": "x", "n": 2}, "n"),
+                ({"prompt": "x", "n": 17}, "n"),
                 ({"prompt": "x", "temperature": -1}, "temperature"),
                 ({"prompt": ""}, "prompt"),
                 ({"prompt": "x", "model": "other"}, "model"),
@@ -368,11 +504,12 @@ def test_no_garbage_ever_becomes_a_server_error(bodies):
 def test_an_engine_that_died_fails_health_and_readiness():
     async def test() -> None:
         async with api() as client:
-            client.engine.refusal = errors.InternalError("the scheduler died")
             await client.get("/health")
-            assert (await client.post(status=500, prompt="x"))["error"]["code"] == "internal"
+            client.engine.refusal = errors.InternalError("the scheduler died")
             assert "died" in (await client.get("/health", 503))["reason"]
             assert "died" in (await client.get("/ready", 503))["reason"]
+            assert not (await client.get("/get_server_info"))["ready"]
+            assert (await client.post(status=500, prompt="x"))["error"]["code"] == "internal"
 
     run(test())
 
@@ -406,6 +543,8 @@ def test_operating_routes():
             assert info["stats"]["pages_free"] == 10
             await client.post(prompt="x")
             assert await client.metric("kvbaton_pages_free") == 10
+            assert await client.metric("kvbaton_prefix_cache_lookups_total") == 3
+            assert await client.metric("kvbaton_prefix_cache_hit_tokens_total") == 48
             assert await client.metric('kvbaton_queued_requests{queue="waiting"}') == 0
             assert await client.metric("kvbaton_time_to_first_token_seconds_count") == 1
             assert await client.metric('kvbaton_request_seconds_count{route="/v1/completions"}') == 1

@@ -50,11 +50,19 @@ def chat(**fields: object) -> bytes:
         ({"seed": 1.5}, "seed"),
         ({"stop": 1}, "stop"),
         ({"stop": ["a", 1]}, "stop"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": 1.5}, "n"),
         ({"best_of": 2}, "best_of"),
+        ({"best_of": 2, "n": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
         ({"echo": True}, "echo"),
         ({"suffix": "y"}, "suffix"),
-        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
         ({"logit_bias": {"1": 1}}, "logit_bias"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -84,7 +92,12 @@ def test_a_wrong_completion_names_its_field(fields, field):
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        ({"n": 17}, "n"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
         ({"tools": [{}]}, "tools"),
         ({"prompt": "x"}, "prompt"),
     ],
@@ -114,14 +127,30 @@ def test_neutral_values_of_what_we_do_not_implement_are_accepted():
 
 def test_sampling_keeps_what_was_asked():
     request = parse(completion(temperature=0, top_p=0.5, seed=-3, stop="\n", ignore_eos=True), CompletionRequest)
-    sampling = request.sampling(max_tokens=7, logprobs=True)
+    sampling = request.sampling(max_tokens=7)
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (7, 0.0, 0.5, -3)
-    assert (sampling.stop, sampling.ignore_eos, sampling.logprobs) == (("\n",), True, True)
+    assert (sampling.stop, sampling.ignore_eos, sampling.logprobs) == (("\n",), True, False)
     assert parse(completion(stop=["a", "b"]), CompletionRequest).stops() == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (lambda: parse(completion(n=16, logprobs=0), CompletionRequest), (16, True, 0)),
+        (lambda: parse(completion(n=None, logprobs=5), CompletionRequest), (1, True, 5)),
+        (lambda: parse(completion(), CompletionRequest), (1, False, 0)),
+        (lambda: parse(chat(n=2, logprobs=True), ChatRequest), (2, True, 0)),
+        (lambda: parse(chat(logprobs=True, top_logprobs=20), ChatRequest), (1, True, 20)),
+        (lambda: parse(chat(logprobs=None, top_logprobs=0), ChatRequest), (1, False, 0)),
+    ],
+)
+def test_choices_and_logprobs_of_each_kind(request_, expected):
+    sampling = request_().sampling(max_tokens=3)
+    assert (sampling.choices, sampling.logprobs, sampling.top_logprobs) == expected
+
+
 def test_defaults_are_openais():
-    sampling = parse(completion(), CompletionRequest).sampling(max_tokens=16, logprobs=False)
+    sampling = parse(completion(), CompletionRequest).sampling(max_tokens=16)
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (1.0, 1.0, None, ())
 
 

@@ -176,6 +176,7 @@ def test_both_legs_get_the_same_room_and_the_client_gets_decodes_answer():
                 assert body["bootstrap_room"] == room
             assert one["rid"] == two["rid"]
             await setup.post()
+            assert await setup.metric("kvbaton_time_to_first_token_seconds_count") == 0
             assert prefill.bodies[1]["bootstrap_room"] != room
             assert await setup.metric('kvbaton_requests_total{outcome="ok",route="/v1/completions"}') == 2
 
@@ -191,6 +192,7 @@ def test_a_stream_passes_through_and_prefill_is_not_asked_to_stream():
                 assert response.headers["Content-Type"].startswith("text/event-stream")
                 assert int(response.headers["X-KVBaton-Room"]) == decode.bodies[0]["bootstrap_room"]
                 assert await response.read() == b"".join(EVENTS)
+            assert await setup.metric("kvbaton_time_to_first_token_seconds_count") == 1
             assert decode.bodies[0]["stream"] is True
             assert prefill.bodies[0]["stream"] is False
             assert prefill.bodies[0]["stream_options"] is None
@@ -232,6 +234,19 @@ def test_a_failing_decode_is_the_clients_answer_at_once_and_ends_the_prefill_leg
             error = (await setup.post(503))["error"]
             assert error["message"] == f"decode {setup.urls[decode]}: it died"
             await prefill.cancelled.wait()
+
+    run(test())
+
+
+def test_a_worker_whose_peer_broke_the_protocol_is_a_bad_gateway_and_not_tried_again():
+    async def test() -> None:
+        decodes = [Backend(fail(502, "protocol", "the aux row is another prompt's")) for _ in range(2)]
+        async with routed([Backend(hang)], decodes) as setup:
+            error = (await setup.post(502))["error"]
+            assert error["code"] == "protocol"
+            assert error["message"].startswith(f"decode {setup.urls[decodes[0]]}: ")
+            assert not decodes[1].bodies
+            assert await setup.metric("kvbaton_router_retries_total") == 0
 
     run(test())
 
@@ -278,7 +293,7 @@ def test_a_client_that_goes_away_within_a_stream_ends_the_decode_leg():
             response.close()
             await decode.cancelled.wait()
             assert await setup.router.gate.emptied(5)
-            assert await setup.metric('kvbaton_requests_total{outcome="disconnected",route="/v1/completions"}') == 1
+            assert await setup.metric('kvbaton_requests_total{outcome="client_gone",route="/v1/completions"}') == 1
 
     run(test())
 

@@ -112,12 +112,13 @@ def _model(rng: random.Random) -> Model:
 
 def _tuning(rng: random.Random, theme: str) -> Tuning:
     quiet = theme in ("clean", "calm")
+    forgets = theme == "amnesia" or (theme == "policy" and rng.random() < 0.5)
     return Tuning(
         write_bytes=rng.choice((16, 32, 64, 4096)),
         write_entries=rng.choice((2, 8, 64)),
         window_bytes=rng.choice((16, 64, 4096)),
         window_entries=rng.choice((2, 16, 256)),
-        tombstones=1 if theme == "amnesia" else 64 if quiet else rng.choice((2, 8, 64, 64)),
+        tombstones=1 if forgets else 64 if quiet else rng.choice((2, 8, 64, 64)),
         rooms=64 if quiet or rng.random() < 0.97 else 2,
         staging=rng.choice(("auto", "always", "always")),
         quarantine_seconds=rng.choice((0.5, 6.0)) if theme == "policy" else None,
@@ -250,18 +251,54 @@ def _faults(
     if theme in ("reuse", "amnesia", "policy"):
         for _ in range(rng.randint(1, 4)):
             made.append(_lingering(rng, theme))
+    if theme == "stalls" and rng.random() < 0.3:
+        return _last_words(rng, sources, targets)
     if theme == "stalls":
         for _ in range(rng.randint(1, 2)):
             when = _trigger(rng)
             made.append(RankFault(kind="pause", rank=rng.choice(ranks), when=when, seconds=rng.uniform(4.0, 45.0)))
         made.append(WriteFault(kind=rng.choice(("never_settles", "late")), count=3, seconds=rng.uniform(5.0, 40.0)))
-    if theme in ("amnesia", "policy"):
+    if theme == "policy" and rng.random() < 0.5:
+        made += _late_welcome(rng)
+    if theme == "amnesia" and rng.random() < 0.5:
+        made += _late_confession(rng)
+    elif theme in ("amnesia", "policy"):
         made.append(_cut(rng, sources, targets, rng.uniform(1.0, 40.0)))
     most = {"reuse": 1, "rivals": 1, "stalls": 1, "both": 2, "amnesia": 2, "policy": 2}.get(theme, 6)
     count = min(most, rng.choices((1, 2, 3, 4, 6), (30, 30, 20, 12, 8))[0])
     if theme != "rivals" or rng.random() < 0.3:
         made += [_fault(rng, sources, targets, ranks) for _ in range(count)]
     return tuple(made)
+
+
+def _late_welcome(rng: random.Random) -> list[Fault]:
+    """A source that goes on with what its target gave up, let go by policy and forgot: it never heard of the end."""
+    return [
+        MessageFault(kind="double", message="opened", count=3, seconds=rng.uniform(0.6, 10.0)),
+        MessageFault(kind="drop", message="abort", count=40),
+    ]
+
+
+def _last_words(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...]) -> tuple[Fault, ...]:
+    """A source tells of a failure by force and is never heard of again; its target stands still before it acts."""
+    source, target = rng.choice(sources), rng.choice(targets)
+    nth = rng.choice((1, 1, 2))
+    told = [Trigger(event="failed", nth=nth, delay=rng.uniform(0.0006, most)) for most in (0.01, 0.4)]
+    lost, slow = source.rank(rng.randrange(source.size)), target.rank(rng.randrange(target.size))
+    return (
+        WriteFault(kind="breaks", count=3),
+        RankFault(kind="vanish", rank=lost, when=told[0]),
+        RankFault(kind="pause", rank=slow, when=told[1], seconds=rng.uniform(8.0, 30.0)),
+    )
+
+
+def _late_confession(rng: random.Random) -> list[Fault]:
+    """A target that hears of a failure by force when the source has forgotten it and says so."""
+    return [
+        WriteFault(kind=rng.choice(("never_settles", "raises")), count=5, seconds=50.0),
+        MessageFault(kind="delay", message="failed", count=40, until="forgotten"),
+        MessageFault(kind="delay", message="forgotten", count=9, seconds=rng.uniform(0.01, 0.5)),
+    ]
 
 
 def _lingering(rng: random.Random, theme: str) -> MessageFault:

@@ -1,0 +1,102 @@
+"""Gather and scatter of ``gather``, in torch: for memory of a GPU, whose pages are reached by raw pointers.
+
+Copies run on a stream of their own, so that they wait for nothing that the engine computes, and are over when a call
+returns: the write that follows may be posted, the success that follows may be reported. What the engine writes into
+pages is in memory before, because a chunk waits for its fence. Words as wide as all offsets allow are copied, not
+bytes. The same code runs on tensors of host memory; that is how it is tested without a GPU. Of torch only this file
+of the runtime knows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvbaton.errors import TransportError
+from kvbaton.runtime.gather import Int32s, Int64s, LaneGroup, lane_groups, memory
+from kvbaton.table import Table
+
+#: By bytes of a word.
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def gather(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
+    """Copy table entries to address ``slot`` of the same device. Raises TransportError."""
+    device = _device(table)
+    with _copying(device):
+        for pages, index, columns in _views(table, lane_bytes, entries, slot, device):
+            columns.copy_(pages.index_select(0, index))
+
+
+def scatter(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
+    """Copy the blocks at address ``slot`` to table entries of the same device. Raises TransportError."""
+    device = _device(table)
+    with _copying(device):
+        for pages, index, columns in _views(table, lane_bytes, entries, slot, device):
+            pages.index_copy_(0, index, columns)
+
+
+def _device(table: Table) -> Any:
+    return torch.device("cuda", int(table.rows[0, 2])) if table.memory == "VRAM" else torch.device("cpu")
+
+
+@contextmanager
+def _copying(device: Any) -> Iterator[None]:
+    """Copies inside run on our stream of the device and are over afterwards. torch's errors become TransportError."""
+    try:
+        if device.type != "cuda":
+            yield
+            return
+        stream = _stream(device.index)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+    except (RuntimeError, AssertionError) as error:  # CUDA's errors; a torch that was built without it asserts
+        raise TransportError(f"{device} cannot copy between pages and staging: {error}") from error
+
+
+@functools.cache
+def _stream(device: int) -> Any:
+    return torch.cuda.Stream(device)
+
+
+def _views(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int, device: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """For each group of lanes: pages as ``(any, lanes, words)``, the index of each block in it, and the group's part of
+    the slot as ``(blocks, lanes, words)``."""
+    size = int(lane_bytes.sum())
+    for group in lane_groups(table, lane_bytes, entries):
+        word = _word(group, slot, size)
+        unit, lane, block, words = (n // word for n in (group.unit, group.step, size, group.length))
+        inner = (group.lanes, words)
+        count = len(group.index)
+        taken = (count - 1) * size + group.lanes * group.length
+        pages = _tensor(group.base, group.span, word, device).as_strided((group.rows, *inner), (unit, lane, 1))
+        blocks = _tensor(slot + group.offset, taken, word, device).as_strided((count, *inner), (block, words, 1))
+        yield pages, torch.from_numpy(group.index).to(device), blocks
+
+
+def _word(group: LaneGroup, slot: int, block_bytes: int) -> int:
+    """Bytes of the widest word that every address, distance and length is a multiple of."""
+    return math.gcd(8, group.base, group.unit, group.step, group.length, group.offset, slot, block_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    """Memory of a GPU as libraries pass it to each other."""
+
+    __cuda_array_interface__: dict[str, object]
+
+
+def _tensor(address: int, length: int, word: int, device: Any) -> Any:
+    """A flat tensor of words that shares the memory at ``address``. ``length`` in bytes."""
+    if device.type != "cuda":
+        return torch.from_numpy(memory(address, length).view(np.dtype(f"i{word}" if word > 1 else "u1")))
+    described = {"shape": (length // word,), "typestr": f"<i{word}" if word > 1 else "|u1", "version": 3}
+    return torch.as_tensor(_Pointer({**described, "data": (address, False), "strides": None}), device=device)

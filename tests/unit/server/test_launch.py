@@ -1,0 +1,66 @@
+"""Where a server's links listen and what peers are told to dial; what it exports of its hand-offs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import MakeRank
+
+from kvbaton.errors import ConfigError
+from kvbaton.manager import Span
+from kvbaton.server.launch import ServeConfig, handoff_gauges, serve
+from kvbaton.server.stack import link_hosts
+
+SOMEWHERE = "tcp://10.0.0.1:7000"
+
+
+def config(mode: str, host: str, advertise: str = "") -> ServeConfig:
+    return ServeConfig(model="none", mode=mode, host=host, port=0, control_advertise=advertise)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "hosts"),
+    [
+        (config("prefill", "127.0.0.1"), ("127.0.0.1", "")),
+        (config("prefill", "localhost"), ("127.0.0.1", "")),
+        (config("prefill", "::1", "tcp://[fd00::1]:7000"), ("::1", "fd00::1")),
+        (config("prefill", "0.0.0.0", SOMEWHERE), ("0.0.0.0", "10.0.0.1")),
+        (config("prefill", "::", "tcp://10.0.0.1:0"), ("::", "10.0.0.1")),
+        (config("decode", "0.0.0.0"), ("127.0.0.1", "")),
+        (config("decode", "no-such-host.invalid"), ("127.0.0.1", "")),
+    ],
+)
+def test_links_listen_where_peers_can_dial_and_those_of_decode_nowhere(
+    given: ServeConfig, hosts: tuple[str, str]
+) -> None:
+    assert link_hosts(given) == hosts
+
+
+@pytest.mark.parametrize(
+    ("host", "says"), [("0.0.0.0", "--disaggregation-control-advertise"), ("no-such-host.invalid", "cannot be found")]
+)
+def test_a_prefill_server_must_be_found_somewhere(host: str, says: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of enough characters")
+    with pytest.raises(ConfigError) as refused:
+        serve(ServeConfig(model="none", mode="prefill", host=host, port=0, secret_file=secret))
+    assert says in f"{refused.value} {refused.value.hint}"
+
+
+@pytest.mark.parametrize("advertise", ["tcp://0.0.0.0:7000", "tcp://[::]:7000"])
+def test_what_is_advertised_can_be_dialled(advertise: str) -> None:
+    with pytest.raises(ConfigError, match="every interface"):
+        config("prefill", "127.0.0.1", advertise)
+
+
+@pytest.mark.parametrize("transport", ["memory"])
+def test_a_rank_exports_its_rooms_and_staging_slots(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill"), make_rank("decode")
+    receiver = target.manager.receiver(1, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1))], token_count=40)
+    told = {gauge.name: gauge.value for gauge in handoff_gauges(target.manager)}
+    assert told == {"kvbaton_rooms_live": 1, "kvbaton_rooms_leased": 1, "kvbaton_rooms_quarantined": 0}
+    receiver.abort("enough")
+    target.wait_until(lambda: receiver.concluded, "the room ends")
+    assert not any(gauge.value for gauge in handoff_gauges(target.manager))
