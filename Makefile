@@ -28,7 +28,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 properties: setup      ## 10,000 random layouts and topologies against an independent numpy reshard (minutes)
 	KVBATON_PROPERTY_CASES=10000 $(BIN)/python -m pytest tests/property

@@ -114,7 +114,7 @@ def part_id_dropped(patches: Patches) -> None:
     patches.set(sending, "post", lambda t, write: original(t, replace(write, part=0)))
 
 
-@mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)", shown_by=109)
+@mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)")
 def failed_resurrected(patches: Patches) -> None:
     original, close = room.TargetRoom.status, receiving.close
 
@@ -181,7 +181,7 @@ def ack_counted_instead_of_identified(patches: Patches) -> None:
     patches.set(room.TargetRoom, "status", status)
 
 
-@mutant("deadlines are judged before the messages that are here already are read")
+@mutant("deadlines are judged before the messages that are here already are read", shown_by=186)
 def deadline_checked_before_the_inbox(patches: Patches) -> None:
     def handle(self: Any, event: Any, now: float) -> Any:
         self._around.now = now
@@ -217,7 +217,7 @@ def duplicate_open_accepted(patches: Patches) -> None:
     patches.set(rooms.Rooms, "_room_for", room_for)
 
 
-@mutant("another instance that answers at a known address is taken for the old one (sglang#36029)", shown_by=112)
+@mutant("another instance that answers at a known address is taken for the old one (sglang#36029)", shown_by=356)
 def restart_at_the_same_address_undetected(patches: Patches) -> None:
     def on_answer(self: Any, session: Any, hello: Any) -> None:
         if hello.answers == self._around.instance:
