@@ -166,7 +166,7 @@ class Judge:
             rivals = [job.request.number]
         if wrong := job.wrong(rivals):
             raise self._violated("corrupt", f"{job} succeeded, but {wrong} are wrong")
-        for number in rivals if len(rivals) > 1 and job.side.bytes else ():
+        for number in rivals if len(rivals) > 1 and job.side is not None and job.side.bytes else ():
             group = job.process.group.name
             if not job.wrong([number]) and self._delivered.setdefault(number, group) != group:
                 raise self._violated("delivered twice", f"{job} and group {self._delivered[number]} got one content")
