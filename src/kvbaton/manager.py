@@ -403,4 +403,5 @@ class KVManager:
                 self._sides.pop((report.role, report.room), None)
             if self._finished is not None:
                 self._finished.append(Finished(report.room, report.role, report.status.error))
-        self.wakeup.set()
+        if not self.wakeup.is_set():  # whoever clears it afterwards reads what is published here already
+            self.wakeup.set()

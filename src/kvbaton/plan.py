@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec import Struct
@@ -69,7 +69,8 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartPlan:
-    """One part of a pairing. ``lane_bytes[i]`` is the length of lane i; a block is one entry of every lane."""
+    """One part of a pairing. ``lane_bytes[i]`` is the length of lane i; a block is one entry of every lane and takes
+    ``block_bytes``."""
 
     id: PartId
     paged: bool
@@ -77,10 +78,10 @@ class PartPlan:
     lane_bytes: Int64s
     source: Side
     target: Side
+    block_bytes: int = field(init=False)
 
-    @property
-    def block_bytes(self) -> int:
-        return int(self.lane_bytes.sum())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_bytes", int(self.lane_bytes.sum()))
 
     def blocks(self, token_start: int, token_stop: int) -> range:
         """Numbers of the blocks that hold tokens ``[token_start, token_stop)``; block 0 alone for slot pools.
