@@ -190,3 +190,26 @@ def test_a_staged_room_that_is_given_up_gives_its_slots_back(make_ring: Callable
         one.wait_until(lambda side=side: side.concluded, f"the end of {side}")  # type: ignore[misc]
         assert side.poll() is KVPoll.Failed
     ring.expect_nothing_held()
+
+
+def test_what_arrived_but_cannot_be_copied_is_never_served(
+    make_ring: Callable[..., Ring], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that fails in the last step, after every byte has come: the room fails, others do not wait for it."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    ring = make_ring(source_slots=2, target_slots=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvbaton.runtime.staging.scatter", fails)
+        room = Room(ring, 1)
+        room.submit()
+        ring.target.wait_until(lambda: room.receiver.concluded, "the end")
+        assert room.receiver.poll() is KVPoll.Failed
+        assert "illegal memory access" in str(room.receiver.error)
+    assert "room 1: what has arrived cannot be copied" in caplog.text
+    following = Room(ring, 2)
+    following.submit()
+    following.expect_success()
+    ring.expect_nothing_held()

@@ -14,7 +14,7 @@ from kvbaton.staging import StagingPolicy
 
 PageOrder = Literal["contiguous", "shuffled"]
 HEADS = 8
-#: Staging memory of a rank in scenarios that have some: enough slots for every room that is open at a time.
+#: Least size of a staging slot in scenarios that have some; a page of all layers fits in any case.
 SLOT_BYTES = 8 << 20
 
 
@@ -69,16 +69,20 @@ class Scenario:
         """Bytes of the pieces that rooms fall into where the tensor-parallel sizes differ and tokens are outermost."""
         return self.item_bytes // self.page_size // max(self.source_tp, self.target_tp)
 
+    @property
+    def slot_bytes(self) -> int:
+        return max(SLOT_BYTES, self.layers * 2 * self.item_bytes)
+
     def staging_slots(self) -> int:
         """Slots of one rank: for every room that is open at a time, from every other rank."""
         if self.staging == "never":
             return 0
-        room_slots = -(-self.layers * 2 * self.pages * self.item_bytes // SLOT_BYTES) + 1
+        room_slots = -(-self.layers * 2 * self.pages * self.item_bytes // self.slot_bytes) + 1
         return room_slots * min(self.concurrency, self.rooms) + max(self.source_tp, self.target_tp)
 
     def memory_bytes(self, tp_size: int, tp_rank: int) -> int:
         """Bytes that one rank needs: its pool and its staging memory."""
-        return pool_bytes(self.layout(0, tp_size, tp_rank).pools[0]) + self.staging_slots() * SLOT_BYTES
+        return pool_bytes(self.layout(0, tp_size, tp_rank).pools[0]) + self.staging_slots() * self.slot_bytes
 
     def layout(self, address: int, tp_size: int, tp_rank: int) -> CacheLayout:
         """The layout of one rank whose memory begins at ``address``: the pool, then staging memory."""
@@ -96,8 +100,8 @@ class Scenario:
         size, slots = pool_bytes(pool), self.staging_slots()
         if not slots:
             return CacheLayout("bench", (Region(address, size),), (pool,))
-        regions = (Region(address, size), Region(address + size, slots * SLOT_BYTES))
-        return CacheLayout("bench", regions, (pool,), Staging(1, SLOT_BYTES, slots))
+        regions = (Region(address, size), Region(address + size, slots * self.slot_bytes))
+        return CacheLayout("bench", regions, (pool,), Staging(1, self.slot_bytes, slots))
 
     def pages_of(self, side: Literal["source", "target"]) -> list[NDArray[np.int64]]:
         """Page ids of every room on one side; the same for all ranks of the side."""

@@ -83,8 +83,12 @@ class PostWrite:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scatter:
-    """Copy the first ``count`` blocks of one of our staging slots to table entries of our memory, now."""
+    """Copy the first ``count`` blocks of one of our staging slots to table entries of our memory, now.
 
+    A driver that cannot reports ``room`` as failed where the core, which counts on it, reports success.
+    """
+
+    room: int
     staged: StagedPart
     slot: int
     count: int

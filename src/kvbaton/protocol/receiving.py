@@ -75,7 +75,7 @@ def scatter(t: Transfer) -> None:
         blocks = part.blocks(grant.token_start, grant.token_stop)
         for number, _, run in lease.staged.runs(blocks, lease.first):
             entries = part.target_entries(run, units, first_page)
-            t.wire.emit(Scatter(lease.staged, lease.slots[number], len(run), entries))
+            t.wire.emit(Scatter(t.key.room, lease.staged, lease.slots[number], len(run), entries))
 
 
 def close(t: Transfer, _now: float, _: object) -> None:

@@ -14,11 +14,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvbaton.control.base import Arrived, LinkChange, Links
-from kvbaton.errors import DisconnectedError, ExpiredError, KVBatonError, TransportError
+from kvbaton.errors import DisconnectedError, ExpiredError, InternalError, KVBatonError, TransportError
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
     CancelWrites,
@@ -26,6 +26,7 @@ from kvbaton.protocol.effects import (
     Dial,
     Effect,
     FencePeer,
+    KVPoll,
     PostWrite,
     PreparePeer,
     Quiesce,
@@ -104,6 +105,7 @@ class Driver:
         self._clock = clock
         self._staging = StagingDesk(core.staging)
         self._queue = PostingQueue(window, self._staging.may_post)
+        self._spoiled: dict[int, KVBatonError] = {}  # target rooms that live on
         self._commands: deque[Command] = deque()
         self._fenced_chunks: deque[Command] = deque()
         self._events: deque[Event] = deque()
@@ -303,7 +305,7 @@ class Driver:
             if not self._links.send(effect.link, effect.payload):
                 self.counters["messages_dropped"] += 1
         elif isinstance(effect, Report):
-            self._on_report(effect)
+            self._report(effect)
         elif isinstance(effect, PostWrite):
             self._queue.offer(effect)
         elif isinstance(effect, CancelWrites):
@@ -313,13 +315,34 @@ class Driver:
         elif isinstance(effect, FencePeer):
             self._fence(effect.peer)
         elif isinstance(effect, Scatter):
-            self._staging.scatter(effect)
+            self._scatter(effect)
         elif isinstance(effect, Quiesce):
             self._quiescing[effect.peer] = (self._clock() + QUIESCE_SECONDS, QUIESCE_POLLS)
         elif isinstance(effect, Dial):
             self._dial(effect.address)
         elif isinstance(effect, CloseLink):
             self._links.close_link(effect.link)
+
+    def _scatter(self, effect: Scatter) -> None:
+        """What cannot be copied (a device has failed) must not be served: its room fails, whatever the core says."""
+        try:
+            self._staging.scatter(effect)
+        except Exception as error:
+            self.counters["driver_errors"] += 1
+            log.exception("room %d: what has arrived cannot be copied to its pages", effect.room)
+            self._spoiled[effect.room] = InternalError(
+                f"what has arrived could not be copied to its pages: {error!r}; restart this rank", room=effect.room
+            )
+
+    def _report(self, report: Report) -> None:
+        status = report.status
+        spoiled = self._spoiled.get(report.room) if report.role == "target" else None
+        if spoiled is not None and status.poll in (KVPoll.Success, KVPoll.Failed):
+            if not status.leased:
+                del self._spoiled[report.room]
+            if status.poll is KVPoll.Success:
+                report = replace(report, status=replace(status, poll=KVPoll.Failed, error=spoiled))
+        self._on_report(report)
 
     def _dial(self, address: str) -> None:
         try:
