@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvbaton.conformance.families import make_config, write_weights
+from kvbaton.engine.memory import PoolConfig
 from kvbaton.engine.model import LoadedModel, load_model
-from kvbaton.engine.pool import PoolConfig, Pools
+from kvbaton.engine.pool import Pools
 from kvbaton.engine.request import Output, Request, Sampling
 from kvbaton.engine.scheduler import Scheduler
 

@@ -15,16 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.engine import aux_row
+from kvbaton.engine.allocator import Allocator
 from kvbaton.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
+from kvbaton.engine.memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGING_SLOT_BYTES, PoolConfig
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import (
-    ALIGNMENT_BYTES,
-    STAGING_BYTES,
-    STAGING_SLOT_BYTES,
-    Allocator,
-    PoolConfig,
-    Pools,
-)
+from kvbaton.engine.pool import Pools
 from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
 from kvbaton.engine.shard import Shard
 from kvbaton.errors import (

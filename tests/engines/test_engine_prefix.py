@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_handoff import CONFIG, Pair, pair
 
+from kvbaton.engine.allocator import Allocator
 from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Allocator
 from kvbaton.engine.prefix import Prefix, PrefixCache
 from kvbaton.engine.request import Request, Sampling
 from kvbaton.engine.scheduler import SchedulerConfig

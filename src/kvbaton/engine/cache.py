@@ -24,7 +24,8 @@ from transformers.cache_utils import (
 )
 
 from kvbaton.engine.geometry import Holds
-from kvbaton.engine.pool import Holding, PagedMemory, Pools, StateMemory
+from kvbaton.engine.memory import PagedMemory, StateMemory
+from kvbaton.engine.pool import Holding, Pools
 
 
 @dataclass(frozen=True, slots=True)

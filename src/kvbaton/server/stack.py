@@ -29,8 +29,9 @@ from kvbaton.engine.cutting import check_fits, cut
 from kvbaton.engine.decode import decode_scheduler
 from kvbaton.engine.follower import Follower
 from kvbaton.engine.group import READY_SECONDS, Group, GroupManager
+from kvbaton.engine.memory import PoolConfig
 from kvbaton.engine.model import LoadedModel, load_model, use_threads
-from kvbaton.engine.pool import PoolConfig, Pools
+from kvbaton.engine.pool import Pools
 from kvbaton.engine.prefill import prefill_scheduler
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
