@@ -84,11 +84,20 @@ def _table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *body)]
 
 
-def write_into(path: Path, results: Sequence[Result]) -> None:
-    """Replace what stands between the markers of a Markdown file. Raises ConfigError where there are none."""
-    text = path.read_text(encoding="utf-8")
+def around_markers(path: Path) -> tuple[str, str]:
+    """What stands before and behind the markers of a Markdown file. Raises ConfigError where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--write {path}: {error.strerror}; name a file with the lines {BEGIN} and {END}") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"{path} has no lines {BEGIN} and {END}")
+        raise ConfigError(f"--write {path}: it has no lines {BEGIN} and {END}")
+    return before, after
+
+
+def write_into(path: Path, results: Sequence[Result]) -> None:
+    """Replace what stands between the markers of a Markdown file. Raises ConfigError where there are none."""
+    before, after = around_markers(path)
     path.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")

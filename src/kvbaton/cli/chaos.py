@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     exit_on_sigterm()
+    if options.write is not None:
+        from kvbaton.chaos.report import around_markers
+
+        around_markers(options.write)  # before minutes are spent
     try:
         from rich.console import Console
 
