@@ -7,6 +7,11 @@ For every mutant of ``protocol/`` and ``plan.py`` (one operator changed, one con
 one table cell ignored, ...) a forked process imports the changed module and runs a fixed sample of the simulator, then
 the fast unit and property tests, until something fails. What nothing fails for has survived, and is printed as a diff.
 A mutant that takes longer than the time limit is killed too: it hangs.
+
+Not changed, because no behaviour is wrong afterwards: what is for people (texts, stories, ``__repr__``), annotations,
+the default of a field, the number behind an enum's member, the size of a bound that a module-level CONSTANT names
+(tests read the constant; the code that uses it is changed), and by how much a counter counts (that it counts is
+changed).
 """
 
 from __future__ import annotations
@@ -35,7 +40,16 @@ import mutation_report
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src"
 SUBJECTS = [*sorted((SOURCE / "kvbaton" / "protocol").glob("*.py")), SOURCE / "kvbaton" / "plan.py"]
-TESTS = ("tests/unit/protocol", "tests/unit/test_staging.py", "tests/property")
+TESTS = (
+    "tests/unit/protocol",
+    "tests/unit/test_grants.py",
+    "tests/unit/test_timers.py",
+    "tests/unit/test_plan.py",
+    "tests/unit/test_staging.py",
+    "tests/unit/test_compatibility.py",
+    "tests/unit/test_verify.py",
+    "tests/property",
+)
 EXPLAINED = ROOT / "tests" / "sim" / "survivors.toml"
 #: Seeds of the simulator that every mutant meets before the unit tests.
 SIM_SEEDS = 240
@@ -92,19 +106,47 @@ class Mutant:
 
 def mutants(path: Path) -> Iterator[Mutant]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    quiet = {id(inner) for outer in ast.walk(tree) if _is_quiet(outer) for inner in ast.walk(outer)}
-    for outer in ast.walk(tree):  # what a decorator says (frozen, slots) is for people and type checkers
-        for decorator in getattr(outer, "decorator_list", ()):
-            quiet |= {id(inner) for inner in ast.walk(decorator)}
+    quiet = {id(inner) for outer in ast.walk(tree) for part in _quiet_parts(outer) for inner in ast.walk(part)}
+    quiet |= {id(inner) for bound in tree.body if _is_bound(bound) for inner in ast.walk(bound)}
     for number, node in enumerate(ast.walk(tree)):
         if id(node) not in quiet:
             for how in _changes(node):
                 yield Mutant(path, number, how, getattr(node, "lineno", 0))
 
 
+def _quiet_parts(node: ast.AST) -> list[ast.AST]:
+    """What is left alone of a node, and all that is in it."""
+    if _is_quiet(node):
+        return [node]
+    parts: list[ast.AST] = list(getattr(node, "decorator_list", ()))  # frozen, slots: for people and type checkers
+    if isinstance(node, ast.AnnAssign):
+        parts.append(node.annotation)
+    elif isinstance(node, ast.ClassDef):  # defaults of fields, numbers of an enum's members
+        is_enum = any(isinstance(base, ast.Attribute) and "Enum" in base.attr for base in node.bases)
+        parts += [
+            one for one in node.body if isinstance(one, ast.AnnAssign) or (is_enum and isinstance(one, ast.Assign))
+        ]
+    elif isinstance(node, ast.AugAssign) and _is_counter(node.target):
+        parts.append(node.value)
+    return parts
+
+
+def _is_counter(node: ast.AST) -> bool:
+    home = node.value if isinstance(node, ast.Subscript) else None
+    return isinstance(home, ast.Attribute) and home.attr == "counters"
+
+
+def _is_bound(node: ast.AST) -> bool:
+    """``MAX_ROWS = 1 << 20``: arithmetic on numbers alone, in capitals."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()):
+        return False
+    arithmetic = ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    return all(isinstance(inner, arithmetic) for inner in ast.walk(node.value))
+
+
 def _is_quiet(node: ast.AST) -> bool:
-    """What is for people only: imports, annotations, texts, stories, ``__repr__``."""
-    if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr | ast.AnnAssign):
+    """What is for people only: imports, texts, stories, ``__repr__``."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr):
         return True
     if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "story", "waits_for", "sizes", "describe"):
         return True

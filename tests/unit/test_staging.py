@@ -162,6 +162,17 @@ def test_a_staged_room_arrives_byte_for_byte_in_chunks() -> None:
         rank.core.check_invariants()
 
 
+def test_a_staged_write_says_how_many_bytes_it_moves() -> None:
+    pair = Pair(slots=12)
+    pair.open()
+    for source in pair.sources:
+        source.hold_writes = True
+    pair.submit()
+    for source in pair.sources:
+        assert [write.bytes for write in source.held] == [256] * 6
+        assert source.status("source", 1).bytes == 6 * 256
+
+
 def test_slots_come_back_and_rooms_that_find_none_go_directly() -> None:
     pair = Pair(slots=12)
     pair.open(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import msgspec
@@ -24,7 +25,9 @@ from kvbaton.messages import (
     TransferKey,
     encode,
 )
-from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol import rooms
+from kvbaton.protocol.core import Core
+from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import (
     ChunkSubmitted,
     GrantsPublished,
@@ -38,6 +41,7 @@ from kvbaton.protocol.events import (
     WriteSettled,
 )
 from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.transfer import State
 from kvbaton.testing.world import Rank, World
 from unit.protocol.scene import PAIR, QUICK, SHAPES, Scene, add_group, dropping, holding
 
@@ -273,6 +277,85 @@ def test_a_sender_that_comes_after_the_target_aborted_learns_the_cause_at_once()
     assert scene.status("source").poll is KVPoll.Bootstrapping
 
 
+def open_early(scene: Scene) -> None:
+    """The targets open before any sender has come."""
+    scene.open_receivers()
+    scene.publish()
+    scene.world.run()
+
+
+def test_a_failure_before_the_sender_came_is_forgotten_when_the_target_opens_the_room_again() -> None:
+    scene = Scene()
+    open_early(scene)
+    scene.abort("target")
+    scene.world.run()
+    assert scene.source.core.sizes()["early_failures"] == 1
+    open_early(scene)
+    assert scene.source.core.sizes()["early_failures"] == 0
+    scene.open_senders()
+    scene.submit_all()
+    scene.expect_success()
+
+
+def test_a_failure_before_the_open_is_forgotten_when_a_sender_comes_again() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.abort("source")
+    assert scene.source.core.sizes()["early_failures"] == 1
+    scene.open_senders()
+    assert scene.source.core.sizes()["early_failures"] == 0
+
+
+def test_each_target_is_told_once_of_a_failure_before_it_came() -> None:
+    """Those that have opened, or were told, open for the next request."""
+    scene = Scene(SHAPES["1→2"])
+    scene.open_senders()
+    first, second = scene.targets
+
+    def opens(rank: Rank) -> KVPoll:
+        rank.do(ReceiverOpened(scene.room, scene.addresses))
+        rank.do(GrantsPublished(scene.room, scene.grants(rank), scene.shape.tokens))
+        scene.world.run()
+        return rank.status("target", scene.room).poll
+
+    assert opens(first) is KVPoll.WaitingForInput
+    scene.abort("source")
+    scene.world.run()
+    assert opens(second) is KVPoll.Failed
+    assert opens(second) is KVPoll.WaitingForInput
+    assert scene.source.core.sizes()["early_failures"] == 0
+
+
+def test_the_oldest_failure_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "MAX_RECENT_FAILURES", 2)
+    scene = Scene()
+    for room in (1, 2, 3):
+        scene.room = room
+        scene.open_senders()
+        scene.abort("source")
+    assert scene.source.core.sizes()["early_failures"] == 2
+    polls = []
+    for room in (1, 2, 3):
+        scene.room = room
+        open_early(scene)
+        polls.append(scene.status("target").poll)
+    assert polls == [KVPoll.WaitingForInput, KVPoll.Failed, KVPoll.Failed]
+
+
+def test_a_group_is_checked_once() -> None:
+    scene = Scene()
+    scene.start()
+    assert scene.target.core.sizes()["groups_covered"] == 1
+
+
+def test_the_first_transfer_of_a_peer_is_never_taken_for_a_forgotten_one() -> None:
+    scene = Scene()
+    scene.start()
+    since = len(scene.world.trace)
+    scene.world.inject(scene.target, scene.source, msgspec.structs.replace(first_open(scene), key=TransferKey(8, 1)))
+    assert said(scene, since, Opened)
+
+
 # ---- nobody comes ---------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +585,12 @@ def test_what_a_driver_asks() -> None:
     assert not scene.source.core.receiving
     scene.submit(0)
     assert not scene.source.core.quiet
+    assert not scene.source.core.receiving, "it writes"
+    assert scene.target.core.quarantined == 0, "leased, but for good"
+    agreed = scene.source.core.plan_digest("i-d0", "source")
+    assert agreed
+    assert scene.target.core.plan_digest("i-p0", "target") == agreed
+    assert scene.source.core.plan_digest("i-d0", "target") is None
     scene.abort("source")
     assert not scene.source.core.wants_chunks(scene.room)
     assert scene.target.core.receiving
@@ -509,6 +598,82 @@ def test_what_a_driver_asks() -> None:
     scene.world.run()
     assert not scene.target.core.receiving
     assert scene.source.core.quiet
+
+
+def test_a_bystander_does_not_make_its_target_receive() -> None:
+    scene = Scene(SHAPES["bystander"])
+    scene.world.network = lambda sender, _to, message: 0 if isinstance(message, Done) and sender.name == "p1" else 1
+    scene.start()
+    scene.submit_all()
+    assert scene.status("target").poll is KVPoll.Success
+    assert scene.target.core.live_rooms == 1, "the bystander has yet to conclude"
+    assert not scene.target.core.receiving
+
+
+def test_a_rank_that_sends_keeps_a_staging_slot_for_that() -> None:
+    scene = Scene()
+    scene.start()
+    assert scene.source.core.staging.sends
+    assert not scene.target.core.staging.sends
+
+
+def corrupt(core: Core, how: str) -> None:
+    """Make the tables of a core contradict each other, as a bug would."""
+    transfers, rooms = core._transfers, core._rooms
+    (transfer,) = transfers.live()
+    address = (transfer.peer, transfer.role, transfer.key)
+    if how == "write":
+        transfer.as_source().outstanding.clear()
+    elif how == "closed":
+        transfer.state = State.CLOSED
+    elif how == "dead and alive":
+        transfers._tombstones[address] = transfer
+    elif how == "deadline":
+        transfers.cancel_timers(transfer)
+    elif how == "too many graves":
+        most = transfers.settings.tombstones
+        transfers._tombstones.update({(str(n), "source", transfer.key): transfer for n in range(most + 1)})
+    elif how == "graves":
+        transfers._graves["i-d0"] = OrderedDict({address: None})
+    elif how == "empty graves":
+        transfers._graves["i-d0"] = OrderedDict()
+    elif how == "rooms":
+        transfers._rooms_of["i-d0"] += 1
+    elif how == "units":
+        transfers._units_of["i-d0"] += 1
+    elif how == "home":
+        rooms._homes.clear()
+    elif how == "another home":
+        rooms._homes[transfer].transfers.clear()
+    else:
+        rooms.all()[0].reported = RoomStatus()
+
+
+CONTRADICTIONS = {
+    "write": "is not outstanding",
+    "closed": "closed and live at once",
+    "dead and alive": "closed and live at once",
+    "deadline": "has no deadline",
+    "too many graves": "too many tombstones",
+    "graves": "are not the tombstones",
+    "empty graves": "are not the tombstones",
+    "rooms": "live rooms by peer are miscounted",
+    "units": "granted units by peer are miscounted",
+    "home": "belongs to no room",
+    "another home": "belongs to no room",
+    "report": "was reported as",
+}
+
+
+@pytest.mark.parametrize("how", CONTRADICTIONS)
+def test_tables_that_contradict_each_other_are_noticed(how: str) -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    scene.submit(0)
+    scene.source.core.check_invariants()
+    corrupt(scene.source.core, how)
+    with pytest.raises(InternalError, match=CONTRADICTIONS[how]):
+        scene.source.core.check_invariants()
 
 
 def test_worlds_without_traffic_stay_empty() -> None:

@@ -150,6 +150,28 @@ def test_a_recorded_hello_of_a_replaced_instance_does_not_push_out_its_successor
     assert scene.source.core.counters["messages_replayed"] == 1
 
 
+def test_another_process_on_the_link_of_a_peer_is_proof_that_the_peer_has_ended() -> None:
+    scene = ready()
+    hello = recorded(scene, Hello)
+    link = scene.source.link_to(scene.target)
+    say(scene.source, msgspec.structs.replace(hello, sender="i-x", group="x"), link)
+    assert [name for name, _, _ in scene.source.core.sessions()] == ["i-x"]
+    error = scene.status("source").error
+    assert error is not None
+    assert error.message == "replaced by i-x on its link"
+
+
+def test_what_is_remembered_of_replaced_instances_is_bounded_and_the_oldest_goes_first() -> None:
+    scene = Scene(settings=replace(QUICK, sessions=2))
+    hello = scene.target.core.identity.hello(greeting=1)
+    for number in range(4):  # each takes the place of the one before
+        say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}"), LinkId(1000 + number))
+    assert scene.source.core.sizes()["instances_replaced"] == 2
+    for number in (1, 2):
+        say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}", greeting=9), LinkId(2000 + number))
+    assert scene.source.core.counters["messages_replayed"] == 2
+
+
 # ---- answers that nobody asked for
 
 
@@ -186,6 +208,29 @@ def test_the_allowance_is_bounded_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     answers = Allowance()
     assert all(answers.take(LinkId(number), 0.0) for number in range(100))
     assert len(answers) == 3
+
+
+def test_the_link_that_was_answered_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allowance, "MAX_LINKS", 2)
+    answers = Allowance()
+    first, second, third = map(LinkId, (1, 2, 3))
+    for link in (second, first):
+        assert [answers.take(link, 0.0) for _ in range(BURST + 1)] == [True] * BURST + [False]
+    assert not answers.take(second, 0.0)  # asked last
+    assert answers.take(third, 0.0)
+    assert not answers.take(second, 0.0)
+    assert answers.take(first, 0.0)
+
+
+def test_an_allowance_grows_with_time_up_to_its_burst() -> None:
+    answers = Allowance()
+    link = LinkId(1)
+    assert [answers.take(link, 5.0) for _ in range(BURST + 1)] == [True] * BURST + [False]
+    pause = 1.0 / allowance.ANSWERS_PER_SECOND
+    assert not answers.take(link, 5.0 + pause / 2)
+    assert answers.take(link, 5.0 + pause)
+    assert not answers.take(link, 5.0 + pause)
+    assert sum(answers.take(link, 1_000.0) for _ in range(2 * BURST)) == BURST
 
 
 # ---- tables

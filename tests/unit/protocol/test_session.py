@@ -7,9 +7,10 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict
+from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
 from kvbaton.protocol.effects import KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
     GrantsPublished,
@@ -89,6 +90,97 @@ def test_greetings_are_repeated_ever_more_slowly() -> None:
     meet(world, source, target)
     world.run(until=9.9)
     assert [at for at, *_ in world.trace] == [0.0, 0.5, 1.5, 3.5, 7.5]
+
+
+def test_a_greeting_begins_anew_after_a_loss() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.run(until=1.0)
+    world.network = lambda _from, _to, _message: 0
+    target.do(LinkUp(target.link_to(source)))
+    world.run(until=10.9)
+    assert [at for at, _, _, m in world.trace if isinstance(m, Hello)] == [0.0, 0.0, 1.0, 1.5, 2.5, 4.5, 8.5]
+
+
+def test_a_target_that_waits_for_a_verdict_greets_again_until_its_deadline() -> None:
+    world, source, target = pair()
+    world.network = dropping(Verdict)
+    meet(world, source, target)
+    assert states(target) == ["judging"]
+    world.run(until=QUICK.handshake_seconds - 0.1)
+    hellos = [at for at, sender, _, m in world.trace if isinstance(m, Hello) and sender == "d0"]
+    assert hellos == [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert target.status("target", 1).poll is KVPoll.Bootstrapping
+    world.run(until=QUICK.handshake_seconds)
+    assert "no answer within 10 s to the handshake" in error_of(target).message
+
+
+def greeted_at(world: World, source: Rank, target: Rank, at: float) -> None:
+    """The target greets at that time; the source's driver does not come to an end of its preparations."""
+    world.now = at
+    source.core.handle(MessageArrived(LinkId(99), encode(target.core.identity.hello(greeting=1))), at)
+    assert states(source) == ["preparing"]
+
+
+@pytest.mark.parametrize("again", ["first", "after a loss", "after a fence", "reached for after a fence"])
+def test_a_source_that_cannot_prepare_in_time_loses_the_peer(again: str) -> None:
+    world, source, target = pair()
+    greeted_at(world, source, target, 3.0)
+    if again == "after a loss":
+        world.run(until=20.0)
+        assert states(source) == ["lost"]
+    elif again != "first":
+        world.now = 20.0
+        source.core.handle(PeerPrepared("i-d0"), 20.0)
+        source.core.handle(PeerFenced("i-d0"), 20.0)
+    if again in ("after a loss", "reached for after a fence"):
+        source.core.handle(MessageArrived(LinkId(99), encode(Pong(sender="i-d0", receiver="i-p0"))), 20.0)
+    begun = 3.0 if again == "first" else 20.0
+    assert states(source) == ["preparing"]
+    world.run(until=begun + QUICK.handshake_seconds - 0.1)
+    assert states(source) == ["preparing"]
+    world.run(until=begun + QUICK.handshake_seconds)
+    assert states(source) == ["lost"]
+
+
+@pytest.mark.parametrize("why", ["lost", "refused"])
+def test_a_source_forgets_the_lost_and_the_refused_after_a_while(why: str) -> None:
+    world, source, target = pair(dtype="f2" if why == "refused" else "u1")
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    since = QUICK.silence_seconds if why == "lost" else 0.0
+    world.run(until=since + QUICK.announce_seconds - 0.1)
+    assert states(source) == [why]
+    world.run(until=since + QUICK.announce_seconds)
+    assert states(source) == []
+
+
+def test_the_first_loss_is_the_cause() -> None:
+    """A new process takes the place of one that is lost already: nothing new happens to the old one."""
+    world, source, target = pair()
+    meet(world, source, target)
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=QUICK.silence_seconds + 5.0)
+    world.network = lambda _from, _to, _message: 1
+    target.alive = False
+    meet(world, source, world.add("d1", target.layout, group="d"))
+    assert sorted(states(source)) == ["lost", "ready"]
+    world.run(until=QUICK.silence_seconds + QUICK.announce_seconds)
+    assert states(source) == ["ready"], "the time until it is forgotten counts from the loss"
+
+
+def test_a_greeting_names_who_answered_last_at_its_address_as_far_as_remembered() -> None:
+    world = World(Settings(sessions=1))
+    target = add_group(world, PAIR, side="target")[0]
+    sources = [add_group(world, PAIR, side="source", name=name)[0] for name in ("x", "y")]
+    for source in sources:
+        meet(world, source, target)
+        world.kill(source)
+    assert target.core.sizes()["instances_at_addresses"] == 1
+    latest = sources[-1]
+    since = len(world.trace)
+    meet(world, world.add("again", latest.layout, address=latest.address), target)
+    assert next(m.receiver for *_, m in world.trace[since:] if isinstance(m, Hello)) == latest.core.instance
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -306,10 +398,12 @@ def test_a_lost_peer_that_speaks_again_is_greeted_and_prepared_again() -> None:
 def test_a_lost_peer_fails_new_rooms_at_once() -> None:
     world, source, target = pair()
     meet(world, source, target)
+    world.run(until=6.0)
     world.network = lambda _from, _to, _message: 0
-    world.run(until=12.0)
+    world.run(until=16.0)
     meet(world, source, target, 2)
     assert error_of(target, 2).code == "peer_lost"
+    assert error_of(target, 2).message.startswith("no sign of life for 10.0 s")
 
 
 def test_a_source_forgets_a_target_that_stays_away_and_knows_it_when_it_returns() -> None:

@@ -1,6 +1,6 @@
 """The memory of rooms: both ends of a long story, the latest rooms, nothing else."""
 
-from kvbaton.protocol.story import FIRST_LINES, LAST_LINES, MAX_ROOMS, Story
+from kvbaton.protocol.story import FIRST_LINES, LAST_LINES, MAX_CHARACTERS, MAX_ROOMS, Story
 
 
 def test_a_long_story_keeps_its_beginning_and_its_end():
@@ -29,3 +29,12 @@ def test_only_the_latest_rooms_are_remembered():
         story.tell(room, 0.0, "told")
     assert len(story) == MAX_ROOMS
     assert [room for room in range(5) if story.of(room)] == [3, 4]
+
+
+def test_a_line_is_cut_where_it_is_too_long_and_only_there():
+    story = Story()
+    story.tell(1, 0.0, "x" * MAX_CHARACTERS)
+    story.tell(1, 0.0, "y" * (MAX_CHARACTERS + 1))
+    whole, cut = (line.text for line in story.of(1))
+    assert whole == "x" * MAX_CHARACTERS
+    assert cut == "y" * (MAX_CHARACTERS - 1) + "…"

@@ -241,6 +241,34 @@ def test_writes_are_cut_into_pieces_within_the_settings() -> None:
     scene.expect_success()
 
 
+@pytest.mark.parametrize(("bound", "writes"), [({"write_bytes": 64}, 13), ({"write_entries": 3}, 9), ({}, 3)])
+def test_a_write_says_how_many_bytes_it_moves(bound: dict[str, int], writes: int) -> None:
+    """Each chunk holds 12 entries of 32 bytes; the aux row goes with the last one."""
+    scene = Scene(holding(PAIR), settings=Settings(**bound))  # type: ignore[arg-type]
+    scene.start()
+    scene.submit_all()
+    assert len(scene.source.held) == writes
+    parts = scene.source.pairs["i-d0"].parts
+    for write in scene.source.held:
+        assert write.bytes == parts[write.part].source.table.lengths(write.source_entries).sum()
+    assert scene.status("source").bytes == sum(write.bytes for write in scene.source.held)
+    assert scene.status("target").bytes == scene.status("source").bytes
+
+
+def test_the_exposed_time_is_from_the_last_chunk_to_its_last_write_at_the_slowest_source() -> None:
+    scene = Scene(holding(SHAPES["2→1"]))
+    scene.start()
+    scene.submit(0)
+    scene.world.run(until=1.0)
+    scene.submit(1)
+    for rank, at in zip(scene.sources, (1.5, 3.0), strict=True):
+        scene.world.run(until=at)
+        rank.release_writes()
+    scene.world.run()
+    assert [rank.status("source", scene.room).exposed_seconds for rank in scene.sources] == [0.5, 2.0]
+    assert scene.status("target").exposed_seconds == 2.0
+
+
 def test_the_source_is_free_before_the_target_confirms() -> None:
     """Every write has settled: nothing reads the source's units any more, whatever becomes of Done."""
     scene = Scene()
