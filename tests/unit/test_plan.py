@@ -162,6 +162,16 @@ def test_a_pairing_of_too_many_pieces_is_refused() -> None:
         pair_plan(source, target)
 
 
+def test_rows_are_counted_over_all_layers_and_pieces() -> None:
+    """Fewer pieces a layer than the bound, more in all."""
+    source, target = (
+        layout(layers=range(4), page_size=MAX_ROWS // 16, pages=1, heads=8, head_bytes=1, order=order)
+        for order in ("HND", "NHD")
+    )
+    with pytest.raises(LayoutError, match="the pairing needs more than"):
+        pair_plan(source, target)
+
+
 def test_more_entries_than_32_bits_number_are_refused() -> None:
     pool = kv_pool([0], pages=1 << 30, page_size=1, heads=1, head_bytes=1, dtype="u1")
     huge = CacheLayout("m", (Region(0, pool_bytes(pool)),), (pool,))

@@ -710,6 +710,43 @@ def test_a_query_after_the_end_is_answered_with_the_outcome() -> None:
     assert [type(m) for *_, m in scene.world.trace[before:]] == [Done, Close]
 
 
+def answers(scene: Scene, sender: Rank, receiver: Rank, message: AnyMessage) -> list[type]:
+    """What the receiver of a message says at once."""
+    since = len(scene.world.trace)
+    scene.world.inject(sender, receiver, message)
+    return [type(m) for _, name, _, m in scene.world.trace[since:] if name == receiver.name and m is not message][:1]
+
+
+@pytest.mark.parametrize("state", [State.DELIVERED, State.SETTLING, State.FAILING])
+@pytest.mark.parametrize("asking", [Open, Query])
+def test_a_target_that_asks_is_told_the_outcome_at_once_and_does_not_wait_for_the_next_repetition(
+    state: State, asking: type
+) -> None:
+    scene = Scene(holding(PAIR) if state is State.SETTLING else PAIR)
+    scene.start()
+    key, opening = next((m.key, m) for *_, m in scene.world.trace if isinstance(m, Open))
+    scene.world.network = dropping(Close, Failed, Done, Drained)
+    if state is State.DELIVERED:
+        scene.submit_all()
+    else:
+        if state is State.SETTLING:
+            scene.submit_all()
+        scene.abort("source")
+    message = opening
+    if asking is Query:
+        message = Query(sender=scene.target.core.instance, receiver=scene.source.core.instance, key=key)
+    wanted = Done if state is State.DELIVERED else Failed
+    assert answers(scene, scene.target, scene.source, message) == [wanted]
+    assert scene.source.core.counters[f"{state.value}:{asking.__name__}"] == 1
+
+
+@pytest.mark.parametrize("kind", [Opened, Done])
+def test_a_source_that_speaks_after_the_end_is_told_so_at_once(kind: type) -> None:
+    scene = ended()
+    late = next(m for *_, m in scene.world.trace if isinstance(m, kind))
+    assert answers(scene, scene.source, scene.target, late) == [Close]
+
+
 def test_messages_that_go_the_wrong_way_are_counted_and_change_nothing() -> None:
     scene = Scene()
     scene.start()
