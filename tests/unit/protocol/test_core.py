@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from kvbaton.errors import AbortedError, InternalError
+from kvbaton.errors import AbortedError, DisconnectedError, InternalError
 from kvbaton.messages import (
     Abort,
     AnyMessage,
@@ -27,9 +27,10 @@ from kvbaton.messages import (
 )
 from kvbaton.protocol import rooms
 from kvbaton.protocol.core import Core
-from kvbaton.protocol.effects import KVPoll, RoomStatus
+from kvbaton.protocol.effects import Dial, KVPoll, RoomStatus
 from kvbaton.protocol.events import (
     ChunkSubmitted,
+    DialFailed,
     GrantsPublished,
     MessageArrived,
     PeerFenced,
@@ -460,6 +461,29 @@ def test_events_of_unknown_rooms_writes_and_peers_change_nothing() -> None:
 
 
 # ---- deadlines and stories ------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_could_not_be_dialled_is_dialled_again_for_the_next_room() -> None:
+    core, address = Scene().target.core, "tcp://nowhere:1"
+
+    def dials(number: int) -> bool:
+        return Dial(address) in core.handle(ReceiverOpened(number, (address,)), 0.0)
+
+    assert dials(1)
+    assert not dials(2)
+    core.handle(DialFailed(address, DisconnectedError("no route")), 0.0)
+    assert dials(3)
+
+
+@pytest.mark.parametrize(("writes", "told"), [(0, "no chunk was submitted"), (1, "the writes made no progress")])
+def test_a_source_that_expires_says_what_it_waited_for(writes: int, told: str) -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    if writes:
+        scene.submit_all()
+    scene.world.network = dropping(Abort)  # the target gives up as well, and must not be heard first
+    scene.world.run(until=QUICK.transfer_seconds + 0.5)
+    assert told in str(scene.status("source").error)
 
 
 def test_the_next_deadline_is_the_earliest_of_all() -> None:
