@@ -98,10 +98,22 @@ class Mutant:
         return ast.fix_missing_locations(tree)
 
     def diff(self) -> list[str]:
+        if self.how.startswith("ignore cell"):
+            return self._cell()
         before = ast.unparse(ast.parse(self.path.read_text(encoding="utf-8"))).splitlines()
         after = ast.unparse(self.tree()).splitlines()
         lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:]
         return [line.strip() for line in lines if not line.startswith("@@")]
+
+    def _cell(self) -> list[str]:
+        """A table is one statement: its whole diff would be unreadable."""
+        nodes = list(ast.walk(ast.parse(self.path.read_text(encoding="utf-8"))))
+        row, number = nodes[self.node], int(self.how.rpartition(" ")[2])
+        states = {
+            id(v): ast.unparse(k) for n in nodes if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values) if k
+        }
+        cell = f"{states.get(id(row), '')}: {ast.unparse(row.keys[number])}"  # type: ignore[attr-defined]
+        return [f"-{cell}: {ast.unparse(row.values[number])}", f"+{cell}: _STALE"]  # type: ignore[attr-defined]
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
