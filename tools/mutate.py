@@ -110,7 +110,11 @@ class Mutant:
         nodes = list(ast.walk(ast.parse(self.path.read_text(encoding="utf-8"))))
         row, number = nodes[self.node], int(self.how.rpartition(" ")[2])
         states = {
-            id(v): ast.unparse(k) for n in nodes if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values) if k
+            id(v): ast.unparse(k)
+            for n in nodes
+            if isinstance(n, ast.Dict)
+            for k, v in zip(n.keys, n.values, strict=True)
+            if k
         }
         cell = f"{states.get(id(row), '')}: {ast.unparse(row.keys[number])}"  # type: ignore[attr-defined]
         return [f"-{cell}: {ast.unparse(row.values[number])}", f"+{cell}: _STALE"]  # type: ignore[attr-defined]
