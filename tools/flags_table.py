@@ -9,13 +9,13 @@ Nothing here knows a flag: whoever adds one writes its help, and ``make docs`` d
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from page import filled, settle
+
 from kvbaton.cli.main import build_parsers
 from kvbaton.cli.settings import variable_of
-from kvbaton.errors import InternalError
 
 PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 COMMANDS = ("serve", "router")
@@ -72,11 +72,7 @@ def rewritten(page: str) -> str:
     _, parsers = build_parsers()
     for name in COMMANDS:
         start, end = (marker.format(name) for marker in MARKERS)
-        head, found, rest = page.partition(start)
-        _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise InternalError(f"{PAGE} has no markers for the flags of {name}")
-        page = f"{head}{start}\n\n{table(parsers[name])}\n\n{end}{tail}"
+        page = filled(PAGE, page, start, end, table(parsers[name]))
     return page
 
 
@@ -84,15 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the servers' flags into docs/operations.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = rewritten(page)
-    if page == wanted:
-        return 0
-    if check:
-        print("docs/operations.md is out of date\nhint: run python tools/flags_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return settle(PAGE, rewritten(PAGE.read_text(encoding="utf-8")), check=check, command="tools/flags_table.py")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "sim"))
 
+from page import filled, settle, split  # noqa: E402 - sorted with the others
 from sim_mutants import MUTANTS, Mutant  # noqa: E402 - it is no package
 from test_mutants import MOST_SEEDS, first_failure  # noqa: E402 - it is no package
-
-from kvbaton.errors import InternalError  # noqa: E402 - sorted with the others
 
 PAGE = ROOT / "docs" / "simulation.md"
 START, END = "<!-- mutants -->", "<!-- /mutants -->"
@@ -47,7 +46,7 @@ def table(shown: Mapping[str, Shown]) -> str:
 def known(page: str) -> dict[str, Shown]:
     """The seeds that the page has, by the name of their mutant."""
     found = {}
-    for line in _split(page)[1].splitlines():
+    for line in split(PAGE, page, START, END)[1].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 4:
             found[cells[0]] = (cells[2], cells[3])
@@ -55,16 +54,7 @@ def known(page: str) -> dict[str, Shown]:
 
 
 def rewritten(page: str, shown: Mapping[str, Shown]) -> str:
-    head, _, tail = _split(page)
-    return f"{head}{START}\n\n{table(shown)}\n\n{END}{tail}"
-
-
-def _split(page: str) -> tuple[str, str, str]:
-    head, found, rest = page.partition(START)
-    inner, closed, tail = rest.partition(END)
-    if not found or not closed:
-        raise InternalError(f"{PAGE} has no markers for the mutants")
-    return head, inner, tail
+    return filled(PAGE, page, START, END, table(shown))
 
 
 def main() -> int:
@@ -81,13 +71,7 @@ def main() -> int:
     for mutant in chosen:
         shown[mutant.name] = show(mutant, options.most)
         print(f"{mutant.name}: {' '.join(shown[mutant.name])}", file=sys.stderr, flush=True)
-    wanted = rewritten(page, shown)
-    if page != wanted and options.check:
-        print("docs/simulation.md is out of date\nhint: run python tools/mutant_table.py --names", file=sys.stderr)
-        return 1
-    if page != wanted:
-        PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return settle(PAGE, rewritten(page, shown), check=options.check, command="tools/mutant_table.py --names")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from page import filled
+
 from kvbaton.errors import ConfigError
 
 START, END = "<!-- mutation -->", "<!-- /mutation -->"
@@ -89,11 +91,7 @@ def write(page: Path, records: Sequence[Record], every: int, explained: Path) ->
     """
     why = explanations(explained)
     text = page.read_text(encoding="utf-8")
-    head, found, rest = text.partition(START)
-    _, closed, tail = rest.partition(END)
-    if not found or not closed:
-        raise ConfigError(f"{page} has no {START} and {END}")
-    page.write_text(f"{head}{START}\n\n{section(records, every, why)}\n\n{END}{tail}", encoding="utf-8")
+    page.write_text(filled(page, text, START, END, section(records, every, why)), encoding="utf-8")
     seen = {key_of(record) for record in records if record["verdict"] == SURVIVED}
     _complain("without an explanation", seen - why.keys())
     _complain("explained, but no survivor of this run", why.keys() - seen)

@@ -11,13 +11,14 @@ combination is stepped once and the state it ends in is written down.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbaton.errors import AbortedError, InternalError, KVBatonError, PeerLostError, TransportError
+from page import filled, settle
+
+from kvbaton.errors import AbortedError, KVBatonError, PeerLostError, TransportError
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
 from kvbaton.messages import (
     Abort,
@@ -251,11 +252,7 @@ def rewritten(page: str) -> str:
     edges = derive()
     for name, text in (("diagram", diagram(edges)), ("table", table(edges))):
         start, end = (marker.format(name) for marker in MARKERS)
-        head, found, rest = page.partition(start)
-        _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise InternalError(f"{PAGE} has no markers for the {name}")
-        page = f"{head}{start}\n\n{text}\n\n{end}{tail}"
+        page = filled(PAGE, page, start, end, text)
     return page
 
 
@@ -263,15 +260,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the transition table into docs/protocol.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    page = PAGE.read_text()
-    wanted = rewritten(page)
-    if page == wanted:
-        return 0
-    if check:
-        print("docs/protocol.md is out of date\nhint: run python tools/protocol_diagram.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted)
-    return 0
+    return settle(PAGE, rewritten(PAGE.read_text(encoding="utf-8")), check=check, command="tools/protocol_diagram.py")
 
 
 if __name__ == "__main__":
