@@ -50,8 +50,9 @@ class _Unmet:
     group: str
     peers: set[str]
 
-    def awaits(self, session: Session) -> bool:
-        """Whether an Open belongs to the request that failed. That of a target that had opened is a new request's."""
+    def refuses(self, session: Session) -> bool:
+        """Whether an Open belongs to the request that failed, and is refused for that, once: the next one of a target
+        that has opened, or was refused, is a new request's."""
         if session.peer in self.peers or (self.peers and session.hello and session.hello.group != self.group):
             return False
         if self.peers:
@@ -191,7 +192,7 @@ class Rooms:
         if room is None:
             for failed in (self._failed_before_open, self._failed_before_sender):
                 unmet = failed.get(key.room)
-                if unmet is not None and unmet.awaits(session):
+                if unmet is not None and unmet.refuses(session):
                     raise unmet.error
             if len(self._sources) >= self._around.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")

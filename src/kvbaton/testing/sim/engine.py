@@ -6,6 +6,7 @@ next room at once, the last freed one first, so that whatever still touches it i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ class Allocator:
         return sum(1 for owner in self.memory.owners if owner is not None)
 
 
-class Job:
+class Job(ABC):
     """One request on one rank. ``outcome`` is the first terminal poll that was reported, and must stay it."""
 
     role = ""
@@ -121,11 +122,11 @@ class Job:
         self.process.clockwork.tell(self.process.name, f"engine: {self} begins")
         self.schedule()
 
-    def open(self) -> KVSender | KVReceiver:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self) -> KVSender | KVReceiver: ...
 
-    def schedule(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def schedule(self) -> None: ...
 
     def look(self) -> None:
         """The room may have changed: go on, or let go."""
@@ -136,8 +137,8 @@ class Job:
         else:
             self.go_on()
 
-    def go_on(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def go_on(self) -> None: ...
 
     def abort(self) -> None:
         if self.side is not None and not self.over:
