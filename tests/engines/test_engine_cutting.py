@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,11 @@ from engine_kit import LoadedModels, make_prompt
 
 from kvbaton.conformance.families import FAMILIES
 from kvbaton.engine.cutting import check_fits, cut
-from kvbaton.engine.orders import Failure, Fares, Submit, decode_order, decode_report, encode
+from kvbaton.engine.orders import Fares, Order, Report, Submit
+from kvbaton.engine.pipe import Pipe
 from kvbaton.engine.polls import combine
 from kvbaton.engine.shard import Shard
-from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.errors import ConfigError, InternalError, PeerLostError
 from kvbaton.manager import KVPoll, Span
 
 
@@ -92,13 +94,20 @@ def test_a_group_is_as_far_as_its_slowest_rank(polls: tuple[KVPoll, ...]) -> Non
     assert combined == combine(reversed(polls))
 
 
-def test_orders_go_there_and_back() -> None:
+def test_orders_and_errors_go_there_and_back() -> None:
+    here, there = multiprocessing.Pipe()
+    follower: Pipe[Order] = Pipe(here, "the leader", Order)
+    leader: Pipe[Report] = Pipe(there, "rank 1", Report)
     order = Submit(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
-    assert decode_order(encode(order)) == order
+    leader.send(order)
+    assert follower.hear() == order
     error = PeerLostError("gone", peer="rank 1", room=5)
-    report = Fares(7, KVPoll.Failed, True, failure=Failure.of(error))
-    back = decode_report(encode(report))
-    assert back == report
+    follower.send(Fares(7, KVPoll.Failed, True, error=error))
+    back = leader.hear()
     assert isinstance(back, Fares)
-    assert back.failure is not None
-    assert repr(back.failure.error()) == repr(error)
+    assert (back.side, back.poll, back.leased, repr(back.error)) == (7, KVPoll.Failed, True, repr(error))
+    follower.close()
+    assert leader.waits(0)
+    assert leader.hear() is None
+    with pytest.raises(InternalError, match=r"^rank 1 is gone"):
+        leader.send(order)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import urllib.error
 import urllib.request
 
 import msgspec
@@ -29,10 +30,27 @@ def test_a_group_answers_and_ends_with_an_error_when_a_rank_is_killed() -> None:
         assert process.wait(PATIENCE_SECONDS) == 1
 
 
-def test_sigterm_ends_every_rank() -> None:
-    with serving("--model", "recall", "--port", "0", "--pipeline-parallel-size", "2") as (process, _url):
-        children = psutil.Process(process.pid).children()
-        assert len(children) == 1
+def test_data_parallel_ranks_answer_alike_and_the_server_ends_when_one_is_killed() -> None:
+    with serving("--model", "recall", "--port", "0", "--data-parallel-size", "2") as (process, url):
+        question = {"prompt": "a7=3MB0;?a7=", "max_tokens": 4, "temperature": 0}
+        for rank in (0, 1):
+            with urllib.request.urlopen(post(url, **question, data_parallel_rank=rank)) as response:
+                assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(post(url, **question, data_parallel_rank=2))
+        assert msgspec.json.decode(refused.value.read())["error"]["param"] == "data_parallel_rank"
+        os.kill(psutil.Process(process.pid).children()[1].pid, signal.SIGKILL)
+        assert process.wait(PATIENCE_SECONDS) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [(("--pipeline-parallel-size", "2"), 1), (("--data-parallel-size", "2", "--tensor-parallel-size", "2"), 4)],
+)
+def test_sigterm_ends_every_rank(sizes: tuple[str, ...], processes: int) -> None:
+    with serving("--model", "recall", "--port", "0", *sizes) as (process, _url):
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == processes
         process.send_signal(signal.SIGTERM)
         try:
             assert process.wait(PATIENCE_SECONDS) == 0

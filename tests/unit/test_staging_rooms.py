@@ -13,7 +13,8 @@ from kvbaton.layout import CacheLayout, Region, Staging, kv_pool, pool_bytes
 from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.messages import Coordinates
 from kvbaton.protocol.settings import Settings
-from kvbaton.server.launch import handoff_gauges
+from kvbaton.server.rank import Rank as ServerRank
+from kvbaton.server.stack import handoffs_of
 from kvbaton.transports import make_transport
 
 LAYERS, PAGES, PAGE, HEADS, HEAD_BYTES = 2, 64, 16, 4, 32
@@ -159,7 +160,7 @@ def test_a_room_whose_fence_opens_late_holds_its_slots_and_nobody_else(make_ring
         rank.wait_until(lambda sender=sender: sender.poll() is KVPoll.WaitingForInput, "all have met")  # type: ignore[misc]
     late.submit(lambda: ready[0])
     assert ring.target.manager.staging_slots_free == 0
-    told = {gauge.name: gauge.value for gauge in handoff_gauges(ring.target.manager)}
+    told = {gauge.name: gauge.value for gauge in handoffs_of(ring.target.manager, ServerRank(), "auto").gauges()}
     assert (told["kvbaton_staging_slots"], told["kvbaton_staging_slots_used"]) == (2, 2)
     for number in range(1, 9):
         room = Room(ring, number)

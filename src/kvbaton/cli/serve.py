@@ -29,6 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--pipeline-parallel-size", "--pp-size", type=positive, default=1, help="stages that share the layers"
     )
+    model.add_argument(
+        "--data-parallel-size", "--dp-size", type=positive, default=1, help="copies of all that, each with its own pool"
+    )
+    model.add_argument(
+        "--load-balance-method",
+        choices=("auto", "follow_bootstrap_room", "round_robin", "total_requests"),
+        default="auto",
+        help="which copy a request goes to: the room modulo their number, each in turn, or the one with the fewest "
+        "requests; auto: the first on prefill, else the last",
+    )
     model.add_argument("--torch-threads", type=positive, default=None, help="threads of one forward pass")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="where to listen")
@@ -134,6 +144,8 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         tensor_parallel_size=options.tensor_parallel_size,
         pipeline_parallel_size=options.pipeline_parallel_size,
+        data_parallel_size=options.data_parallel_size,
+        load_balance_method=options.load_balance_method,
         decode_radix_cache=options.disaggregation_decode_enable_radix_cache,
         secret_file=options.secret_file,
         torch_threads=options.torch_threads,

@@ -14,10 +14,10 @@ from kvbaton.conformance.shape import Shape
 from kvbaton.errors import ConfigError, KVBatonError
 
 #: What the default tests run: every kind of pool, several writers, shared heads, a stage, unequal pages, a prefix,
-#: staging.
+#: staging, data parallelism.
 QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama", ("TP 4→2, more ranks than KV heads",)),
-    ("gpt_oss", ("PP 2→1",)),
+    ("gpt_oss", ("PP 2→1", "DP 2→2, TP 2→1, prefill chooses")),
     ("deepseek_v32", ("page 16→64", "prefix hit none", "prefix hit full")),
     ("qwen3_next", ("TP 2→1", "TP 2→1, staged")),
 )

@@ -45,12 +45,20 @@ class Topology:
     kv_heads: int | None = None
 
 
-def _source(tensor: int = 1, *, pipeline: int = 1, page_size: int = 16, staged: bool = False) -> Shape:
-    return Shape("prefill", tensor, pipeline, page_size, staged=staged)
+def _source(
+    tensor: int = 1,
+    *,
+    pipeline: int = 1,
+    page_size: int = 16,
+    staged: bool = False,
+    data: int = 1,
+    chooses: bool = False,
+) -> Shape:
+    return Shape("prefill", tensor, pipeline, page_size, staged=staged, data=data, chooses=chooses)
 
 
-def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False, staged: bool = False) -> Shape:
-    return Shape("decode", tensor, 1, page_size, radix, staged)
+def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False, staged: bool = False, data: int = 1) -> Shape:
+    return Shape("decode", tensor, 1, page_size, radix, staged, data=data)
 
 
 TOPOLOGIES: tuple[Topology, ...] = (
@@ -63,6 +71,9 @@ TOPOLOGIES: tuple[Topology, ...] = (
     Topology("TP 4→2", _source(4), _target(2)),
     Topology("TP 4→2, more ranks than KV heads", _source(4), _target(2), kv_heads=2),
     Topology("PP 2→1", _source(pipeline=2), _target()),
+    Topology("DP 2→1", _source(data=2), _target()),
+    Topology("DP 1→2", _source(), _target(data=2)),
+    Topology("DP 2→2, TP 2→1, prefill chooses", _source(2, data=2, chooses=True), _target(data=2)),
     Topology("page 16→64", _source(), _target(page_size=64)),
     Topology("page 64→16", _source(page_size=64), _target()),
     *(

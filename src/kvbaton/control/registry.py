@@ -25,6 +25,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from kvbaton.control.placement import LoadBalance
 from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError, RegistryError
 
 #: Most ranks of one group, and the largest size of one axis.
@@ -77,7 +78,10 @@ class Sizes(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rank as it registers itself. ``group`` should be minted per launch of a group, so a restart is a new one."""
+    """One rank as it registers itself. ``group`` should be minted per launch of a group, so a restart is a new one.
+
+    ``load_balance``: how the group spreads rooms over its data-parallel ranks.
+    """
 
     instance: _Name
     group: _Name
@@ -86,6 +90,7 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     http_port: _Port
     coordinates: Coordinates = Coordinates()
     sizes: Sizes = Sizes()
+    load_balance: LoadBalance = "follow_bootstrap_room"
 
 
 class Registered(Struct, frozen=True, kw_only=True):
@@ -95,12 +100,27 @@ class Registered(Struct, frozen=True, kw_only=True):
     replaced: str = ""
 
 
+class RoomRank(Struct, frozen=True, kw_only=True):
+    """The data-parallel rank that has taken a room; None while none has."""
+
+    dp_rank: _Rank | None
+
+
 class Topology(Struct, frozen=True, kw_only=True):
     """A complete group: one live route per coordinate, tp fastest."""
 
     group: str
     sizes: Sizes
     ranks: tuple[Route, ...]
+
+    @property
+    def load_balance(self) -> LoadBalance:
+        """How the group spreads rooms over its data-parallel ranks."""
+        return self.ranks[0].load_balance
+
+    def addresses(self, dp: int) -> tuple[str, ...]:
+        """Control addresses of the ranks of one data-parallel rank, tp fastest."""
+        return tuple(route.address for route in self.ranks if route.coordinates.dp == dp)
 
 
 @dataclass(slots=True)

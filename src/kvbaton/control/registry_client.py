@@ -24,7 +24,8 @@ import aiohttp
 import msgspec
 
 from kvbaton.control.access import bearer, is_printable_host, unbracketed
-from kvbaton.control.registry import REFRESH_SECONDS, Registered, Route, Topology
+from kvbaton.control.placement import PLACED_SECONDS, checked_rank, known_rank
+from kvbaton.control.registry import REFRESH_SECONDS, Registered, RoomRank, Route, Topology
 from kvbaton.errors import AuthenticationError, ConfigError, KVBatonError, LocalProtocolError, RegistryError
 
 CACHE_SECONDS = 1.0
@@ -34,6 +35,9 @@ MAX_CACHED = 64
 MAX_ANSWER_BYTES = 4 << 20
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+#: Pauses between questions for a room that the prefill server has not seen yet.
+FIRST_ASK_SECONDS = 0.01
+LONGEST_ASK_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -137,9 +141,46 @@ class RegistryClient:
                 self._cache.popitem(last=False)
             return topology
 
-    async def lookup(self, host: str, port: int) -> tuple[str, ...]:
-        """Control addresses of all ranks of the prefill group, tp fastest. Raises like :meth:`register`."""
-        return tuple(route.address for route in (await self.topology(host, port)).ranks)
+    async def sources(
+        self,
+        host: str,
+        port: int,
+        room: int,
+        *,
+        named: int | None = None,
+        patience_seconds: float = PLACED_SECONDS,
+    ) -> tuple[str, ...]:
+        """Control addresses of the ranks that prefill a room, tp fastest: those of one data-parallel rank.
+
+        ``named``: the data-parallel rank that the request asks for. Where only the prefill server knows which one it
+        is, it is asked until the request has come there, for ``patience_seconds`` at most. Raises like
+        :meth:`register`, and ConfigError for a rank that does not exist.
+        """
+        topology = await self.topology(host, port)
+        size = topology.sizes.dp
+        rank = known_rank(room, size=size, balance=topology.load_balance, named=named)
+        if rank is None:
+            rank = checked_rank(await self._placed(host, port, room, patience_seconds), size, "dp_rank")
+        return topology.addresses(rank)
+
+    async def _placed(self, host: str, port: int, room: int, patience_seconds: float) -> int:
+        """The data-parallel rank that has taken a room, once one has."""
+        until = self._clock() + patience_seconds
+        pause = FIRST_ASK_SECONDS
+        while True:
+            answer = await self._call("GET", host, port, path="/dp_rank", query={"room": str(room)})
+            rank = _decode(answer, RoomRank, host, port).dp_rank
+            if rank is not None:
+                return rank
+            if self._clock() + pause > until:
+                raise RegistryError(
+                    f"the prefill server at {host}:{port} has not seen this room within {patience_seconds:g} s; "
+                    f"a request goes to the prefill and to the decode server at once",
+                    peer=f"{host}:{port}",
+                    room=room,
+                )
+            await self._sleep(pause)
+            pause = min(pause * 2, LONGEST_ASK_SECONDS)
 
     def invalidate(self, host: str, port: int) -> None:
         """Forget a cached lookup, because a peer it named was lost."""
@@ -156,9 +197,16 @@ class RegistryClient:
         return lock
 
     async def _call(
-        self, method: str, host: str, port: int, *, body: bytes | None = None, query: dict[str, str] | None = None
+        self,
+        method: str,
+        host: str,
+        port: int,
+        *,
+        path: str = "/route",
+        body: bytes | None = None,
+        query: dict[str, str] | None = None,
     ) -> bytes:
-        url = _url(host, port)
+        url = _url(host, port) + path
         pause = FIRST_PAUSE_SECONDS
         for attempt in range(1, self._attempts + 1):
             try:
@@ -209,7 +257,7 @@ def _url(host: str, port: int) -> str:
         raise ConfigError(f"{host!r}:{port} is no address of a registry")
     bare = unbracketed(host)
     bracketed = f"[{bare}]" if ":" in bare else bare
-    return f"http://{bracketed}:{port}/route"
+    return f"http://{bracketed}:{port}"
 
 
 def _raise_for(status: int, payload: bytes) -> None:

@@ -1,4 +1,5 @@
-"""The registry over HTTP: ``PUT /route``, ``GET /route``, ``DELETE /route?instance=``, ``GET /health``.
+"""The registry over HTTP: ``PUT /route``, ``GET /route``, ``DELETE /route?instance=``, ``GET /dp_rank?room=``,
+``GET /health``.
 
 Rules:
 
@@ -23,7 +24,8 @@ import msgspec
 from aiohttp import web
 
 from kvbaton.control.access import bearer_matches, is_local_name, require_secret
-from kvbaton.control.registry import Registry, decode_route
+from kvbaton.control.placement import Placements
+from kvbaton.control.registry import Registry, RoomRank, decode_route
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
@@ -38,6 +40,7 @@ DEFAULT_PORT = 8998
 MAX_ROUTE_BYTES = 16 << 10
 #: A registration has arrived by then.
 BODY_SECONDS = 10.0
+MAX_ROOM_DIGITS = 20
 #: Seconds that a client is asked to wait while the group is not complete.
 RETRY_AFTER_SECONDS = 1
 
@@ -53,9 +56,14 @@ _STATUS: tuple[tuple[type[KVBatonError], int], ...] = (
 
 
 def registry_app(
-    registry: Registry, *, secret: str | None = None, clock: Callable[[], float] = time.monotonic
+    registry: Registry,
+    placements: Placements | None = None,
+    *,
+    secret: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> web.Application:
-    """The aiohttp application around one table."""
+    """The aiohttp application around one table. ``placements``: where the group's rooms are, for those who ask."""
+    placed = placements if placements is not None else Placements()
 
     async def register(request: web.Request) -> web.Response:
         try:
@@ -72,6 +80,12 @@ def registry_app(
     async def lookup(_request: web.Request) -> web.Response:
         return _json(registry.lookup(clock()))
 
+    async def dp_rank(request: web.Request) -> web.Response:
+        room = request.query.get("room", "")
+        if not (room.isascii() and room.isdecimal() and len(room) <= MAX_ROOM_DIGITS):
+            raise ConfigError("room: name the room, as in GET /dp_rank?room=7")
+        return _json(RoomRank(dp_rank=placed.find(int(room), clock())))
+
     async def unregister(request: web.Request) -> web.Response:
         instance = request.query.get("instance", "")
         if not instance:
@@ -87,6 +101,7 @@ def registry_app(
     app.router.add_put("/route", register)
     app.router.add_get("/route", lookup)
     app.router.add_delete("/route", unregister)
+    app.router.add_get("/dp_rank", dp_rank)
     app.router.add_get("/health", health)
     return app
 

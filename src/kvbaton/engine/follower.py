@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 from kvbaton.engine import orders
 from kvbaton.engine.cache import Extent
+from kvbaton.engine.pipe import Pipe
 from kvbaton.engine.pool import Holding, Pools
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.errors import InternalError, KVBatonError, LocalProtocolError
@@ -33,11 +34,9 @@ class _Side:
 
     def fares(self, number: int) -> orders.Fares:
         end = self.end
-        error = self.error if end is None else end.error
-        failure = orders.Failure.of(error) if error is not None else None
         if end is None or self.error is not None:
             leased = end.leased if end is not None else False
-            return orders.Fares(number, KVPoll.Failed, leased, failure=orders.Failure.of(self.error or _UNKNOWN))
+            return orders.Fares(number, KVPoll.Failed, leased, error=self.error or _UNKNOWN)
         return orders.Fares(
             number,
             end.poll(),
@@ -45,7 +44,7 @@ class _Side:
             end.prefix_len if isinstance(end, KVSender) else 0,
             end.bytes,
             end.exposed_seconds,
-            failure,
+            end.error,
         )
 
     @property
@@ -59,14 +58,13 @@ _UNKNOWN = InternalError("a room could not be opened on this rank")
 class Follower:
     """One rank's loop. ``run`` returns when the leader says so or is gone. Without ``manager`` it only computes."""
 
-    def __init__(self, pipe: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
-        self._pipe = pipe
+    def __init__(self, connection: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
+        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order)
         self._runner = runner
         self._pools = pools
         self._manager = manager
         self._wakeup = manager.wakeup if manager is not None else threading.Event()
         self._sides: dict[int, _Side] = {}
-        self._lock = threading.Lock()
         self._stopping = False
         self._reporter = threading.Thread(target=self._report_forever, name="kvbaton-report", daemon=True)
 
@@ -75,13 +73,12 @@ class Follower:
         ready = orders.Ready("", "", "")
         if manager is not None:
             ready = orders.Ready(manager.instance, manager.address, manager.layout.digest(), manager.layout)
-        self._send(ready)
+        self._pipe.send(ready)
         self._reporter.start()
         try:
             while True:
-                try:
-                    order = orders.decode_order(self._pipe.recv_bytes())
-                except (EOFError, OSError):
+                order = self._pipe.hear()
+                if order is None:
                     logger.info("the leader of this group has gone")
                     return
                 if isinstance(order, orders.Stop):
@@ -142,17 +139,13 @@ class Follower:
 
     def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.Submit | orders.Fail) -> None:
         if isinstance(order, orders.Fail):
-            end.fail(order.failure.error())
+            end.fail(order.error)
         elif isinstance(order, orders.Submit) and isinstance(end, KVSender):
             for slot, row in order.rows:
                 self._pools.row(slot)[:] = row
             end.submit(self._pools.here(order.spans), last=order.last, ready=self._runner.fence())
         elif isinstance(order, orders.Publish) and isinstance(end, KVReceiver):
             end.publish(self._pools.here(order.spans), token_count=order.token_count)
-
-    def _send(self, report: orders.Report) -> None:
-        with self._lock:
-            self._pipe.send_bytes(orders.encode(report))
 
     def _report_forever(self) -> None:
         """The second thread: news of rooms as they come."""
@@ -165,8 +158,8 @@ class Follower:
                     fares = side.fares(number)
                     if fares != side.reported:
                         side.reported = fares
-                        self._send(fares)
+                        self._pipe.send(fares)
                     if over:
                         self._sides.pop(number, None)
-        except (OSError, ValueError):
-            logger.info("the leader of this group does not listen any more")
+        except InternalError as error:
+            logger.info("%s", error)

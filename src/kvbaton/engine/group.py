@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 
 from kvbaton.engine import orders
 from kvbaton.engine.cache import Extent
+from kvbaton.engine.pipe import Pipe
 from kvbaton.engine.polls import combine
 from kvbaton.engine.pool import Copies, Pools
 from kvbaton.errors import AbortedError, InternalError, KVBatonError
@@ -36,41 +37,22 @@ STOP_SECONDS = 20.0
 class Member:
     """One follower: the pipe to it, and what it said when it was ready."""
 
-    def __init__(self, rank: int, pipe: Connection) -> None:
+    def __init__(self, rank: int, connection: Connection) -> None:
         self.rank = rank
-        self._pipe = pipe
-        self._lock = threading.Lock()
+        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report)
         self.ready: orders.Ready | None = None
-
-    def order(self, order: orders.Order) -> None:
-        """Raises InternalError when the follower is gone."""
-        try:
-            with self._lock:
-                self._pipe.send_bytes(orders.encode(order))
-        except (OSError, ValueError) as error:
-            raise InternalError(f"rank {self.rank} of this group is gone: {error}") from error
-
-    def hear(self) -> orders.Report | None:
-        """Its next report; None when it is gone."""
-        try:
-            return orders.decode_report(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            return None
 
     def await_ready(self, seconds: float) -> orders.Ready:
         """Raises InternalError, or what kept it from being ready."""
-        if not self._pipe.poll(seconds):
+        if not self.pipe.waits(seconds):
             raise InternalError(f"rank {self.rank} was not ready within {seconds:g} s")
-        report = self.hear()
+        report = self.pipe.hear()
         if isinstance(report, orders.Died):
-            raise report.failure.error()
+            raise report.error
         if not isinstance(report, orders.Ready):
             raise InternalError(f"rank {self.rank} ended before it was ready; see its last lines in the log")
         self.ready = report
         return report
-
-    def close(self) -> None:
-        self._pipe.close()
 
 
 class Group:
@@ -98,7 +80,7 @@ class Group:
         if self.lost is not None:
             raise InternalError(self.lost.message)
         for member in self.members:
-            member.order(order)
+            member.pipe.send(order)
 
     def announce(self, tokens: list[list[int]], extents: list[Extent]) -> None:
         """Have every follower take part in the forward pass that the leader begins now."""
@@ -127,7 +109,7 @@ class Group:
         self._closing = True
         for member in self.members:
             try:
-                member.order(orders.Stop("shutdown"))
+                member.pipe.send(orders.Stop("shutdown"))
             except KVBatonError as error:
                 logger.debug("%s", error)
         deadline = time.monotonic() + STOP_SECONDS
@@ -135,12 +117,12 @@ class Group:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
         for member in self.members:
-            member.close()
+            member.pipe.close()
 
     def _listen(self, member: Member) -> None:
         """Thread of one follower."""
         while True:
-            report = member.hear()
+            report = member.pipe.hear()
             if isinstance(report, orders.Fares):
                 side = self._sides.get(report.side)
                 if side is not None:
@@ -149,7 +131,7 @@ class Group:
                 continue
             if not self._closing:
                 died = isinstance(report, orders.Died)
-                cause = report.failure.message if isinstance(report, orders.Died) else "its process has ended"
+                cause = report.error.message if isinstance(report, orders.Died) else "its process has ended"
                 self._lose(InternalError(f"rank {member.rank} of this group is lost: {cause}"), quiet=died)
             return
 
@@ -191,7 +173,7 @@ class GroupSide:
     def error(self) -> KVBatonError | None:
         """The first root cause that is known, an abort only where there is nothing better."""
         found = [error for error in (self._local.error, self._group.lost) if error is not None]
-        found += [other.failure.error() for other in self._others.values() if other.failure is not None]
+        found += [other.error for other in self._others.values() if other.error is not None]
         return min(found, key=lambda error: isinstance(error, AbortedError), default=None)
 
     @property
@@ -246,7 +228,7 @@ class GroupSide:
 
     def fail(self, error: KVBatonError) -> None:
         try:
-            self._group.order(orders.Fail(self._number, orders.Failure.of(error)))
+            self._group.order(orders.Fail(self._number, error))
         except InternalError:
             logger.debug("room %d: the group is lost, only the leader's part is failed", self.room)
         self._local.fail(error)

@@ -1,4 +1,4 @@
-"""What the leader of a group and its followers tell each other: tagged structs, msgpack bytes, over a pipe.
+"""What the leader of a group and its followers tell each other: tagged structs, over a pipe.
 
 The leader decides everything and orders it; a follower does it in that order and reports how its rooms fare. ``side``
 numbers a sender or receiver for as long as the group lives: rooms may be used again, sides are not.
@@ -8,30 +8,13 @@ This file must not know of processes, models or transports.
 
 from __future__ import annotations
 
-import msgspec
 from msgspec import Struct
 
 from kvbaton.engine.pool import Copies
-from kvbaton.errors import KVBatonError, from_code
+from kvbaton.errors import KVBatonError
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVPoll, Span
 from kvbaton.messages import Role
-
-
-class Failure(Struct, frozen=True, array_like=True):
-    """An error on its way through the pipe."""
-
-    code: str
-    message: str
-    peer: str = ""
-    room: int | None = None
-
-    @classmethod
-    def of(cls, error: KVBatonError) -> Failure:
-        return cls(error.code, error.message, error.peer, error.room)
-
-    def error(self) -> KVBatonError:
-        return from_code(self.code, self.message, peer=self.peer, room=self.room)
 
 
 class Request(Struct, frozen=True, array_like=True):
@@ -78,7 +61,7 @@ class Submit(Struct, frozen=True, tag="submit"):
 
 class Fail(Struct, frozen=True, tag="fail"):
     side: int
-    failure: Failure
+    error: KVBatonError
 
 
 class Stop(Struct, frozen=True, tag="stop"):
@@ -103,32 +86,14 @@ class Fares(Struct, frozen=True, tag="fares"):
     prefix_len: int = 0
     bytes: int = 0
     exposed_seconds: float = 0.0
-    failure: Failure | None = None
+    error: KVBatonError | None = None
 
 
 class Died(Struct, frozen=True, tag="died"):
-    """A follower could not go on."""
+    """A process could not go on."""
 
-    failure: Failure
+    error: KVBatonError
 
 
 Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop
 Report = Ready | Fares | Died
-
-_encoder = msgspec.msgpack.Encoder()
-_orders = msgspec.msgpack.Decoder(Order)
-_reports = msgspec.msgpack.Decoder(Report)
-
-
-def encode(message: Order | Report) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode_order(data: bytes) -> Order:
-    order: Order = _orders.decode(data)
-    return order
-
-
-def decode_report(data: bytes) -> Report:
-    report: Report = _reports.decode(data)
-    return report

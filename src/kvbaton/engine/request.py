@@ -37,8 +37,9 @@ class Sampling:
 class Request:
     """One prompt to continue.
 
-    ``room`` and ``bootstrap`` are set for disaggregated requests only: the router's room, and (decode side) the control
-    addresses of the prefill group's ranks as resolved from the registry.
+    ``room`` and ``sources`` are set for disaggregated requests only: the router's room, and (decode side) the control
+    addresses of the prefill group's ranks as resolved from the registry. ``dp_rank``: the data-parallel rank that is to
+    serve it; None: whichever the server chooses.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     room: int | None = None
     sources: tuple[str, ...] = ()
+    dp_rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

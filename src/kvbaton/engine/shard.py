@@ -24,6 +24,9 @@ class Shard:
         if not (0 <= self.tp_rank < self.tp_size and 0 <= self.pp_rank < self.pp_size):
             raise ConfigError(f"{self!r} does not exist")
 
+    def __str__(self) -> str:
+        return f"rank {self.rank}"
+
     @property
     def ranks(self) -> int:
         """Ranks of the whole group."""

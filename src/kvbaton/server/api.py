@@ -227,7 +227,8 @@ class ApiServer:
         return _json({"ready": not reason, "reason": reason}, status=503 if reason else 200)
 
     async def _metrics(self, _http: web.Request) -> web.Response:
-        return web.Response(body=self.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+        body = await asyncio.to_thread(self.metrics.exposition)  # an engine may wait for its processes
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _server_info(self, _http: web.Request) -> web.Response:
         body = {
@@ -236,10 +237,8 @@ class ApiServer:
             "max_model_len": self._config.max_positions,
             "ready": not self._not_ready(),
             "requests": self.gate.inside,
-            "stats": self._engine.stats(),
-            **self._info(),
         }
-        return _json(body)
+        return _json(body | await asyncio.to_thread(lambda: {"stats": self._engine.stats(), **self._info()}))
 
     async def _story(self, http: web.Request) -> web.Response:
         room = story.room_of(http, self._secret)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvbaton.control.placement import LoadBalance, checked_rank, known_rank
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.engine.request import Request
 from kvbaton.errors import AuthenticationError, CapacityError, ConfigError, InternalError, RegistryError
@@ -44,6 +45,8 @@ class ApiConfig:
         max_positions: tokens of prompt and answer together that the model can see; bounds a chat's default answer.
         pool_tokens: tokens that the pool holds, in pages of ``page_size``; bounds it too. 0: no bound.
         bootstrap_allow: registries that a decode server may ask.
+        bootstrap_seconds: how long it asks there for a room that the prefill server has not seen yet.
+        data_parallel_size, load_balance: how many ranks there are to choose from, and how rooms are spread over them.
         max_requests: requests answered at once.
     """
 
@@ -53,6 +56,9 @@ class ApiConfig:
     page_size: int = 1
     mode: Mode = "null"
     bootstrap_allow: AllowList = field(default_factory=AllowList)
+    bootstrap_seconds: float = 120.0
+    data_parallel_size: int = 1
+    load_balance: LoadBalance = "total_requests"
     max_requests: int = 1024
 
 
@@ -83,6 +89,7 @@ class Intake:
         if request.model not in (None, self._config.model):
             raise ConfigError(f"model: {request.model!r} is not served here; this server has {self._config.model!r}")
         registry = self._check_room(request, from_router)
+        dp_rank = self._dp_rank(request)
         tokens = await self._tokens(request)
         sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
@@ -94,7 +101,7 @@ class Intake:
             prompt_tokens=len(tokens),
             tokenizer=self._tokenizer,
         )
-        sources = await self._sources(registry)
+        sources = await self._sources(registry, request)
         return Accepted(
             Request(
                 request_id=request_id,
@@ -102,6 +109,7 @@ class Intake:
                 sampling=sampling,
                 room=request.bootstrap_room,
                 sources=sources,
+                dp_rank=dp_rank,
             ),
             answers,
             request.stream,
@@ -114,6 +122,8 @@ class Intake:
         if mode == "null":
             if (request.bootstrap_room, host, request.bootstrap_port) != (None, None, None):
                 raise ConfigError("bootstrap_room: this server runs both halves itself (mode null) and takes no room")
+            if request.disagg_prefill_dp_rank is not None:
+                raise ConfigError("disagg_prefill_dp_rank: this server runs both halves itself; use data_parallel_rank")
             return None
         if request.bootstrap_room is None:
             raise ConfigError(
@@ -132,13 +142,32 @@ class Intake:
         self._config.bootstrap_allow.check(host, port)
         return host, port
 
-    async def _sources(self, registry: tuple[str, int] | None) -> tuple[str, ...]:
-        if registry is None:
+    def _dp_rank(self, request: CompletionRequest | ChatRequest) -> int | None:
+        """The data-parallel rank that is to serve a request here, where that is not for the server to choose."""
+        size, named = self._config.data_parallel_size, request.data_parallel_rank
+        if self._config.mode == "prefill" and request.bootstrap_room is not None:
+            return known_rank(
+                request.bootstrap_room,
+                size=size,
+                balance=self._config.load_balance,
+                named=request.disagg_prefill_dp_rank,
+            )
+        return None if named is None else checked_rank(named, size, "data_parallel_rank")
+
+    async def _sources(
+        self, registry: tuple[str, int] | None, request: CompletionRequest | ChatRequest
+    ) -> tuple[str, ...]:
+        if registry is None or request.bootstrap_room is None:
             return ()
         if self._registry is None:
             raise InternalError("a decode server was built without a registry client")
         try:
-            return await self._registry.lookup(*registry)
+            return await self._registry.sources(
+                *registry,
+                request.bootstrap_room,
+                named=request.disagg_prefill_dp_rank,
+                patience_seconds=self._config.bootstrap_seconds,
+            )
         except AuthenticationError as error:  # our secret is wrong there: not the client's doing
             raise RegistryError(
                 f"the bootstrap registry does not let us in: {error.message}", peer=error.peer

@@ -1,4 +1,4 @@
-"""Assembles one server: ports, engine (see ``stack``), registry, HTTP; runs it until a signal; takes it down.
+"""Assembles one server: ports, engine (see ``build``), registry, HTTP; runs it until a signal; takes it down.
 
 Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: the gate is shut and drained, the
 registration withdrawn, HTTP ended, and then the engine.
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,20 +22,24 @@ import msgspec
 from kvbaton import __version__
 from kvbaton.control.access import read_secret, require_secret
 from kvbaton.control.address import Address
+from kvbaton.control.placement import LoadBalance, Placements
 from kvbaton.control.registry import Registered, Registry, Route
 from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
 from kvbaton.costs import DEFAULT_COSTS, Costs
+from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError, KVBatonError
-from kvbaton.manager import KVManager
 from kvbaton.protocol.settings import Settings
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import ApiServer
+from kvbaton.server.build import build, link_hosts, load, start_replicas
 from kvbaton.server.intake import ApiConfig, Mode
 from kvbaton.server.lifecycle import Signals, drain, listen, port_of, reserve
 from kvbaton.server.metrics import Gauge
-from kvbaton.server.stack import Rank, Stack, build, link_hosts
+from kvbaton.server.rank import Rank
+from kvbaton.server.replica import Replica
+from kvbaton.server.replicas import Replicas
 from kvbaton.server.tokens import ServerTokenizer
 from kvbaton.staging import StagingPolicy
 
@@ -46,9 +51,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Everything that ``kvbaton serve`` can be told. ``max_total_tokens`` is the pool's size.
+    """Everything that ``kvbaton serve`` can be told.
 
-    ``staging_mib`` of each rank, 0: none, None: the engine's choice; ``staging_slot_bytes`` 0: likewise.
+    ``max_total_tokens`` is what the pool of one data-parallel rank holds. ``staging_mib`` of each rank, 0: none, None:
+    the engine's choice; ``staging_slot_bytes`` 0: likewise.
     """
 
     model: str
@@ -68,6 +74,8 @@ class ServeConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    load_balance_method: LoadBalance | Literal["auto"] = "auto"
     decode_radix_cache: bool = False
     secret_file: Path | None = None
     torch_threads: int | None = None
@@ -102,12 +110,26 @@ class ServeConfig:
         return None if self.staging_mib is None else self.staging_mib << 20
 
     @property
+    def pool_tokens(self) -> int:
+        """Tokens that the pool of one data-parallel rank holds."""
+        return self.max_total_tokens // self.page_size * self.page_size
+
+    @property
+    def load_balance(self) -> LoadBalance:
+        """How requests are spread over the data-parallel ranks."""
+        if self.load_balance_method != "auto":
+            return self.load_balance_method
+        return "follow_bootstrap_room" if self.mode == "prefill" else "total_requests"
+
+    @property
     def registry_host(self) -> str:
         return self.bootstrap_host or self.host
 
     def __post_init__(self) -> None:
         if self.decode_radix_cache and self.mode != "decode":
             raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
+        if self.load_balance_method == "follow_bootstrap_room" and self.mode != "prefill":
+            raise ConfigError("--load-balance-method follow_bootstrap_room is for --disaggregation-mode prefill")
         if self.control_advertise and Address.parse(self.control_advertise, any_port=True).is_wildcard:
             raise ConfigError(f"--disaggregation-control-advertise {self.control_advertise} is every interface")
         if self.staging == "always" and self.staging_mib == 0:
@@ -131,38 +153,63 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
         require_secret(config.registry_host, secret, what="the control plane")
         require_secret(config.host, secret, what=f"a {config.mode} server")
         link_hosts(config)  # refused before a model is loaded
-    rank = Rank(shard=Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size))
+    shard = Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
+    rank = Rank(shard=shard, dp_size=config.data_parallel_size)
+    placements = Placements()
     with ExitStack() as closing:
         port = closing.enter_context(reserve(config.host, config.port))
         registry = None
         if config.mode == "prefill":
             registry = closing.enter_context(reserve(config.registry_host, config.bootstrap_port, flag=BOOTSTRAP_FLAG))
-        stack = build(config, rank, secret, closing, ports=(port, registry))
-        asyncio.run(_Server(config, rank, secret, allow, stack).run(port, registry, listening))
+        model = load(config)
+        replica: Replica
+        if rank.dp_size == 1:
+            replica = build(config, rank, model, secret, closing, leave=(port, registry))
+        else:
+            ranks = start_replicas(config, rank, model, secret, closing, leave=(port, registry))
+            replica = Replicas(
+                ranks, config.load_balance, lambda room, to: placements.place(room, to, time.monotonic())
+            )
+        server = _Server(config, rank, secret, allow, model, replica, placements)
+        asyncio.run(server.run(port, registry, listening))
 
 
 class _Server:
     """The event loop's part of one server."""
 
-    def __init__(self, config: ServeConfig, rank: Rank, secret: str | None, allow: AllowList, stack: Stack) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        rank: Rank,
+        secret: str | None,
+        allow: AllowList,
+        model: LoadedModel,
+        replica: Replica,
+        placements: Placements,
+    ) -> None:
         self._config = config
         self._rank = rank
         self._secret = secret
         self._allow = allow
-        self._stack = stack
+        self._model = model
+        self._replica = replica
+        self._placements = placements
         self._registered = config.mode != "prefill"
         self._failure: KVBatonError | None = None
 
     async def run(self, port: socket.socket, registry: socket.socket | None, listening: Callable[[int], None]) -> None:
         async with AsyncExitStack() as closing:
             signals = closing.enter_context(Signals())
-            self._watch_group(signals)
+            loop = asyncio.get_running_loop()
+            self._replica.watch(lambda error: _post(loop, self._fail, error, signals))
             client = await closing.enter_async_context(RegistryClient(secret=self._secret))
             api = self._api(client)
             runner = await listen(api.app, port)
             closing.push_async_callback(runner.cleanup)
             if registry is not None:
-                table = await listen(registry_app(Registry(), secret=self._secret), registry, flag=BOOTSTRAP_FLAG)
+                table = await listen(
+                    registry_app(Registry(), self._placements, secret=self._secret), registry, flag=BOOTSTRAP_FLAG
+                )
                 closing.push_async_callback(table.cleanup)
                 where = (_reachable(self._config.registry_host), port_of(registry))
                 await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
@@ -172,73 +219,65 @@ class _Server:
         if self._failure is not None:
             raise self._failure
 
-    def _watch_group(self, signals: Signals) -> None:
-        """A group without one of its ranks can serve nothing: the server ends, so that whoever supervises it knows."""
-        group, loop = self._stack.group, asyncio.get_running_loop()
-        if group is not None:
-            group.on_lost = lambda error: _post(loop, self._fail, error, signals)
-            if group.lost is not None:
-                self._fail(group.lost, signals)
-
     def _api(self, client: RegistryClient) -> ApiServer:
-        stack, config = self._stack, self._config
-        tokenizer = ServerTokenizer(stack.model.tokenizer) if stack.model.tokenizer is not None else None
+        model, config, replica = self._model, self._config, self._replica
+        tokenizer = ServerTokenizer(model.tokenizer) if model.tokenizer is not None else None
         api = ApiServer(
-            stack.scheduler,
+            replica,
             tokenizer,
             ApiConfig(
-                model=config.served_model_name or stack.model.name,
-                max_positions=stack.model.geometry.max_positions,
-                pool_tokens=stack.pools.tokens,
-                page_size=stack.pools.page_size,
+                model=config.served_model_name or model.name,
+                max_positions=model.geometry.max_positions,
+                pool_tokens=config.pool_tokens,
+                page_size=config.page_size,
                 mode=config.mode,
                 bootstrap_allow=self._allow,
+                bootstrap_seconds=config.bootstrap_seconds,
+                data_parallel_size=config.data_parallel_size,
+                load_balance=config.load_balance,
             ),
             registry=client if config.mode == "decode" else None,
             readiness=lambda: "" if self._registered else "not registered with the bootstrap registry yet",
             info=self._info,
-            timeline=stack.manager.timeline if stack.manager is not None else None,
-            layouts=stack.layouts,
+            timeline=replica.timeline if config.mode != "null" else None,
+            layouts=replica.layouts,
             instance=self._rank.instance,
             secret=self._secret,
         )
-        manager = stack.manager
-        if manager is not None:
+        if config.mode != "null":
             api.metrics.counters(
-                "kvbaton_handoff_events", "What the hand-off counted on rank 0, by event.", "event", manager.counters
+                "kvbaton_handoff_events", "What the hand-off counted on rank 0, by event.", "event", self._counters
             )
-            api.metrics.gauges(lambda: handoff_gauges(manager))
+            api.metrics.gauges(self._handoff_gauges)
         return api
 
+    def _counters(self) -> Mapping[str, float]:
+        handoffs = self._replica.handoffs()
+        return handoffs.counters if handoffs is not None else {}
+
+    def _handoff_gauges(self) -> list[Gauge]:
+        handoffs = self._replica.handoffs()
+        return handoffs.gauges() if handoffs is not None else []
+
     def _info(self) -> Mapping[str, object]:
-        stack, config = self._stack, self._config
+        model, config = self._model, self._config
         facts: dict[str, object] = {
             "version": __version__,
             "instance": self._rank.instance,
-            "model_fingerprint": stack.model.fingerprint,
-            "dtype": stack.model.geometry.dtype,
-            "page_size": stack.pools.page_size,
-            "max_total_tokens": stack.pools.tokens,
+            "model_fingerprint": model.fingerprint,
+            "dtype": model.geometry.dtype,
+            "page_size": config.page_size,
+            "max_total_tokens": config.pool_tokens,
             "chunked_prefill_size": config.chunked_prefill_size,
             "max_running_requests": config.max_running_requests,
             "tensor_parallel_size": config.tensor_parallel_size,
             "pipeline_parallel_size": config.pipeline_parallel_size,
+            "data_parallel_size": config.data_parallel_size,
+            "load_balance_method": config.load_balance,
         }
-        manager = stack.manager
-        if manager is not None:
-            facts["handoff"] = {
-                "backend": config.backend,
-                "evidence": manager.evidence(),
-                "address": manager.address,
-                "group": self._rank.group,
-                "layout_digest": manager.layout.digest(),
-                "rank": self._rank.shard.rank,
-                "live_rooms": manager.live_rooms,
-                "leased_rooms": manager.leased_rooms,
-                "quarantined_rooms": manager.quarantined_rooms,
-                "staging": _staging_facts(manager, config),
-                "counters": manager.counters(),
-            }
+        handoffs = self._replica.handoffs()
+        if handoffs is not None:
+            facts["handoff"] = {"backend": config.backend, **msgspec.to_builtins(handoffs)}
         return facts
 
     @asynccontextmanager
@@ -246,7 +285,7 @@ class _Server:
         self, client: RegistryClient, where: tuple[str, int], http_port: int, signals: Signals
     ) -> AsyncIterator[None]:
         """Be registered for the length of the block; a refusal that waiting cannot cure stops the server."""
-        routes = [msgspec.structs.replace(route, http_port=http_port) for route in self._stack.routes]
+        routes = [msgspec.structs.replace(route, http_port=http_port) for route in self._replica.routes]
         missing = {route.instance for route in routes}
 
         async def keep(route: Route) -> None:
@@ -277,36 +316,6 @@ class _Server:
         self._failure = self._failure or error
         signals.stop.set()
         signals.hurry.set()
-
-
-def handoff_gauges(manager: KVManager) -> list[Gauge]:
-    """What the leader's rank holds for hand-offs now."""
-    gauges = [
-        Gauge("kvbaton_rooms_live", "Rooms of rank 0 that have not ended, or are leased.", manager.live_rooms),
-        Gauge("kvbaton_rooms_leased", "Rooms of rank 0 that a peer may still write.", manager.leased_rooms),
-        Gauge("kvbaton_rooms_quarantined", "Leased rooms of rank 0 that have failed.", manager.quarantined_rooms),
-    ]
-    staging = manager.layout.staging
-    if staging is not None:
-        used = staging.slots - manager.staging_slots_free
-        gauges += [
-            Gauge("kvbaton_staging_slots", "Staging slots of rank 0.", staging.slots),
-            Gauge("kvbaton_staging_slots_used", "Staging slots of rank 0 in use.", used),
-        ]
-    return gauges
-
-
-def _staging_facts(manager: KVManager, config: ServeConfig) -> dict[str, object] | None:
-    """Of this rank; None without staging memory."""
-    staging = manager.layout.staging
-    if staging is None:
-        return None
-    return {
-        "policy": config.staging,
-        "slot_bytes": staging.slot_bytes,
-        "slots": staging.slots,
-        "slots_free": manager.staging_slots_free,
-    }
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:

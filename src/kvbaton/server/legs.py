@@ -31,9 +31,10 @@ from kvbaton.server.workers import Worker, cause_of
 MAX_ERROR_BYTES = 64 << 10
 #: How long the prefill leg may take to end after decode's answer has.
 PREFILL_SETTLE_SECONDS = 1.0
-#: Fields that only a router sets; what a client says there is dropped.
+#: Fields that only a router sets; what a client says there is dropped, but for the number of a rank.
 ROUTER_FIELDS = ("kv_transfer_params",)
 ROUTER_PREFIXES = ("bootstrap_", "disagg_")
+CLIENT_FIELDS = ("disagg_prefill_dp_rank",)
 
 Fields = Mapping[str, msgspec.Raw]
 
@@ -86,7 +87,7 @@ def strip(fields: Fields) -> dict[str, msgspec.Raw]:
     return {
         name: value
         for name, value in fields.items()
-        if name not in ROUTER_FIELDS and not name.startswith(ROUTER_PREFIXES)
+        if name in CLIENT_FIELDS or not (name in ROUTER_FIELDS or name.startswith(ROUTER_PREFIXES))
     }
 
 

@@ -6,8 +6,9 @@ Rules:
   the field's name. Fields that we know but do not implement are accepted at their neutral value only, so that nothing
   a client asked for is ignored in silence.
 - Additions to the format: ``return_token_ids`` (answers carry ``token_ids``, as vLLM's do), ``ignore_eos``, ``rid``
-  (the id for ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set by the router, never by users), and
-  ``handoff`` in the answer of a decode server.
+  (the id for ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set by the router, never by users),
+  ``data_parallel_rank`` and ``disagg_prefill_dp_rank`` (the data-parallel rank that answers, and the one that
+  prefills), and ``handoff`` in the answer of a decode server.
 
 This file must not know HTTP, engines' threads or tokenizers.
 """
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from kvbaton.control.registry import MAX_RANKS
 from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Handoff, Sampling
 from kvbaton.errors import ConfigError
 
@@ -39,6 +41,7 @@ _Host = Annotated[str, Meta(min_length=1, max_length=255)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 #: A room is a positive 63-bit number: 0 means "none" to other engines, and 64 bits do not survive their int64.
 _Room = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+_DpRank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
 _Stop = Annotated[str, Meta(max_length=1024)]
 
 
@@ -70,6 +73,8 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
     bootstrap_host: _Host | None = None
     bootstrap_port: _Port | None = None
     bootstrap_room: _Room | None = None
+    data_parallel_rank: _DpRank | None = None
+    disagg_prefill_dp_rank: _DpRank | None = None
 
     def check(self) -> None:
         """Raises ConfigError for a known field with a value that we do not implement."""

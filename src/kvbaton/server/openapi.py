@@ -233,9 +233,10 @@ def _tighten(schema: _Json, kind: Kind) -> None:
     if kind == "router":
         for name in rooms:
             del fields[name]
-        schema["patternProperties"] = {"^(bootstrap_|disagg_|kv_transfer_params$)": {"description": "dropped"}}
+        dropped = "^(bootstrap_|disagg_(?!prefill_dp_rank$)|kv_transfer_params$)"
+        schema["patternProperties"] = {dropped: {"description": "dropped"}}
     elif kind == "null":
-        for name in rooms:
+        for name in (*rooms, "disagg_prefill_dp_rank"):
             fields[name] = {"type": "null"}
     else:  # one half of a pair: a room is what it is asked for
         for name in ("bootstrap_room", *(("bootstrap_host",) if kind == "decode" else ())):

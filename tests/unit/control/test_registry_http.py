@@ -42,12 +42,12 @@ def test_register_then_look_up():
         async with serving(registry_app(Registry())) as url, RegistryClient(sleep=Sleeps()) as client:
             port = port_in(url)
             assert (await client.register("127.0.0.1", port, ROUTE)).replaced == ""
-            assert await client.lookup("127.0.0.1", port) == ("tcp://127.0.0.1:41000",)
+            assert await client.sources("127.0.0.1", port, 7) == ("tcp://127.0.0.1:41000",)
             assert (await client.topology("localhost", port)).ranks == (ROUTE,)
             await client.unregister("127.0.0.1", port, "i1")
             client.invalidate("127.0.0.1", port)
             with pytest.raises(RegistryError, match="no prefill rank is registered"):
-                await client.lookup("127.0.0.1", port)
+                await client.sources("127.0.0.1", port, 7)
 
     run(test())
 
@@ -63,7 +63,7 @@ def test_an_incomplete_group_is_503_and_says_what_is_missing():
                 assert response.headers["Retry-After"] == "1"
                 assert "missing dp0.pp0.cp0.tp1" in (await response.json())["error"]["message"]
             with pytest.raises(RegistryError, match=rf"127.0.0.1:{port_in(url)} answered HTTP 503.*tp1.*3 attempts"):
-                await client.lookup("127.0.0.1", port_in(url))
+                await client.sources("127.0.0.1", port_in(url), 7)
             assert sleeps.taken == [FIRST_PAUSE_SECONDS, 2 * FIRST_PAUSE_SECONDS]
 
     run(test())
@@ -79,7 +79,7 @@ def test_nobody_listening_is_an_error_that_names_host_and_port():
         port = free_port()
         async with RegistryClient(sleep=Sleeps(), attempts=2) as client:
             with pytest.raises(RegistryError, match=rf"127\.0\.0\.1:{port} cannot be reached.*2 attempts") as caught:
-                await client.lookup("127.0.0.1", port)
+                await client.sources("127.0.0.1", port, 7)
             assert caught.value.peer == f"127.0.0.1:{port}"
 
     run(test())
@@ -100,7 +100,7 @@ def test_a_silent_registry_runs_into_the_timeout():
         async with server:
             async with RegistryClient(sleep=Sleeps(), attempts=1, timeout_seconds=0.05) as client:
                 with pytest.raises(RegistryError, match=r"did not answer within 0\.05 s"):
-                    await client.lookup("127.0.0.1", port)
+                    await client.sources("127.0.0.1", port, 7)
             await gone.wait()
 
     run(test())
@@ -123,7 +123,7 @@ def test_every_route_but_health_needs_the_secret():
             port = port_in(url)
             async with RegistryClient(secret=SECRET) as client:
                 await client.register("127.0.0.1", port, ROUTE)
-                assert await client.lookup("127.0.0.1", port) == (ROUTE.address,)
+                assert await client.sources("127.0.0.1", port, 7) == (ROUTE.address,)
             sleeps = Sleeps()
             async with RegistryClient(secret="another secret altogether", sleep=sleeps) as client:
                 with pytest.raises(AuthenticationError, match="not this deployment's"):
@@ -198,7 +198,7 @@ def test_lookups_are_cached_for_a_moment_and_forgotten_on_demand():
             registry.register(Route(**_fields(instance="i2", address="tcp://127.0.0.1:42000")), 0.0)
             assert await client.topology("127.0.0.1", port) is first
             now[0] = CACHE_SECONDS
-            assert (await client.lookup("127.0.0.1", port)) == ("tcp://127.0.0.1:42000",)
+            assert (await client.sources("127.0.0.1", port, 7)) == ("tcp://127.0.0.1:42000",)
             client.invalidate("127.0.0.1", port)
             assert not client._cache
 
@@ -220,7 +220,7 @@ def test_what_is_no_address_is_refused_before_anything_is_sent(host: str, port: 
     async def test() -> None:
         async with RegistryClient() as client:
             with pytest.raises(ConfigError, match="no address of a registry"):
-                await client.lookup(host, port)
+                await client.sources(host, port, 7)
 
     run(test())
 
@@ -237,7 +237,7 @@ def test_a_redirect_is_not_followed():
         app.router.add_get("/route", elsewhere)
         async with serving(app) as url, RegistryClient(attempts=1) as client:
             with pytest.raises(RegistryError, match="answered HTTP 302, but not as a kvbaton registry"):
-                await client.lookup("127.0.0.1", port_in(url))
+                await client.sources("127.0.0.1", port_in(url), 7)
 
     run(test())
 

@@ -617,6 +617,45 @@ def test_a_prefill_server_wants_a_room():
     run(test())
 
 
+@pytest.mark.parametrize(
+    ("mode", "balance", "fields", "rank"),
+    [
+        ("prefill", "follow_bootstrap_room", {"bootstrap_room": 7}, 1),
+        ("prefill", "follow_bootstrap_room", {"bootstrap_room": 7, "disagg_prefill_dp_rank": 0}, 0),
+        ("prefill", "follow_bootstrap_room", {"bootstrap_room": 7, "data_parallel_rank": 5}, 1),  # decode's
+        ("prefill", "total_requests", {"bootstrap_room": 7}, None),
+        ("null", "total_requests", {}, None),
+        ("null", "total_requests", {"data_parallel_rank": 2}, 2),
+    ],
+)
+def test_the_data_parallel_rank_is_the_named_one_or_follows_the_room_or_is_left_open(mode, balance, fields, rank):
+    async def test() -> None:
+        config = ApiConfig(model="m", max_positions=100, mode=mode, data_parallel_size=3, load_balance=balance)
+        async with api(config=config) as client:
+            await client.post(prompt="x", **fields)
+            assert client.engine.requests[0].dp_rank == rank
+
+    run(test())
+
+
+def test_a_data_parallel_rank_that_is_not_there_is_refused_by_the_name_of_its_field():
+    async def test() -> None:
+        async with api() as client:
+            for field in ("data_parallel_rank", "disagg_prefill_dp_rank"):
+                assert (await client.post(status=400, prompt="x", **{field: 1}))["error"]["param"] == field
+        async with api(config=ApiConfig(model="m", max_positions=100, mode="prefill")) as client:
+            refused = await client.post(status=400, prompt="x", bootstrap_room=5, disagg_prefill_dp_rank=1)
+            assert refused["error"]["param"] == "disagg_prefill_dp_rank"
+        async with decode_with_registry() as (client, _, port):
+            where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 9}
+            refused = await client.post(status=400, prompt="x", disagg_prefill_dp_rank=1, **where)
+            assert refused["error"]["param"] == "disagg_prefill_dp_rank"
+            await client.post(prompt="x", disagg_prefill_dp_rank=0, data_parallel_rank=0, **where)
+            assert client.engine.requests[0].dp_rank == 0
+
+    run(test())
+
+
 @asynccontextmanager
 async def decode_with_registry(script=lambda _request: spell("hello"), allow: tuple[str, ...] = ()):
     registry = Registry()

@@ -9,8 +9,10 @@ from ranks import MakeRank
 
 from kvbaton.errors import ConfigError
 from kvbaton.manager import Span
-from kvbaton.server.launch import ServeConfig, handoff_gauges, serve
-from kvbaton.server.stack import link_hosts
+from kvbaton.server.build import link_hosts
+from kvbaton.server.launch import ServeConfig, serve
+from kvbaton.server.rank import Rank
+from kvbaton.server.stack import handoffs_of
 
 SOMEWHERE = "tcp://10.0.0.1:7000"
 
@@ -59,8 +61,8 @@ def test_a_rank_exports_its_rooms_and_staging_slots(make_rank: MakeRank) -> None
     source, target = make_rank("prefill"), make_rank("decode")
     receiver = target.manager.receiver(1, [source.manager.address])
     receiver.publish([Span("kv", 0, 40, (5, 3, 1))], token_count=40)
-    told = {gauge.name: gauge.value for gauge in handoff_gauges(target.manager)}
+    told = {gauge.name: gauge.value for gauge in handoffs_of(target.manager, Rank(), "auto").gauges()}
     assert told == {"kvbaton_rooms_live": 1, "kvbaton_rooms_leased": 1, "kvbaton_rooms_quarantined": 0}
     receiver.abort("enough")
     target.wait_until(lambda: receiver.concluded, "the room ends")
-    assert not any(gauge.value for gauge in handoff_gauges(target.manager))
+    assert not any(gauge.value for gauge in handoffs_of(target.manager, Rank(), "auto").gauges())

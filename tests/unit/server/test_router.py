@@ -640,8 +640,10 @@ def test_rooms_are_positive_63_bit_numbers():
 
 def test_strip():
     raw = msgspec.Raw(b"1")
-    fields = {"prompt": raw, "bootstrap_room": raw, "bootstrap_pair_key": raw, "disagg_prefill_dp_rank": raw}
+    fields = {"prompt": raw, "bootstrap_room": raw, "bootstrap_pair_key": raw, "disagg_anything": raw}
     assert strip({**fields, "kv_transfer_params": raw}) == {"prompt": raw}
+    ranks = {"data_parallel_rank": raw, "disagg_prefill_dp_rank": raw}
+    assert strip(ranks) == ranks
 
 
 @pytest.mark.parametrize(
