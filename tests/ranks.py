@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbaton.control.memory import Network
 from kvbaton.layout import CacheLayout, Region, aux_pool, kv_pool, pool_bytes
-from kvbaton.manager import KVManager, new_instance
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 
@@ -69,3 +70,21 @@ class RankHarness:
 
 
 MakeRank = Callable[..., RankHarness]
+
+
+ROOMS = count(1)
+
+
+def begin(source: RankHarness, target: RankHarness, room: int | None = None) -> tuple[KVSender, KVReceiver]:
+    """A room of 40 tokens: pages (4, 6, 2) and slot 3 to pages (5, 3, 1) and slot 2."""
+    room = room if room is not None else next(ROOMS)
+    sender = source.manager.sender(room)
+    receiver = target.manager.receiver(room, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    source.wait_until(lambda: sender.poll() is not KVPoll.Bootstrapping, "the room opens")
+    return sender, receiver
+
+
+def finish(source: RankHarness, target: RankHarness, sender: KVSender, receiver: KVReceiver) -> None:
+    source.wait_until(lambda: sender.concluded, "the sender ends")
+    target.wait_until(lambda: receiver.concluded, "the receiver ends")

@@ -157,6 +157,47 @@ def test_released_while_pending_is_reaped_when_it_settles(source: Rank) -> None:
         assert (target.memory[3 * PIECE : 4 * PIECE] == 2).all()
 
 
+def test_a_fence_that_finds_no_new_agent_holds_and_one_is_started_when_it_is_needed(
+    source: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host out of file descriptors: the old agent is gone, which is what a fence is for; the memory is not lost."""
+    from nixl_cu12._bindings import nixlBackendError
+
+    transport = source.transport
+    assert isinstance(transport, NixlTransport)
+
+    def fail(*_: object) -> None:
+        raise nixlBackendError("too many open files")
+
+    with TargetProcess("nixl", "target", PIECE * PIECES) as target, TargetProcess("nixl", "other", PIECE) as other:
+        prepared = connect(source, target)
+        transport.connect("other", other.metadata)
+        spared = transport.prepare("other", source.table((0, PIECE, PIECE, 1)), table(other.address, (0, PIECE, 0, 1)))
+        with monkeypatch.context() as patch:
+            patch.setattr(transport._agent, "transfer", fail)
+            with pytest.raises(TransportError):
+                transport.post(prepared, indices(1), indices(1))
+            patch.setattr(transport._nixl.api, "nixl_agent", fail)
+            transport.fence("target")
+            assert transport._agent is None
+            transport.progress()
+            with pytest.raises(TransportError, match="starting a nixl agent"):
+                transport.post(spared, indices(0), indices(0))
+            with pytest.raises(TransportError, match="starting a nixl agent"):
+                transport.connect("target", target.metadata)
+            transport.fence("other")
+            transport.fence("other")
+        write(transport, connect(source, target), [2], [2])
+        transport.connect("other", other.metadata)
+        spared = transport.prepare("other", source.table((0, PIECE, PIECE, 1)), table(other.address, (0, PIECE, 0, 1)))
+        write(transport, spared, [0], [0])
+        assert target.ask("count 2") == PIECE
+        assert other.ask("count 2") == PIECE
+    transport.close()
+    with pytest.raises(TransportError, match="closed"):
+        transport.progress()
+
+
 def test_a_post_that_fails_is_unsettled_until_the_fence_has_replaced_the_agent(
     source: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,11 +45,13 @@ def test_the_facts_name_the_staging_memory(fleet: Fleet, runner: asyncio.Runner)
 
 def test_streaming_gives_the_same_text(fleet: Fleet, runner: asyncio.Runner) -> None:
     async def scenario() -> None:
-        for question in concurrent_questions(2):
+        in_pieces = 0
+        for question in concurrent_questions(8):
             pieces = [piece async for piece in stream(fleet.http, fleet.router.url, question)]
             whole = await ask(fleet.http, fleet.router.url, question)
             assert "".join(pieces) == whole.text
-            assert len(pieces) > 1
+            in_pieces += len(pieces) > 1
+        assert in_pieces  # a busy machine may join the few tokens of one answer, not of all
 
     runner.run(scenario())
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import threading
-from itertools import count
 
 import numpy as np
 import pytest
-from ranks import MakeRank, RankHarness
+from ranks import ROOMS, MakeRank, begin, finish
 
 from kvbaton.errors import AbortedError, ConfigError, InternalError, LayoutError, LocalProtocolError, OverloadedError
-from kvbaton.manager import READY, KVPoll, KVReceiver, KVSender, Span
+from kvbaton.manager import READY, KVPoll, Span
 from kvbaton.protocol.settings import Settings
-
-ROOMS = count(1)
-
-
-def begin(source: RankHarness, target: RankHarness, room: int | None = None) -> tuple[KVSender, KVReceiver]:
-    """A room of 40 tokens: pages (4, 6, 2) and slot 3 to pages (5, 3, 1) and slot 2."""
-    room = room if room is not None else next(ROOMS)
-    sender = source.manager.sender(room)
-    receiver = target.manager.receiver(room, [source.manager.address])
-    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
-    source.wait_until(lambda: sender.poll() is not KVPoll.Bootstrapping, "the room opens")
-    return sender, receiver
-
-
-def finish(source: RankHarness, target: RankHarness, sender: KVSender, receiver: KVReceiver) -> None:
-    source.wait_until(lambda: sender.concluded, "the sender ends")
-    target.wait_until(lambda: receiver.concluded, "the receiver ends")
 
 
 def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:

@@ -46,6 +46,17 @@ def test_equal_layouts_move_a_page_of_a_tensor_as_one_piece() -> None:
     assert part.source.blocks_per_unit == part.target.blocks_per_unit == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "lanes"),
+    [("page", "page", [64] * 2), ("page", "none", [32] * 4), ("none", "page", [32] * 4)],
+)
+def test_tensors_that_lie_side_by_side_on_both_sides_move_as_one_piece(
+    source: str, target: str, lanes: list[int]
+) -> None:
+    part = part_of(layout(fusion=source), layout(base=1 << 41, fusion=target))
+    assert part.lane_bytes.tolist() == lanes
+
+
 def test_another_interior_order_falls_into_items() -> None:
     part = part_of(layout(order="NHD"), TARGET)
     assert set(part.lane_bytes.tolist()) == {2}
@@ -147,6 +158,14 @@ def test_what_nobody_writes_is_named() -> None:
         check_coverage([layout(tp=2, rank=0)], TARGET)
 
 
+def test_few_items_are_named_by_number_however_high_and_many_by_their_range() -> None:
+    few, many = (layout(base=1 << 41, heads=128, tp=tp, rank=tp - 1) for tp in (64, 1))
+    with pytest.raises(IncompatibleError, match=r"needs items \[126, 127\] once each"):
+        check_coverage([], few)
+    with pytest.raises(IncompatibleError, match=r"needs items \[0\.\.127\] once each"):
+        check_coverage([], many)
+
+
 def test_what_two_ranks_write_is_named() -> None:
     with pytest.raises(IncompatibleError, match=r"write \[0, 1, 2, 3, 0, 1, 2, 3\]"):
         check_coverage([layout(), layout()], TARGET)
@@ -158,7 +177,7 @@ def test_a_pairing_of_too_many_pieces_is_refused() -> None:
         layout(page_size=size, pages=1, heads=2, head_bytes=1, order=order)
         for size, order in ((rows, "HND"), (rows, "NHD"))
     )
-    with pytest.raises(LayoutError, match="interior order"):
+    with pytest.raises(LayoutError, match="a block falls into more than"):
         pair_plan(source, target)
 
 
@@ -170,6 +189,15 @@ def test_rows_are_counted_over_all_layers_and_pieces() -> None:
     )
     with pytest.raises(LayoutError, match="the pairing needs more than"):
         pair_plan(source, target)
+
+
+def test_a_pairing_may_have_as_many_rows_as_the_bound_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, K and V of each, one piece each."""
+    monkeypatch.setattr("kvbaton.plan.MAX_ROWS", 4)
+    assert len(part_of(layout(), TARGET).source.table.rows) == 4
+    monkeypatch.setattr("kvbaton.plan.MAX_ROWS", 3)
+    with pytest.raises(LayoutError, match="the pairing needs more than 3 table rows"):
+        pair_plan(layout(), TARGET)
 
 
 def test_more_entries_than_32_bits_number_are_refused() -> None:

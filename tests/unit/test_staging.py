@@ -230,6 +230,19 @@ def test_each_side_sees_its_own_slot_in_the_refusal() -> None:
     assert slots_too_small([large], [large]) == []
 
 
+def test_each_side_is_told_its_own_slot_first_at_the_handshake() -> None:
+    world = World(ALWAYS)
+    source = world.add("p", world_layout(1 << 40, 1, 0, slot_bytes=128))
+    target = world.add("d", world_layout(2 << 40, 1, 0, slot_bytes=1024))
+    target.do(ReceiverOpened(1, (source.address,)))
+    world.run()
+    error = target.status("target", 1).error
+    assert isinstance(error, IncompatibleError)
+    assert (error.ours, error.theirs) == ("1024", "128")
+    verdicts = {m.sender: (m.ours, m.theirs) for *_, m in world.trace if isinstance(m, Verdict)}
+    assert verdicts == {"i-p": ("128", "1024"), "i-d": ("1024", "128")}
+
+
 def test_small_blocks_do_not_make_large_tables() -> None:
     """A slot of 4 MiB holds 65,536 aux rows of 64 bytes; each would be a descriptor that NIXL prepares."""
     pool = kv_pool(range(1), pages=4, page_size=1, heads=1, head_bytes=1, dtype="u1")

@@ -51,6 +51,18 @@ def test_a_timer_that_is_replaced_for_ever_takes_no_memory() -> None:
     assert timers.pop_due(1e9) == ("a", "retry")
 
 
+def test_what_is_replaced_is_dropped_once_it_outweighs_what_is_live() -> None:
+    """Sooner would cost the time of all timers for each that is set."""
+    timers: Timers[int] = Timers()
+    for owner in range(100):
+        timers.set(owner, "retry", 1.0)
+    entries = []
+    for again in range(200):
+        timers.set(again % 100, "retry", 2.0)
+        entries.append(timers.entries)
+    assert max(entries) == 64 + 2 * 100
+
+
 Step = tuple[str, str, str, int]
 STEPS = st.lists(
     st.tuples(

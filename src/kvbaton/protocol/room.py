@@ -73,9 +73,12 @@ class SourceRoom:
         )
 
     def _settled(self) -> bool:
-        """The last chunk is out and every write of it has settled: our units are free before the target confirms."""
-        return self.last_submitted and all(
-            transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values()
+        """Every target has opened, the last chunk is out and each write of it has settled: our units are free before
+        the targets confirm."""
+        return (
+            self.opened
+            and self.last_submitted
+            and all(transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values())
         )
 
     def _prefix_len(self) -> int:

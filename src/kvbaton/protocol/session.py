@@ -330,8 +330,8 @@ class Session:
         settings = self.desk.settings
         if name == "retry":
             self._send_hello(now)
-        elif name == "forget":
-            self.bury(self.error or PeerLostError("silent", peer=self.name), now)
+        elif name == "forget" and self.error is not None:
+            self.bury(self.error, now)
         elif name == "deadline":
             self.lose(_unanswered(settings.handshake_seconds, self.name), now)
         elif name == "heartbeat":

@@ -171,7 +171,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.DEADLINE_REACHED: sending.cut_off,
         On.RETRY_DUE: sending.send_failed,
         On.PEER_LOST: sending.cut_off,
-        On.PEER_GONE: sending.cut_off,
+        On.PEER_GONE: Ignored("whoever has gone is fenced with its session"),
         On.PEER_FENCED: sending.fenced,
     },
     State.FAILING: {

@@ -2,8 +2,8 @@
 
 It sleeps until a message, a command of the engine or a deadline wakes it; only while bytes are on the move does it
 poll, and the longer nothing happens the less often. Each turn reads the inbox first, then the writes, then the clock:
-a deadline never beats a message that is already here. A failure inside one event is logged and counted; the thread
-goes on.
+a deadline never beats a message that is already here. What fails unforeseen is logged and counted, and is answered as
+the foreseen failure would be; what follows it is done all the same, so that whatever is broken, deadlines pass.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from kvbaton.control.base import Arrived, LinkChange, Links
@@ -66,6 +67,11 @@ CLOSE_GRACE_SECONDS = 5.0
 #: often before they count as landed. Only where the target must help writes to land.
 QUIESCE_SECONDS = 0.5
 QUIESCE_POLLS = 500
+#: Distinct failures whose number is remembered, and characters of each.
+MAX_COMPLAINTS = 64
+MAX_COMPLAINT = 200
+#: How long after a fence that failed it is tried again.
+FENCE_AGAIN_SECONDS = 1.0
 #: How often the transport is asked for evidence of the path in the life of a rank.
 MAX_EVIDENCE_ASKED = 1_000
 
@@ -115,6 +121,8 @@ class Driver:
         self._tables: dict[str, tuple[TableId, ...]] = {}
         self._staged_tables: dict[str, tuple[TableId | None, ...]] = {}
         self._quiescing: dict[str, tuple[float, int]] = {}
+        self._to_fence: dict[str, float] = {}
+        self._complaints = Counter[str]()
         self._active_at = 0.0
         self._closing = threading.Event()
         self._close_deadline: float | None = None
@@ -159,6 +167,7 @@ class Driver:
             "peers_with_tables": len(self._tables),
             "peers_with_evidence": len(self.evidence),
             "peers_posting": len(self._queue),
+            "peers_to_fence": len(self._to_fence),
             "counter_names": len(self.counters),
             **{f"transport_{name}": size for name, size in self._transport.sizes().items()},
             **{f"links_{name}": size for name, size in self._links.sizes().items()},
@@ -180,11 +189,7 @@ class Driver:
 
     def _run(self) -> None:
         while True:
-            try:
-                self.turn()
-            except Exception:
-                self.counters["driver_errors"] += 1
-                log.exception("an event failed; the driver goes on")
+            self.turn()
             if self.finished():
                 break
             self._sleep()
@@ -200,6 +205,44 @@ class Driver:
 
     def turn(self) -> None:
         """One round of work, without waiting. Public for simulators, which have no thread."""
+        for step in (
+            self._receive,
+            self._take_commands,
+            self._answer_questions,
+            self._poll_writes,
+            self._poll_quiescing,
+            self._fence_due,
+            self._feed,
+            self._pass_time,
+            self._post_one,
+            self._feed,
+            self._progress,
+        ):
+            self._attempt(step)
+
+    def _attempt(self, call: Callable[[], object]) -> Exception | None:
+        """Whatever ``call`` raises that was not foreseen."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - the thread must go on
+            self._complain(error)
+            return error
+        return None
+
+    def _complain(self, error: Exception) -> None:
+        """Of what was not foreseen. Without a thread, whoever turns the driver hears of it."""
+        if self._thread.ident is None:
+            raise error
+        self.counters["driver_errors"] += 1
+        text = repr(error)[:MAX_COMPLAINT]
+        if len(self._complaints) >= MAX_COMPLAINTS:
+            self._complaints.clear()
+        self._complaints[text] += 1
+        times = self._complaints[text]
+        if times.bit_count() == 1:  # what fails in every turn must not fill a disk
+            log.error("something failed, %d times by now; the driver goes on", times, exc_info=error)
+
+    def _receive(self) -> None:
         for item in self._links.receive():
             self._active_at = self._clock()
             if isinstance(item, Arrived):
@@ -208,18 +251,18 @@ class Driver:
                 self._events.append(LinkUp(item.link))
             elif item.change is LinkChange.REFUSED:
                 self._events.append(LinkRefused(item.link))
-        self._take_commands()
+
+    def _answer_questions(self) -> None:
         while self._questions:
             self._questions.popleft()()
-        self._poll_writes()
-        self._poll_quiescing()
-        self._feed()
+
+    def _pass_time(self) -> None:
         deadline = self._core.next_deadline()
         if deadline is not None and deadline <= self._clock():
             self._events.append(TimePassed())
             self._feed()
-        self._post_one()
-        self._feed()
+
+    def _progress(self) -> None:
         if self._target_must_progress:
             self._transport.progress()
 
@@ -282,7 +325,9 @@ class Driver:
         while self._events:
             event = self._events.popleft()
             for effect in self._core.handle(event, self._clock()):
-                self._perform(effect)
+                error = self._attempt(partial(self._perform, effect))
+                if error is not None:
+                    self._answer_failed(effect, error)
 
     def _sleep(self) -> None:
         if self.pending:
@@ -293,10 +338,17 @@ class Driver:
             if pause < POLL_MOST_SECONDS:
                 time.sleep(pause)
             else:
-                self._links.wait(POLL_MOST_SECONDS)
+                self._wait(POLL_MOST_SECONDS)
             return
+        deadlines = [*self._to_fence.values()]
         deadline = self._core.next_deadline()
-        self._links.wait(None if deadline is None else max(0.0, deadline - now))
+        if deadline is not None:
+            deadlines.append(deadline)
+        self._wait(max(0.0, min(deadlines) - now) if deadlines else None)
+
+    def _wait(self, seconds: float | None) -> None:
+        if self._attempt(lambda: self._links.wait(seconds)) is not None:
+            time.sleep(POLL_MOST_SECONDS)
 
     # ---- effects ------------------------------------------------------------------------------------------------
 
@@ -313,9 +365,10 @@ class Driver:
         elif isinstance(effect, PreparePeer):
             self._prepare(effect)
         elif isinstance(effect, FencePeer):
-            self._fence(effect.peer)
+            self._to_fence[effect.peer] = self._clock()
+            self._fence_due()
         elif isinstance(effect, Scatter):
-            self._scatter(effect)
+            self._staging.scatter(effect)
         elif isinstance(effect, Quiesce):
             self._quiescing[effect.peer] = (self._clock() + QUIESCE_SECONDS, QUIESCE_POLLS)
         elif isinstance(effect, Dial):
@@ -323,16 +376,16 @@ class Driver:
         elif isinstance(effect, CloseLink):
             self._links.close_link(effect.link)
 
-    def _scatter(self, effect: Scatter) -> None:
-        """What cannot be copied (a device has failed) must not be served: its room fails, whatever the core says."""
-        try:
-            self._staging.scatter(effect)
-        except Exception as error:
-            self.counters["driver_errors"] += 1
-            log.exception("room %d: what has arrived cannot be copied to its pages", effect.room)
+    def _answer_failed(self, effect: Effect, error: Exception) -> None:
+        """What the core is to think of an effect that failed unforeseen."""
+        if isinstance(effect, Scatter):  # what is not copied must not be served, whatever the core says
             self._spoiled[effect.room] = InternalError(
                 f"what has arrived could not be copied to its pages: {error!r}; restart this rank", room=effect.room
             )
+        elif isinstance(effect, PreparePeer):
+            self._events.append(PeerUnprepared(effect.peer, _unforeseen("preparing a peer", error, effect.peer)))
+        elif isinstance(effect, Dial):
+            self._events.append(DialFailed(effect.address, _unforeseen("dialling a peer", error, effect.address)))
 
     def _report(self, report: Report) -> None:
         status = report.status
@@ -380,10 +433,11 @@ class Driver:
             source_entries, target_entries = self._staging.gather(write)
             handle = self._transport.post(table, source_entries, target_entries)
         except TransportError as error:
-            self._queue.settled(write)
-            self._broken.append(write)
-            self._events.append(WriteBroken(write.write, error))
+            self._break(write, error)
             return
+        except Exception as error:
+            self._break(write, _unforeseen("posting a write", error, write.peer))
+            raise
         self.counters["writes_posted"] += 1
         self.counters["bytes_posted"] += write.bytes
         self.counters["entries_posted"] += len(source_entries)
@@ -407,21 +461,29 @@ class Driver:
                 self._events.append(PeerQuiesced(peer))
 
     def _check(self, handle: Handle, write: PostWrite) -> None:
-        state = self._transport.poll(handle)
+        state = WriteState.BROKEN
+        try:
+            state = self._transport.poll(handle)
+        except Exception as unforeseen:  # noqa: BLE001 - the writes behind it must be looked after as well
+            self._complain(unforeseen)
         if state is WriteState.PENDING:
             return
         self._active_at = self._clock()
         del self._in_flight[handle]
-        self._queue.settled(write)
-        self._transport.release(handle)
         if state is WriteState.DONE:
+            self._queue.settled(write)
             self._staging.settled(write)
             self._events.append(WriteSettled(write.write))
-            self._note_evidence(write.peer)
+            self._attempt(lambda: self._note_evidence(write.peer))
         else:
-            self._broken.append(write)
-            error: KVBatonError = DisconnectedError("a write broke on the wire", peer=write.peer)
-            self._events.append(WriteBroken(write.write, error))
+            self._break(write, DisconnectedError("a write broke on the wire", peer=write.peer))
+        self._attempt(lambda: self._transport.release(handle))
+
+    def _break(self, write: PostWrite, error: KVBatonError) -> None:
+        """Until its peer is fenced it may still be read from here."""
+        self._queue.settled(write)
+        self._broken.append(write)
+        self._events.append(WriteBroken(write.write, error))
 
     def _note_evidence(self, peer: str) -> None:
         """Ask the transport how the bytes went, until it knows or has been asked often enough."""
@@ -429,8 +491,16 @@ class Driver:
             self.counters["evidence_asked"] += 1
             self.evidence[peer] = self._transport.evidence(peer)
 
+    def _fence_due(self) -> None:
+        """Fence who is to be fenced; again and again until it is done, since only that frees what they hold."""
+        for peer, when in list(self._to_fence.items()):
+            if when <= self._clock():
+                self._to_fence[peer] = self._clock() + FENCE_AGAIN_SECONDS
+                self._fence(peer)
+
     def _fence(self, peer: str) -> None:
         self._transport.fence(peer)
+        del self._to_fence[peer]
         self._queue.drop_peer(peer)
         self._tables.pop(peer, None)
         self.evidence.pop(peer, None)
@@ -452,3 +522,7 @@ class Driver:
         finally:
             self._transport.close()
             self._links.close()
+
+
+def _unforeseen(doing: str, error: Exception, peer: str) -> InternalError:
+    return InternalError(f"{doing} failed: {error!r}; the log of this rank has more", peer=peer)

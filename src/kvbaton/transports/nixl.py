@@ -155,7 +155,9 @@ class NixlTransport(Transport):
             raise ConfigError("a nixl agent needs a name: pass the instance id")
         self._instance = instance
         self._nixl = _load()
-        self._registered: list[tuple[list[Region], Any]] = []
+        self._closed = False
+        self._regions: list[Region] = []
+        self._registered: list[tuple[list[Region], Any]] = []  # with the agent that is there
         self._peers: dict[str, _Peer] = {}
         self._tables: dict[TableId, _Prepared] = {}
         self._writes: dict[Handle, _Write] = {}
@@ -163,7 +165,7 @@ class NixlTransport(Transport):
         self._agent: Any = self._new_agent()
 
     def __repr__(self) -> str:
-        state = "closed" if self._agent is None else f"peers={len(self._peers)} writes={len(self._writes)}"
+        state = "closed" if self._closed else f"peers={len(self._peers)} writes={len(self._writes)}"
         return f"<NixlTransport {self._instance} {state}>"
 
     @property
@@ -174,6 +176,10 @@ class NixlTransport(Transport):
 
     def register(self, regions: Sequence[Region]) -> None:
         self._check_open()
+        self._register(regions)
+        self._regions.extend(regions)
+
+    def _register(self, regions: Sequence[Region]) -> None:
         done: list[tuple[list[Region], Any]] = []
         try:
             for group in _by_memory(regions):
@@ -204,6 +210,7 @@ class NixlTransport(Transport):
     def connect(self, peer: str, metadata: bytes) -> None:
         self._check_open()
         self.fence(peer)
+        self._check_open()  # the fence may have cost the agent
         if len(metadata) > MAX_METADATA_BYTES:
             raise TransportError(f"metadata of {len(metadata)} bytes is too large", peer=peer)
         try:
@@ -267,6 +274,9 @@ class NixlTransport(Transport):
         if peer.lost:
             raise DisconnectedError("posting: the peer is gone; fence it and connect again", peer=prepared.peer)
         check_entries(prepared.source, prepared.target, source_entries, target_entries)
+        self._check_open()
+        if peer.lost:  # a new agent could not reach it
+            raise DisconnectedError("posting: the peer is gone; fence it and connect again", peer=prepared.peer)
         self._build(prepared, peer)
         if not peer.wrote:
             peer.log_start = self._nixl.log.position()
@@ -335,6 +345,8 @@ class NixlTransport(Transport):
             write.forgotten = True  # kept until it settles or its peer is fenced
 
     def progress(self) -> None:
+        if self._agent is None and not self._closed:
+            return  # one is started when there is something to move
         self._check_open()
         try:
             self._agent.get_new_notifs()  # drives UCX; kvbaton sends no notifications
@@ -374,7 +386,7 @@ class NixlTransport(Transport):
         self._remove(self._peers.pop(peer).metadata)
 
     def _remove(self, there: _Metadata) -> None:
-        if there.agent_name == self._instance:
+        if there.agent_name == self._instance or self._agent is None:
             return
         try:
             self._agent.remove_remote_agent(there.agent_name)
@@ -394,12 +406,23 @@ class NixlTransport(Transport):
             self._release_tables(prepared)
         for peer in self._peers.values():
             self._remove(peer.metadata)
-        regions = [region for group, _ in self._registered for region in group]
         self._destroy_agent()
-        self._agent = self._new_agent()
-        self.register(regions)
-        for name, peer in self._peers.items():
+        for peer in self._peers.values():
             peer.unsettled = False
+        try:
+            self._start_agent()
+        except TransportError as error:
+            _logger.error("%s; trying again when something is to be moved", error)
+
+    def _start_agent(self) -> None:
+        """An agent that knows our memory and our peers. Raises TransportError; then there is none."""
+        self._agent = self._new_agent()
+        try:
+            self._register(self._regions)
+        except TransportError:
+            self._destroy_agent()
+            raise
+        for name, peer in self._peers.items():
             try:
                 self._add(name, peer.metadata)
             except TransportError as error:
@@ -449,8 +472,9 @@ class NixlTransport(Transport):
         }
 
     def close(self) -> None:
-        if self._agent is None:
+        if self._closed:
             return
+        self._closed = True
         for peer in list(self._peers):
             self._forget(peer)
         self._destroy_agent()
@@ -473,8 +497,11 @@ class NixlTransport(Transport):
         return f"UCX: {', '.join(tables[-1].ways)}" if tables else ""
 
     def _check_open(self) -> None:
-        if self._agent is None:
+        """Raises TransportError when it is closed, or has no agent and none can be started."""
+        if self._closed:
             raise TransportError("the transport is closed")
+        if self._agent is None:
+            self._start_agent()
 
 
 _logger = logging.getLogger(__name__)

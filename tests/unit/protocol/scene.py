@@ -60,6 +60,7 @@ class Shape:
     chunks: tuple[int, ...] = (12, 22)
     layers: int = 2
     hold_writes: bool = False
+    aux_bytes: int = 8
 
     @property
     def latent_heads(self) -> int:
@@ -105,8 +106,8 @@ def layouts(shape: Shape, *, side: Role, units: int = 12, model: str = "m", dtyp
             base = (1 << 40) * (1 + len(made) + (0 if source else 64))
             pools, regions = [pool], [Region(base, pool_bytes(pool))]
             if not source or stage == pp - 1:
-                pools.append(aux_pool(slots=3, slot_bytes=8, tp_size=tp, tp_rank=rank, region=1))
-                regions.append(Region(base + (1 << 32), 3 * 8))
+                pools.append(aux_pool(slots=3, slot_bytes=shape.aux_bytes, tp_size=tp, tp_rank=rank, region=1))
+                regions.append(Region(base + (1 << 32), 3 * shape.aux_bytes))
             layout = CacheLayout(model, tuple(regions), tuple(pools))
             layout.validate()
             made.append(layout)

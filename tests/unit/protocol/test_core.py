@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
 
 from kvbaton.errors import AbortedError, DisconnectedError, InternalError
+from kvbaton.layout import CacheLayout
 from kvbaton.messages import (
     Abort,
     AnyMessage,
@@ -25,9 +26,10 @@ from kvbaton.messages import (
     TransferKey,
     encode,
 )
+from kvbaton.plan import check_coverage
 from kvbaton.protocol import rooms
 from kvbaton.protocol.core import Core
-from kvbaton.protocol.effects import Dial, KVPoll, RoomStatus
+from kvbaton.protocol.effects import Dial, KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
     ChunkSubmitted,
     DialFailed,
@@ -349,6 +351,25 @@ def test_a_group_is_checked_once() -> None:
     assert scene.target.core.sizes()["groups_covered"] == 1
 
 
+def test_of_the_groups_that_were_checked_the_latest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Sequence[CacheLayout]] = []
+
+    def check(sources: Sequence[CacheLayout], target: CacheLayout) -> None:
+        checked.append(sources)
+        check_coverage(sources, target)
+
+    monkeypatch.setattr(rooms, "check_coverage", check)
+    world = World(Settings(sessions=1))
+    first, second = (add_group(world, PAIR, side="source", name=name)[0] for name in ("a", "b"))
+    target = add_group(world, PAIR, side="target")[0]
+    for room, source in enumerate((first, second, second), start=1):
+        target.do(ReceiverOpened(room, (source.address,)))
+        target.do(GrantsPublished(room, Scene().grants(target, room), PAIR.tokens))
+        world.run()
+        assert target.status("target", room).poll is KVPoll.WaitingForInput
+    assert len(checked) == 2
+
+
 def test_the_first_transfer_of_a_peer_is_never_taken_for_a_forgotten_one() -> None:
     scene = Scene()
     scene.start()
@@ -473,6 +494,17 @@ def test_an_address_that_could_not_be_dialled_is_dialled_again_for_the_next_room
     assert not dials(2)
     core.handle(DialFailed(address, DisconnectedError("no route")), 0.0)
     assert dials(3)
+
+
+def test_a_room_whose_address_cannot_be_dialled_fails_at_once_and_no_other() -> None:
+    core, nowhere = Scene().target.core, "tcp://nowhere:1"
+    core.handle(ReceiverOpened(1, (nowhere,)), 0.0)
+    core.handle(ReceiverOpened(2, ("tcp://elsewhere:1",)), 0.0)
+    effects = core.handle(DialFailed(nowhere, DisconnectedError("no route")), 0.0)
+    reports = {effect.room: effect.status for effect in effects if isinstance(effect, Report)}
+    assert {room: (status.poll, str(status.error)) for room, status in reports.items()} == {
+        1: (KVPoll.Failed, "no route [room 1] [while Bootstrapping]")
+    }
 
 
 @pytest.mark.parametrize(("writes", "told"), [(0, "no chunk was submitted"), (1, "the writes made no progress")])

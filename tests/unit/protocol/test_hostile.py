@@ -301,6 +301,24 @@ def test_one_peer_cannot_make_us_forget_how_anothers_rooms_ended() -> None:
     assert [type(m).__name__ for _, sender, _, m in scene.world.trace if sender == "p0"][-1] == "Done"
 
 
+def test_forgetting_begins_with_the_peer_whose_rooms_were_forgotten_longest_ago() -> None:
+    """An Open of a room whose end was confirmed must begin nothing, though there is no tombstone for it any more."""
+    scene = ready(replace(QUICK, sessions=2, tombstones_per_peer=1))
+    for number, name in enumerate(("i-x", "i-y")):
+        hello = scene.target.core.identity.hello(greeting=1)
+        link = LinkId(88_888 + number)
+        say(scene.source, msgspec.structs.replace(hello, sender=name, group=name), link)
+        for room in (1, 2):
+            say(scene.source, Query(sender=name, receiver="i-p0", key=TransferKey(room, room)), link)
+    scene.submit_all()
+    scene.room += 1
+    scene.start()
+    scene.submit_all()
+    assert scene.source.core.sizes()["forgotten_below"] == 2
+    (answer,) = say(scene.source, recorded(scene, Open), scene.source.link_to(scene.target))
+    assert "has ended here" in getattr(answer, "reason", "")
+
+
 def test_tombstones_keep_no_page_lists() -> None:
     scene = ready()
     scene.submit_all()

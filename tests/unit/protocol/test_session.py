@@ -11,7 +11,7 @@ from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
 from kvbaton.layout import CacheLayout
 from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
-from kvbaton.protocol.effects import KVPoll, PreparePeer, Send
+from kvbaton.protocol.effects import FencePeer, KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
     GrantsPublished,
     LinkRefused,
@@ -155,6 +155,19 @@ def test_a_source_forgets_the_lost_and_the_refused_after_a_while(why: str) -> No
     assert states(source) == []
 
 
+def test_rooms_that_a_forgotten_peer_leaves_behind_fail_with_what_it_refused_for() -> None:
+    scene = Scene()
+    scene.start()
+    d, p = scene.target.core.instance, scene.source.core.instance
+    verdict = Verdict(sender=d, receiver=p, compatible=False, code="transport", reason="no memory is left")
+    scene.world.inject(scene.target, scene.source, verdict)
+    assert states(scene.source) == ["refused"]
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=QUICK.announce_seconds)
+    assert states(scene.source) == []
+    assert "no memory is left" in str(scene.status("source").error)
+
+
 def test_the_first_loss_is_the_cause() -> None:
     """A new process takes the place of one that is lost already: nothing new happens to the old one."""
     world, source, target = pair()
@@ -218,6 +231,24 @@ def test_an_incompatible_pair_is_told_to_both_mirrored(what: str) -> None:
     assert not said["i-p0"].compatible
     assert not said["i-d0"].compatible
     assert said["i-p0"].reason == said["i-d0"].reason == error.message
+
+
+def test_a_refusal_names_the_peer() -> None:
+    world, source, target = pair(dtype="f2")
+    meet(world, source, target)
+    assert error_of(target).peer == "i-p0 at world://p0"
+
+
+def test_a_refused_peer_that_speaks_once_another_process_has_its_place_stays_refused() -> None:
+    """There is no plan by which its memory could be reached."""
+    world, source, target = pair(dtype="f2")
+    meet(world, source, target)
+    successor = world.add("d1", layouts(PAIR, side="target")[0], group="d")
+    meet(world, source, successor)
+    assert sorted(states(source)) == ["lost", "ready"]
+    world.inject(target, source, Ping(sender="i-d0", receiver="i-p0"))
+    world.run()
+    assert sorted(states(source)) == ["lost", "ready"]
 
 
 def test_a_refused_peer_is_refused_at_once_the_next_time() -> None:
@@ -447,6 +478,17 @@ def test_goodbye_ends_the_session_on_the_other_side() -> None:
     assert target.core.sessions() == []
     assert error_of(target).message == "the peer has closed: maintenance"
     assert [m.reason for *_, m in world.trace if isinstance(m, Goodbye)] == ["maintenance"]
+
+
+def test_a_target_that_has_closed_is_fenced_and_a_source_is_not_for_nobody_writes_to_it() -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    fenced = {}
+    for rank, peer in ((source, target), (target, source)):
+        goodbye = Goodbye(sender=peer.core.instance, receiver=rank.core.instance)
+        effects = rank.core.handle(MessageArrived(rank.link_to(peer), encode(goodbye)), world.now)
+        fenced[rank.name] = [effect.peer for effect in effects if isinstance(effect, FencePeer)]
+    assert fenced == {"p0": ["i-d0"], "d0": []}
 
 
 def test_another_instance_at_the_same_address_is_another_session() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from protocol_diagram import derive
@@ -25,11 +26,12 @@ from kvbaton.messages import (
     Query,
     TransferKey,
 )
+from kvbaton.plan import PairPlan
 from kvbaton.protocol.effects import Effect, KVPoll
 from kvbaton.protocol.events import PeerFenced, ShutdownRequested, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
-from kvbaton.protocol.transfer import Incoming, On, State, Transfer
+from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
 from unit.protocol.scene import ENDED, PAIR, QUICK, Scene, dropping, holding
 
 CELLS = [(state, on) for state in State for on in On]
@@ -56,6 +58,16 @@ def test_illegal_messages_are_the_peers_fault_and_illegal_events_ours() -> None:
     with pytest.raises(InternalError, match="write settled while opening"):
         step(transfer, On.WRITE_SETTLED, 0.0)
     assert transfer.state is State.OPENING
+
+
+def test_an_end_that_a_transfer_does_not_have_is_our_own_bug() -> None:
+    target = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(grants=(), parts=(), token_count=1))
+    nothing = Outgoing(pair=PairPlan(parts=(), digest=""), grants={}, parts=(), token_count=1)
+    source = Transfer(TransferKey(1, 2), "peer", _Mute(), outgoing=nothing)
+    with pytest.raises(InternalError, match="is no source"):
+        target.as_source()
+    with pytest.raises(InternalError, match="is no target"):
+        source.as_target()
 
 
 class _Mute:
@@ -192,6 +204,11 @@ def test_quiescing_holds_the_lease_until_the_transport_is_flushed(how: str) -> N
 def test_nothing_leaves_closed() -> None:
     """Handlers of CLOSED answer late messages; none of them enters a state."""
     assert {edge.path for edge in derive() if edge.before is State.CLOSED} == {(State.CLOSED,)}
+
+
+def test_a_source_says_that_it_has_drained_only_after_it_has_settled() -> None:
+    steps = {step for edge in derive() for step in pairwise(edge.path)}
+    assert {before for before, after in steps if after is State.FAILING} == {State.SETTLING}
 
 
 def test_draining_ends_only_by_word_or_proof() -> None:

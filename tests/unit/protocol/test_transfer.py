@@ -12,8 +12,22 @@ import pytest
 from protocol_diagram import derive
 
 from kvbaton.errors import AbortedError, DisconnectedError, KVBatonError
-from kvbaton.messages import Abort, AnyMessage, Close, Done, Drained, Failed, Grant, Open, Opened, PartBytes, Query
-from kvbaton.protocol.effects import KVPoll
+from kvbaton.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Grant,
+    Open,
+    Opened,
+    PartBytes,
+    Query,
+    Role,
+)
+from kvbaton.protocol.effects import CancelWrites, KVPoll
 from kvbaton.protocol.events import (
     AbortRequested,
     Chunk,
@@ -283,6 +297,25 @@ def test_the_source_is_free_before_the_target_confirms() -> None:
     assert scene.status("target").leased
 
 
+def test_a_chunk_is_leased_from_its_submission_on_even_if_no_target_has_opened_yet() -> None:
+    scene = Scene()
+    scene.open_senders()
+    assert not scene.status("source").leased
+    for chunk in range(len(scene.shape.chunks)):
+        scene.submit(chunk)
+        assert scene.status("source").poll is KVPoll.Bootstrapping
+        assert scene.status("source").leased
+
+
+def test_an_open_is_repeated_ever_more_slowly_up_to_a_bound() -> None:
+    scene = Scene()
+    scene.world.network = dropping(Opened)
+    scene.start()
+    scene.world.run(until=20.0)
+    opens = [at for at, _, _, m in scene.world.trace if isinstance(m, Open)]
+    assert opens == [0.0, 0.5, 1.5, 3.5, 7.5, 12.5, 17.5]
+
+
 def test_silence_is_asked_about() -> None:
     scene = Scene()
     scene.start()
@@ -380,6 +413,63 @@ def test_drained_follows_the_last_write_and_not_the_abort() -> None:
     assert not scene.status("target").leased
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_source_that_has_drained_frees_the_target_which_first_flushes_what_was_cut_off(
+    side: Role, forced: bool
+) -> None:
+    """By its answer to an abort, or of its own accord."""
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    scene.target.hold_quiesce = True
+    scene.world.network = dropping(Abort) if side == "source" else scene.world.network
+    scene.abort(side)
+    if forced:
+        scene.world.run(until=QUICK.settle_seconds)
+    else:
+        scene.world.run()
+        scene.source.release_writes()
+        scene.world.run()
+    said = [m for *_, m in scene.world.trace if isinstance(m, Drained) or (isinstance(m, Failed) and m.drained)]
+    assert [(type(m), m.fenced) for m in said] == [(Drained if side == "target" else Failed, forced)]
+    assert scene.status("target").leased == forced
+    scene.target.release_quiesced()
+    scene.world.run()
+    scene.expect_failed()
+
+
+def test_a_target_that_drains_is_freed_by_a_source_that_has_forgotten_the_room() -> None:
+    """The answer to a question that it asked before it gave up; its Abort is not heard."""
+    scene = Scene()
+    scene.start()
+    scene.world.network = dropping(Abort)
+    scene.abort("target")
+    assert scene.status("target").leased
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    forgotten = Forgotten(sender=scene.source.core.instance, receiver=scene.target.core.instance, key=key)
+    scene.world.inject(scene.source, scene.target, forgotten)
+    assert not scene.status("target").leased
+    assert scene.status("target").error.code == "aborted"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.DELIVERED, State.FAILING, State.CLOSED])
+def test_an_abort_while_no_write_is_out_is_answered_with_drained_at_once_and_ends_the_room(state: State) -> None:
+    scene = Scene()
+    scene.start()
+    key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
+    scene.world.network = dropping(*{State.DELIVERED: (Done,), State.FAILING: (Failed,)}.get(state, ()))
+    if state in (State.DELIVERED, State.CLOSED):
+        scene.submit_all()
+    elif state is State.FAILING:
+        scene.abort("source")
+    abort = Abort(
+        sender=scene.target.core.instance, receiver=scene.source.core.instance, key=key, code="aborted", reason=""
+    )
+    assert answers(scene, scene.target, scene.source, abort) == [Drained]
+    assert scene.source.core.counters[f"{state.value}:Abort"] == 1
+    assert scene.source.core.live_rooms == 0
+
+
 # ---- abort by the source, broken writes -----------------------------------------------------------------------------
 
 
@@ -410,6 +500,40 @@ def test_an_abort_after_the_delivery_leaves_the_outcome_to_the_target() -> None:
     scene.expect_over()
 
 
+def test_a_source_that_fails_cancels_its_writes_that_wait_in_its_own_queue() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "all chunks")
+    aborted = AbortRequested(scene.room, "source", AbortedError("evicted"))
+    effects = scene.source.core.handle(aborted, scene.world.now)
+    cancelled = [effect.writes for effect in effects if isinstance(effect, CancelWrites)]
+    assert cancelled == [{write.write for write in scene.source.held}]
+
+
+def test_a_failure_is_no_longer_announced_to_a_target_that_is_lost() -> None:
+    scene = Scene(settings=Settings(announce_seconds=1_000.0))
+    scene.start()
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.abort("source")
+    assert scene.source.core.live_rooms == 1
+    scene.world.run(until=QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    assert scene.source.core.live_rooms == 0
+
+
+def test_every_write_that_settles_gives_the_others_their_time_again() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "all chunks")
+    scene.world.network = dropping(Abort)  # the target counts from the acknowledgement, and must not be heard first
+    settled_at = QUICK.transfer_seconds - 1.0
+    scene.world.run(until=settled_at)
+    write = scene.source.held.pop()
+    scene.world.land(scene.source, write)
+    scene.source.do(WriteSettled(write.write))
+    scene.world.run(until=settled_at + QUICK.transfer_seconds - 0.1)
+    assert scene.status("source").poll is KVPoll.Transferring
+    scene.world.run(until=settled_at + QUICK.transfer_seconds)
+    assert "the writes made no progress for 30 s" in str(scene.status("source").error)
+
+
 @pytest.mark.parametrize("landed", [False, True])
 @pytest.mark.parametrize("phase", ["one chunk", "all chunks"])
 def test_a_broken_write_fails_both_sides_and_cuts_the_peer_off(phase: str, landed: bool) -> None:
@@ -419,6 +543,22 @@ def test_a_broken_write_fails_both_sides_and_cuts_the_peer_off(phase: str, lande
     scene.world.run(until=scene.world.now + 1.0)
     scene.expect_failed()
     assert scene.status("source").error.code == scene.status("target").error.code == "disconnected"  # type: ignore[union-attr]
+
+
+def test_a_room_that_waits_for_input_fails_at_once_when_its_peer_is_fenced_for_another_room() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    other = scene.room + 1
+    scene.open_senders(other)
+    scene.open_receivers(other)
+    scene.publish(other)
+    scene.world.run()
+    assert scene.status("source", other).poll is KVPoll.WaitingForInput
+    scene.source.break_writes(landed=False)
+    scene.world.run()
+    scene.expect_failed(other)
+    for side in ("source", "target"):
+        assert scene.status(side, other).error.code == "disconnected"  # type: ignore[union-attr]
 
 
 def test_one_broken_write_among_others_leaves_none_in_flight() -> None:
@@ -645,12 +785,13 @@ def test_a_chunk_that_does_not_end_on_a_page_fails_both_sides() -> None:
     expect_source_fails(scene, "layout", r"token 10 is no multiple of 4")
 
 
-def test_a_last_chunk_without_the_aux_row_fails_both_sides() -> None:
-    scene = Scene()
+@pytest.mark.parametrize("size", [8, 1])
+def test_a_last_chunk_without_the_aux_row_fails_both_sides(size: int) -> None:
+    scene = Scene(Shape(aux_bytes=size))
     scene.start()
     spans = (Grant("kv", 0, 22, tuple(scene.source_units())),)
     scene.source.do(ChunkSubmitted(scene.room, Chunk(spans=spans, last=True)))
-    expect_source_fails(scene, "misuse", r"not complete: aux items 0..0 \(8 B\)")
+    expect_source_fails(scene, "misuse", rf"not complete: aux items 0..0 \({size} B\)")
 
 
 def test_a_wrong_chunk_among_writes_in_flight_drains_first() -> None:
@@ -737,6 +878,20 @@ def test_a_target_that_asks_is_told_the_outcome_at_once_and_does_not_wait_for_th
         message = Query(sender=scene.target.core.instance, receiver=scene.source.core.instance, key=key)
     wanted = Done if state is State.DELIVERED else Failed
     assert answers(scene, scene.target, scene.source, message) == [wanted]
+    assert scene.source.core.counters[f"{state.value}:{asking.__name__}"] == 1
+
+
+@pytest.mark.parametrize(("state", "phase"), [(State.WAITING, "waiting"), (State.SENDING, "one chunk")])
+@pytest.mark.parametrize("asking", [Open, Query])
+def test_a_target_that_asks_for_a_room_that_runs_is_told_again_that_it_is_open(
+    state: State, phase: str, asking: type
+) -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, phase)
+    opening = next(m for *_, m in scene.world.trace if isinstance(m, Open))
+    query = Query(sender=opening.sender, receiver=opening.receiver, key=opening.key)
+    message = opening if asking is Open else query
+    assert answers(scene, scene.target, scene.source, message) == [Opened]
     assert scene.source.core.counters[f"{state.value}:{asking.__name__}"] == 1
 
 

@@ -1,0 +1,106 @@
+"""A driver thread that meets what nobody foresaw: rooms end by name, memory comes back, the thread goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+from ranks import MakeRank, RankHarness, begin, finish
+
+from kvbaton.errors import ExpiredError
+from kvbaton.manager import READY, KVPoll, Span
+from kvbaton.protocol.settings import Settings
+
+WHOLE = [Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))]
+
+
+def breaking(thing: object, name: str, patch: pytest.MonkeyPatch, *, times: int) -> Callable[[], int]:
+    """``thing.name`` raises what no contract mentions, ``times`` times; gives how often it has."""
+    real, calls, raised = getattr(thing, name), count(1), []
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        if next(calls) <= times:
+            raised.append(1)
+            raise RuntimeError(f"{name} fell over")
+        return real(*arguments, **named)
+
+    patch.setattr(thing, name, broken)
+    return lambda: len(raised)
+
+
+def expect_a_room_to_go_through(source: RankHarness, target: RankHarness) -> None:
+    sender, receiver = begin(source, target)
+    sender.submit(WHOLE, last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    assert (sender.error, receiver.error) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["connect", "prepare"])
+def test_a_peer_that_cannot_be_prepared_is_refused_by_name(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    raised = breaking(source.manager._transport, name, monkeypatch, times=1)
+    sender = source.manager.sender(77)
+    receiver = target.manager.receiver(77, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    target.wait_until(lambda: receiver.concluded, "the receiver ends")
+    assert raised() == 1
+    assert f"preparing a peer failed: RuntimeError('{name} fell over')" in str(receiver.error)
+    sender.abort("nobody comes")
+    expect_a_room_to_go_through(source, target)
+
+
+@pytest.mark.parametrize("name", ["post", "poll"])
+def test_a_write_that_falls_over_ends_its_room_and_no_other(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    sender, receiver = begin(source, target)
+    raised = breaking(source.manager._transport, name, monkeypatch, times=1)
+    sender.submit(WHOLE, last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    assert raised() == 1
+    assert (sender.poll(), receiver.poll()) == (KVPoll.Failed, KVPoll.Failed)
+    assert source.manager.counters()["driver_errors"] == 1
+    if name == "post":
+        assert "posting a write failed: RuntimeError('post fell over')" in str(sender.error)
+    expect_a_room_to_go_through(source, target)
+    assert source.manager.leased_rooms == target.manager.leased_rooms == 0
+
+
+def test_a_fence_that_falls_over_is_tried_again_until_the_pages_are_free(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbaton.runtime.driver.FENCE_AGAIN_SECONDS", 0.02)
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    sender, receiver = begin(source, target)
+    breaking(source.manager._transport, "post", monkeypatch, times=1)
+    fences = breaking(source.manager._transport, "fence", monkeypatch, times=3)
+    sender.submit(WHOLE, last=True, ready=READY)
+    finish(source, target, sender, receiver)
+    assert fences() == 3
+    assert source.manager.sizes()["peers_to_fence"] == 0
+    expect_a_room_to_go_through(source, target)
+
+
+@pytest.mark.parametrize("transport", ["memory"])
+def test_deadlines_pass_where_no_message_can_be_read(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what fails in every turn does not fill the log."""
+    settings = Settings(transfer_seconds=1.0, heartbeat_seconds=100.0)
+    source, target = make_rank("prefill", fill=1), make_rank("decode", settings=settings)
+    _, receiver = begin(source, target)
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        raised = breaking(target.manager._links, "receive", patch, times=1_000_000)
+        breaking(target.manager._links, "wait", patch, times=1_000_000)
+        target.manager._links.wake()
+        target.wait_until(lambda: receiver.poll() is KVPoll.Failed, "the deadline")
+        assert isinstance(receiver.error, ExpiredError)
+        target.wait_until(lambda: raised() >= 100, "many turns")
+    complaints = [record for record in caplog.records if "the driver goes on" in record.message]
+    assert 2 <= len(complaints) <= 2 * raised().bit_length()
