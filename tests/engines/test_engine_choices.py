@@ -20,7 +20,7 @@ from kvbaton.engine.request import Request, Sampling
 from kvbaton.engine.sampling import LEAST_LOGPROB, Draw, InternalError, first_tokens, pick_tokens, seed_of_choice
 from kvbaton.engine.scheduler import SchedulerConfig
 from kvbaton.engine.unified import unified_scheduler
-from kvbaton.errors import CapacityError, RemoteProtocolError
+from kvbaton.errors import AbortedError, CapacityError, RemoteProtocolError
 
 #: A prompt within a page, one that fills its pages, several chunks and a part of a page.
 LENGTHS = (3, 32, 75)
@@ -165,7 +165,7 @@ def test_abort_in_one_process_returns_everything(model: LoadedModel) -> None:
         engine.abort("r2")
         engine.abort("r1")
         for caller in (waiting, running):
-            assert caller.wait().last.finish_reason == "abort"
+            assert isinstance(caller.wait().last.error, AbortedError)
         assert engine.wait_quiet(PATIENCE_SECONDS)
         assert engine.stats().pages_used == 0
 

@@ -10,8 +10,8 @@ from engine_kit import Caller, call
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits
 from kvbaton.engine.request import Output, Request
-from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import ConfigError, InternalError, OverloadedError
+from kvbaton.engine.scheduler import STOPPING, Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError
 
 LIMITS = Limits(max_positions=100, vocab_size=10, pool_tokens=100)
 
@@ -30,9 +30,9 @@ class Keeper(Role):
         self.jobs.append(job)
         self.added.set()
 
-    def abort(self, job: Job, reason: str) -> None:
+    def end(self, job: Job, error: KVBatonError) -> None:
         self.jobs.remove(job)
-        job.emit(Output(finish_reason="abort", text=reason))
+        job.fail(error)
 
     def step(self) -> bool:
         self.steps += 1
@@ -60,6 +60,22 @@ def ask(name: str = "r") -> Request:
     return Request(request_id=name, prompt_tokens=(1,))
 
 
+def test_all_requests_can_be_ended_with_one_error_and_the_engine_goes_on() -> None:
+    role = Keeper()
+    with make(role)[0] as scheduler:
+        callers = [call(scheduler, ask(name)) for name in "ab"]
+        roomy = call(scheduler, Request(request_id="c", prompt_tokens=(1,), room=7))
+        scheduler.end_all(OverloadedError("enough"))
+        assert [str(caller.wait().last.error) for caller in (*callers, roomy)] == [
+            "enough",
+            "enough",
+            "enough [room 7]",
+        ]
+        later = call(scheduler, ask("d"))
+        scheduler.abort("d", "nobody waits")
+        assert repr(later.wait().last.error) == repr(AbortedError("nobody waits"))
+
+
 def test_an_idle_scheduler_does_not_step() -> None:
     role = Keeper()
     scheduler, wakeup = make(role)
@@ -76,13 +92,13 @@ def test_an_idle_scheduler_does_not_step() -> None:
         assert scheduler.wait_quiet(10)
 
 
-def test_close_aborts_what_is_left_and_refuses_what_comes() -> None:
+def test_close_ends_what_is_left_and_refuses_what_comes() -> None:
     role = Keeper()
     scheduler, _ = make(role)
     scheduler.start()
     callers = [call(scheduler, ask(name)) for name in "abc"]
     assert scheduler.close()
-    assert [caller.wait().last.finish_reason for caller in callers] == ["abort"] * 3
+    assert [str(caller.wait().last.error) for caller in callers] == [STOPPING] * 3
     with pytest.raises(OverloadedError, match="closed"):
         call(scheduler, ask())
     assert scheduler.close()

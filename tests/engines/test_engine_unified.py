@@ -11,7 +11,7 @@ from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.request import Output, Request, Sampling
 from kvbaton.engine.scheduler import SchedulerConfig
 from kvbaton.engine.unified import unified_scheduler
-from kvbaton.errors import ConfigError, InternalError
+from kvbaton.errors import AbortedError, ConfigError, InternalError
 
 PAGE = 16
 #: One token, k pages, k pages and one, several chunks, and what lies between.
@@ -125,11 +125,11 @@ def test_abort_ends_at_every_stage_and_returns_all_pages(model: LoadedModel) -> 
         assert running.first.wait(30)
         waiting = call(engine, greedy(make_prompt(30), 10, "waiting"))
         engine.abort("waiting")
-        assert waiting.wait().last.finish_reason == "abort"
+        assert isinstance(waiting.wait().last.error, AbortedError)
         assert waiting.tokens == ()
         engine.abort("running")
         engine.abort("nobody")
-        assert running.wait().last.finish_reason == "abort"
+        assert isinstance(running.wait().last.error, AbortedError)
         assert engine.wait_quiet(5)
         assert (engine.stats().pages_used, engine.stats().pages_free) == (0, 32)
 

@@ -60,6 +60,19 @@ def test_a_server_answers_and_finishes_its_requests_after_sigterm():
         assert process.wait(PATIENCE_SECONDS) == 0
 
 
+def test_what_the_grace_period_does_not_last_for_is_told_so():
+    with serving("--model", "recall", "--port", "0", "--grace-period-secs", "0.01") as (process, url):
+        stream = post(url, prompt="a7=3MB0;?a7=", max_tokens=2000, temperature=0, ignore_eos=True, stream=True)
+        with urllib.request.urlopen(stream) as response:
+            assert response.readline().startswith(b"data: ")
+            process.send_signal(signal.SIGTERM)
+            events = response.read().splitlines()
+        last = msgspec.json.decode(events[-2].removeprefix(b"data: "))
+        assert last["error"]["code"] == "draining"
+        assert "is stopping; send it again" in last["error"]["message"]
+        assert process.wait(PATIENCE_SECONDS) == 0
+
+
 def refused(*arguments: str) -> str:
     done = subprocess.run(command("serve", *arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 2, done

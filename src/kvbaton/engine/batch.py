@@ -17,7 +17,7 @@ from kvbaton.engine.job import Job
 from kvbaton.engine.request import Handoff, Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick, pick_tokens
-from kvbaton.errors import ConfigError, InternalError, KVBatonError
+from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError
 
 
 class ContinuousBatch:
@@ -47,9 +47,9 @@ class ContinuousBatch:
         for generation, first in zip(choices, firsts, strict=True):
             self._push(generation, first, handoff if generation is choices[0] else None)
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: Job, error: KVBatonError) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
-        return self._end(job, Output(finish_reason="abort"))
+        return self._end(job, Output(error=error))
 
     def step(self) -> bool:
         """One token for each running answer. False if there is none."""
@@ -87,7 +87,7 @@ class ContinuousBatch:
             self._release(generation)
         generation.job.emit(output)
         if generation.job.deserted:
-            self.remove(generation.job)
+            self.remove(generation.job, AbortedError("nobody listens any more"))
 
     def _end(self, job: Job, last: Output) -> bool:
         """End every answer of ``job``. False if it has none here."""

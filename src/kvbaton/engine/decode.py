@@ -22,7 +22,7 @@ from kvbaton.engine.batch import ContinuousBatch
 from kvbaton.engine.fork import Fork, missing_pages, take_fork
 from kvbaton.engine.generation import Generation, generations
 from kvbaton.engine.group import GroupManager, GroupSide
-from kvbaton.engine.job import Job
+from kvbaton.engine.job import Job, for_peer
 from kvbaton.engine.limits import Limits, limits_of
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Pools
@@ -31,7 +31,7 @@ from kvbaton.engine.request import Handoff, Output, Request
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Pick
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
+from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
 
 
@@ -74,16 +74,16 @@ class Decode(Role):
     def add(self, job: Job) -> None:
         self._waiting.append(job)
 
-    def abort(self, job: Job, reason: str) -> None:
+    def end(self, job: Job, error: KVBatonError) -> None:
         if job in self._waiting:
             self._waiting.remove(job)
-            job.emit(Output(finish_reason="abort"))
+            job.fail(error)
             return
         arrival = next((arrival for arrival in self._transfers if arrival.job is job), None)
         if arrival is not None:
-            self._end(arrival, Output(finish_reason="abort"), AbortedError(reason, room=arrival.room))
+            self._end(arrival, Output(error=error), for_peer(error))
             return
-        self._batch.remove(job)
+        self._batch.remove(job, error)
 
     def step(self) -> bool:
         worked = self._poll_transfers()

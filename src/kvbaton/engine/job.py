@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvbaton.engine.request import Output, Request
-from kvbaton.errors import KVBatonError
+from kvbaton.errors import AbortedError, KVBatonError, TransferFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Job:
         """Tell the caller, unless the last word has been said."""
         if self.done:
             return
-        if output.finish_reason is not None and output.finish_reason != "abort":
+        if output.finish_reason is not None:
             self._unfinished -= 1
             output = replace(output, unfinished=self._unfinished) if self._unfinished else output
         if output.final:
@@ -59,3 +59,8 @@ class Job:
     def __repr__(self) -> str:
         state = "done" if self.done else "deserted" if self.deserted else "live"
         return f"Job({self.request.request_id} room={self.request.room} {state})"
+
+
+def for_peer(error: KVBatonError) -> KVBatonError:
+    """What the other side is told of an end that is this side's alone."""
+    return error if isinstance(error, AbortedError) else TransferFailedError(error.message, room=error.room)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from kvbaton.engine import aux_row
 from kvbaton.engine.group import GroupManager, GroupSide
-from kvbaton.engine.job import Job
+from kvbaton.engine.job import Job, for_peer
 from kvbaton.engine.limits import limits_of
 from kvbaton.engine.model import LoadedModel
 from kvbaton.engine.pool import Holding, Pools
@@ -23,7 +23,7 @@ from kvbaton.engine.request import Output
 from kvbaton.engine.runner import ModelRunner
 from kvbaton.engine.sampling import Draw, Pick, first_tokens, seed_of, seed_of_choice
 from kvbaton.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
-from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, TransferFailedError
+from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVManager, KVPoll, KVSender, Span
 
 
@@ -67,10 +67,10 @@ class Prefill(Role):
             return
         self._bootstrap.append(_Handoff(job, room, sender))
 
-    def abort(self, job: Job, reason: str) -> None:
+    def end(self, job: Job, error: KVBatonError) -> None:
         handoff = next((handoff for handoff in self._live() if handoff.job is job), None)
         if handoff is not None:
-            self._end(handoff, Output(finish_reason="abort"), AbortedError(reason, room=handoff.room))
+            self._end(handoff, Output(error=error), for_peer(error))
 
     def step(self) -> bool:
         worked = self._drop_failed()

@@ -68,7 +68,8 @@ class Output:
     """One step of one of a request's answers, of which ``index`` is the number.
 
     The last of an answer has ``finish_reason`` ("stop", "length"); ``unfinished`` other answers go on after it. An
-    ``error``, or the finish_reason "abort", is the last word on all of them. ``top_logprobs`` has one entry per token.
+    ``error`` (AbortedError: the caller, or somebody for it) is the last word on all of them. ``top_logprobs`` has one
+    entry per token.
     """
 
     index: int = 0

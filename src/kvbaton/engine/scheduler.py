@@ -1,9 +1,9 @@
 """The thread that owns a model and its pools, and the doorway to it. What it does is its Role's business.
 
-Rules: everything but ``submit``, ``abort``, ``drain``, ``close``, ``stats`` and ``failure`` happens on the one thread.
-It sleeps on one event, which new work and the KVManager share: the event is cleared before anything is looked at, so no
-news is missed, and a role that reports no progress is not asked again before there is news. A role never waits by
-itself.
+Rules: everything but ``submit``, ``abort``, ``end_all``, ``drain``, ``close``, ``stats`` and ``failure`` happens on the
+one thread. It sleeps on one event, which new work and the KVManager share: the event is cleared before anything is
+looked at, so no news is missed, and a role that reports no progress is not asked again before there is news. A role
+never waits by itself.
 
 This file must not know of models, pages or peers; it cannot tell prefill from decode.
 """
@@ -15,14 +15,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from kvbaton.engine.job import Job
 from kvbaton.engine.limits import Limits
 from kvbaton.engine.request import Output, Request
-from kvbaton.errors import ConfigError, InternalError, KVBatonError, OverloadedError, from_code
+from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError, from_code
 
+#: What a request is told that its engine cannot finish, on both sides.
+STOPPING = "the engine that had this request is stopping; send it again"
 logger = logging.getLogger(__name__)
 
 
@@ -70,8 +73,8 @@ class Role(ABC):
         """Queue a valid job. Failures are the job's, never raised."""
 
     @abstractmethod
-    def abort(self, job: Job, reason: str) -> None:
-        """End ``job`` now, with finish_reason "abort"; its pages go back when no peer can touch them."""
+    def end(self, job: Job, error: KVBatonError) -> None:
+        """End ``job`` now, with that error on both sides; its pages go back when no peer can touch them."""
 
     @abstractmethod
     def step(self) -> bool:
@@ -142,7 +145,13 @@ class Scheduler:
             job = self._jobs.get(request_id)
             if job is None:
                 return
-            self._inbox.append(lambda: self._abort(job, reason))
+            self._inbox.append(lambda: self._end(job, AbortedError(reason, room=job.request.room)))
+        self._wakeup.set()
+
+    def end_all(self, error: KVBatonError) -> None:
+        """End every request soon, with that error."""
+        with self._lock:
+            self._inbox.append(lambda: self._end_all(error))
         self._wakeup.set()
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
@@ -159,7 +168,7 @@ class Scheduler:
             return self._quiet
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
-        """Abort everything, wait for leases to end, stop the thread. Idempotent.
+        """End everything, wait for leases to end, stop the thread. Idempotent.
 
         False if pages were still leased when time ran out: their memory must stay until the manager is closed.
         """
@@ -204,7 +213,7 @@ class Scheduler:
                 self._wakeup.clear()
                 worked = self._take_inbox()
                 if self._closing:
-                    self._abort_all("the engine is closing")
+                    self._end_all(OverloadedError(STOPPING))
                 if not (self._role.step() or worked):
                     self._sleep()
         except Exception as error:  # noqa: BLE001 - the top of the thread: nobody above could tell the callers
@@ -234,13 +243,14 @@ class Scheduler:
     def _at_rest(self) -> bool:
         return not (self._inbox or self._jobs or self._role.busy)
 
-    def _abort(self, job: Job, reason: str) -> None:
+    def _end(self, job: Job, error: KVBatonError) -> None:
         if not job.done:
-            self._role.abort(job, reason)
+            self._role.end(job, error)
 
-    def _abort_all(self, reason: str) -> None:
+    def _end_all(self, error: KVBatonError) -> None:
         for job in list(self._jobs.values()):
-            self._abort(job, reason)
+            room = job.request.room
+            self._end(job, copy(error) if room is None else error.in_room(room))
 
     def _forget(self, request: Request) -> None:
         with self._lock:

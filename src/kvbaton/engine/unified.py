@@ -51,14 +51,14 @@ class Unified(Role):
     def add(self, job: Job) -> None:
         self._waiting.append(job)
 
-    def abort(self, job: Job, reason: str) -> None:  # noqa: ARG002 - there is no peer to tell
+    def end(self, job: Job, error: KVBatonError) -> None:
         if job in self._waiting:
             self._waiting.remove(job)
-            job.emit(Output(finish_reason="abort"))
+            job.fail(error)
         elif self._prompt is not None and self._prompt.job is job:
-            self._drop_prompt(self._prompt, Output(finish_reason="abort"))
+            self._drop_prompt(self._prompt, Output(error=error))
         else:
-            self._batch.remove(job)
+            self._batch.remove(job, error)
 
     def step(self) -> bool:
         if self._prompt is None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from kvbaton.errors import (
-    AbortedError,
     CapacityError,
     ConfigError,
     ExpiredError,
@@ -17,6 +16,7 @@ from kvbaton.errors import (
     OverloadedError,
     PeerLostError,
     RemoteProtocolError,
+    TransferFailedError,
 )
 from kvbaton.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, PartBytes, Role, TransferKey, clip
 from kvbaton.plan import PairPlan, PartId, check_coverage
@@ -317,7 +317,7 @@ class Rooms:
     def on_shutdown(self, event: ShutdownRequested) -> None:
         for room in self.all():
             if room.status().poll not in (KVPoll.Failed, KVPoll.Success):
-                self.fail(room, AbortedError(f"this rank is closing: {event.reason}", room=room.room))
+                self.fail(room, TransferFailedError(f"its rank is closing: {event.reason}", room=room.room))
 
     def fail(self, room: Room, error: KVBatonError) -> None:
         """First root cause wins; every transfer that still runs is given up with it."""

@@ -294,7 +294,7 @@ def _scheduler(
 
 def _close_scheduler(scheduler: Scheduler) -> None:
     if not scheduler.close(CLOSE_SECONDS):
-        _log.warning("pages were still leased %g s after everything was aborted", CLOSE_SECONDS)
+        _log.warning("pages were still leased %g s after everything was ended", CLOSE_SECONDS)
 
 
 def _routes(config: ServeConfig, rank: Rank, manager: KVManager, group: Group | None) -> tuple[Route, ...]:

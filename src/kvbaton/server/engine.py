@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
-from kvbaton.errors import AbortedError, KVBatonError
+from kvbaton.errors import KVBatonError
 
 
 class Engine(Protocol):
@@ -31,6 +31,9 @@ class Engine(Protocol):
 
     def abort(self, request_id: str, reason: str = ...) -> None:
         """End a request soon; an unknown or ended one is ignored."""
+
+    def end_all(self, error: KVBatonError) -> None:
+        """End every request soon, with that error."""
 
     def stats(self) -> Stats:
         """A snapshot of pages and queues."""
@@ -84,7 +87,7 @@ class OutputStream:
     async def next(self) -> Output:
         """What is new of one choice since the last call, as one Output; waits for the first of it.
 
-        Raises the error that ended the request, AbortedError for one that was aborted.
+        Raises the error that ended the request.
         """
         while not self._arrived:
             self._news.clear()
@@ -95,8 +98,6 @@ class OutputStream:
         self._finished = output.final
         if output.error is not None:
             raise output.error
-        if output.finish_reason == "abort":
-            raise AbortedError("the request was aborted", room=self._request.room)
         return output
 
     def _on_output(self, output: Output) -> None:

@@ -28,14 +28,16 @@ from kvbaton.control.registry_client import RegistryClient
 from kvbaton.control.registry_server import registry_app
 from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.engine.model import LoadedModel
+from kvbaton.engine.scheduler import STOPPING
 from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.protocol.settings import Settings
 from kvbaton.server.allow import AllowList
 from kvbaton.server.api import ApiServer
 from kvbaton.server.build import build, link_hosts, load, start_replicas
+from kvbaton.server.failure import DrainingError
 from kvbaton.server.intake import ApiConfig, Mode
-from kvbaton.server.lifecycle import Signals, drain, listen, port_of, reserve
+from kvbaton.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
 from kvbaton.server.metrics import Gauge
 from kvbaton.server.rank import Rank
 from kvbaton.server.replica import Replica
@@ -215,7 +217,9 @@ class _Server:
                 await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
             listening(port_of(port))
             await signals.stop.wait()
-            await drain(api.gate, grace_seconds=self._config.grace_seconds, hurry=signals.hurry)
+            if not await drain(api.gate, grace_seconds=self._config.grace_seconds, hurry=signals.hurry):
+                self._replica.end_all(DrainingError(STOPPING))  # so that each client hears of it
+                await api.gate.emptied(CLEANUP_SECONDS)
         if self._failure is not None:
             raise self._failure
 

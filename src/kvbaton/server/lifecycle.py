@@ -1,8 +1,8 @@
 """A server's life: reserve its port, listen, take requests until a signal, drain, stop.
 
 Rules: SIGTERM and SIGINT shut the gate (``/ready`` turns 503, new requests are refused with Retry-After) and leave the
-requests inside a grace period; what is still inside then is cancelled, which aborts it. A second signal ends the grace
-period. The port stays open while draining, so that probes and metrics answer to the end.
+requests inside a grace period; what is still inside then is ended by its engine, or cancelled. A second signal ends the
+grace period. The port stays open while draining, so that probes and metrics answer to the end.
 
 This file must not know of engines or routes.
 """
@@ -148,7 +148,7 @@ async def drain(gate: Gate, *, grace_seconds: float, hurry: asyncio.Event) -> bo
         task.cancel()
     await asyncio.gather(emptied, hurried, return_exceptions=True)
     if gate.inside:
-        _log.warning("the grace period is over; %d requests are cancelled", gate.inside)
+        _log.warning("the grace period is over; %d requests are ended", gate.inside)
     return gate.inside == 0
 
 

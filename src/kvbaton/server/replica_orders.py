@@ -26,6 +26,10 @@ class Abort(Struct, frozen=True, tag="abort"):
     reason: str
 
 
+class EndAll(Struct, frozen=True, tag="end_all"):
+    error: KVBatonError
+
+
 class Ask(Struct, frozen=True, tag="ask"):
     """How it fares; with ``room``, what happened to a room. ``number``: of the question."""
 
@@ -61,5 +65,5 @@ class Told(Struct, frozen=True, tag="told"):
     error: KVBatonError | None = None
 
 
-Order = Submit | Abort | Ask | Stop
+Order = Submit | Abort | EndAll | Ask | Stop
 Report = Ready | Said | Told | Died

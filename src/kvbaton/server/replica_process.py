@@ -15,7 +15,7 @@ from kvbaton.engine.pipe import Pipe
 from kvbaton.engine.request import Output
 from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.server.replica import Replica
-from kvbaton.server.replica_orders import Abort, Ask, Order, Ready, Said, Stop, Submit, Told
+from kvbaton.server.replica_orders import Abort, Ask, EndAll, Order, Ready, Said, Stop, Submit, Told
 
 #: How often a rank that nobody asks anything looks after its engine.
 LOOK_SECONDS = 1.0
@@ -47,9 +47,11 @@ class ReplicaProcess:
     def _lose(self, error: KVBatonError) -> None:
         self._lost = error
 
-    def _do(self, order: Submit | Abort | Ask) -> None:
+    def _do(self, order: Submit | Abort | EndAll | Ask) -> None:
         if isinstance(order, Abort):
             self._replica.abort(order.request_id, order.reason)
+        elif isinstance(order, EndAll):
+            self._replica.end_all(order.error)
         elif isinstance(order, Ask):
             self._pipe.send(self._answer(order))
         else:

@@ -27,7 +27,7 @@ from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonErro
 from kvbaton.layout_file import RankLayout
 from kvbaton.manager import Moment
 from kvbaton.server.replica import Handoffs, sum_of
-from kvbaton.server.replica_orders import Abort, Ask, Order, Ready, Report, Said, Stop, Submit, Told
+from kvbaton.server.replica_orders import Abort, Ask, EndAll, Order, Ready, Report, Said, Stop, Submit, Told
 
 #: How long a rank may take to say how it fares.
 ASK_SECONDS = 5.0
@@ -85,6 +85,9 @@ class RemoteReplica:
     def abort(self, request_id: str, reason: str) -> None:
         if self.has(request_id):
             self._order(Abort(request_id, reason))
+
+    def end_all(self, error: KVBatonError) -> None:
+        self._order(EndAll(error))
 
     def ask(self, room: int | None = None) -> Told:
         """Raises ExpiredError when it does not answer, InternalError when it is lost."""
@@ -197,6 +200,10 @@ class Replicas:
     def abort(self, request_id: str, reason: str = "aborted by the client") -> None:
         for rank in self._ranks:
             rank.abort(request_id, reason)
+
+    def end_all(self, error: KVBatonError) -> None:
+        for rank in self._ranks:
+            rank.end_all(error)
 
     def stats(self) -> Stats:
         """The sum."""

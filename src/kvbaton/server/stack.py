@@ -38,6 +38,9 @@ class Stack:
     def abort(self, request_id: str, reason: str = "aborted by the client") -> None:
         self.scheduler.abort(request_id, reason)
 
+    def end_all(self, error: KVBatonError) -> None:
+        self.scheduler.end_all(error)
+
     def stats(self) -> Stats:
         return self.scheduler.stats()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
-from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.errors import AbortedError, InternalError, KVBatonError
 
 PATIENCE_SECONDS = 10.0
 
@@ -71,10 +71,14 @@ class ScriptedEngine:
         if on_output is not None:
             on_output(output)
 
-    def abort(self, request_id: str, reason: str = "") -> None:  # noqa: ARG002 - the protocol's
+    def abort(self, request_id: str, reason: str = "") -> None:
         with self._changed:
             self.aborted.append(request_id)
-        self.emit(request_id, Output(finish_reason="abort"))
+        self.emit(request_id, Output(error=AbortedError(reason)))
+
+    def end_all(self, error: KVBatonError) -> None:
+        for request_id in self.live:
+            self.emit(request_id, Output(error=error))
 
     def stats(self) -> Stats:
         return Stats(

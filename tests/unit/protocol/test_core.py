@@ -615,7 +615,7 @@ def test_a_shutdown_fails_what_is_live_and_tells_the_peer(side: str) -> None:
         status = scene.status(role)  # type: ignore[arg-type]
         assert status.poll is KVPoll.Failed
         assert status.error is not None
-        assert status.error.message == "this rank is closing: upgrade"
+        assert status.error.message == "its rank is closing: upgrade"
     scene.source.release_writes()
     scene.world.run()
     assert closing.core.quiet

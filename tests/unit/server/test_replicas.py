@@ -208,8 +208,15 @@ def test_an_abort_reaches_the_rank_that_has_the_request_and_no_other(make: Make)
     outputs = setup.submit("r", dp_rank=1)
     setup.replicas.abort("r", "enough")
     setup.replicas.abort("nobody")
-    assert heard(outputs).finish_reason == "abort"
+    assert str(heard(outputs).error) == "enough"
     assert [engine.aborted for engine in setup.engines] == [[], ["r"]]
+
+
+def test_all_requests_of_all_ranks_can_be_ended_with_one_error(make: Make) -> None:
+    setup = make()
+    outputs = [setup.submit(f"r{rank}", dp_rank=rank) for rank in (0, 1)]
+    setup.replicas.end_all(OverloadedError("stopping"))
+    assert [str(heard(one).error) for one in outputs] == ["stopping", "stopping"]
 
 
 def test_what_the_ranks_hold_is_told_as_one(make: Make) -> None:
