@@ -1,6 +1,7 @@
 """schemathesis against the documents that servers serve: ``python tests/fuzz/api_fuzz.py --seconds 30``.
 
-The servers answer from a scripted engine, over real HTTP on loopback; the router has two of them behind it. Prints what
+The servers answer from a scripted engine, over real HTTP on loopback; the router has two of them behind it, decode may
+ask one registry. Prints what
 schemathesis says, and a JSON summary; the exit code is 1 if an answer was not what the document says.
 """
 
@@ -22,14 +23,18 @@ from aiohttp import web
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT / "src"), str(ROOT / "tests")) if path not in sys.path]
 
-from kvbaton.server.api import ApiServer  # noqa: E402 - found only now
+from kvbaton.control.registry import Registry, Route  # noqa: E402 - found only now
+from kvbaton.control.registry_client import RegistryClient  # noqa: E402
+from kvbaton.control.registry_server import registry_app  # noqa: E402
+from kvbaton.server.allow import AllowList  # noqa: E402
+from kvbaton.server.api import ApiServer  # noqa: E402
 from kvbaton.server.intake import ApiConfig, Mode  # noqa: E402
 from kvbaton.server.lifecycle import listen, port_of, reserve  # noqa: E402
 from kvbaton.server.router import Router, RouterConfig  # noqa: E402
 from kvbaton.server.workers import Worker  # noqa: E402
 from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell_all  # noqa: E402
 
-KINDS = ("null", "prefill", "router")
+KINDS = ("null", "prefill", "decode", "router")
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -63,13 +68,25 @@ def servers() -> Iterator[dict[str, str]]:
     def run(make: Callable[[], web.Application]) -> str:
         return asyncio.run_coroutine_threadsafe(start(make), loop).result(PATIENCE_SECONDS)
 
-    def api(mode: Mode) -> web.Application:
-        config = ApiConfig(model="m", max_positions=4096, mode=mode)
+    def api(mode: Mode, allow: tuple[str, ...] = ()) -> web.Application:
+        config = ApiConfig(model="m", max_positions=4096, mode=mode, bootstrap_allow=AllowList.parse(allow))
         engine = ScriptedEngine(lambda request: spell_all("hi", request.sampling.choices))
-        return ApiServer(engine, CharacterTokenizer(), config).app
+        client = RegistryClient(attempts=1) if mode == "decode" else None
+        app = ApiServer(engine, CharacterTokenizer(), config, registry=client).app
+        if client is not None:
+            app.on_cleanup.append(lambda _app: client.close())
+        return app
+
+    def registry() -> web.Application:
+        route = Route(instance="i", group="g", address="tcp://127.0.0.1:41000", layout_digest="", http_port=1)
+        table = Registry()
+        table.register(route, 0.0)
+        return registry_app(table, clock=lambda: 0.0)
 
     try:
         urls = {"null": run(lambda: api("null")), "prefill": run(lambda: api("prefill"))}
+        allowed = run(registry).removeprefix("http://")
+        urls["decode"] = run(lambda: api("decode", (allowed,)))
         other = run(lambda: api("prefill"))  # takes rooms as a decode server does, and has nothing to wait for
         workers = (Worker("prefill", urls["prefill"], 1), Worker("decode", other))
         urls["router"] = run(lambda: Router(RouterConfig(workers=workers)).app)
