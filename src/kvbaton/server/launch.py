@@ -245,7 +245,7 @@ class _Server:
             info=self._info,
             timeline=replica.timeline if config.mode != "null" else None,
             layouts=replica.layouts,
-            instance=self._rank.instance,
+            instance=self._instance,
             secret=self._secret,
         )
         if config.mode != "null":
@@ -254,6 +254,12 @@ class _Server:
             )
             api.metrics.gauges(self._handoff_gauges)
         return api
+
+    @property
+    def _instance(self) -> str:
+        """What peers call this server: the first rank of each group."""
+        places = [(route.coordinates.pp, route.coordinates.tp, route.instance) for route in self._replica.routes]
+        return ", ".join(name for pp, tp, name in places if (pp, tp) == (0, 0)) or self._rank.instance
 
     def _counters(self) -> Mapping[str, float]:
         handoffs = self._replica.handoffs()
@@ -267,7 +273,7 @@ class _Server:
         model, config = self._model, self._config
         facts: dict[str, object] = {
             "version": __version__,
-            "instance": self._rank.instance,
+            "instance": self._instance,
             "model_fingerprint": model.fingerprint,
             "dtype": model.geometry.dtype,
             "page_size": config.page_size,
