@@ -9,6 +9,7 @@ This file must not know of HTTP, or of the other data-parallel ranks.
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from kvbaton.engine.pipe import Pipe
@@ -29,6 +30,7 @@ class ReplicaProcess:
         self._pipe: Pipe[Order] = Pipe(connection, "the server", Order)
         self._replica = replica
         self._lost: KVBatonError | None = None
+        self._answering = ThreadPoolExecutor(1, "kvbaton-answers")
 
     def run(self) -> None:
         self._replica.watch(self._lose)
@@ -53,7 +55,7 @@ class ReplicaProcess:
         elif isinstance(order, EndAll):
             self._replica.end_all(order.error)
         elif isinstance(order, Ask):
-            self._pipe.send(self._answer(order))
+            self._answering.submit(self._answer, order)
         else:
             request_id = order.request.request_id
             try:
@@ -61,17 +63,23 @@ class ReplicaProcess:
             except KVBatonError as error:
                 self._say(request_id, Output(error=error))
 
-    def _answer(self, ask: Ask) -> Told:
+    def _answer(self, ask: Ask) -> None:
+        """On a thread of its own: it may wait, and requests must not."""
         try:
             if ask.room is not None:
-                return Told(ask.number, moments=tuple(self._replica.timeline(ask.room)))
-            return Told(ask.number, stats=self._replica.stats(), handoffs=self._replica.handoffs())
+                told = Told(ask.number, moments=tuple(self._replica.timeline(ask.room)))
+            else:
+                told = Told(ask.number, stats=self._replica.stats(), handoffs=self._replica.handoffs())
         except KVBatonError as error:
-            return Told(ask.number, error=error)
+            told = Told(ask.number, error=error)
+        self._tell(told)
 
     def _say(self, request_id: str, output: Output) -> None:
         """On the engine's thread, too."""
+        self._tell(Said(request_id, output))
+
+    def _tell(self, report: Said | Told) -> None:
         try:
-            self._pipe.send(Said(request_id, output))
+            self._pipe.send(report)
         except InternalError as error:  # the loop hears of it as well
             logger.debug("%s", error)
