@@ -1,6 +1,7 @@
 """Mutation testing of the protocol: small changes to its source, each of which some test must notice.
 
     python tools/mutate.py [--sample 300] [--seed 1] [--jobs 2] [--json FILE] [--write docs/simulation.md]
+    python tools/mutate.py --from FILE --again [...]                   only what lived then, with the tests of today
     python tools/mutate.py --from FILE --write docs/simulation.md      run nothing: what --json wrote before
 
 For every mutant of ``protocol/`` and ``plan.py`` (one operator changed, one condition negated, one statement dropped,
@@ -323,6 +324,8 @@ def main() -> int:
     every = [m for path in SUBJECTS for m in mutants(path) if not options.only or options.only in m.module]
     if options.recorded:
         records = json.loads(options.recorded.read_text(encoding="utf-8"))
+        if options.again:
+            _try_again(records, every, options)
     else:
         count = min(options.sample, len(every)) if options.sample else len(every)
         chosen = every if count == len(every) else random.Random(options.seed).sample(every, count)
@@ -336,6 +339,24 @@ def main() -> int:
     return 0
 
 
+def _try_again(records: list[dict[str, Any]], every: Sequence[Mutant], options: argparse.Namespace) -> None:
+    """What kills by now each mutant that lived when it was drawn: ``since`` in its record."""
+    lived = {(record["where"], record["how"]): record for record in records if record["verdict"] == "survived"}
+    found = {mutant: lived.get((_where(mutant), mutant.how)) for mutant in every}
+    chosen = {mutant: record for mutant, record in found.items() if record and record["diff"] == mutant.diff()}
+    if len(chosen) < len(lived):
+        print(f"{len(lived) - len(chosen)} of {len(lived)} are not in the source any more", file=sys.stderr)
+    for mutant, verdict, _ in run_all(list(chosen), options.jobs, options.limit):
+        chosen[mutant]["since"] = verdict
+        print(f"{chosen[mutant]['where']} {mutant.how}: {verdict or 'lives'}", file=sys.stderr)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def _where(mutant: Mutant) -> str:
+    return f"{mutant.module.removeprefix('kvbaton.')}:{mutant.line}"
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sample", type=int, default=300, help="mutants to try, drawn at random; 0: all")
@@ -345,6 +366,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help="only modules whose name contains this")
     parser.add_argument("--json", type=Path, help="write all verdicts there")
     parser.add_argument("--from", type=Path, dest="recorded", help="run nothing: take the verdicts that --json wrote")
+    parser.add_argument("--again", action="store_true", help="with --from: try once more what lived")
     parser.add_argument("--write", type=Path, help="put score and survivors into this Markdown, between its markers")
     return parser.parse_args()
 
@@ -358,7 +380,7 @@ def _try(chosen: Sequence[Mutant], options: argparse.Namespace) -> list[dict[str
     verdicts, records = Counter[str](), list[dict[str, Any]]()
     for number, (mutant, verdict, seconds) in enumerate(run_all(chosen, options.jobs, options.limit), 1):
         verdicts[verdict or "survived"] += 1
-        where = f"{mutant.module.removeprefix('kvbaton.')}:{mutant.line}"
+        where = _where(mutant)
         records.append({"where": where, "how": mutant.how, "verdict": verdict or "survived", "seconds": seconds})
         if not verdict:
             records[-1]["diff"] = mutant.diff()

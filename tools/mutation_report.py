@@ -26,7 +26,8 @@ from kvbaton.errors import ConfigError
 START, END = "<!-- mutation -->", "<!-- /mutation -->"
 SURVIVED = "survived"
 UNEXPLAINED = "not explained yet"
-#: One verdict as ``mutate.py --json`` writes it: where, how, verdict, seconds, and of survivors the diff.
+#: One verdict as ``mutate.py --json`` writes it: where, how, verdict, seconds, and of survivors the diff; ``since`` is
+#: what kills a survivor by now, empty if nothing does.
 Record = Mapping[str, Any]
 Key = tuple[str, tuple[str, ...]]
 
@@ -58,11 +59,18 @@ def section(records: Sequence[Record], every: int, why: Mapping[Key, str]) -> st
         "|---|---|",
         *(f"| {name} | {count} |" for name, count in verdicts.most_common()),
     ]
-    survivors = sorted((record for record in records if record["verdict"] == SURVIVED), key=_place)
+    survivors = sorted(filter(_lives, records), key=_place)
+    since = verdicts[SURVIVED] - len(survivors)
+    if since:
+        lines += ["", f"{since} of the {verdicts[SURVIVED]} survivors are killed by tests that were written since."]
     if survivors:
         lines += ["", "| survivor | change | why it may live |", "|---|---|---|"]
         lines += [f"| {_file(one)} | {_change(one)} | {why.get(key_of(one), UNEXPLAINED)} |" for one in survivors]
     return "\n".join(lines)
+
+
+def _lives(record: Record) -> bool:
+    return record["verdict"] == SURVIVED and not record.get("since")
 
 
 def _place(record: Record) -> tuple[str, int]:
@@ -92,7 +100,7 @@ def write(page: Path, records: Sequence[Record], every: int, explained: Path) ->
     why = explanations(explained)
     text = page.read_text(encoding="utf-8")
     page.write_text(filled(page, text, START, END, section(records, every, why)), encoding="utf-8")
-    seen = {key_of(record) for record in records if record["verdict"] == SURVIVED}
+    seen = {key_of(record) for record in records if _lives(record)}
     _complain("without an explanation", seen - why.keys())
     _complain("explained, but no survivor of this run", why.keys() - seen)
 
