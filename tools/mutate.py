@@ -344,8 +344,8 @@ def _try_again(records: list[dict[str, Any]], every: Sequence[Mutant], options: 
     lived = {(record["where"], record["how"]): record for record in records if record["verdict"] == "survived"}
     found = {mutant: lived.get((_where(mutant), mutant.how)) for mutant in every}
     chosen = {mutant: record for mutant, record in found.items() if record and record["diff"] == mutant.diff()}
-    if len(chosen) < len(lived):
-        print(f"{len(lived) - len(chosen)} of {len(lived)} are not in the source any more", file=sys.stderr)
+    for record in lived.values():
+        record["since"] = "not in the source any more"
     for mutant, verdict, _ in run_all(list(chosen), options.jobs, options.limit):
         chosen[mutant]["since"] = verdict
         print(f"{chosen[mutant]['where']} {mutant.how}: {verdict or 'lives'}", file=sys.stderr)

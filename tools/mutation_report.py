@@ -62,7 +62,8 @@ def section(records: Sequence[Record], every: int, why: Mapping[Key, str]) -> st
     survivors = sorted(filter(_lives, records), key=_place)
     since = verdicts[SURVIVED] - len(survivors)
     if since:
-        lines += ["", f"{since} of the {verdicts[SURVIVED]} survivors are killed by tests that were written since."]
+        what = "are killed by tests that were written since, or are no longer in the source"
+        lines += ["", f"{since} of the {verdicts[SURVIVED]} survivors {what}."]
     if survivors:
         lines += ["", "| survivor | change | why it may live |", "|---|---|---|"]
         lines += [f"| {_file(one)} | {_change(one)} | {why.get(key_of(one), UNEXPLAINED)} |" for one in survivors]

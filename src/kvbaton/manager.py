@@ -145,6 +145,10 @@ class KVSender(_Side):
 
     role: Role = "source"
 
+    def __init__(self, manager: KVManager, room: int) -> None:
+        super().__init__(manager, room)
+        self._complete = False
+
     @property
     def prefix_len(self) -> int:
         """Tokens that every target holds already, known from WaitingForInput on; no need to submit them."""
@@ -162,11 +166,13 @@ class KVSender(_Side):
 
         Raises:
             LayoutError: a span names units that do not exist or do not fit its token range.
-            LocalProtocolError: the manager is closed.
+            LocalProtocolError: the last chunk was submitted already, or the manager is closed.
         """
+        if self._complete:
+            raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
         chunk = Chunk(spans=tuple(spans), last=last)
         check_grants(chunk.spans, self._manager.layout, distinct=False)
-        self._pledged = True
+        self._pledged, self._complete = True, last
         self._manager._command(ChunkSubmitted(self.room, chunk), ready)
 
 
@@ -184,8 +190,10 @@ class KVReceiver(_Side):
 
         Raises:
             LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
-            LocalProtocolError: the manager is closed.
+            LocalProtocolError: units were published already, or the manager is closed.
         """
+        if self._pledged:
+            raise LocalProtocolError(f"units were published for room {self.room} already", room=self.room)
         grants = tuple(spans)
         check_grants(grants, self._manager.layout)
         self._pledged = True

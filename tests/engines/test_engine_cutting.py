@@ -101,11 +101,12 @@ def test_orders_and_errors_go_there_and_back() -> None:
     order = Submit(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
     leader.send(order)
     assert follower.hear() == order
-    error = PeerLostError("gone", peer="rank 1", room=5)
+    error = PeerLostError("gone", peer="rank 1", hint="wait").in_room(5, "Transferring")
     follower.send(Fares(7, KVPoll.Failed, True, error=error))
     back = leader.hear()
     assert isinstance(back, Fares)
-    assert (back.side, back.poll, back.leased, repr(back.error)) == (7, KVPoll.Failed, True, repr(error))
+    assert (back.side, back.poll, back.leased, str(back.error)) == (7, KVPoll.Failed, True, str(error))
+    assert (type(back.error), back.error and back.error.hint) == (PeerLostError, "wait")
     follower.close()
     assert leader.waits(0)
     assert leader.hear() is None

@@ -124,6 +124,13 @@ def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:
         source.manager.receiver(7, [])
     with pytest.raises(ConfigError, match="outside"):
         source.manager.receiver(-1, ["memory://1"])
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    with pytest.raises(LocalProtocolError, match="the last chunk of room 5 was submitted"):
+        sender.submit([Span("kv", 40, 48, (7,))], last=False, ready=READY)
+    receiver = make_rank("decode").manager.receiver(5, [source.manager.address])
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    with pytest.raises(LocalProtocolError, match="units were published for room 5 already"):
+        receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
     source.manager.close()
     with pytest.raises(LocalProtocolError, match="closed"):
         source.manager.sender(8)

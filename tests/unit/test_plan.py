@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import numpy as np
 import pytest
 
 from kvbaton.errors import IncompatibleError, LayoutError
-from kvbaton.layout import Axis, CacheLayout, Pool, Region, aux_pool, kv_pool, pool_bytes
-from kvbaton.plan import MAX_ROWS, PartId, PartPlan, check_coverage, make_plan, overlap, pair_plan
+from kvbaton.layout import Axis, CacheLayout, Pool, Region, aux_pool, index_pool, kv_pool, pool_bytes
+from kvbaton.plan import MAX_ROWS, MOST_ITEMS_SHOWN, PartId, PartPlan, check_coverage, make_plan, overlap, pair_plan
 
 
 def layout(
@@ -74,6 +76,27 @@ def test_pages_of_different_size_move_in_their_common_divisor() -> None:
     assert part.block_rows == 2
     assert (part.source.blocks_per_unit, part.target.blocks_per_unit) == (3, 2)
     assert (part.source.unit_rows, part.target.unit_rows) == (6, 4)
+
+
+def pooled(page_size: int, row_tokens: int) -> CacheLayout:
+    """Keys that ``row_tokens`` tokens share."""
+    pool = index_pool([0], pages=2, page_size=page_size, key_bytes=4, dtype="x", row_tokens=row_tokens)
+    return CacheLayout("m", (Region(1 << 40, pool_bytes(pool)),), (pool,))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param(pooled(4, 1), pooled(4, 2), id="blocks of 4 rows and of 2"),
+        pytest.param(pooled(12, 4), pooled(6, 6), id="blocks of 1 row and a half in the source"),
+        pytest.param(pooled(6, 6), pooled(12, 4), id="blocks of 1 row and a half in the target"),
+    ],
+)
+def test_blocks_that_are_not_as_many_whole_rows_on_both_sides_are_refused(
+    source: CacheLayout, target: CacheLayout
+) -> None:
+    with pytest.raises(LayoutError, match="do not pair; use the same page size"):
+        pair_plan(source, target)
 
 
 def test_a_replica_that_is_not_elected_is_a_bystander() -> None:
@@ -164,6 +187,15 @@ def test_few_items_are_named_by_number_however_high_and_many_by_their_range() ->
         check_coverage([], few)
     with pytest.raises(IncompatibleError, match=r"needs items \[0\.\.127\] once each"):
         check_coverage([], many)
+
+
+@pytest.mark.parametrize(
+    ("heads", "named"),
+    [(MOST_ITEMS_SHOWN, list(range(MOST_ITEMS_SHOWN))), (MOST_ITEMS_SHOWN + 1, f"[0..{MOST_ITEMS_SHOWN}]")],
+)
+def test_as_many_items_as_the_bound_says_are_named_by_number(heads: int, named: object) -> None:
+    with pytest.raises(IncompatibleError, match=re.escape(f"needs items {named} once each")):
+        check_coverage([], layout(base=1 << 41, heads=heads))
 
 
 def test_what_two_ranks_write_is_named() -> None:

@@ -23,11 +23,13 @@ class _Failure(msgspec.Struct, array_like=True):
     message: str
     peer: str
     room: int | None
+    hint: str
+    phase: str
 
 
 def _pack(value: object) -> object:
     if isinstance(value, KVBatonError):
-        return _Failure(value.code, value.message, value.peer, value.room)
+        return _Failure(value.code, value.message, value.peer, value.room, value.hint, value.phase)
     raise NotImplementedError(f"{type(value).__name__} does not go through a pipe")
 
 
@@ -35,7 +37,9 @@ def _unpack(kind: type, value: Any) -> object:
     if kind is not KVBatonError:
         raise NotImplementedError(f"{kind.__name__} does not come through a pipe")
     failure = msgspec.convert(value, _Failure)
-    return from_code(failure.code, failure.message, peer=failure.peer, room=failure.room)
+    error = from_code(failure.code, failure.message, peer=failure.peer, room=failure.room)
+    error.hint, error.phase = failure.hint, failure.phase
+    return error
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_pack)

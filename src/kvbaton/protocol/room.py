@@ -37,10 +37,6 @@ class SourceRoom:
         return self.expected is not None and len(self.transfers) >= self.expected
 
     @property
-    def last_submitted(self) -> bool:
-        return bool(self.chunks) and self.chunks[-1].last
-
-    @property
     def over(self) -> bool:
         """Nothing is left to do or to say: the record can go."""
         closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
@@ -73,12 +69,10 @@ class SourceRoom:
         )
 
     def _settled(self) -> bool:
-        """Every target has opened, the last chunk is out and each write of it has settled: our units are free before
-        the targets confirm."""
-        return (
-            self.opened
-            and self.last_submitted
-            and all(transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values())
+        """Every target has opened, and each write of all chunks has settled: our units are free before the targets
+        confirm."""
+        return self.opened and all(
+            transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values()
         )
 
     def _prefix_len(self) -> int:

@@ -228,7 +228,6 @@ class Rooms:
                 session.greet_again(self._around.now)
             elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
                 self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
-        self._touch(room)
 
     def on_grants_published(self, event: GrantsPublished) -> None:
         room = self._targets.get(event.room)

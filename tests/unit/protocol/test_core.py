@@ -177,6 +177,17 @@ def test_too_many_rooms_are_refused_as_overloaded() -> None:
     assert scene.source.core.live_rooms == 2
 
 
+def test_an_open_that_was_refused_begins_nothing_when_a_copy_of_it_comes_late() -> None:
+    """What it was refused for may have passed, but its target was told that nothing of it is in flight."""
+    scene = Scene(settings=Settings(rooms=1))
+    scene.start()
+    message = msgspec.structs.replace(first_open(scene), key=TransferKey(8, 100))
+    assert refused(scene, message).code == "overloaded"
+    scene.submit_all()
+    scene.expect_success()
+    assert refused(scene, message).code == "overloaded"
+
+
 def test_tombstones_are_bounded_and_what_they_forget_is_refused() -> None:
     scene = Scene(settings=Settings(tombstones=2))
     opens = []
@@ -233,11 +244,13 @@ def test_news_of_a_transfer_that_the_target_does_not_know_end_with_a_close(kind:
     assert scene.target.core.live_rooms == 1
 
 
+@pytest.mark.parametrize("sender", ["before", "after"])
 @pytest.mark.parametrize("kind", [Abort, Query])
-def test_an_open_that_its_abort_has_overtaken_begins_nothing(kind: type) -> None:
+def test_an_open_that_its_abort_has_overtaken_begins_nothing(kind: type, sender: str) -> None:
     """Delivered in the other order: Drained was said, so nothing may be written later."""
     scene = Scene(holding(PAIR))
-    scene.open_senders()
+    if sender == "before":
+        scene.open_senders()
     kept: list[Open] = []
 
     def keep_open(_from: Rank, _to: Rank, message: AnyMessage) -> int:
@@ -257,6 +270,8 @@ def test_an_open_that_its_abort_has_overtaken_begins_nothing(kind: type) -> None
     }[kind]
     scene.world.inject(scene.target, scene.source, message)
     scene.world.inject(scene.target, scene.source, kept[0])
+    if sender == "after":
+        scene.open_senders()
     scene.submit_all()
     assert not scene.source.held
     assert scene.status("target").poll is KVPoll.Failed

@@ -71,6 +71,18 @@ def test_a_newer_hello_does_because_its_process_has_a_new_connection() -> None:
     scene.expect_success()
 
 
+def test_a_recorded_hello_moves_no_session_even_if_it_was_meant_for_us() -> None:
+    """The first greeting of a target names nobody, every later one its receiver."""
+    scene = ready()
+    scene.world.reconnect(scene.target, scene.source.address)
+    latest = [m for _, sender, _, m in scene.world.trace if sender == "d0" and isinstance(m, Hello)][-1]
+    assert latest.receiver == scene.source.core.instance
+    assert say(scene.source, latest) == []
+    assert scene.source.core.counters["messages_replayed"] == 1
+    scene.submit_all()
+    scene.expect_success()
+
+
 def test_a_recorded_open_from_another_link_does_nothing() -> None:
     scene = ready()
     before = scene.source.core.sizes()

@@ -491,6 +491,19 @@ def test_a_target_that_has_closed_is_fenced_and_a_source_is_not_for_nobody_write
     assert fenced == {"p0": ["i-d0"], "d0": []}
 
 
+@pytest.mark.parametrize("how", ["dies", "closes"])
+def test_the_link_to_a_source_that_is_gone_is_closed(how: str) -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    assert len(target.links) == 1
+    if how == "dies":
+        world.kill(source)
+    else:
+        world.perform(source, source.core.farewell("maintenance"))
+        world.run()
+    assert target.links == {}
+
+
 def test_another_instance_at_the_same_address_is_another_session() -> None:
     world, source, target = pair()
     meet(world, source, target)

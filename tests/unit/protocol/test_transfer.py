@@ -27,7 +27,7 @@ from kvbaton.messages import (
     Query,
     Role,
 )
-from kvbaton.protocol.effects import CancelWrites, KVPoll
+from kvbaton.protocol.effects import CancelWrites, KVPoll, Report
 from kvbaton.protocol.events import (
     AbortRequested,
     Chunk,
@@ -211,6 +211,12 @@ def test_a_prefix_is_told_to_the_source_and_not_sent() -> None:
     assert scene.status("target").bytes < full.status("target").bytes
 
 
+def test_no_prefix_is_told_before_a_target_has_opened() -> None:
+    scene = Scene(SHAPES["prefix"])
+    scene.open_senders()
+    assert scene.status("source").prefix_len == 0
+
+
 def test_chunks_may_begin_at_the_prefix() -> None:
     scene = Scene(Shape(prefix=8))
     scene.start()
@@ -325,6 +331,14 @@ def test_silence_is_asked_about() -> None:
     before = next(i for i, (*_, m) in enumerate(scene.world.trace) if isinstance(m, Query))
     assert scene.world.trace[before][0] == QUICK.retry_most_seconds
     scene.expect_success()
+
+
+def test_silence_is_asked_about_again_until_there_is_an_answer() -> None:
+    scene = Scene()
+    scene.world.network = dropping(Query)
+    scene.start()
+    scene.world.run(until=20.0)
+    assert [at for at, *_, m in scene.world.trace if isinstance(m, Query)] == [5.0, 10.0, 15.0, 20.0]
 
 
 # ---- abort by the target --------------------------------------------------------------------------------------------
@@ -445,11 +459,25 @@ def test_a_target_that_drains_is_freed_by_a_source_that_has_forgotten_the_room()
     scene.world.network = dropping(Abort)
     scene.abort("target")
     assert scene.status("target").leased
+    forget(scene)
+    assert not scene.status("target").leased
+    assert scene.status("target").error.code == "aborted"  # type: ignore[union-attr]
+
+
+def test_a_room_that_its_source_has_forgotten_has_failed() -> None:
+    scene = Scene()
+    scene.start()
+    forget(scene)
+    assert scene.status("target").poll is KVPoll.Failed
+    assert not scene.status("target").leased
+    assert "does not know this room any more" in str(scene.status("target").error)
+
+
+def forget(scene: Scene) -> None:
+    """The source says that it does not know the transfer."""
     key = next(m.key for *_, m in scene.world.trace if isinstance(m, Open))
     forgotten = Forgotten(sender=scene.source.core.instance, receiver=scene.target.core.instance, key=key)
     scene.world.inject(scene.source, scene.target, forgotten)
-    assert not scene.status("target").leased
-    assert scene.status("target").error.code == "aborted"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("state", [State.WAITING, State.DELIVERED, State.FAILING, State.CLOSED])
@@ -468,6 +496,21 @@ def test_an_abort_while_no_write_is_out_is_answered_with_drained_at_once_and_end
     assert answers(scene, scene.target, scene.source, abort) == [Drained]
     assert scene.source.core.counters[f"{state.value}:Abort"] == 1
     assert scene.source.core.live_rooms == 0
+
+
+def test_an_abort_that_comes_while_the_source_settles_is_answered_by_drained_and_ends_the_room() -> None:
+    """The target has proof with that: no failure is left to be told again until it closes."""
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    scene.abort("source")
+    scene.world.run()
+    assert scene.source.core.counters["settling:Abort"] == 1
+    since = len(scene.world.trace)
+    scene.source.release_writes()
+    assert scene.source.core.live_rooms == 0
+    scene.world.run()
+    assert [type(m) for *_, m in scene.world.trace[since:]] == [Drained]
+    scene.expect_failed()
 
 
 # ---- abort by the source, broken writes -----------------------------------------------------------------------------
@@ -509,6 +552,28 @@ def test_a_source_that_fails_cancels_its_writes_that_wait_in_its_own_queue() -> 
     assert cancelled == [{write.write for write in scene.source.held}]
 
 
+def test_a_failure_is_told_again_while_the_writes_settle() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    scene.world.network = dropping(Failed)
+    scene.abort("source")
+    scene.world.run(until=QUICK.settle_seconds - 0.1)
+    told = [(at, m.drained) for at, *_, m in scene.world.trace if isinstance(m, Failed)]
+    assert told == [(0.0, False), (0.5, False), (1.5, False), (3.5, False)]
+
+
+def test_a_failure_is_told_again_ever_more_slowly_until_the_target_has_confirmed_it() -> None:
+    scene = Scene()
+    scene.start()
+    scene.world.network = dropping(Close)
+    scene.abort("source")
+    scene.world.run(until=5.0)
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=QUICK.announce_seconds - 1.0)
+    assert [at for at, *_, m in scene.world.trace if isinstance(m, Failed)] == [0.0, 0.5, 1.5, 3.5, 7.5]
+    scene.expect_failed()
+
+
 def test_a_failure_is_no_longer_announced_to_a_target_that_is_lost() -> None:
     scene = Scene(settings=Settings(announce_seconds=1_000.0))
     scene.start()
@@ -543,6 +608,28 @@ def test_a_broken_write_fails_both_sides_and_cuts_the_peer_off(phase: str, lande
     scene.world.run(until=scene.world.now + 1.0)
     scene.expect_failed()
     assert scene.status("source").error.code == scene.status("target").error.code == "disconnected"  # type: ignore[union-attr]
+
+
+def test_a_broken_write_fails_its_room_at_once_with_the_cause_and_frees_nothing_before_the_fence() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    broken = WriteBroken(scene.source.held[0].write, DisconnectedError("the wire broke"))
+    effects = scene.source.core.handle(broken, scene.world.now)
+    (status,) = [effect.status for effect in effects if isinstance(effect, Report)]
+    assert status.poll is KVPoll.Failed
+    assert "the wire broke" in str(status.error)
+    assert status.leased
+
+
+def test_a_write_that_breaks_while_the_source_settles_is_cut_off_at_once() -> None:
+    scene = Scene(holding(PAIR))
+    bring_to(scene, "one chunk")
+    scene.abort("source")
+    scene.world.run()
+    scene.source.break_writes(landed=False)
+    assert scene.status("source").leased
+    scene.world.run()
+    scene.expect_failed()
 
 
 def test_a_room_that_waits_for_input_fails_at_once_when_its_peer_is_fenced_for_another_room() -> None:
@@ -895,9 +982,18 @@ def test_a_target_that_asks_for_a_room_that_runs_is_told_again_that_it_is_open(
     assert scene.source.core.counters[f"{state.value}:{asking.__name__}"] == 1
 
 
-@pytest.mark.parametrize("kind", [Opened, Done])
-def test_a_source_that_speaks_after_the_end_is_told_so_at_once(kind: type) -> None:
-    scene = ended()
+def failed() -> Scene:
+    scene = Scene()
+    scene.start()
+    scene.abort("source")
+    scene.world.run()
+    scene.expect_failed()
+    return scene
+
+
+@pytest.mark.parametrize(("kind", "end"), [(Opened, ended), (Done, ended), (Failed, failed)])
+def test_a_source_that_speaks_after_the_end_is_told_so_at_once(kind: type, end: Callable[[], Scene]) -> None:
+    scene = end()
     late = next(m for *_, m in scene.world.trace if isinstance(m, kind))
     assert answers(scene, scene.source, scene.target, late) == [Close]
 
