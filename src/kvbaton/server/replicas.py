@@ -33,7 +33,7 @@ from kvbaton.server.replica_orders import Abort, Ask, EndAll, Order, Ready, Repo
 ASK_SECONDS = 5.0
 #: How long a rank may take to end once it was told to.
 STOP_SECONDS = 20.0
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RemoteReplica:
@@ -125,7 +125,7 @@ class RemoteReplica:
         try:
             self._pipe.send(order)
         except InternalError as error:
-            _log.debug("%s", error)
+            logger.debug("%s", error)
 
     def _listen(self) -> None:
         """The thread."""
@@ -149,7 +149,7 @@ class RemoteReplica:
             if said.output.final:
                 self._listeners.pop(said.request_id, None)
         if listener is not None:
-            listener(said.output)
+            _tell(listener, said.output)
 
     def _lose(self, error: InternalError) -> None:
         with self._lock:
@@ -157,12 +157,20 @@ class RemoteReplica:
             listeners, questions = list(self._listeners.values()), list(self._questions.values())
             self._listeners.clear()
         for listener in listeners:
-            listener(Output(error=error))
+            _tell(listener, Output(error=error))
         for question in questions:
             question.set_exception(error)
         if not self._closing:
-            _log.error("%s", error)
+            logger.error("%s", error)
             self.on_lost(error)
+
+
+def _tell(listener: Callable[[Output], None], output: Output) -> None:
+    """A caller that cannot be reached (its event loop has ended) must not end the others."""
+    try:
+        listener(output)
+    except Exception:  # foreign code at the top of our thread
+        logger.exception("the caller of a request cannot be reached any more")
 
 
 class Replicas:

@@ -246,6 +246,18 @@ def test_what_the_ranks_hold_is_told_as_one(make: Make) -> None:
         setup.replicas.handoffs()
 
 
+def test_a_caller_that_cannot_be_reached_is_left_alone_and_the_others_are_served(make: Make) -> None:
+    """Its event loop may have ended."""
+
+    def gone(_output: Output) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    setup = make(script=lambda _request: spell("hey"))
+    setup.replicas.submit(Request(request_id="gone", prompt_tokens=(1,), dp_rank=0), gone)
+    outputs = setup.submit("r", dp_rank=0)
+    assert [heard(outputs) for _ in range(3)] == spell("hey")
+
+
 def test_a_rank_that_loses_a_process_ends_what_it_had_and_says_so_once(make: Make) -> None:
     setup = make()
     told: SimpleQueue[KVBatonError] = SimpleQueue()
