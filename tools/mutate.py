@@ -341,11 +341,17 @@ def main() -> int:
 
 def _try_again(records: list[dict[str, Any]], every: Sequence[Mutant], options: argparse.Namespace) -> None:
     """What kills by now each mutant that lived when it was drawn: ``since`` in its record."""
-    lived = {(record["where"], record["how"]): record for record in records if record["verdict"] == "survived"}
-    found = {mutant: lived.get((_where(mutant), mutant.how)) for mutant in every}
-    chosen = {mutant: record for mutant, record in found.items() if record and record["diff"] == mutant.diff()}
-    for record in lived.values():
-        record["since"] = "not in the source any more"
+    chosen: dict[Mutant, dict[str, Any]] = {}
+    for record in records:
+        if record["verdict"] != "survived" or record.get("since"):
+            continue
+        module, _, line = record["where"].rpartition(":")
+        alike = [m for m in every if m.module == f"kvbaton.{module}" and m.how == record["how"]]
+        same = [m for m in alike if m not in chosen and m.diff() == record["diff"]]
+        if same:  # lines may have moved
+            chosen[min(same, key=lambda mutant: abs(mutant.line - int(line)))] = record
+        else:
+            record["since"] = "not in the source any more"
     for mutant, verdict, _ in run_all(list(chosen), options.jobs, options.limit):
         chosen[mutant]["since"] = verdict
         print(f"{chosen[mutant]['where']} {mutant.how}: {verdict or 'lives'}", file=sys.stderr)
