@@ -30,7 +30,7 @@ def svg(config: SoakConfig, halves: Sequence[Half]) -> str:
     for column, half in enumerate(halves):
         x = LEFT + column * (WIDTH + LEFT)
         parts.append(
-            f'<text x="{x}" y="18" font-size="13" font-weight="bold">{half.survivor} lives, its peer is killed '
+            f'<text x="{x}" y="18" font-size="13" font-weight="bold">{half.survivor} lives, its peer dies '
             f"{half.restarts} times ({half.samples[-1].rooms:,} rooms, {half.seconds:.0f} s)</text>"
         )
         for row, (title, names) in enumerate(ROWS):
