@@ -54,8 +54,8 @@ flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
 	$(BIN)/kvbaton chaos --write docs/reliability.md
 
-soak: setup            ## 200,000 rooms with aborts and kills, and what grew meanwhile; the plot goes to docs/
-	$(BIN)/kvbaton soak --rooms 200000 --sample-rooms 1000 --restart-seconds 10 --plot docs/soak.svg
+soak: setup            ## 400,000 rooms with aborts and kills, and what grew meanwhile; the plot goes to docs/
+	$(BIN)/kvbaton soak --rooms 400000 --sample-rooms 2000 --restart-seconds 10 --plot docs/soak.svg
 
 docs: setup            ## regenerate what is generated in docs/
 	$(BIN)/python tools/protocol_diagram.py

@@ -10,7 +10,7 @@ import pytest
 from kvbaton.errors import ConfigError
 from kvbaton.soak.config import SoakConfig
 from kvbaton.soak.judge import complaints, slopes
-from kvbaton.soak.plot import svg
+from kvbaton.soak.plot import ROWS, svg
 from kvbaton.soak.run import Half, Sample, run_soak
 
 CONFIG = SoakConfig(rooms=40_000, sample_rooms=500)
@@ -48,7 +48,7 @@ def test_what_is_left_and_what_is_wrong_is_told() -> None:
 def test_the_plot_is_xml_with_a_panel_for_each_quantity() -> None:
     root = ET.fromstring(svg(CONFIG, [half(), half()]))
     lines = [element for element in root.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 12
+    assert len(lines) == 2 * len(ROWS)
     assert len(svg(CONFIG, [half(), half()])) < 100_000
 
 

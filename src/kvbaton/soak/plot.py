@@ -12,6 +12,7 @@ WIDTH, HEIGHT, GAP, LEFT, TOP = 380, 78, 30, 62, 44
 #: Title of a row, and what it shows of a sample.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("memory, MiB", ("rss_kib",)),
+    ("blocks that Python holds", ("python_blocks",)),
     ("threads", ("threads",)),
     ("file descriptors", ("fds",)),
     ("registered regions", ("transport_regions",)),
