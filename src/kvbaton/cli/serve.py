@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from kvbaton.cli.settings import add_log_level, natural, port, positive, seconds, transfer_costs
 from kvbaton.cli.signals import exit_on_sigterm
+from kvbaton.control.placement import LoadBalance
 from kvbaton.errors import ConfigError
 
 NAME = "serve"
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--load-balance-method",
-        choices=("auto", "follow_bootstrap_room", "round_robin", "total_requests"),
+        choices=("auto", *get_args(LoadBalance)),
         default="auto",
         help="which copy a request goes to: the room modulo their number, each in turn, or the one with the fewest "
         "requests; auto: the first on prefill, else the last",

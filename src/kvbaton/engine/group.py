@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 from kvbaton.engine import orders
 from kvbaton.engine.cache import Extent
-from kvbaton.engine.pipe import Pipe
+from kvbaton.engine.pipe import Died, Pipe
 from kvbaton.engine.polls import combine
 from kvbaton.engine.pool import Copies, Pools
 from kvbaton.errors import AbortedError, InternalError, KVBatonError
@@ -44,15 +44,8 @@ class Member:
 
     def await_ready(self, seconds: float) -> orders.Ready:
         """Raises InternalError, or what kept it from being ready."""
-        if not self.pipe.waits(seconds):
-            raise InternalError(f"rank {self.rank} was not ready within {seconds:g} s")
-        report = self.pipe.hear()
-        if isinstance(report, orders.Died):
-            raise report.error
-        if not isinstance(report, orders.Ready):
-            raise InternalError(f"rank {self.rank} ended before it was ready; see its last lines in the log")
-        self.ready = report
-        return report
+        self.ready = self.pipe.first(orders.Ready, seconds)
+        return self.ready
 
 
 class Group:
@@ -130,9 +123,7 @@ class Group:
                     self.wakeup.set()
                 continue
             if not self._closing:
-                died = isinstance(report, orders.Died)
-                cause = report.error.message if isinstance(report, orders.Died) else "its process has ended"
-                self._lose(InternalError(f"rank {member.rank} of this group is lost: {cause}"), quiet=died)
+                self._lose(member.pipe.lost(report), quiet=isinstance(report, Died))
             return
 
     def _lose(self, error: KVBatonError, *, quiet: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from kvbaton.engine.pipe import Died
 from kvbaton.engine.pool import Copies
 from kvbaton.errors import KVBatonError
 from kvbaton.layout import CacheLayout
@@ -87,12 +88,6 @@ class Fares(Struct, frozen=True, tag="fares"):
     bytes: int = 0
     exposed_seconds: float = 0.0
     error: KVBatonError | None = None
-
-
-class Died(Struct, frozen=True, tag="died"):
-    """A process could not go on."""
-
-    error: KVBatonError
 
 
 Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop

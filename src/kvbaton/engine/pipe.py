@@ -1,6 +1,6 @@
 """A pipe between two processes of one server: typed messages as msgpack, one sender at a time, errors among the data.
 
-This file must not know what is said.
+This file must not know what is said, but for how a process ends that cannot go on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ import msgspec
 from kvbaton.errors import InternalError, KVBatonError, from_code
 
 _T = TypeVar("_T")
+_First = TypeVar("_First")
+
+
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    """The last message of a process that could not go on."""
+
+    error: KVBatonError
 
 
 class _Failure(msgspec.Struct, array_like=True):
@@ -79,6 +86,25 @@ class Pipe(Generic[_T]):
             return heard
         except (EOFError, OSError):
             return None
+
+    def first(self, kind: type[_First], seconds: float) -> _First:
+        """The message with which the other end begins.
+
+        Raises what kept it from beginning, or InternalError when nothing comes in time.
+        """
+        if not self.waits(seconds):
+            raise InternalError(f"{self.who} was not ready within {seconds:g} s")
+        heard = self.hear()
+        if isinstance(heard, Died):
+            raise heard.error
+        if not isinstance(heard, kind):
+            raise InternalError(f"{self.who} ended before it was ready; see its last lines in the log")
+        return heard
+
+    def lost(self, last: object) -> InternalError:
+        """Why nothing more comes, after ``last`` was heard."""
+        cause = last.error.message if isinstance(last, Died) else "its process has ended"
+        return InternalError(f"{self.who} is lost: {cause}")
 
     def close(self) -> None:
         """Idempotent."""

@@ -112,10 +112,9 @@ def build_manager(
         raise
 
 
-def load(config: ServeConfig) -> LoadedModel:
+def load(config: ServeConfig, rank: Rank) -> LoadedModel:
     """The whole model, in this process. Raises KVBatonError."""
-    alone = config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size == 1
-    model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if alone else 1)
+    model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if rank.alone else 1)
     _log.info("loaded %r", model)
     return model
 
@@ -138,8 +137,6 @@ def build(
     group, processes, collective = None, None, None
     if shard.ranks > 1:
         group, processes, collective = _gather(config, rank, secret, model, leave, closing)
-    elif rank.dp_size > 1:
-        use_threads(config.torch_threads or 1)
     model = _own_part(config, model, rank, collective)
     pools = _pools(config, model, rank)
     manager = None
@@ -239,13 +236,14 @@ def _own_part(config: ServeConfig, model: LoadedModel, rank: Rank, collective: C
     """This rank's share of the network, on its device."""
     if collective is not None:
         cut(model.network, rank.shard, collective.add_up)
+    if not rank.alone:  # the model was loaded with one thread, to be forked
         use_threads(config.torch_threads or 1)
     network = model.network.to(_device(config, rank))
     return dataclasses.replace(model, network=network, shard=rank.shard)
 
 
 def _device(config: ServeConfig, rank: Rank) -> str:
-    if config.device == "cuda" and rank.shard.ranks * rank.dp_size > 1:
+    if config.device == "cuda" and not rank.alone:
         return f"cuda:{rank.number}"
     return config.device
 

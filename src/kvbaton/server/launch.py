@@ -163,7 +163,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
         registry = None
         if config.mode == "prefill":
             registry = closing.enter_context(reserve(config.registry_host, config.bootstrap_port, flag=BOOTSTRAP_FLAG))
-        model = load(config)
+        model = load(config, rank)
         replica: Replica
         if rank.dp_size == 1:
             replica = build(config, rank, model, secret, closing, leave=(port, registry))

@@ -32,6 +32,11 @@ class Rank:
         return self.launch if self.dp_size == 1 else f"{self.launch}.dp{self.dp_rank}"
 
     @property
+    def alone(self) -> bool:
+        """Whether the server has no other rank."""
+        return self.shard.ranks * self.dp_size == 1
+
+    @property
     def number(self) -> int:
         """Among all ranks of the server."""
         return self.dp_rank * self.shard.ranks + self.shard.rank

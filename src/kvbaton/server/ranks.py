@@ -20,8 +20,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
-from kvbaton.engine.orders import Died, Report
-from kvbaton.engine.pipe import Pipe
+from kvbaton.engine.pipe import Died, Pipe
 from kvbaton.errors import InternalError, KVBatonError
 
 #: How long a child may take to end by itself once its pipe has.
@@ -104,6 +103,6 @@ def _live(name: _Name, live: Callable[[_Name, Connection], None], pipe: Connecti
 
 
 def _tell(connection: Connection, error: KVBatonError) -> None:
-    pipe: Pipe[Report] = Pipe(connection, "the parent process", Report)
+    pipe: Pipe[Died] = Pipe(connection, "the parent process", Died)
     with suppress(InternalError):
         pipe.send(Died(error))

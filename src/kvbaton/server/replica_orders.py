@@ -8,7 +8,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from kvbaton.control.registry import Route
-from kvbaton.engine.orders import Died
+from kvbaton.engine.pipe import Died
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
 from kvbaton.errors import KVBatonError

@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 
 from kvbaton.control.placement import LoadBalance, checked_rank
 from kvbaton.control.registry import Route
-from kvbaton.engine.orders import Died
 from kvbaton.engine.pipe import Pipe
 from kvbaton.engine.request import Output, Request
 from kvbaton.engine.scheduler import Stats
@@ -55,14 +54,8 @@ class RemoteReplica:
 
     def start(self, seconds: float) -> None:
         """Wait until it is ready, then listen. Raises InternalError, or what kept it from being ready."""
-        if not self._pipe.waits(seconds):
-            raise InternalError(f"{self._pipe.who} was not ready within {seconds:g} s")
-        report = self._pipe.hear()
-        if isinstance(report, Died):
-            raise report.error
-        if not isinstance(report, Ready):
-            raise InternalError(f"{self._pipe.who} ended before it was ready; see its last lines in the log")
-        self.routes, self.layouts = report.routes, report.layouts
+        ready = self._pipe.first(Ready, seconds)
+        self.routes, self.layouts = ready.routes, ready.layouts
         self._thread.start()
 
     @property
@@ -139,8 +132,7 @@ class RemoteReplica:
                 if question is not None:
                     question.set_result(report)
             else:
-                cause = report.error.message if isinstance(report, Died) else "its process has ended"
-                self._lose(InternalError(f"{self._pipe.who} is lost: {cause}"))
+                self._lose(self._pipe.lost(report))
                 return
 
     def _pass_on(self, said: Said) -> None:

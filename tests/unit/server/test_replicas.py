@@ -14,8 +14,7 @@ import pytest
 
 from kvbaton.control.placement import LoadBalance
 from kvbaton.control.registry import Coordinates, Route, Sizes
-from kvbaton.engine.orders import Died
-from kvbaton.engine.pipe import Pipe
+from kvbaton.engine.pipe import Died, Pipe
 from kvbaton.engine.request import Output, Request
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
 from kvbaton.layout_file import RankLayout
