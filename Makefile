@@ -13,11 +13,14 @@ test: setup lint types unit  ## everything that must hold before a change lands
 
 setup: $(READY)
 
-# torch first and pinned: whatever else asks for "any torch" is then satisfied, and a CPU machine gets the CPU build.
-$(READY): pyproject.toml
+# Exact versions, so that the same commit gives the same result on any day. torch first: whatever else asks for "any
+# torch" is then satisfied, and a CPU machine gets the CPU build.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[serve,dev]'
+	$(PIP) torch
+	$(PIP) -e '.[serve,dev]'
 	touch $(READY)
 
 lint: setup
@@ -43,7 +46,7 @@ bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
 
 fuzz: setup            ## look for what breaks the codec, the cores and the API, for about 5 minutes
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(PIP) -e '.[fuzz]'
 	KVBATON_FUZZ_EXAMPLES=100 $(BIN)/python -m pytest -q tests/fuzz
 	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60
 	$(BIN)/python tests/fuzz/api_fuzz.py --seconds 40
