@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -104,3 +105,31 @@ def test_deadlines_pass_where_no_message_can_be_read(
         target.wait_until(lambda: raised() >= 100, "many turns")
     complaints = [record for record in caplog.records if "the driver goes on" in record.message]
     assert 2 <= len(complaints) <= 2 * raised().bit_length()
+
+
+def a_fence_that_raises() -> bool:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside a room that waits"])
+@pytest.mark.parametrize("last", [False, True], ids=["first chunk", "last chunk"])
+def test_a_ready_fence_that_raises_ends_its_room_at_once_and_no_other(
+    make_rank: MakeRank, others: int, last: bool
+) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    opened = threading.Event()
+    waiting = [begin(source, target) for _ in range(others)]
+    for sender, _ in waiting:
+        sender.submit(WHOLE, last=True, ready=opened.is_set)
+    sender, receiver = begin(source, target)
+    sender.submit(WHOLE if last else [Span("kv", 0, 32, (4, 6))], last=last, ready=a_fence_that_raises)
+    finish(source, target, sender, receiver)
+    assert "CUDA error: an illegal memory access" in str(sender.error)
+    assert receiver.poll() is KVPoll.Failed
+    expect_a_room_to_go_through(source, target)
+    opened.set()
+    for sender, receiver in waiting:
+        finish(source, target, sender, receiver)
+        assert (sender.error, receiver.error) == (None, None)
+    assert source.manager.counters()["fences_raised"] == 1
+    assert source.manager.leased_rooms == target.manager.leased_rooms == 0

@@ -36,6 +36,7 @@ from kvbaton.protocol.effects import (
     Send,
 )
 from kvbaton.protocol.events import (
+    AbortRequested,
     ChunkSubmitted,
     Dialed,
     DialFailed,
@@ -298,12 +299,28 @@ class Driver:
         for _ in range(len(self._commands)):
             command = self._commands.popleft()
             self._active_at = self._clock()
-            if command.fence is not None and (self._fenced_chunks or not command.fence()):
+            if command.fence is not None and (self._fenced_chunks or not self._ready(command)):
                 self._fenced_chunks.append(command)
             else:
                 self._events.append(command.event)
         self._feed()
         self._release_fenced()
+
+    def _ready(self, command: Command) -> bool:
+        """Whether a chunk's data is in memory. A fence that raises (a CUDA event after an error) says that it never
+        will be: the room ends at once, and its chunks are dropped as those of any failed room."""
+        try:
+            return command.fence is None or command.fence()
+        except Exception as error:
+            room = command.event.room if isinstance(command.event, ChunkSubmitted) else -1
+            log.error("the ready fence of a chunk of room %d raised; the room ends", room, exc_info=error)
+            self.counters["fences_raised"] += 1
+            cause = InternalError(
+                f"the ready fence of a chunk raised {error!r}; look for the cause in the engine that computed it",
+                room=room,
+            )
+            self._events.append(AbortRequested(room, "source", cause))
+            return False
 
     def _release_fenced(self) -> None:
         """Chunks of one room keep their order, other rooms may overtake; a room that failed wants none any more."""
@@ -313,7 +330,7 @@ class Driver:
             room = command.event.room if isinstance(command.event, ChunkSubmitted) else -1
             if not self._core.wants_chunks(room):
                 continue
-            if room in blocked or not (command.fence is None or command.fence()):
+            if room in blocked or not self._ready(command):
                 blocked.add(room)
                 waiting.append(command)
             else:
