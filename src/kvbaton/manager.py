@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvbaton.control.base import Links
@@ -206,7 +207,7 @@ class KVManager:
 
     Args:
         layout: this rank's memory; validated and registered here.
-        transport: the data plane, not used by anybody else; closed with the manager.
+        transport: the data plane, not used by anybody else; closed with the manager, also where making it fails.
         links: the control links, likewise.
         instance: names this process; the same as the transport's.
         group: names the engine instance that this rank belongs to; ``group_size`` ranks share it.
@@ -234,8 +235,6 @@ class KVManager:
         collect_finished: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        layout.validate()
-        transport.register(layout.regions)
         self.layout = layout
         self.instance = instance
         self.clock = clock
@@ -243,24 +242,30 @@ class KVManager:
         self._links = links
         self._transport = transport
         self._settings = settings if settings is not None else Settings()
-        identity = Identity(
-            instance=instance,
-            group=group,
-            group_size=group_size,
-            coordinates=coordinates if coordinates is not None else Coordinates(),
-            layout=layout,
-            agent_metadata=transport.metadata(),
-            transport=transport.capabilities.name,
-        )
-        self._core = Core(identity, self._settings)
-        self._driver = Driver(
-            self._core,
-            transport,
-            links,
-            on_report=self._report,
-            window=window if window is not None else Window(),
-            clock=clock,
-        )
+        with ExitStack() as given:  # what is ours from now on is closed, should this fail
+            given.callback(links.close)
+            given.callback(transport.close)
+            layout.validate()
+            transport.register(layout.regions)
+            identity = Identity(
+                instance=instance,
+                group=group,
+                group_size=group_size,
+                coordinates=coordinates if coordinates is not None else Coordinates(),
+                layout=layout,
+                agent_metadata=transport.metadata(),
+                transport=transport.capabilities.name,
+            )
+            self._core = Core(identity, self._settings)
+            self._driver = Driver(
+                self._core,
+                transport,
+                links,
+                on_report=self._report,
+                window=window if window is not None else Window(),
+                clock=clock,
+            )
+            given.pop_all()
         self._lock = threading.Lock()
         self._sides: dict[tuple[Role, int], _Side] = {}
         self._finished: deque[Finished] | None = deque() if collect_finished else None
@@ -275,7 +280,9 @@ class KVManager:
         self.close()
 
     def start(self) -> None:
-        """Start the driver thread."""
+        """Start the driver thread. Raises LocalProtocolError once the manager is closed."""
+        if self._closed:
+            raise LocalProtocolError("the manager is closed; make a new one")
         self._driver.start()
 
     def close(self, reason: str = "shutdown") -> None:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from ranks import ROOMS, MakeRank, begin, finish
 
-from kvbaton.errors import AbortedError, ConfigError, InternalError, LayoutError, LocalProtocolError, OverloadedError
-from kvbaton.manager import READY, KVPoll, Span
+from kvbaton.control.base import Links
+from kvbaton.control.memory import Network
+from kvbaton.errors import (
+    AbortedError,
+    ConfigError,
+    InternalError,
+    LayoutError,
+    LocalProtocolError,
+    OverloadedError,
+)
+from kvbaton.layout import CacheLayout
+from kvbaton.manager import READY, KVManager, KVPoll, Span, new_instance
 from kvbaton.protocol.settings import Settings
+from kvbaton.transports import make_transport
 
 
 def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
@@ -188,3 +201,54 @@ def test_tables_are_empty_again_when_the_last_room_is_over(make_rank: MakeRank) 
         assert (sizes["tombstones"], sizes["stories"], sizes["sessions"]) == (3, 3, 1)
         busy = ("sides", "rooms", "homes", "transfers", "writes", "writes_in_flight", "commands", "peers_posting")
         assert {name: sizes[name] for name in busy} == dict.fromkeys(busy, 0)
+
+
+def a_manager(layout: CacheLayout, transport: str, links: Links) -> KVManager:
+    instance = new_instance()
+    return KVManager(layout, make_transport(transport, instance), links, instance=instance, group="late")
+
+
+def test_a_manager_that_was_never_started_closes_and_ends_its_rooms(make_rank: MakeRank, transport: str) -> None:
+    rank, network = make_rank("decode"), Network()
+    manager = a_manager(rank.layout, transport, network.listen())
+    sender = manager.sender(7)
+    manager.close()
+    manager.close()
+    assert sender.poll() is KVPoll.Failed
+    assert sender.concluded
+    with pytest.raises(LocalProtocolError, match="closed"):
+        manager.start()
+
+
+def test_a_manager_that_cannot_be_made_closes_what_it_was_given(
+    make_rank: MakeRank, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make_rank("decode")
+    instance = new_instance()
+    data, links = make_transport(transport, instance), rank.network.listen()
+    closed: list[object] = []
+    for thing in (data, links):
+        monkeypatch.setattr(thing, "close", partial(_close_and_note, thing.close, thing, closed))
+    with pytest.raises(LayoutError):
+        KVManager(CacheLayout("model", (), rank.layout.pools), data, links, instance=instance, group="late")
+    assert closed == [data, links]
+
+
+def _close_and_note(close: Callable[[], None], thing: object, closed: list[object]) -> None:
+    close()
+    closed.append(thing)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such room"), TimeoutError("mine")], ids=["any", "time-out"])
+def test_a_question_that_raises_is_answered_with_what_it_raised(
+    make_rank: MakeRank, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make_rank("decode")
+
+    def broken(_room: int) -> list[object]:
+        raise error
+
+    monkeypatch.setattr(rank.manager._core, "told", broken)
+    with pytest.raises(type(error), match=str(error)):
+        rank.manager.timeline(7)
+    assert "driver_errors" not in rank.manager.counters()

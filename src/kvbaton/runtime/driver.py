@@ -143,16 +143,25 @@ class Driver:
     def ask(self, question: Callable[[Core, float], T]) -> T:
         """What ``question(core, now)`` finds, asked on the driver's thread, or here where that does not run.
 
-        Raises ExpiredError if the thread does not come to it in time.
+        Raises ExpiredError if the thread does not come to it in time, and whatever the question raises.
         """
         answer: Future[T] = Future()
         deadline = self._clock() + ASK_SECONDS
-        self._questions.append(lambda: answer.set_result(question(self._core, self._clock())))
+
+        def look() -> None:
+            try:
+                answer.set_result(question(self._core, self._clock()))
+            except Exception as error:  # noqa: BLE001 - the question is the asker's
+                answer.set_exception(error)  # it is told to whoever asked, and is no fault of this thread
+
+        self._questions.append(look)
         self._links.wake()
         while self._thread.is_alive():
             try:
                 return answer.result(ASK_SHARE_SECONDS)
             except TimeoutError:
+                if answer.done():  # just now, or the question itself has raised it
+                    return answer.result()
                 if self._clock() > deadline:
                     raise ExpiredError(f"the driver thread did not answer within {ASK_SECONDS:g} s") from None
         return question(self._core, self._clock())
@@ -177,7 +186,11 @@ class Driver:
     def close(self, reason: str) -> None:
         """Fail what is live, settle, say goodbye, release everything. Idempotent."""
         self.stop(reason)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        else:  # never started: rooms that were begun end all the same, and nothing stays open
+            self._take_commands()
+            self.farewell()
 
     def stop(self, reason: str) -> None:
         """Begin to close. Returns at once. Idempotent."""
