@@ -37,10 +37,10 @@ properties: setup      ## 10,000 random layouts and topologies against an indepe
 	KVBATON_PROPERTY_CASES=10000 $(BIN)/python -m pytest tests/property
 
 models: setup          ## a tiny random checkpoint of every model family, in build/models
-	$(BIN)/python tools/make_models.py build/models
+	$(BIN)/python -m lab models
 
 conformance: setup     ## every model family times every topology, against a single process (about 6 minutes)
-	$(BIN)/kvbaton conformance
+	$(BIN)/python -m lab conformance
 
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
@@ -55,18 +55,16 @@ flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 
 	KVBATON_FLOOD=full $(BIN)/python -m pytest -q tests/processes/test_flood.py
 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
-	$(BIN)/kvbaton chaos --write docs/reliability.md
+	$(BIN)/python -m lab chaos --write docs/reliability.md
 
 soak: setup            ## 400,000 rooms with aborts and kills, and what grew meanwhile; the plot goes to docs/
-	$(BIN)/kvbaton soak --rooms 400000 --sample-rooms 2000 --restart-seconds 10 --plot docs/soak.svg
+	$(BIN)/python -m lab soak --rooms 400000 --sample-rooms 2000 --restart-seconds 10 --plot docs/soak.svg
 
 docs: setup            ## regenerate what is generated in docs/
-	$(BIN)/python tools/protocol_diagram.py
-	$(BIN)/python tools/flags_table.py
-	$(BIN)/python tools/mutant_table.py --names
+	$(BIN)/python -m lab docs
 
 train: setup           ## train the bundled recall model again (about 15 minutes on two cores)
-	$(BIN)/python training/recall.py
+	$(BIN)/python -m lab train
 
 format: setup
 	$(BIN)/ruff check --fix .

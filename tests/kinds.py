@@ -9,7 +9,7 @@ import numpy as np
 from groups import Cut, Group, Model, Prompt, Reference, make_group
 
 from kvbaton.layout import CacheLayout, gated_delta_net
-from kvbaton.messages import Grant
+from kvbaton.protocol.messages import Grant
 
 GDN = gated_delta_net(key_heads=2, value_heads=4, key_dim=2, value_dim=3, conv_width=4, element_bytes=2, dtype="x")
 DENSE = Model(layers=("kv", "kv"), heads=4)

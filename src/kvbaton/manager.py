@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 from kvbaton.control.base import Links
 from kvbaton.errors import AbortedError, ConfigError, KVBatonError, LocalProtocolError, OverloadedError
-from kvbaton.layout import CacheLayout
-from kvbaton.messages import Coordinates, Grant, Role
+from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
@@ -34,6 +33,7 @@ from kvbaton.protocol.events import (
     SenderOpened,
 )
 from kvbaton.protocol.grants import check_grants
+from kvbaton.protocol.messages import Grant, Role
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.driver import Command, Driver, Fence

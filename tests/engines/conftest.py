@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engine_kit import LoadedModels, write_model
 
-from kvbaton.conformance.families import FAMILIES
-from kvbaton.engine.model import LoadedModel
+from kvbaton.serving.engine.model import LoadedModel
+from lab.conformance.families import FAMILIES
 
 
 @pytest.fixture(scope="session")

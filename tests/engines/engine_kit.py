@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvbaton.conformance.families import make_config, write_weights
-from kvbaton.engine.memory import PoolConfig
-from kvbaton.engine.model import LoadedModel, load_model
-from kvbaton.engine.pool import Pools
-from kvbaton.engine.request import Output, Request, Sampling
-from kvbaton.engine.scheduler import Scheduler
+from kvbaton.serving.engine.memory import PoolConfig
+from kvbaton.serving.engine.model import LoadedModel, load_model
+from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.request import Output, Request, Sampling
+from kvbaton.serving.engine.scheduler import Scheduler
+from lab.conformance.families import make_config, write_weights
 
 PATIENCE_SECONDS = 30
 EOS = 256

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvbaton.engine.pool import Pools
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
 from kvbaton.manager import KVPoll, Span
+from kvbaton.serving.engine.pool import Pools
 
 
 @dataclass

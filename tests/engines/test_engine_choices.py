@@ -12,15 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_handoff import CONFIG, Pair, pair
 
-from kvbaton.engine.decode import Decode
-from kvbaton.engine.fork import Fork, missing_pages, most_choices, take_fork
-from kvbaton.engine.generation import Generation
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.request import Request, Sampling
-from kvbaton.engine.sampling import LEAST_LOGPROB, Draw, InternalError, first_tokens, pick_tokens, seed_of_choice
-from kvbaton.engine.scheduler import SchedulerConfig
-from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import AbortedError, CapacityError, RemoteProtocolError
+from kvbaton.serving.engine.decode import Decode
+from kvbaton.serving.engine.fork import Fork, missing_pages, most_choices, take_fork
+from kvbaton.serving.engine.generation import Generation
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.request import Request, Sampling
+from kvbaton.serving.engine.sampling import (
+    LEAST_LOGPROB,
+    Draw,
+    InternalError,
+    first_tokens,
+    pick_tokens,
+    seed_of_choice,
+)
+from kvbaton.serving.engine.scheduler import SchedulerConfig
+from kvbaton.serving.engine.unified import unified_scheduler
 
 #: A prompt within a page, one that fills its pages, several chunks and a part of a page.
 LENGTHS = (3, 32, 75)

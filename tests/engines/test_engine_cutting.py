@@ -14,14 +14,14 @@ import pytest
 import torch
 from engine_kit import LoadedModels, make_prompt
 
-from kvbaton.conformance.families import FAMILIES
-from kvbaton.engine.cutting import check_fits, cut
-from kvbaton.engine.orders import Fares, Order, Report, Submit
-from kvbaton.engine.pipe import Pipe
-from kvbaton.engine.polls import combine
-from kvbaton.engine.shard import Shard
 from kvbaton.errors import ConfigError, InternalError, PeerLostError
 from kvbaton.manager import KVPoll, Span
+from kvbaton.serving.engine.cutting import check_fits, cut
+from kvbaton.serving.engine.orders import Fares, Order, Report, Submit
+from kvbaton.serving.engine.pipe import Pipe
+from kvbaton.serving.engine.polls import combine
+from kvbaton.serving.engine.shard import Shard
+from lab.conformance.families import FAMILIES
 
 
 class Meeting:

@@ -6,8 +6,8 @@ import pytest
 from engine_kit import call, generate, greedy, make_pools, make_prompt, poison
 from test_engine_handoff import CONFIG, pair
 
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.unified import unified_scheduler
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.unified import unified_scheduler
 
 LENGTHS = (1, 16, 17, 33, 64, 100)
 POOLS = {

@@ -11,15 +11,15 @@ import pytest
 from engine_kit import PATIENCE_SECONDS, Caller, call, generate, make_pools, make_prompt
 
 from kvbaton.control.memory import Network
-from kvbaton.engine.decode import decode_scheduler
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.prefill import prefill_scheduler
-from kvbaton.engine.request import Request, Sampling
-from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
-from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import KVBatonError
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVManager, new_instance
+from kvbaton.serving.engine.decode import decode_scheduler
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.prefill import prefill_scheduler
+from kvbaton.serving.engine.request import Request, Sampling
+from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
+from kvbaton.serving.engine.unified import unified_scheduler
 from kvbaton.transports.memory import MemoryTransport
 
 CONFIG = SchedulerConfig(chunked_prefill_size=32)

@@ -14,14 +14,6 @@ from engine_kit import LoadedModels, make_pools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.engine import aux_row
-from kvbaton.engine.allocator import Allocator
-from kvbaton.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
-from kvbaton.engine.memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGING_SLOT_BYTES, PoolConfig
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Pools
-from kvbaton.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
-from kvbaton.engine.shard import Shard
 from kvbaton.errors import (
     CapacityError,
     ConfigError,
@@ -32,8 +24,16 @@ from kvbaton.errors import (
 )
 from kvbaton.layout import CacheLayout, Plane, Staging
 from kvbaton.manager import Span
-from kvbaton.plan import pair_plan
-from kvbaton.staging import stage
+from kvbaton.plan.pair import pair_plan
+from kvbaton.plan.staging import stage
+from kvbaton.serving.engine import aux_row
+from kvbaton.serving.engine.allocator import Allocator
+from kvbaton.serving.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
+from kvbaton.serving.engine.memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGING_SLOT_BYTES, PoolConfig
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
+from kvbaton.serving.engine.shard import Shard
 
 TENSORS = tuple(PagedTensor(layer, name, 3, 4) for layer in range(2) for name in "kv")
 GEOMETRY = Geometry(

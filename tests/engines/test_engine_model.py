@@ -12,14 +12,14 @@ from engine_kit import EOS, MAX_POSITIONS, VOCABULARY, make_pools, make_prompt
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3NextConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvbaton.engine.geometry import CACHE_LAYERS, probe_geometry
-from kvbaton.engine.limits import limits_of
-from kvbaton.engine.model import LoadedModel, fingerprint, load_model, locate_model
-from kvbaton.engine.pool import Holding
-from kvbaton.engine.prompt import PromptRun, chunk_stop
-from kvbaton.engine.request import Request, Sampling
-from kvbaton.engine.runner import ModelRunner, Step
 from kvbaton.errors import CapacityError, ConfigError, InternalError
+from kvbaton.serving.engine.geometry import CACHE_LAYERS, probe_geometry
+from kvbaton.serving.engine.limits import limits_of
+from kvbaton.serving.engine.model import LoadedModel, fingerprint, load_model, locate_model
+from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.prompt import PromptRun, chunk_stop
+from kvbaton.serving.engine.request import Request, Sampling
+from kvbaton.serving.engine.runner import ModelRunner, Step
 
 
 def test_a_model_says_what_it_is(any_model: LoadedModel) -> None:

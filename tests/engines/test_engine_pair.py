@@ -10,13 +10,6 @@ import pytest
 from engine_kit import Caller, call, generate, greedy, make_pools, make_prompt
 from stand_in import End, Wire
 
-from kvbaton.engine.decode import decode_scheduler
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.pool import Pools
-from kvbaton.engine.prefill import prefill_scheduler
-from kvbaton.engine.request import Handoff, Request, Sampling
-from kvbaton.engine.scheduler import Scheduler, SchedulerConfig
-from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import (
     AbortedError,
     ConfigError,
@@ -26,6 +19,13 @@ from kvbaton.errors import (
     PeerLostError,
     RemoteProtocolError,
 )
+from kvbaton.serving.engine.decode import decode_scheduler
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.prefill import prefill_scheduler
+from kvbaton.serving.engine.request import Handoff, Request, Sampling
+from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
+from kvbaton.serving.engine.unified import unified_scheduler
 
 CONFIG = SchedulerConfig(chunked_prefill_size=32)
 SOURCES = ("memory://prefill",)

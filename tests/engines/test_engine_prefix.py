@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_handoff import CONFIG, Pair, pair
 
-from kvbaton.engine.allocator import Allocator
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.prefix import Prefix, PrefixCache
-from kvbaton.engine.request import Request, Sampling
-from kvbaton.engine.scheduler import SchedulerConfig
+from kvbaton.serving.engine.allocator import Allocator
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.prefix import Prefix, PrefixCache
+from kvbaton.serving.engine.request import Request, Sampling
+from kvbaton.serving.engine.scheduler import SchedulerConfig
 
 PAGE = 4
 

@@ -7,11 +7,11 @@ import threading
 import pytest
 from engine_kit import Caller, call
 
-from kvbaton.engine.job import Job
-from kvbaton.engine.limits import Limits
-from kvbaton.engine.request import Output, Request
-from kvbaton.engine.scheduler import STOPPING, Role, Scheduler, SchedulerConfig, Stats
 from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError
+from kvbaton.serving.engine.job import Job
+from kvbaton.serving.engine.limits import Limits
+from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.scheduler import STOPPING, Role, Scheduler, SchedulerConfig, Stats
 
 LIMITS = Limits(max_positions=100, vocab_size=10, pool_tokens=100)
 

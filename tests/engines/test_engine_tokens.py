@@ -10,10 +10,10 @@ from engine_kit import EOS, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.engine.request import Request, Sampling
-from kvbaton.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
-from kvbaton.engine.text import Detokenizer, StopMatcher, TextStream
 from kvbaton.errors import InternalError
+from kvbaton.serving.engine.request import Request, Sampling
+from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
+from kvbaton.serving.engine.text import Detokenizer, StopMatcher, TextStream
 
 TOKENIZER = byte_tokenizer()
 

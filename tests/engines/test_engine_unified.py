@@ -7,11 +7,11 @@ import threading
 import pytest
 from engine_kit import Caller, call, generate, greedy, make_pools, make_prompt, poison
 
-from kvbaton.engine.model import LoadedModel
-from kvbaton.engine.request import Output, Request, Sampling
-from kvbaton.engine.scheduler import SchedulerConfig
-from kvbaton.engine.unified import unified_scheduler
 from kvbaton.errors import AbortedError, ConfigError, InternalError
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.request import Output, Request, Sampling
+from kvbaton.serving.engine.scheduler import SchedulerConfig
+from kvbaton.serving.engine.unified import unified_scheduler
 
 PAGE = 16
 #: One token, k pages, k pages and one, several chunks, and what lies between.

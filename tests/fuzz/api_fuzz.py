@@ -23,16 +23,16 @@ from aiohttp import web
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT / "src"), str(ROOT / "tests")) if path not in sys.path]
 
-from kvbaton.control.registry import Registry, Route  # noqa: E402 - found only now
-from kvbaton.control.registry_client import RegistryClient  # noqa: E402
-from kvbaton.control.registry_server import registry_app  # noqa: E402
-from kvbaton.server.allow import AllowList  # noqa: E402
-from kvbaton.server.api import ApiServer  # noqa: E402
-from kvbaton.server.intake import ApiConfig, Mode  # noqa: E402
-from kvbaton.server.lifecycle import listen, port_of, reserve  # noqa: E402
-from kvbaton.server.router import Router, RouterConfig  # noqa: E402
-from kvbaton.server.workers import Worker  # noqa: E402
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell_all  # noqa: E402
+from kvbaton.discovery.client import RegistryClient  # noqa: E402
+from kvbaton.discovery.registry import Registry, Route  # noqa: E402 - found only now
+from kvbaton.discovery.server import registry_app  # noqa: E402
+from kvbaton.serving.server.allow import AllowList  # noqa: E402
+from kvbaton.serving.server.api import ApiServer  # noqa: E402
+from kvbaton.serving.server.intake import ApiConfig, Mode  # noqa: E402
+from kvbaton.serving.server.lifecycle import listen, port_of, reserve  # noqa: E402
+from kvbaton.serving.server.router import Router, RouterConfig  # noqa: E402
+from kvbaton.serving.server.workers import Worker  # noqa: E402
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell_all  # noqa: E402
 
 KINDS = ("null", "prefill", "decode", "router")
 CHECKS = (

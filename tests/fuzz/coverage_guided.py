@@ -78,7 +78,7 @@ def seeds(target: str) -> list[bytes]:
 
     from fuzz.siege import KINDS, Siege
 
-    from kvbaton.messages import encode
+    from kvbaton.protocol.messages import encode
 
     siege, random = Siege(), Random(1)
     siege.serve_a_room(random)
@@ -98,7 +98,7 @@ def child(target: str, arguments: list[str]) -> None:
         from unit.protocol import scene
 
         from kvbaton.errors import MessageError
-        from kvbaton.messages import decode, encode
+        from kvbaton.protocol.messages import decode, encode
 
     def codec(data: bytes) -> None:
         try:

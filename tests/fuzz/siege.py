@@ -18,13 +18,16 @@ import numpy as np
 from unit.protocol.scene import Scene
 
 from kvbaton.control.base import LinkId
-from kvbaton.layout import Axis, CacheLayout
-from kvbaton.messages import (
+from kvbaton.layout import Axis, CacheLayout, Coordinates
+from kvbaton.plan.pair import PartId
+from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.events import GrantsPublished, MessageArrived, ReceiverOpened
+from kvbaton.protocol.grants import parts_of
+from kvbaton.protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     AnyMessage,
     Close,
-    Coordinates,
     Done,
     Drained,
     Failed,
@@ -43,10 +46,6 @@ from kvbaton.messages import (
     Verdict,
     encode,
 )
-from kvbaton.plan import PartId
-from kvbaton.protocol.effects import KVPoll
-from kvbaton.protocol.events import GrantsPublished, MessageArrived, ReceiverOpened
-from kvbaton.protocol.grants import parts_of
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank
 

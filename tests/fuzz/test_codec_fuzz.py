@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.errors import MessageError
-from kvbaton.messages import MAX_MESSAGE_BYTES, decode, encode
+from kvbaton.protocol.messages import MAX_MESSAGE_BYTES, decode, encode
 
 RANDOMS = st.randoms(use_true_random=False)
 FUZZ = settings.get_profile("fuzz")

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.errors import MessageError
-from kvbaton.layout import CacheLayout, Region, Staging, kv_pool
-from kvbaton.messages import (
+from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, kv_pool
+from kvbaton.plan.pair import PartId
+from kvbaton.protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     AnyMessage,
     Close,
-    Coordinates,
     Done,
     Drained,
     Failed,
@@ -40,7 +40,6 @@ from kvbaton.messages import (
     decode,
     encode,
 )
-from kvbaton.plan import PartId
 
 FILE = Path(__file__).parent / f"version_{PROTOCOL_VERSION}.json"
 KEY = TransferKey(7, 3, 1)

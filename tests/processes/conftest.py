@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.testing.fleet import Fleet
+from kvbaton.serving.fleet import Fleet
 
 
 @pytest.fixture(scope="session")

@@ -113,10 +113,10 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
     import numpy as np
     import zmq
 
-    from kvbaton.layout import Region
-    from kvbaton.messages import Coordinates, Grant, Hello, Open, Ping, TransferKey, Verdict, decode, encode
-    from kvbaton.plan import pair_plan
+    from kvbaton.layout import Coordinates, Region
+    from kvbaton.plan.pair import pair_plan
     from kvbaton.protocol.grants import parts_of
+    from kvbaton.protocol.messages import Grant, Hello, Open, Ping, TransferKey, Verdict, decode, encode
     from kvbaton.transports import make_transport
 
     answers: Counter[str] = Counter()
@@ -191,7 +191,7 @@ def _any_layout() -> Any:
 
 
 def next_of(socket: Any, kind: type) -> Any:
-    from kvbaton.messages import decode
+    from kvbaton.protocol.messages import decode
 
     while socket.poll(int(PATIENCE_SECONDS * 1000)):
         message = decode(socket.recv())

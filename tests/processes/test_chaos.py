@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from kvbaton.chaos.fault import Fault, Phase, Victim, matrix, quick
-from kvbaton.chaos.matrix import run_matrix
+from lab.chaos.fault import Fault, Phase, Victim, matrix, quick
+from lab.chaos.matrix import run_matrix
 
 
 def test_every_cell_of_the_quick_matrix_is_green(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``kvbaton conformance --quick``: every kind of pool between unequal groups of ranks, over processes and real NIXL."""
+"""``python -m lab conformance --quick``: every kind of pool between unequal groups of ranks, over real NIXL."""
 
 import os
 import subprocess
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import msgspec
 
-import kvbaton
-from kvbaton.conformance.campaign import QUICK
+from lab.conformance.campaign import QUICK
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvbaton.__file__).parents[1])}
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
 def test_the_quick_cells_are_equal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvbaton.cli.main", "conformance", "--quick", "--json", "--keep", str(tmp_path)]
+    command = [sys.executable, "-m", "lab", "conformance", "--quick", "--json", "--keep", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = msgspec.json.decode(done.stdout)
@@ -25,7 +25,7 @@ def test_the_quick_cells_are_equal(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_known_is_refused() -> None:
-    command = [sys.executable, "-m", "kvbaton.cli.main", "conformance", "--family", "nobody"]
+    command = [sys.executable, "-m", "lab", "conformance", "--family", "nobody"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 2
     assert "'nobody' is neither a family" in done.stderr

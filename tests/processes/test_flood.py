@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from kvbaton.control.address import Address
-from kvbaton.demo.show import Answer, ask, concurrent_questions
 from kvbaton.protocol.settings import Settings
-from kvbaton.testing.fleet import Fleet, Server
+from kvbaton.serving.demo.show import Answer, ask, concurrent_questions
+from kvbaton.serving.fleet import Fleet, Server
 
 FULL = os.environ.get("KVBATON_FLOOD") == "full"
 COUNT = 10_000 if FULL else 250

@@ -12,10 +12,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from kvbaton.demo.show import Answer, Question, ask, ask_all, concurrent_questions, edge_questions, stream
-from kvbaton.evaluation.recall import make_prompts
 from kvbaton.protocol.settings import Settings
-from kvbaton.testing.fleet import Fleet, Server
+from kvbaton.serving.demo.show import Answer, Question, ask, ask_all, concurrent_questions, edge_questions, stream
+from kvbaton.serving.evaluation.recall import make_prompts
+from kvbaton.serving.fleet import Fleet, Server
 
 HEARTBEAT_WINDOW = Settings().silence_seconds + Settings().heartbeat_seconds
 LONG = Question(title="long", prompt=make_prompts(1, seed=3, pairs=(200, 200))[0].prompt, max_tokens=8)

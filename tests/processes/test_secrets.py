@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvbaton.control.access import ROUTER_HEADER, token_of
 from kvbaton.control.curve import CurveKeys
-from kvbaton.demo.show import ask, concurrent_questions
-from kvbaton.testing.fleet import Fleet
+from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.serving.demo.show import ask, concurrent_questions
+from kvbaton.serving.fleet import Fleet
 
 SECRET = "kX7-a-secret-that-must-stay-one-Q2w"
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_a_full_disk_under_the_logs_stops_nothing():
-    """Found by `kvbaton chaos`: the first line on stderr ended the server."""
+    """Found by `python -m lab chaos`: the first line on stderr ended the server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from property_cases import COUNTED, share
 
 from kvbaton.layout import Axis, CacheLayout, Shard, StateTensor, gated_delta_net, mamba2
-from kvbaton.plan import make_plan, overlap
-from kvbaton.runs import Runs, merge
-from kvbaton.verify import check_bounds, check_disjoint
+from kvbaton.plan.pair import make_plan, overlap
+from kvbaton.plan.runs import Runs, merge
+from kvbaton.plan.verify import check_bounds, check_disjoint
 
 SIZES = (1, 2, 4, 8, 16)
 TP = (1, 2, 3, 4, 6, 8)

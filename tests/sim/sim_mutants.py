@@ -15,11 +15,11 @@ from typing import Any
 
 import msgspec
 
-from kvbaton import plan
-from kvbaton.messages import Done, Failed, Open
+from kvbaton.plan import pair as plan
 from kvbaton.protocol import peers, receiving, room, rooms, sending, table, transfer, transfers
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.messages import Done, Failed, Open
 from kvbaton.protocol.transfer import On, State
 from kvbaton.runtime import posting, staging
 from kvbaton.runtime.driver import Driver

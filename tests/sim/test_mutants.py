@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from sim_mutants import MUTANTS, Mutant
 
-from kvbaton.cli.main import FAILED, main
+from kvbaton.cli.main import main
+from kvbaton.cli.program import FAILED
 from kvbaton.testing.sim.generate import generate
 from kvbaton.testing.sim.shrink import shrink
 from kvbaton.testing.sim.world import Outcome, run
@@ -52,7 +53,7 @@ def test_a_failure_shrinks_and_replays() -> None:
 def test_the_command_says_how_to_replay_what_it_was_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbaton.cli.main.start_logging", lambda _level: None)
+    monkeypatch.setattr("kvbaton.cli.program.start_logging", lambda _level: None)
     mutant = next(m for m in MUTANTS if m.name == "ack counted instead of identified")
     failed = first_failure(mutant, (mutant.shown_by, *range(MOST_SEEDS)))
     assert failed is not None

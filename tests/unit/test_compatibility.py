@@ -7,8 +7,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from kvbaton.compatibility import differences, group_differences
 from kvbaton.layout import CacheLayout, Pool, Region, aux_pool, index_pool, kv_pool, pool_bytes
+from kvbaton.plan.compatibility import differences, group_differences
 
 KV = {"pages": 4, "page_size": 4, "heads": 4, "head_bytes": 8, "dtype": "u1"}
 

@@ -7,10 +7,10 @@ import pytest
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout, Region, Staging, aux_pool, kv_pool, pool_bytes
-from kvbaton.messages import Grant, PartBytes, StagingGrant
-from kvbaton.plan import PartId, pair_plan
+from kvbaton.plan.pair import PartId, pair_plan
+from kvbaton.plan.staging import stage
 from kvbaton.protocol.grants import check_grants, check_staging, parts_of
-from kvbaton.staging import stage
+from kvbaton.protocol.messages import Grant, PartBytes, StagingGrant
 
 
 def layout(base: int) -> CacheLayout:

@@ -9,8 +9,8 @@ from groups import Cut, Group
 from kinds import DENSE, EVERYTHING, GQA, Request
 
 from kvbaton.control.memory import Network
+from kvbaton.layout import Coordinates
 from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, new_instance
-from kvbaton.messages import Coordinates
 from kvbaton.transports import make_transport
 
 

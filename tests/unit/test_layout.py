@@ -7,7 +7,6 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from kvbaton.compatibility import differences, group_differences
 from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import (
     CacheLayout,
@@ -27,8 +26,9 @@ from kvbaton.layout import (
     swa_pool,
     window_range,
 )
-from kvbaton.plan import make_plan, pair_plan
-from kvbaton.verify import check_bounds
+from kvbaton.plan.compatibility import differences, group_differences
+from kvbaton.plan.pair import make_plan, pair_plan
+from kvbaton.plan.verify import check_bounds
 
 KV = {"pages": 4, "page_size": 4, "heads": 2, "head_bytes": 8, "dtype": "u1"}
 

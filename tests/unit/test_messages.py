@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvbaton.errors import MessageError
-from kvbaton.messages import (
+from kvbaton.protocol.messages import (
     MAX_GRANTS,
     MAX_MESSAGE_BYTES,
     MAX_TEXT,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mutation_report
 import pytest
 
 from kvbaton.errors import ConfigError
+from lab.mutation import report as mutation_report
 
 RECORDS = [
     {"where": "protocol.rooms:12", "how": "negate", "verdict": "simulator", "seconds": 1.0},

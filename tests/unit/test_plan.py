@@ -10,7 +10,16 @@ import pytest
 
 from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import Axis, CacheLayout, Pool, Region, aux_pool, index_pool, kv_pool, pool_bytes
-from kvbaton.plan import MAX_ROWS, MOST_ITEMS_SHOWN, PartId, PartPlan, check_coverage, make_plan, overlap, pair_plan
+from kvbaton.plan.pair import (
+    MAX_ROWS,
+    MOST_ITEMS_SHOWN,
+    PartId,
+    PartPlan,
+    check_coverage,
+    make_plan,
+    overlap,
+    pair_plan,
+)
 
 
 def layout(
@@ -225,9 +234,9 @@ def test_rows_are_counted_over_all_layers_and_pieces() -> None:
 
 def test_a_pairing_may_have_as_many_rows_as_the_bound_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, K and V of each, one piece each."""
-    monkeypatch.setattr("kvbaton.plan.MAX_ROWS", 4)
+    monkeypatch.setattr("kvbaton.plan.pair.MAX_ROWS", 4)
     assert len(part_of(layout(), TARGET).source.table.rows) == 4
-    monkeypatch.setattr("kvbaton.plan.MAX_ROWS", 3)
+    monkeypatch.setattr("kvbaton.plan.pair.MAX_ROWS", 3)
     with pytest.raises(LayoutError, match="the pairing needs more than 3 table rows"):
         pair_plan(layout(), TARGET)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
-from kvbaton.plan import PartPlan, pair_plan
-from kvbaton.runs import Runs, merge
-from kvbaton.table import Table
+from kvbaton.plan.pair import PartPlan, pair_plan
+from kvbaton.plan.runs import Runs, merge
+from kvbaton.plan.table import Table
 
 
 def layout(base: int, **changes: object) -> CacheLayout:

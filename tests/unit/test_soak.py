@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from kvbaton.errors import ConfigError
-from kvbaton.soak.config import SoakConfig
-from kvbaton.soak.judge import complaints, slopes
-from kvbaton.soak.plot import ROWS, svg
-from kvbaton.soak.run import Half, Sample, run_soak
+from lab.soak.config import SoakConfig
+from lab.soak.judge import complaints, slopes
+from lab.soak.plot import ROWS, svg
+from lab.soak.run import Half, Sample, run_soak
 
 CONFIG = SoakConfig(rooms=40_000, sample_rooms=500)
 

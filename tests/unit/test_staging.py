@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kvbaton.costs import Costs
 from kvbaton.errors import AbortedError, IncompatibleError, LayoutError, TransportError
-from kvbaton.layout import CacheLayout, Region, Staging, aux_pool, kv_pool, pool_bytes
-from kvbaton.messages import Coordinates, Grant, Open, Verdict
-from kvbaton.plan import PairPlan, pair_plan
+from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, aux_pool, kv_pool, pool_bytes
+from kvbaton.plan.costs import Costs
+from kvbaton.plan.pair import PairPlan, pair_plan
+from kvbaton.plan.runs import merge
+from kvbaton.plan.staging import MAX_BLOCKS_PER_SLOT, StagingPool, slots_too_small, stage
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, GrantsPublished, ReceiverOpened, SenderOpened
+from kvbaton.protocol.messages import Grant, Open, Verdict
 from kvbaton.protocol.settings import Settings
-from kvbaton.runs import merge
 from kvbaton.runtime.gather import gather, memory, scatter
-from kvbaton.staging import MAX_BLOCKS_PER_SLOT, StagingPool, slots_too_small, stage
 from kvbaton.testing.world import Rank, World
 
 Bytes = NDArray[np.uint8]

@@ -9,12 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from kvbaton.control.memory import Network
-from kvbaton.layout import CacheLayout, Region, Staging, kv_pool, pool_bytes
+from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, kv_pool, pool_bytes
 from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
-from kvbaton.messages import Coordinates
 from kvbaton.protocol.settings import Settings
-from kvbaton.server.rank import Rank as ServerRank
-from kvbaton.server.stack import handoffs_of
+from kvbaton.serving.server.rank import Rank as ServerRank
+from kvbaton.serving.server.stack import handoffs_of
 from kvbaton.transports import make_transport
 
 LAYERS, PAGES, PAGE, HEADS, HEAD_BYTES = 2, 64, 16, 4, 32

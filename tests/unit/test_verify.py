@@ -8,9 +8,9 @@ import pytest
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
-from kvbaton.plan import pair_plan
-from kvbaton.runs import Runs
-from kvbaton.verify import check_bounds, check_disjoint
+from kvbaton.plan.pair import pair_plan
+from kvbaton.plan.runs import Runs
+from kvbaton.plan.verify import check_bounds, check_disjoint
 
 
 def layout(base: int) -> CacheLayout:

@@ -15,9 +15,9 @@ import numpy as np
 
 from kvbaton.bench.scenario import HEADS, Scenario, buffer
 from kvbaton.bench.transfer import TransferBench
-from kvbaton.costs import Costs
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
-from kvbaton.plan import PartPlan, pair_plan
+from kvbaton.plan.costs import Costs
+from kvbaton.plan.pair import PartPlan, pair_plan
 from kvbaton.runtime.gather import gather, scatter
 
 ROUNDS = 5

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import TransportError
 from kvbaton.layout import Region
-from kvbaton.plan import PartPlan
+from kvbaton.plan.pair import PartPlan
 
 Entries = tuple[NDArray[np.int32], NDArray[np.int32]]
 

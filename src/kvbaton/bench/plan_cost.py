@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbaton.layout import CacheLayout, InteriorOrder, Region, kv_pool, pool_bytes
-from kvbaton.plan import make_plan
-from kvbaton.runs import merge
+from kvbaton.plan.pair import make_plan
+from kvbaton.plan.runs import merge
 
 HEADS = 8
 HEAD_BYTES = 256

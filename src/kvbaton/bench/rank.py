@@ -18,10 +18,9 @@ from kvbaton.bench.leanest import Entries, Leanest
 from kvbaton.bench.scenario import Scenario, buffer
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.errors import ExpiredError, KVBatonError
-from kvbaton.layout import CacheLayout
+from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, Span, new_instance
-from kvbaton.messages import Coordinates
-from kvbaton.plan import pair_plan
+from kvbaton.plan.pair import pair_plan
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 

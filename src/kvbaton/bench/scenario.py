@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import ConfigError
 from kvbaton.layout import CacheLayout, InteriorOrder, Region, Staging, kv_pool, pool_bytes
-from kvbaton.staging import StagingPolicy
+from kvbaton.plan.staging import StagingPolicy
 
 PageOrder = Literal["contiguous", "shuffled"]
 HEADS = 8

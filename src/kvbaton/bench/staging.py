@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from kvbaton.bench.scenario import HEADS, Scenario
 from kvbaton.bench.transfer import TransferBench
-from kvbaton.costs import Costs
-from kvbaton.plan import pair_plan
+from kvbaton.plan.costs import Costs
+from kvbaton.plan.pair import pair_plan
 
 PAGE_SIZE = 64
 SOURCE_TP = 4

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from kvbaton.bench.staging import Point
     from kvbaton.bench.transfer import Result
 
-NAME = "bench"
-HELP = "measure the data plane against raw NIXL and memcpy, in one run, with verified bytes"
 MIB = 1 << 20
 
 

@@ -1,7 +1,8 @@
 """``kvbaton check A B``: can A's ranks hand over to B's? Every difference, before any traffic.
 
-A is the prefill side, B the decode side; each is a layout file (see ``kvbaton.layout_file``) or the URL of a running
-server. Exit code 0: compatible; 1: not, or one side cannot be read; 2: wrong usage, or a layout contradicts itself.
+A is the prefill side, B the decode side; each is a layout file (see ``kvbaton.plan.layout_file``) or the URL of a
+running server. Exit code 0: compatible; 1: not, or one side cannot be read; 2: wrong usage, or a layout contradicts
+itself.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from kvbaton.compatibility import group_differences
-from kvbaton.control.access import bearer, read_secret
+from kvbaton.discovery.access import bearer, read_secret
 from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
-from kvbaton.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
-from kvbaton.staging import slots_too_small
+from kvbaton.plan.compatibility import group_differences
+from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
+from kvbaton.plan.staging import slots_too_small
 
-NAME = "check"
-HELP = "compare the layouts of a prefill and a decode side: every difference, before any traffic"
 TIMEOUT_SECONDS = 10.0
 TABLE_COLUMNS = 140
 

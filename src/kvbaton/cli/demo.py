@@ -18,11 +18,9 @@ from kvbaton.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvbaton.demo.show import Compared
-    from kvbaton.testing.fleet import Fleet
+    from kvbaton.serving.demo.show import Compared
+    from kvbaton.serving.fleet import Fleet
 
-NAME = "demo"
-HELP = "hand prompts over between two processes and compare every token with a single process"
 STREAMED = 3
 SHOWN_CHARACTERS = 28
 
@@ -42,15 +40,15 @@ def run(options: argparse.Namespace) -> int:
     try:
         from rich.console import Console
 
-        import kvbaton.server.launch  # noqa: F401 - all that the servers need is here, or fail now
+        import kvbaton.serving.server.launch  # noqa: F401 - all that the servers need is here, or fail now
     except ModuleNotFoundError as error:
         raise ConfigError(f"the demo needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
     return asyncio.run(_demo(options, Console(stderr=True, highlight=False)))
 
 
 async def _demo(options: argparse.Namespace, console: Console) -> int:
-    from kvbaton.demo.show import CHUNK_TOKENS, PAGE_SIZE
-    from kvbaton.testing.fleet import Fleet
+    from kvbaton.serving.demo.show import CHUNK_TOKENS, PAGE_SIZE
+    from kvbaton.serving.fleet import Fleet
 
     with tempfile.TemporaryDirectory(prefix="kvbaton-demo-") as directory:
         fleet = Fleet(
@@ -90,7 +88,7 @@ async def _wait(fleet: Fleet, console: Console) -> None:
 
 
 async def _stream(fleet: Fleet, console: Console) -> None:
-    from kvbaton.demo.show import concurrent_questions, stream
+    from kvbaton.serving.demo.show import concurrent_questions, stream
 
     for question in concurrent_questions(STREAMED):
         console.print(f"[dim]…{_short(question.prompt)}[/dim] ", end="")
@@ -100,7 +98,7 @@ async def _stream(fleet: Fleet, console: Console) -> None:
 
 
 async def _compare(fleet: Fleet, count: int, console: Console) -> list[Compared]:
-    from kvbaton.demo.show import Compared, ask, ask_all, concurrent_questions, edge_questions
+    from kvbaton.serving.demo.show import Compared, ask, ask_all, concurrent_questions, edge_questions
 
     assert fleet.reference is not None  # noqa: S101 - asked for above
     edges, many = edge_questions(), concurrent_questions(count)

@@ -12,13 +12,11 @@ import msgspec
 
 from kvbaton.cli.settings import add_log_level, positive, seconds
 from kvbaton.errors import ConfigError
-from kvbaton.evaluation.recall import ANSWER_LENGTH, RecallPrompt, is_correct, make_prompts, score
+from kvbaton.serving.evaluation.recall import ANSWER_LENGTH, RecallPrompt, is_correct, make_prompts, score
 
 if TYPE_CHECKING:
-    from kvbaton.evaluation.client import Completion
+    from kvbaton.serving.evaluation.client import Completion
 
-NAME = "eval"
-HELP = "measure a server's answers"
 SEED = 0
 
 
@@ -57,7 +55,7 @@ async def _ask(options: argparse.Namespace, prompts: Sequence[RecallPrompt]) -> 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from kvbaton.evaluation.client import CompletionClient
+    from kvbaton.serving.evaluation.client import CompletionClient
 
     columns = (TextColumn("recall"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with CompletionClient(options.url, model=options.model, timeout_seconds=options.timeout_secs) as client:

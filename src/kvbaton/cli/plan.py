@@ -15,12 +15,11 @@ from kvbaton.errors import ConfigError
 from kvbaton.explain.model import ELEMENT_BYTES, read_model
 from kvbaton.explain.picture import draw, page, size
 from kvbaton.explain.topology import Explanation, Flow, Side, explain, totals
+from kvbaton.serving.models import builtin
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-NAME = "plan"
-HELP = "draw who sends what to whom between two topologies of a model"
 MOST_ROWS = 200
 TABLE_COLUMNS = 140
 
@@ -41,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     source = Side.parse(options.source, page_size=options.page_size)
     target = Side.parse(options.target, page_size=options.page_size)
-    explanation = explain(read_model(options.model, dtype=options.dtype), source, target, tokens=options.tokens)
+    model = read_model(_directory(options.model), dtype=options.dtype)
+    explanation = explain(model, source, target, tokens=options.tokens)
     if options.svg is not None:
         _write(options.svg, draw(explanation))
     if options.html is not None:
@@ -51,6 +51,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(_as_text(explanation))
     return 0
+
+
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return builtin(name)
+    except ValueError as error:
+        raise ConfigError(f"model {name!r} is no directory, and {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

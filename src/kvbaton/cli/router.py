@@ -11,9 +11,6 @@ from kvbaton.cli.settings import add_log_level, port, positive, seconds
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
-NAME = "router"
-HELP = "send every request to a prefill and a decode server at once"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pd-disaggregation", action="store_true", help="accepted for familiarity: the only mode")
@@ -49,11 +46,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _route(options: argparse.Namespace) -> None:
-    from kvbaton.control.access import read_secret
-    from kvbaton.server.lifecycle import reserve
-    from kvbaton.server.lifecycle import run as run_server
-    from kvbaton.server.router import Router, RouterConfig
-    from kvbaton.server.workers import parse_worker
+    from kvbaton.discovery.access import read_secret
+    from kvbaton.serving.server.lifecycle import reserve
+    from kvbaton.serving.server.lifecycle import run as run_server
+    from kvbaton.serving.server.router import Router, RouterConfig
+    from kvbaton.serving.server.workers import parse_worker
 
     if not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")

@@ -9,12 +9,10 @@ from typing import get_args
 
 from kvbaton.cli.settings import add_log_level, natural, port, positive, seconds, transfer_costs
 from kvbaton.cli.signals import exit_on_sigterm
-from kvbaton.control.placement import LoadBalance
+from kvbaton.discovery.placement import LoadBalance
 from kvbaton.errors import ConfigError
 
-NAME = "serve"
 DTYPES = ("float32", "bfloat16", "float16")
-HELP = "serve a model: alone, or as the prefill or decode half of a pair"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     exit_on_sigterm()
     try:
-        from kvbaton.server.launch import ServeConfig, serve
+        from kvbaton.serving.server.launch import ServeConfig, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
     config = ServeConfig(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.errors import ConfigError
+from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 
 PREFIX = "KVBATON_"
 LOG_FORMAT = "[%(asctime)s] %(levelname)s %(name)s: %(message)s"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from kvbaton.testing.sim.campaign import Summary
     from kvbaton.testing.sim.scenario import Scenario
 
-NAME = "sim"
-HELP = "try to break the protocol: real cores and plans in simulated worlds full of faults, each from one seed"
 #: Failing seeds that are shrunk and told in full; the rest are listed.
 MOST_TOLD = 3
 

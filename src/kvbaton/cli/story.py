@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvbaton.control.access import read_secret
+from kvbaton.discovery.access import read_secret
 from kvbaton.errors import AuthenticationError, ConfigError, PeerLostError
 
 if TYPE_CHECKING:
-    from kvbaton.server.story import Side
+    from kvbaton.serving.server.story import Side
 
-NAME = "story"
-HELP = "tell what happened to a room, on both sides, and what it waits for now"
 TIMEOUT_SECONDS = 10.0
 MAX_ANSWER_BYTES = 4 << 20
 
@@ -51,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 def fetch(url: str, room: int, secret: str | None) -> Sequence[Side]:
     """What a server or a router says of a room. Raises ConfigError, AuthenticationError, PeerLostError."""
     try:
-        from kvbaton.server.story import RoomStory
+        from kvbaton.serving.server.story import RoomStory
     except ModuleNotFoundError as error:
         raise ConfigError(f"a story needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
     if not url.startswith(("http://", "https://")):

@@ -29,7 +29,6 @@ from kvbaton.layout import (
     state_pool,
     swa_pool,
 )
-from kvbaton.models import builtin
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 AUX_BYTES = 1024
@@ -104,14 +103,8 @@ class ModelCache:
         return pools
 
 
-def read_model(name: str, *, dtype: str = "") -> ModelCache:
-    """The cache of the model in a directory, or of a bundled one. Raises ConfigError naming what is not understood."""
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        try:
-            path = builtin(name)
-        except ValueError as error:
-            raise ConfigError(f"model {name!r} is no directory, and {error}") from None
+def read_model(path: Path, *, dtype: str = "") -> ModelCache:
+    """The cache of the model in a directory. Raises ConfigError naming what is not understood."""
     try:
         payload = (path / "config.json").read_bytes()
         config = json.loads(payload)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from kvbaton.explain.topology import Explanation, RankOnPaper
-from kvbaton.plan import overlap
+from kvbaton.plan.pair import overlap
 
 #: Colours that stay apart for most people, light enough for black text beside them.
 PALETTE = (

@@ -8,11 +8,11 @@ from typing import get_args
 
 import numpy as np
 
-from kvbaton.compatibility import group_differences
 from kvbaton.errors import ConfigError, IncompatibleError
 from kvbaton.explain.model import ModelCache
 from kvbaton.layout import CacheLayout, Fusion, InteriorOrder, Region, pool_bytes, window_range
-from kvbaton.plan import PartPlan, pair_plan
+from kvbaton.plan.compatibility import group_differences
+from kvbaton.plan.pair import PartPlan, pair_plan
 
 MAX_RANKS = 1024
 #: Address spaces of ranks on paper lie apart.

@@ -4,11 +4,13 @@
 - :mod:`kvbaton.layout.pools`: constructors for the paged kinds (K/V, latent, window, index keys, scales) and for aux
 - :mod:`kvbaton.layout.state`: constructors for slots of recurrent state
 - :mod:`kvbaton.layout.window`: which tokens of a sliding window move
+- :mod:`kvbaton.layout.coordinates`: where a rank stands in its group
 - :mod:`kvbaton.layout.validation`: what a layout must not contradict
 
 Nothing here may know sockets, torch, engines or peers.
 """
 
+from kvbaton.layout.coordinates import Coordinates
 from kvbaton.layout.geometry import (
     MAX_PLANES,
     MAX_POOLS,
@@ -46,6 +48,7 @@ __all__ = [
     "NO_LAYER",
     "Axis",
     "CacheLayout",
+    "Coordinates",
     "Fusion",
     "InteriorOrder",
     "MemoryKind",

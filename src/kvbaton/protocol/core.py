@@ -13,27 +13,7 @@ from typing import cast
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import InternalError, MessageError, PeerLostError, RemoteProtocolError, from_code
-from kvbaton.messages import (
-    Abort,
-    AnyMessage,
-    Close,
-    Done,
-    Drained,
-    Failed,
-    Forgotten,
-    Goodbye,
-    Hello,
-    Open,
-    Opened,
-    Ping,
-    Pong,
-    Query,
-    Role,
-    Stranger,
-    Verdict,
-    clip,
-    decode,
-)
+from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import (
     AbortRequested,
@@ -56,6 +36,27 @@ from kvbaton.protocol.events import (
     WriteBroken,
     WriteSettled,
 )
+from kvbaton.protocol.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Goodbye,
+    Hello,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Query,
+    Role,
+    Stranger,
+    Verdict,
+    clip,
+    decode,
+)
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.rooms import Rooms
 from kvbaton.protocol.session import Identity, Session, SessionState
@@ -64,7 +65,6 @@ from kvbaton.protocol.story import Line
 from kvbaton.protocol.surroundings import Surroundings, Timed
 from kvbaton.protocol.transfer import On, Transfer
 from kvbaton.protocol.transfers import Transfers
-from kvbaton.staging import StagingPool
 
 _MESSAGES_TO_SOURCE: dict[type, On] = {
     Open: On.OPEN_ARRIVED,

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import KVBatonError
-from kvbaton.messages import Role
-from kvbaton.plan import PairPlan
+from kvbaton.plan.pair import PairPlan
+from kvbaton.plan.staging import StagedPart
 from kvbaton.protocol.events import WriteId
-from kvbaton.staging import StagedPart
+from kvbaton.protocol.messages import Role
 
 
 class KVPoll(enum.IntEnum):

@@ -7,7 +7,7 @@ from typing import NewType
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import KVBatonError
-from kvbaton.messages import Grant, Role
+from kvbaton.protocol.messages import Grant, Role
 
 WriteId = NewType("WriteId", int)
 """One write that the core asked for; minted by the core, never reused."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import Grant, PartBytes, StagingGrant
-from kvbaton.plan import PairPlan, PartId
+from kvbaton.plan.pair import PairPlan, PartId
+from kvbaton.plan.staging import StagedPart
+from kvbaton.protocol.messages import Grant, PartBytes, StagingGrant
 from kvbaton.protocol.transfer import Lease
-from kvbaton.staging import StagedPart
 
 
 def check_grants(grants: Iterable[Grant], layout: CacheLayout, *, distinct: bool = True) -> dict[str, Grant]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import PeerLostError
-from kvbaton.messages import AnyMessage, Hello, Role
 from kvbaton.protocol.effects import CloseLink, Dial, Effect, FencePeer
 from kvbaton.protocol.events import Dialed, DialFailed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
+from kvbaton.protocol.messages import AnyMessage, Hello, Role
 from kvbaton.protocol.session import Identity, Session, SessionState
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.surroundings import Surroundings

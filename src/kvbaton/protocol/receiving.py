@@ -15,8 +15,8 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import Abort, Close, Done, Drained, Failed, Open, Query, StagingGrant, clip
 from kvbaton.protocol.effects import Quiesce, Scatter
+from kvbaton.protocol.messages import Abort, Close, Done, Drained, Failed, Open, Query, StagingGrant, clip
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvbaton.errors import KVBatonError
-from kvbaton.messages import Grant
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import Chunk
+from kvbaton.protocol.messages import Grant
 from kvbaton.protocol.transfer import State, Transfer
 
 

@@ -18,8 +18,8 @@ from kvbaton.errors import (
     RemoteProtocolError,
     TransferFailedError,
 )
-from kvbaton.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, PartBytes, Role, TransferKey, clip
-from kvbaton.plan import PairPlan, PartId, check_coverage
+from kvbaton.plan.pair import PairPlan, PartId, check_coverage
+from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
@@ -30,13 +30,13 @@ from kvbaton.protocol.events import (
     ShutdownRequested,
 )
 from kvbaton.protocol.grants import check_grants, check_staging, parts_of
+from kvbaton.protocol.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, PartBytes, Role, TransferKey, clip
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.room import Room, SourceRoom, TargetRoom
 from kvbaton.protocol.session import Session, SessionState
 from kvbaton.protocol.surroundings import Surroundings
 from kvbaton.protocol.transfer import Incoming, Lease, On, Outgoing, State, Transfer
 from kvbaton.protocol.transfers import Transfers
-from kvbaton.staging import StagingPool
 
 #: Rooms that failed before the other party came (our engine, or a target), remembered so that it learns why.
 MAX_RECENT_FAILURES = 1_024

@@ -17,10 +17,10 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, PartBytes, clip
-from kvbaton.plan import PartPlan
+from kvbaton.plan.pair import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
+from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, PartBytes, clip
 from kvbaton.protocol.transfer import Lease, State, Transfer, describe, expect
 
 NO_ENTRIES = np.empty(0, dtype=np.int32)

@@ -25,16 +25,16 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvbaton.compatibility import differences
 from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, LayoutError, PeerLostError, TransportError, from_code
-from kvbaton.layout import CacheLayout
-from kvbaton.messages import PROTOCOL_VERSION, AnyMessage, Coordinates, Hello, Ping, Role, Verdict, clip
-from kvbaton.plan import PairPlan, pair_plan
+from kvbaton.layout import CacheLayout, Coordinates
+from kvbaton.plan.compatibility import differences
+from kvbaton.plan.pair import PairPlan, pair_plan
+from kvbaton.plan.staging import StagedPart, stage
+from kvbaton.plan.verify import check_bounds
 from kvbaton.protocol.effects import Effect, PreparePeer
+from kvbaton.protocol.messages import PROTOCOL_VERSION, AnyMessage, Hello, Ping, Role, Verdict, clip
 from kvbaton.protocol.settings import Settings
-from kvbaton.staging import StagedPart, stage
-from kvbaton.verify import check_bounds
 
 
 class SessionState(enum.Enum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from kvbaton.costs import DEFAULT_COSTS, Costs
 from kvbaton.errors import ConfigError
-from kvbaton.staging import StagingPolicy
+from kvbaton.plan.costs import DEFAULT_COSTS, Costs
+from kvbaton.plan.staging import StagingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,9 @@ import itertools
 from collections import Counter
 
 from kvbaton.control.base import LinkId
-from kvbaton.messages import AnyMessage, encode
 from kvbaton.protocol.allowance import Allowance
 from kvbaton.protocol.effects import Effect, Send
+from kvbaton.protocol.messages import AnyMessage, encode
 from kvbaton.protocol.room import SourceRoom, TargetRoom
 from kvbaton.protocol.session import Identity, Session
 from kvbaton.protocol.settings import Settings

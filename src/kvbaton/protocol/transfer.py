@@ -33,12 +33,12 @@ from typing import Protocol, TypeVar
 from msgspec import structs
 
 from kvbaton.errors import InternalError, KVBatonError
-from kvbaton.messages import AnyMessage, Grant, PartBytes, Role, TransferKey
-from kvbaton.plan import PairPlan, PartId
+from kvbaton.plan.pair import PairPlan, PartId
+from kvbaton.plan.staging import StagedPart
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import WriteId
+from kvbaton.protocol.messages import AnyMessage, Grant, PartBytes, Role, TransferKey
 from kvbaton.protocol.settings import Settings
-from kvbaton.staging import StagedPart
 
 
 class State(enum.Enum):

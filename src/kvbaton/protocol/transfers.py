@@ -6,7 +6,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 from kvbaton.errors import InternalError, KVBatonError, OverloadedError, TransferFailedError, from_code
-from kvbaton.messages import (
+from kvbaton.protocol import table
+from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.messages import (
     Abort,
     AnyMessage,
     Close,
@@ -20,9 +23,6 @@ from kvbaton.messages import (
     Role,
     TransferKey,
 )
-from kvbaton.protocol import table
-from kvbaton.protocol.effects import Effect
-from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.session import Session
 from kvbaton.protocol.settings import Settings

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbaton.table import Table
+from kvbaton.plan.table import Table
 
 #: From this size of a block's lanes on, a copy for each block is faster than one indexed copy of all, which goes
 #: through a temporary.

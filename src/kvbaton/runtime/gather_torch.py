@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from kvbaton.errors import TransportError
+from kvbaton.plan.table import Table
 from kvbaton.runtime.gather import Int32s, Int64s, LaneGroup, lane_groups, memory
-from kvbaton.table import Table
 
 #: By bytes of a word.
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}

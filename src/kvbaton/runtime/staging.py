@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.effects import PostWrite, Scatter
 from kvbaton.protocol.events import WriteId
 from kvbaton.runtime.gather import gather, scatter
-from kvbaton.staging import StagingPool
 
 Entries = NDArray[np.int32]
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import DisconnectedError, InternalError
-from kvbaton.layout import CacheLayout
-from kvbaton.messages import AnyMessage, Coordinates, Ping, Pong, Role, decode, encode
-from kvbaton.plan import PairPlan
+from kvbaton.layout import CacheLayout, Coordinates
+from kvbaton.plan.pair import PairPlan
+from kvbaton.plan.runs import merge
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
     CancelWrites,
@@ -53,9 +53,9 @@ from kvbaton.protocol.events import (
     WriteId,
     WriteSettled,
 )
+from kvbaton.protocol.messages import AnyMessage, Ping, Pong, Role, decode, encode
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
-from kvbaton.runs import merge
 
 #: What the network does with one message: how many copies arrive (0 loses it), or what arrives instead, in order.
 Network = Callable[["Rank", "Rank", AnyMessage], "int | Sequence[AnyMessage]"]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import TransportError
 from kvbaton.layout import Region
-from kvbaton.table import Table
+from kvbaton.plan.table import Table
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -1,4 +1,4 @@
-"""Where the table of ``kvbaton chaos`` goes is looked at before minutes are spent."""
+"""Where the table of ``python -m lab chaos`` goes is looked at before minutes are spent."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.chaos.report import BEGIN, END, write_into
-from kvbaton.cli.main import main
+from lab.chaos.report import BEGIN, END, write_into
+from lab.commands import LAB
 
 
 def test_a_page_that_cannot_take_the_table_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "page.md"
-    for text, told in ((None, "No such file"), ("no markers", "it has no lines")):
+    for text, told in ((None, "No such file"), ("no markers", "has no lines")):
         if text is not None:
             page.write_text(text)
-        assert main(["chaos", "--write", str(page)]) == 2
+        assert LAB.main(["chaos", "--write", str(page)]) == 2
         assert told in capsys.readouterr().err
 
 

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from kvbaton.chaos.door import Door
-from kvbaton.chaos.frames import Frames
 from kvbaton.control.address import Address
 from kvbaton.control.base import Arrived, Changed, LinkChange
 from kvbaton.control.zmq import ZmqLinks
-from kvbaton.messages import Ping, Pong, encode
-from kvbaton.testing.fleet import free_ports
-from kvbaton.testing.http import run
+from kvbaton.protocol.messages import Ping, Pong, encode
+from kvbaton.serving.fleet import free_ports
+from kvbaton.serving.testing.http import run
+from lab.chaos.door import Door
+from lab.chaos.frames import Frames
 
 PING = Ping(sender="a", receiver="b")
 PONG = Pong(sender="b", receiver="a")

@@ -10,9 +10,11 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from kvbaton.cli.main import FAILED, WRONG, main
+from kvbaton.cli.main import main
+from kvbaton.cli.program import FAILED, WRONG
 from kvbaton.layout import (
     CacheLayout,
+    Coordinates,
     Pool,
     Region,
     Shard,
@@ -28,12 +30,11 @@ from kvbaton.layout import (
     state_pool,
     swa_pool,
 )
-from kvbaton.layout_file import RankLayout, decode, encode
-from kvbaton.messages import Coordinates
-from kvbaton.server.api import ApiServer
-from kvbaton.server.intake import ApiConfig
-from kvbaton.testing.engine import ScriptedEngine, spell
-from kvbaton.testing.http import run, serving
+from kvbaton.plan.layout_file import RankLayout, decode, encode
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.intake import ApiConfig
+from kvbaton.serving.testing.engine import ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
 
 SECRET = "a secret of some length"
 

@@ -6,11 +6,12 @@ import json
 import pytest
 from aiohttp import web
 
-from kvbaton.cli.main import FAILED, INTERRUPTED, WRONG, main
+from kvbaton.cli.main import main
+from kvbaton.cli.program import FAILED, INTERRUPTED, WRONG
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.evaluation.recall import make_prompts
-from kvbaton.server.lifecycle import port_of, reserve
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.evaluation.recall import make_prompts
+from kvbaton.serving.server.lifecycle import port_of, reserve
+from kvbaton.serving.testing.http import run, serving
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def keep_signals_and_logging(monkeypatch):
     """The commands set these for a process of their own."""
     monkeypatch.setattr("kvbaton.cli.serve.exit_on_sigterm", lambda: None)
     monkeypatch.setattr("kvbaton.cli.router.exit_on_sigterm", lambda: None)
-    monkeypatch.setattr("kvbaton.cli.main.start_logging", lambda _level: None)
+    monkeypatch.setattr("kvbaton.cli.program.start_logging", lambda _level: None)
 
 
 def test_help_and_version_name_the_commands(capsys):

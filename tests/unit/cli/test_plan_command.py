@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.cli.main import FAILED, WRONG, main
+from kvbaton.cli.main import main
+from kvbaton.cli.program import FAILED, WRONG
 from kvbaton.explain.model import describe
-from kvbaton.models import builtin
+from kvbaton.serving.models import builtin
 
 SVG = "{http://www.w3.org/2000/svg}"
 DENSE = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}

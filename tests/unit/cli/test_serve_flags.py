@@ -5,10 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvbaton.cli.main import WRONG, main
-from kvbaton.costs import Costs
+from kvbaton.cli.main import main
+from kvbaton.cli.program import WRONG
+from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
-from kvbaton.server.launch import ServeConfig
+from kvbaton.serving.server.launch import ServeConfig
 
 FLAGS = {
     "--disaggregation-handshake-timeout": "1.5",
@@ -23,8 +24,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     """Configurations that would have been served."""
     configs: list[ServeConfig] = []
     monkeypatch.setattr("kvbaton.cli.serve.exit_on_sigterm", lambda: None)
-    monkeypatch.setattr("kvbaton.cli.main.start_logging", lambda _level: None)
-    monkeypatch.setattr("kvbaton.server.launch.serve", lambda config, **_: configs.append(config))
+    monkeypatch.setattr("kvbaton.cli.program.start_logging", lambda _level: None)
+    monkeypatch.setattr("kvbaton.serving.server.launch.serve", lambda config, **_: configs.append(config))
     return configs
 
 

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_registry_http import SECRET, Sleeps, port_in
 
-from kvbaton.control.placement import MAX_PLACED, PLACED_SECONDS, LoadBalance, Placements, checked_rank, known_rank
-from kvbaton.control.registry import Coordinates, Registry, Route, Sizes
-from kvbaton.control.registry_client import FIRST_ASK_SECONDS, LONGEST_ASK_SECONDS, RegistryClient
-from kvbaton.control.registry_server import registry_app
+from kvbaton.discovery.client import FIRST_ASK_SECONDS, LONGEST_ASK_SECONDS, RegistryClient
+from kvbaton.discovery.placement import MAX_PLACED, PLACED_SECONDS, LoadBalance, Placements, checked_rank, known_rank
+from kvbaton.discovery.registry import Coordinates, Registry, Route, Sizes
+from kvbaton.discovery.server import registry_app
 from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.testing.http import run, serving
 
 
 def filled(balance: LoadBalance, *, dp: int = 2, tp: int = 2) -> Registry:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.control.registry import (
+from kvbaton.discovery.registry import (
     MAX_GROUPS,
     MAX_RANKS,
     MAX_REPLACED,

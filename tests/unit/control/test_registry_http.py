@@ -5,13 +5,13 @@ import asyncio
 import aiohttp
 import pytest
 
-from kvbaton.control.access import bearer, bearer_matches, is_loopback, read_secret, token_of
-from kvbaton.control.registry import Registered, Registry, Route, Sizes
-from kvbaton.control.registry_client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
-from kvbaton.control.registry_server import MAX_ROUTE_BYTES, registry_app, start_registry
+from kvbaton.discovery.access import bearer, bearer_matches, is_loopback, read_secret, token_of
+from kvbaton.discovery.client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
+from kvbaton.discovery.registry import Registered, Registry, Route, Sizes
+from kvbaton.discovery.server import MAX_ROUTE_BYTES, registry_app, start_registry
 from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
-from kvbaton.server.lifecycle import port_of, reserve
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.server.lifecycle import port_of, reserve
+from kvbaton.serving.testing.http import run, serving
 
 SECRET = "a secret of enough characters"
 ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)

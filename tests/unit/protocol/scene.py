@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kvbaton.errors import AbortedError
-from kvbaton.layout import CacheLayout, Plane, Pool, Region, aux_pool, kv_pool, pool_bytes
-from kvbaton.messages import AnyMessage, Coordinates, Grant, Role
+from kvbaton.layout import CacheLayout, Coordinates, Plane, Pool, Region, aux_pool, kv_pool, pool_bytes
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import (
@@ -24,6 +23,7 @@ from kvbaton.protocol.events import (
     ReceiverOpened,
     SenderOpened,
 )
+from kvbaton.protocol.messages import AnyMessage, Grant, Role
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Network, Rank, World
 

@@ -10,23 +10,7 @@ import pytest
 
 from kvbaton.errors import AbortedError, DisconnectedError, InternalError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import (
-    Abort,
-    AnyMessage,
-    Close,
-    Done,
-    Drained,
-    Failed,
-    Forgotten,
-    Grant,
-    Open,
-    Opened,
-    PartBytes,
-    Query,
-    TransferKey,
-    encode,
-)
-from kvbaton.plan import check_coverage
+from kvbaton.plan.pair import check_coverage
 from kvbaton.protocol import rooms
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import Dial, KVPoll, Report, RoomStatus
@@ -42,6 +26,22 @@ from kvbaton.protocol.events import (
     TimePassed,
     WriteId,
     WriteSettled,
+)
+from kvbaton.protocol.messages import (
+    Abort,
+    AnyMessage,
+    Close,
+    Done,
+    Drained,
+    Failed,
+    Forgotten,
+    Grant,
+    Open,
+    Opened,
+    PartBytes,
+    Query,
+    TransferKey,
+    encode,
 )
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.transfer import State

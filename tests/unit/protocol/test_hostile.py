@@ -8,12 +8,24 @@ import msgspec
 import pytest
 
 from kvbaton.control.base import LinkId
-from kvbaton.messages import Abort, AnyMessage, Grant, Hello, Open, PartBytes, Ping, Query, TransferKey, decode, encode
-from kvbaton.plan import PartId
+from kvbaton.plan.pair import PartId
 from kvbaton.protocol import allowance
 from kvbaton.protocol.allowance import BURST, Allowance
 from kvbaton.protocol.effects import KVPoll, Send
 from kvbaton.protocol.events import MessageArrived, ReceiverOpened
+from kvbaton.protocol.messages import (
+    Abort,
+    AnyMessage,
+    Grant,
+    Hello,
+    Open,
+    PartBytes,
+    Ping,
+    Query,
+    TransferKey,
+    decode,
+    encode,
+)
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.story import MAX_CHARACTERS
 from kvbaton.testing.world import Rank

@@ -6,9 +6,10 @@ import pytest
 from groups import Cut
 from kinds import DENSE, EVERYTHING, GQA, Request
 
-from kvbaton.messages import Coordinates, Done, Grant, Open
+from kvbaton.layout import Coordinates
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import Chunk, ChunkSubmitted, GrantsPublished, ReceiverOpened, SenderOpened
+from kvbaton.protocol.messages import Done, Grant, Open
 from kvbaton.testing.world import Rank, World
 from unit.protocol.scene import QUICK
 

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, kv_pool, pool_bytes
-from kvbaton.messages import Abort, Close, Done, Drained, Grant, Hello, Open, Pong
 from kvbaton.protocol.effects import KVPoll, Report
 from kvbaton.protocol.events import GrantsPublished, MessageArrived, ReceiverOpened, SenderOpened
+from kvbaton.protocol.messages import Abort, Close, Done, Drained, Grant, Hello, Open, Pong
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import World
 from unit.protocol.scene import (

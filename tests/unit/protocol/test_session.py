@@ -10,7 +10,6 @@ import pytest
 from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
 from kvbaton.layout import CacheLayout
-from kvbaton.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
 from kvbaton.protocol.effects import FencePeer, KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
     GrantsPublished,
@@ -22,6 +21,7 @@ from kvbaton.protocol.events import (
     PeerUnprepared,
     ReceiverOpened,
 )
+from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank, World
 from unit.protocol.scene import PAIR, QUICK, Scene, Shape, add_group, dropping, layouts
@@ -344,7 +344,7 @@ def test_memory_that_cannot_be_reached_is_refused_with_the_reason() -> None:
 
 
 def test_what_could_not_be_reached_once_is_tried_again_for_the_next_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by `kvbaton chaos` (prefill out of file descriptors): a refusal for a cause that passes was for ever."""
+    """Found by `python -m lab chaos` (prefill out of file descriptors): a refusal whose cause passes was for ever."""
     world, source, target = pair()
     there = world.by_instance
     monkeypatch.setattr(world, "by_instance", lambda _instance: None)
@@ -361,8 +361,8 @@ def test_what_could_not_be_reached_once_is_tried_again_for_the_next_room(monkeyp
 
 
 def test_a_peer_that_was_cut_off_is_reached_for_again_only_when_it_gives_a_sign_of_life() -> None:
-    """Found by `kvbaton soak`: reaching for the memory of a dead peer costs a descriptor each time, and so each death
-    within a write left one behind."""
+    """Found by `python -m lab soak`: reaching for the memory of a dead peer costs a descriptor each time, and
+    so each death within a write left one behind."""
     world, source, target = pair()
     meet(world, source, target)
     peer = target.core.instance

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from protocol_diagram import derive
 
 from kvbaton.errors import DisconnectedError, InternalError, RemoteProtocolError
-from kvbaton.messages import (
+from kvbaton.plan.pair import PairPlan
+from kvbaton.protocol.effects import Effect, KVPoll
+from kvbaton.protocol.events import PeerFenced, ShutdownRequested, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.messages import (
     Abort,
     AnyMessage,
     Close,
@@ -26,12 +28,10 @@ from kvbaton.messages import (
     Query,
     TransferKey,
 )
-from kvbaton.plan import PairPlan
-from kvbaton.protocol.effects import Effect, KVPoll
-from kvbaton.protocol.events import PeerFenced, ShutdownRequested, WriteBroken, WriteId, WriteSettled
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
 from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
+from lab.docs.protocol import derive
 from unit.protocol.scene import ENDED, PAIR, QUICK, Scene, dropping, holding
 
 CELLS = [(state, on) for state in State for on in On]

@@ -9,10 +9,20 @@ import re
 from collections.abc import Callable
 
 import pytest
-from protocol_diagram import derive
 
 from kvbaton.errors import AbortedError, DisconnectedError, KVBatonError
-from kvbaton.messages import (
+from kvbaton.protocol.effects import CancelWrites, KVPoll, Report
+from kvbaton.protocol.events import (
+    AbortRequested,
+    Chunk,
+    ChunkSubmitted,
+    GrantsPublished,
+    SenderOpened,
+    WriteBroken,
+    WriteId,
+    WriteSettled,
+)
+from kvbaton.protocol.messages import (
     Abort,
     AnyMessage,
     Close,
@@ -27,20 +37,10 @@ from kvbaton.messages import (
     Query,
     Role,
 )
-from kvbaton.protocol.effects import CancelWrites, KVPoll, Report
-from kvbaton.protocol.events import (
-    AbortRequested,
-    Chunk,
-    ChunkSubmitted,
-    GrantsPublished,
-    SenderOpened,
-    WriteBroken,
-    WriteId,
-    WriteSettled,
-)
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.transfer import State
 from kvbaton.testing.world import Rank
+from lab.docs.protocol import derive
 from unit.protocol.scene import PAIR, QUICK, SHAPES, Fault, Scene, Shape, dropping, holding
 
 STEPS = {(a, b) for edge in derive() for a, b in zip(edge.path, edge.path[1:], strict=False)}

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvbaton import errors
-from kvbaton.control.registry import Registry, Route
-from kvbaton.control.registry_client import RegistryClient
-from kvbaton.control.registry_server import registry_app
-from kvbaton.engine.request import Handoff, Output
-from kvbaton.server import failure
-from kvbaton.server.allow import AllowList
-from kvbaton.server.api import MAX_BODY_BYTES, ApiServer
-from kvbaton.server.failure import DrainingError, status_of
-from kvbaton.server.intake import INLINE_CHARACTERS, ApiConfig
-from kvbaton.server.openai import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
-from kvbaton.testing.http import run, serving
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.registry import Registry, Route
+from kvbaton.discovery.server import registry_app
+from kvbaton.serving.engine.request import Handoff, Output
+from kvbaton.serving.server import failure
+from kvbaton.serving.server.allow import AllowList
+from kvbaton.serving.server.api import MAX_BODY_BYTES, ApiServer
+from kvbaton.serving.server.failure import DrainingError, status_of
+from kvbaton.serving.server.intake import INLINE_CHARACTERS, ApiConfig
+from kvbaton.serving.server.openai import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
+from kvbaton.serving.testing.http import run, serving
 
 CONFIG = ApiConfig(model="m", max_positions=4096)
 

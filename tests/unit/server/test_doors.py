@@ -14,22 +14,22 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from kvbaton.control.access import ROUTER_HEADER, token_of
-from kvbaton.control.registry import Registry, Route
-from kvbaton.control.registry_client import RegistryClient
-from kvbaton.control.registry_server import registry_app
+from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.registry import Registry, Route
+from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError
-from kvbaton.server.allow import AllowList
-from kvbaton.server.api import ApiServer
-from kvbaton.server.bodies import Bodies
-from kvbaton.server.connections import Connections, affordable
-from kvbaton.server.intake import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
-from kvbaton.server.launch import ServeConfig, serve
-from kvbaton.server.openapi import document
-from kvbaton.server.router import Router, RouterConfig
-from kvbaton.server.workers import Worker
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.server.allow import AllowList
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.bodies import Bodies
+from kvbaton.serving.server.connections import Connections, affordable
+from kvbaton.serving.server.intake import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
+from kvbaton.serving.server.launch import ServeConfig, serve
+from kvbaton.serving.server.openapi import document
+from kvbaton.serving.server.router import Router, RouterConfig
+from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
 
 SECRET = "a secret of enough characters"
 ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
@@ -287,7 +287,7 @@ async def reading(bodies: Bodies) -> AsyncIterator[tuple[str, aiohttp.ClientSess
                 await release.wait()
             return web.Response(text=str(len(body)))
 
-    from kvbaton.server.failure import errors
+    from kvbaton.serving.server.failure import errors
 
     app = web.Application(middlewares=[web.middleware(errors)])
     app.router.add_post("/", read)
@@ -441,8 +441,8 @@ def test_busy_connections_are_never_closed_and_idle_ones_after_silent_ones():
 
 
 def test_a_full_port_lets_the_next_client_in(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kvbaton.server.connections.MAX_CONNECTIONS", 16)
-    monkeypatch.setattr("kvbaton.server.connections.SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr("kvbaton.serving.server.connections.MAX_CONNECTIONS", 16)
+    monkeypatch.setattr("kvbaton.serving.server.connections.SWEEP_SECONDS", 0.01)
     assert affordable() == 16
 
     async def test() -> None:

@@ -9,10 +9,10 @@ from ranks import MakeRank
 
 from kvbaton.errors import ConfigError
 from kvbaton.manager import Span
-from kvbaton.server.build import link_hosts
-from kvbaton.server.launch import ServeConfig, serve
-from kvbaton.server.rank import Rank
-from kvbaton.server.stack import handoffs_of
+from kvbaton.serving.server.build import link_hosts
+from kvbaton.serving.server.launch import ServeConfig, serve
+from kvbaton.serving.server.rank import Rank
+from kvbaton.serving.server.stack import handoffs_of
 
 SOMEWHERE = "tcp://10.0.0.1:7000"
 

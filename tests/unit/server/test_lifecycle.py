@@ -9,10 +9,10 @@ import pytest
 from aiohttp import web
 
 from kvbaton.errors import ConfigError, OverloadedError
-from kvbaton.server import lifecycle
-from kvbaton.server.failure import DrainingError, errors
-from kvbaton.server.gate import Gate
-from kvbaton.testing.http import run
+from kvbaton.serving.server import lifecycle
+from kvbaton.serving.server.failure import DrainingError, errors
+from kvbaton.serving.server.gate import Gate
+from kvbaton.serving.testing.http import run
 
 
 class Served:

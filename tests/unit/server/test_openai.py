@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.errors import ConfigError
-from kvbaton.server.openai import (
+from kvbaton.serving.server.openai import (
     DONE,
     MAX_RID_CHARACTERS,
     AbortRequest,

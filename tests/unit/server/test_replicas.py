@@ -12,18 +12,18 @@ from queue import SimpleQueue
 
 import pytest
 
-from kvbaton.control.placement import LoadBalance
-from kvbaton.control.registry import Coordinates, Route, Sizes
-from kvbaton.engine.pipe import Died, Pipe
-from kvbaton.engine.request import Output, Request
+from kvbaton.discovery.placement import LoadBalance
+from kvbaton.discovery.registry import Coordinates, Route, Sizes
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
-from kvbaton.layout_file import RankLayout
 from kvbaton.manager import Moment
-from kvbaton.server.replica import Handoffs, StagingUse
-from kvbaton.server.replica_orders import Order
-from kvbaton.server.replica_process import ReplicaProcess
-from kvbaton.server.replicas import RemoteReplica, Replicas
-from kvbaton.testing.engine import ScriptedEngine, spell
+from kvbaton.plan.layout_file import RankLayout
+from kvbaton.serving.engine.pipe import Died, Pipe
+from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.server.replica import Handoffs, StagingUse
+from kvbaton.serving.server.replica_orders import Order
+from kvbaton.serving.server.replica_process import ReplicaProcess
+from kvbaton.serving.server.replicas import RemoteReplica, Replicas
+from kvbaton.serving.testing.engine import ScriptedEngine, spell
 
 PATIENCE_SECONDS = 20.0
 

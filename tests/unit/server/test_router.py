@@ -11,18 +11,18 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from kvbaton.control.registry import Registry, Route
-from kvbaton.control.registry_client import RegistryClient
-from kvbaton.control.registry_server import registry_app
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.registry import Registry, Route
+from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.server.api import ApiServer
-from kvbaton.server.intake import ApiConfig
-from kvbaton.server.legs import mint_room, strip
-from kvbaton.server.lifecycle import listen, port_of, reserve
-from kvbaton.server.router import MAX_BODY_BYTES, Router, RouterConfig, second_rid
-from kvbaton.server.workers import Worker, Workers, parse_worker
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.intake import ApiConfig
+from kvbaton.serving.server.legs import mint_room, strip
+from kvbaton.serving.server.lifecycle import listen, port_of, reserve
+from kvbaton.serving.server.router import MAX_BODY_BYTES, Router, RouterConfig, second_rid
+from kvbaton.serving.server.workers import Worker, Workers, parse_worker
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
 
 ANSWER = {"object": "text_completion", "choices": [{"text": "hi", "index": 0}]}
 EVENTS = b'data: {"choices":[{"text":"h"}]}\n\n', b'data: {"choices":[{"text":"i"}]}\n\n', b"data: [DONE]\n\n"

@@ -11,12 +11,12 @@ import pytest
 
 from kvbaton.cli.main import main
 from kvbaton.manager import Moment
-from kvbaton.server.api import ApiServer
-from kvbaton.server.intake import ApiConfig
-from kvbaton.server.router import Router, RouterConfig
-from kvbaton.server.workers import Worker
-from kvbaton.testing.engine import CharacterTokenizer, ScriptedEngine, spell
-from kvbaton.testing.http import run, serving
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.intake import ApiConfig
+from kvbaton.serving.server.router import Router, RouterConfig
+from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
 
 ROOM = 77
 SECRET = "a-secret-of-many-characters"
@@ -118,7 +118,7 @@ def test_with_a_secret_a_story_needs_it() -> None:
 
 
 def test_without_a_secret_only_this_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbaton.server.operators.is_loopback", lambda _host: False)
+    monkeypatch.setattr("kvbaton.serving.server.operators.is_loopback", lambda _host: False)
 
     async def test() -> None:
         async with server("decode") as url:

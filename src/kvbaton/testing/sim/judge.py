@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from kvbaton.errors import InternalError, MessageError
 from kvbaton.manager import KVPoll
-from kvbaton.messages import Abort, Close, Done, Failed, decode
 from kvbaton.protocol.effects import Report
 from kvbaton.protocol.events import Event, MessageArrived
+from kvbaton.protocol.messages import Abort, Close, Done, Failed, decode
 from kvbaton.protocol.transfer import Transfer
 from kvbaton.testing.sim.engine import ENDED, Job, SourceJob, TargetJob, Tenancy
 from kvbaton.testing.sim.process import Process

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from kvbaton.control.base import Arrived, Changed, LinkChange, LinkId, Links
-from kvbaton.messages import Hello, Ping, Pong, decode
+from kvbaton.protocol.messages import Hello, Ping, Pong, decode
 from kvbaton.testing.sim.clockwork import Clockwork
 from kvbaton.testing.sim.scenario import LinkFault, MessageFault, Noise
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvbaton.layout import Coordinates
 from kvbaton.manager import KVManager
-from kvbaton.messages import Coordinates
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import Effect, Report
 from kvbaton.protocol.events import Event

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import DisconnectedError, TransportError
 from kvbaton.layout import Region
-from kvbaton.runs import merge
-from kvbaton.table import Table
+from kvbaton.plan.runs import merge
+from kvbaton.plan.table import Table
 from kvbaton.testing.sim.clockwork import Clockwork
 from kvbaton.testing.sim.memory import Bytes, RankMemory
 from kvbaton.testing.sim.scenario import PrepareFault, WriteFault

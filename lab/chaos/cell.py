@@ -1,0 +1,343 @@
+"""One cell of the matrix: bring a transfer to its phase, break something, and check everybody afterwards.
+
+What must hold in every cell: the client gets the right answer or a typed error before its deadline; the survivor is the
+process that it was and serves again; no page, slot or room stays held, and what is held meanwhile says why in the
+room's story; every answer, during and after, is the single process's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import resource
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvbaton.errors import ExpiredError, KVBatonError
+from kvbaton.protocol.messages import AnyMessage, Close, Done, Hello, Open
+from kvbaton.serving.fleet import Server
+from lab.chaos.client import Outcome
+from lab.chaos.door import Direction
+from lab.chaos.fault import (
+    FILES_SECONDS,
+    PARTITION_SECONDS,
+    REGISTRY_SECONDS,
+    STOP_SECONDS,
+    Fault,
+    Phase,
+    Spec,
+    Victim,
+)
+from lab.chaos.scene import LONG, RECOVERY_SECONDS, SHORT, Scene, open_files
+
+FULL_DISK = Path("/dev/full")
+_HELD_AT: dict[Phase, type] = {
+    Phase.HANDSHAKE: Hello,
+    Phase.OPEN: Open,
+    Phase.DELIVERED: Done,
+    Phase.CLOSING: Close,
+}
+_WATCHED_UNTIL: dict[Phase, int] = {Phase.FIRST: 1, Phase.MIDDLE: len(LONG.prompt) // 2}
+_CHUNK = re.compile(r"chunk to token (\d+) submitted")
+_REASON = re.compile(r"draining|quiescing|settling|failing")
+#: Faults that strike before the request where the phase is the handshake: there is nothing to hold yet.
+_STRIKE_FIRST = (Fault.MUTE, Fault.REGISTRY, Fault.FILES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a cell found. ``seconds``: from the fault to the client's outcome; ``failures``: empty when all held."""
+
+    spec: Spec
+    outcome: str
+    message: str = ""
+    seconds: float = 0.0
+    recovered_seconds: float = 0.0
+    quarantined: str = ""
+    failures: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+
+@dataclass
+class Cell:
+    """One run of one cell in a scene that is at rest."""
+
+    scene: Scene
+    spec: Spec
+    room: int | None = None
+    quarantined: str = ""
+    failures: list[str] = field(default_factory=list)
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def victim(self) -> Server:
+        return self.scene.server(self.spec.victim)
+
+    async def run(self) -> Result:
+        await self._prepare()
+        processes = self._survivors()
+        asking: asyncio.Task[Outcome] | None = None
+        if not self._strikes_first:
+            asking = await self._bring_to_phase()
+        struck_at = time.monotonic()
+        async with self._fault():
+            outcome = await (asking or asyncio.create_task(self.scene.ask(LONG)))
+        self._judge(outcome)
+        recovered = await self.scene.recovered()
+        for server, pid in processes.items():
+            if server.process is None or not server.running or server.process.pid != pid:
+                self.failures.append(f"{server.name} did not survive:\n{server.last_words()}")
+        await self._serve_again()
+        return Result(
+            spec=self.spec,
+            outcome=outcome.label,
+            message=outcome.message,
+            seconds=outcome.ended_at - struck_at,
+            recovered_seconds=recovered,
+            quarantined=self.quarantined,
+            failures=tuple(self.failures),
+        )
+
+    # ---- before ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _strikes_first(self) -> bool:
+        return self.spec.phase is Phase.HANDSHAKE and self.spec.fault in _STRIKE_FIRST
+
+    async def _prepare(self) -> None:
+        """Normal logs for everybody but the victim of a full disk, and a fresh decode for a first handshake."""
+        fresh: set[Server] = set()
+        for server in (*self.scene.fleet.prefills, *self.scene.fleet.decodes):
+            log = FULL_DISK if self.spec.fault is Fault.DISK and server is self.victim else server.usual_log
+            if server.log != log:
+                server.log = log
+                fresh.add(server)
+        if self.spec.phase is Phase.HANDSHAKE:
+            fresh.add(self.scene.fleet.decodes[0])
+        for server in fresh:
+            await server.kill()
+            await self.scene.restart(server)
+        if fresh and self.spec.phase is not Phase.HANDSHAKE:
+            await self.scene.recovered()
+
+    def _survivors(self) -> dict[Server, int]:
+        """Processes that must live through this cell, and their ids."""
+        scene = self.scene
+        dying = {
+            Fault.DISK: [scene.peer(self.spec.victim)],
+            **{fault: [self.victim] for fault in (Fault.KILL, Fault.RESTART, Fault.TERM, Fault.HANG)},
+        }.get(self.spec.fault, [])
+        servers = [*scene.fleet.prefills, *scene.fleet.decodes, scene.fleet.router]
+        return {s: s.process.pid for s in servers if s not in dying and s.process is not None}
+
+    async def _bring_to_phase(self) -> asyncio.Task[Outcome]:
+        self.scene.control.watch = self._on_message
+        asking = asyncio.create_task(self.scene.ask(LONG))
+        watching = asyncio.create_task(self._watch_chunks())
+        try:
+            await asyncio.wait(
+                {asking, asyncio.ensure_future(self.reached.wait())}, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            watching.cancel()
+        if not self.reached.is_set():
+            raise ExpiredError(f"{self.spec}: the phase was not reached; the request ended with {asking.result()}")
+        return asking
+
+    def _on_message(self, direction: Direction, message: AnyMessage) -> bool:
+        if isinstance(message, Open) and self.room is None:
+            self.room = message.key.room
+        wanted = _HELD_AT.get(self.spec.phase)
+        if wanted is None or not isinstance(message, wanted) or (wanted is Hello and direction == "out"):
+            return False
+        if self.reached.is_set():  # held once; what comes after the release passes
+            return False
+        self.reached.set()
+        return True
+
+    async def _watch_chunks(self) -> None:
+        until = _WATCHED_UNTIL.get(self.spec.phase)
+        while until is not None:
+            if self.room is not None:
+                story = await self.scene.story(self.scene.fleet.prefills[0], self.room)
+                chunks = [int(found[1]) for text in story if (found := _CHUNK.search(text))]
+                if max(chunks, default=0) >= until:
+                    self.reached.set()
+                    return
+            await asyncio.sleep(0.001)
+
+    # ---- the faults: struck on entry, over on exit ------------------------------------------------------------------
+
+    def _fault(self) -> AbstractAsyncContextManager[None]:
+        faults: dict[Fault, Callable[[], AbstractAsyncContextManager[None]]] = {
+            Fault.KILL: self._kill,
+            Fault.RESTART: self._restart,
+            Fault.TERM: self._term,
+            Fault.STOP: self._stop,
+            Fault.HANG: self._hang,
+            Fault.PARTITION: self._partition,
+            Fault.CUT: self._cut,
+            Fault.MUTE: self._mute,
+            Fault.REGISTRY: self._registry,
+            Fault.FILES: self._files,
+            Fault.DISK: self._disk,
+        }
+        return faults[self.spec.fault]()
+
+    def _lose_held(self) -> None:
+        """What the proxy holds is lost with its connection: a message that is held was never sent."""
+        if self.spec.phase in _HELD_AT:
+            self.scene.control.drop()
+
+    @asynccontextmanager
+    async def _kill(self) -> AsyncIterator[None]:
+        await self.victim.kill()
+        self._lose_held()
+        yield
+        await self.scene.restart(self.victim)
+
+    @asynccontextmanager
+    async def _restart(self) -> AsyncIterator[None]:
+        await self.victim.kill()
+        self._lose_held()
+        await self.victim.start()
+        yield
+        await self.scene.fleet.ready(self.victim)
+        await self.scene.fleet.ready(self.scene.fleet.router)
+
+    @asynccontextmanager
+    async def _term(self) -> AsyncIterator[None]:
+        stopping = asyncio.create_task(self.victim.stop())
+        await asyncio.sleep(0)
+        self._lose_held()
+        yield
+        code = await stopping
+        if code != 0:
+            self.failures.append(f"{self.victim.name} ended with {code} after SIGTERM:\n{self.victim.last_words()}")
+        await self.scene.restart(self.victim)
+
+    @asynccontextmanager
+    async def _stop(self) -> AsyncIterator[None]:
+        self.victim.send_signal(signal.SIGSTOP)
+        self._lose_held()
+        over = _later(STOP_SECONDS, lambda: self.victim.send_signal(signal.SIGCONT))
+        yield
+        await over
+
+    @asynccontextmanager
+    async def _hang(self) -> AsyncIterator[None]:
+        self.victim.send_signal(signal.SIGSTOP)
+        self._lose_held()
+        yield
+        await self._look_for_quarantine()
+        await self.victim.kill()
+        await self.scene.restart(self.victim)
+
+    @asynccontextmanager
+    async def _partition(self) -> AsyncIterator[None]:
+        self.scene.control.silence()
+        over = _later(PARTITION_SECONDS, self.scene.control.release)
+        yield
+        await over
+        self.scene.control.drop()
+
+    @asynccontextmanager
+    async def _cut(self) -> AsyncIterator[None]:
+        self.scene.control.drop()
+        yield
+
+    @asynccontextmanager
+    async def _mute(self) -> AsyncIterator[None]:
+        door = self.scene.control if self.spec.victim is Victim.LINK else self.scene.registry
+        door.silence()
+        yield
+        door.drop()
+
+    @asynccontextmanager
+    async def _registry(self) -> AsyncIterator[None]:
+        await self.scene.registry.shut()
+        self.scene.control.release()
+        over = _later(REGISTRY_SECONDS, self.scene.registry.unshut)
+        yield
+        await over
+
+    @asynccontextmanager
+    async def _files(self) -> AsyncIterator[None]:
+        """No further file for the victim; a second client comes while it lasts."""
+        process = self.victim.process
+        if process is None:
+            raise ExpiredError(f"{self.victim.name} does not run")
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files(process.pid), before[1]))
+        over = _later(
+            FILES_SECONDS,
+            lambda: resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before) if _lives(process) else None,
+        )
+        self.scene.control.release()
+        second = asyncio.create_task(self.scene.ask(SHORT))
+        yield
+        outcome = await second
+        if outcome.kind not in ("answer", "error") or self.scene.is_corrupt(SHORT, outcome):
+            self.failures.append(f"a second client meanwhile: {outcome}")
+        await over
+
+    @asynccontextmanager
+    async def _disk(self) -> AsyncIterator[None]:
+        peer = self.scene.peer(self.spec.victim)
+        await peer.kill()
+        self._lose_held()
+        yield
+        await self.scene.restart(peer)
+
+    async def _look_for_quarantine(self) -> None:
+        """While the victim hangs: what the survivor still holds must be explained by the room's story."""
+        survivor = self.scene.peer(self.spec.victim)
+        held = await self.scene.fleet.held(survivor)
+        if not held:
+            return
+        story = await self.scene.story(survivor, self.room) if self.room is not None else []
+        reasons = [text for text in story if _REASON.search(text)]
+        if not reasons:
+            self.failures.append(
+                f"{survivor.name} holds {held} and the story of room {self.room} says not why: {story}"
+            )
+        self.quarantined = reasons[-1] if reasons else ""
+
+    # ---- after ----------------------------------------------------------------------------------------------------
+
+    def _judge(self, outcome: Outcome) -> None:
+        if outcome.kind in ("untyped", "late"):
+            self.failures.append(f"the client got neither an answer nor a typed error: {outcome}")
+        if self.scene.is_corrupt(LONG, outcome):
+            self.failures.append(f"CORRUPT: {outcome.tokens} instead of {self.scene.expected[LONG.title]}")
+
+    async def _serve_again(self) -> None:
+        outcomes = await asyncio.gather(*(self.scene.ask(question) for question in (LONG, SHORT)))
+        for question, outcome in zip((LONG, SHORT), outcomes, strict=True):
+            if outcome.kind != "answer":
+                self.failures.append(f"after recovery: {outcome}")
+            elif self.scene.is_corrupt(question, outcome):
+                self.failures.append(f"CORRUPT after recovery: {question.title}")
+        try:
+            await self.scene.fleet.all_returned(RECOVERY_SECONDS)
+        except KVBatonError as error:
+            self.failures.append(str(error))
+
+
+def _later(seconds: float, act: Callable[[], object]) -> asyncio.Task[None]:
+    async def wait() -> None:
+        await asyncio.sleep(seconds)
+        act()
+
+    return asyncio.create_task(wait())
+
+
+def _lives(process: asyncio.subprocess.Process) -> bool:
+    return process.returncode is None

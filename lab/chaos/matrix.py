@@ -1,0 +1,38 @@
+"""Runs cells one after another in as few scenes as possible; a cell that goes wrong gets its successors a new scene."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from kvbaton.errors import KVBatonError
+from lab.chaos.cell import Cell, Result
+from lab.chaos.fault import Spec
+from lab.chaos.scene import Scene, expected_answers
+
+Progress = Callable[[Spec, Result | None], None]
+
+
+async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress) -> list[Result]:
+    """Results in the order of ``specs``; ``progress`` hears of each before (None) and after."""
+    expected = await expected_answers(directory)
+    results: list[Result] = []
+    for network, cells in itertools.groupby(specs, lambda spec: spec.network):
+        scene: Scene | None = None
+        async with AsyncExitStack() as closing:
+            for spec in cells:
+                progress(spec, None)
+                try:
+                    if scene is None:
+                        await closing.aclose()
+                        scene = await closing.enter_async_context(Scene(directory, expected, network=network))
+                    result = await Cell(scene, spec).run()
+                except KVBatonError as error:
+                    result = Result(spec=spec, outcome="broken", failures=(f"{type(error).__name__}: {error}",))
+                if not result.ok:
+                    scene = None
+                results.append(result)
+                progress(spec, result)
+    return results

@@ -1,0 +1,29 @@
+"""The commands of the lab, one module each."""
+
+from __future__ import annotations
+
+from kvbaton.cli.program import Program
+
+LAB = Program(
+    name="python -m lab",
+    description="What proves kvbaton: faults, endurance, every kind of model, mutation; and what is generated.",
+    commands={
+        "chaos": (
+            "lab.commands.chaos",
+            "kill, stop, cut and starve real servers at each phase of a hand-off, and check everybody afterwards",
+        ),
+        "soak": (
+            "lab.commands.soak",
+            "hand over many small rooms while peers are killed, and watch what grows",
+        ),
+        "conformance": (
+            "lab.commands.conformance",
+            "hand over every kind of model between every topology, and compare each token with a single process",
+        ),
+        "mutate": ("lab.commands.mutate", "make small changes to the protocol, each of which some test must notice"),
+        "mutants": ("lab.commands.mutants", "plant the bugs of the field, and write which seed finds each"),
+        "docs": ("lab.commands.docs", "write what is generated in docs/, or check that it is up to date"),
+        "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),
+        "train": ("lab.commands.train", "train the bundled recall model again"),
+    },
+)

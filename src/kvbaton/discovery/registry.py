@@ -1,0 +1,257 @@
+"""The bootstrap registry's table: which ranks make up the prefill group, and where each one listens.
+
+Rules:
+
+- Pure: no I/O, no clock. Time is the argument ``now`` (seconds on any clock that only goes forward).
+- A rank owns its coordinates until another *instance* registers there: the newcomer replaces it, and the instance that
+  was replaced is refused from then on (it is a process that should be dead; two that take turns would route requests
+  at random).
+- An entry lives ``ttl_seconds`` past its last registration. Ranks refresh; nothing is kept on trust.
+- A group is its name **and** its sizes. A group with other sizes, or another name, collects its ranks beside the old
+  one and is served only when every coordinate is held by a live entry: completeness is a set, never a count of
+  registrations. Among complete groups the one that appeared last is served; when it expires, an older one that is
+  still refreshed is served again.
+- Every number that comes from outside is bounded before anything is allocated from it.
+
+This file must not know HTTP, layouts or secrets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvbaton.discovery.placement import LoadBalance
+from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError, RegistryError
+
+#: Most ranks of one group, and the largest size of one axis.
+MAX_RANKS = 4096
+#: Most groups that collect or serve at the same time.
+MAX_GROUPS = 8
+#: Most replaced instances that are remembered, oldest forgotten first.
+MAX_REPLACED = 1024
+#: How long an entry lives past its last registration, and how often a rank should register.
+TTL_SECONDS = 15.0
+REFRESH_SECONDS = 5.0
+#: Most coordinates that one message names.
+NAMED_RANKS = 8
+
+_Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+_Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+_Rank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
+_Address = Annotated[str, Meta(max_length=280, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
+_Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Coordinates(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a rank stands in its group."""
+
+    dp: _Rank = 0
+    pp: _Rank = 0
+    cp: _Rank = 0
+    tp: _Rank = 0
+
+    def __str__(self) -> str:
+        return f"dp{self.dp}.pp{self.pp}.cp{self.cp}.tp{self.tp}"
+
+
+class Sizes(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many ranks a group has along each axis."""
+
+    dp: _Size = 1
+    pp: _Size = 1
+    cp: _Size = 1
+    tp: _Size = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.pp * self.cp * self.tp
+
+    def all_coordinates(self) -> list[Coordinates]:
+        """Every coordinate, tp fastest. Call it only for sizes that a table has accepted."""
+        axes = (range(self.dp), range(self.pp), range(self.cp), range(self.tp))
+        return [Coordinates(dp=dp, pp=pp, cp=cp, tp=tp) for dp, pp, cp, tp in itertools.product(*axes)]
+
+
+class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rank as it registers itself. ``group`` should be minted per launch of a group, so a restart is a new one.
+
+    ``load_balance``: how the group spreads rooms over its data-parallel ranks.
+    """
+
+    instance: _Name
+    group: _Name
+    address: _Address
+    layout_digest: Annotated[str, Meta(max_length=128)]
+    http_port: _Port
+    coordinates: Coordinates = Coordinates()
+    sizes: Sizes = Sizes()
+    load_balance: LoadBalance = "follow_bootstrap_room"
+
+
+class Registered(Struct, frozen=True, kw_only=True):
+    """The answer to a registration: refresh within ``ttl_seconds``; ``replaced`` is the instance that was there."""
+
+    ttl_seconds: float
+    replaced: str = ""
+
+
+class RoomRank(Struct, frozen=True, kw_only=True):
+    """The data-parallel rank that has taken a room; None while none has."""
+
+    dp_rank: _Rank | None
+
+
+class Topology(Struct, frozen=True, kw_only=True):
+    """A complete group: one live route per coordinate, tp fastest."""
+
+    group: str
+    sizes: Sizes
+    ranks: tuple[Route, ...]
+
+    @property
+    def load_balance(self) -> LoadBalance:
+        """How the group spreads rooms over its data-parallel ranks."""
+        return self.ranks[0].load_balance
+
+    def addresses(self, dp: int) -> tuple[str, ...]:
+        """Control addresses of the ranks of one data-parallel rank, tp fastest."""
+        return tuple(route.address for route in self.ranks if route.coordinates.dp == dp)
+
+
+@dataclass(slots=True)
+class _Entry:
+    route: Route
+    expires: float
+
+
+@dataclass(slots=True)
+class _Group:
+    sizes: Sizes
+    entries: dict[Coordinates, _Entry] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.entries) == self.sizes.ranks  # keys are distinct and within sizes
+
+    def missing(self) -> list[Coordinates]:
+        return [where for where in self.sizes.all_coordinates() if where not in self.entries]
+
+
+class Registry:
+    """The table. Every method takes the time; none blocks."""
+
+    def __init__(self, *, ttl_seconds: float = TTL_SECONDS) -> None:
+        self._ttl_seconds = ttl_seconds
+        self._groups: dict[tuple[str, Sizes], _Group] = {}  # in order of appearance
+        self._replaced: dict[str, str] = {}  # instance -> the one that took its place
+
+    def register(self, route: Route, now: float) -> Registered:
+        """Enter or refresh one rank.
+
+        Raises ConfigError for coordinates outside the sizes or too many ranks, LocalProtocolError for an instance that
+        was replaced, OverloadedError when the table holds too many groups.
+        """
+        self._check(route)
+        self._expire(now)
+        group = self._group(route)
+        before = group.entries.get(route.coordinates)
+        replaced = before.route.instance if before is not None and before.route.instance != route.instance else ""
+        if replaced:
+            self._remember(replaced, route.instance)
+        group.entries[route.coordinates] = _Entry(route, now + self._ttl_seconds)
+        return Registered(ttl_seconds=self._ttl_seconds, replaced=replaced)
+
+    def unregister(self, instance: str, now: float) -> bool:
+        """Take a rank out before it expires; False if it was not there."""
+        self._expire(now)
+        found = False
+        for group in self._groups.values():
+            gone = [where for where, entry in group.entries.items() if entry.route.instance == instance]
+            for where in gone:
+                del group.entries[where]
+            found = found or bool(gone)
+        self._drop_empty()
+        return found
+
+    def lookup(self, now: float) -> Topology:
+        """The newest complete group. Raises RegistryError that names what is missing."""
+        self._expire(now)
+        for (name, sizes), group in reversed(self._groups.items()):
+            if group.complete:
+                ranks = tuple(group.entries[where].route for where in sizes.all_coordinates())
+                return Topology(group=name, sizes=sizes, ranks=ranks)
+        raise RegistryError(self._incomplete())
+
+    def __len__(self) -> int:
+        return sum(len(group.entries) for group in self._groups.values())
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{name}: {len(g.entries)}/{sizes.ranks}" for (name, sizes), g in self._groups.items())
+        return f"<Registry {groups or 'empty'}>"
+
+    def _check(self, route: Route) -> None:
+        sizes, where = route.sizes, route.coordinates
+        if sizes.ranks > MAX_RANKS:
+            raise ConfigError(f"sizes: {sizes.ranks} ranks; a group has at most {MAX_RANKS}")
+        for axis in ("dp", "pp", "cp", "tp"):
+            if getattr(where, axis) >= getattr(sizes, axis):
+                raise ConfigError(
+                    f"coordinates.{axis}: {getattr(where, axis)} is outside sizes.{axis} {getattr(sizes, axis)}"
+                )
+        if not 0 < int(route.address.rpartition(":")[2]) <= 65535:
+            raise ConfigError(f"address: {route.address} has no usable port")
+        if route.instance in self._replaced:
+            raise LocalProtocolError(
+                f"instance {route.instance} was replaced at {where} by {self._replaced[route.instance]}: "
+                f"stop one of the two processes that claim this rank",
+                peer=self._replaced[route.instance],
+            )
+
+    def _group(self, route: Route) -> _Group:
+        key = (route.group, route.sizes)
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) >= MAX_GROUPS:
+                raise OverloadedError(f"{MAX_GROUPS} groups are registered already; wait for dead ones to expire")
+            group = self._groups[key] = _Group(route.sizes)
+        return group
+
+    def _remember(self, replaced: str, by: str) -> None:
+        self._replaced[replaced] = by
+        while len(self._replaced) > MAX_REPLACED:
+            del self._replaced[next(iter(self._replaced))]
+
+    def _expire(self, now: float) -> None:
+        for group in self._groups.values():
+            for where in [where for where, entry in group.entries.items() if entry.expires <= now]:
+                del group.entries[where]
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        self._groups = {key: group for key, group in self._groups.items() if group.entries}
+
+    def _incomplete(self) -> str:
+        if not self._groups:
+            return "no prefill rank is registered; start one, or wait until it has"
+        return "no prefill group is complete: " + "; ".join(
+            _shortage(name, group) for (name, _), group in self._groups.items()
+        )
+
+
+def _shortage(name: str, group: _Group) -> str:
+    missing = group.missing()
+    named = ", ".join(map(str, missing[:NAMED_RANKS])) + (", ..." if len(missing) > NAMED_RANKS else "")
+    return f"group {name} has {len(group.entries)} of {group.sizes.ranks} ranks, missing {named}"
+
+
+def decode_route(payload: bytes) -> Route:
+    """A registration from its JSON. Raises ConfigError that names the field."""
+    try:
+        return msgspec.json.decode(payload, type=Route)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"not a registration: {error}") from None

@@ -1,0 +1,163 @@
+"""The registry over HTTP: ``PUT /route``, ``GET /route``, ``DELETE /route?instance=``, ``GET /dp_rank?room=``,
+``GET /health``.
+
+Rules:
+
+- JSON in, JSON out; a registration is at most :data:`MAX_ROUTE_BYTES`.
+- With a secret, every route except ``/health`` needs ``Authorization: Bearer <secret>``. Without one the server may
+  listen on loopback only (:func:`start_registry` refuses anything else), and takes no request whose ``Host`` is not
+  this machine (a browser's page with a re-bound name).
+- An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret
+  or host, 409 an instance that was replaced, 503 the group is not complete or the table is full.
+
+This file must not know ranks' layouts, or anything of the table but its methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from kvbaton.discovery.access import bearer_matches, is_local_name, require_secret
+from kvbaton.discovery.placement import Placements
+from kvbaton.discovery.registry import Registry, RoomRank, decode_route
+from kvbaton.errors import (
+    AuthenticationError,
+    ConfigError,
+    KVBatonError,
+    LocalProtocolError,
+    OverloadedError,
+    RegistryError,
+)
+
+DEFAULT_PORT = 8998
+#: Largest registration in bytes.
+MAX_ROUTE_BYTES = 16 << 10
+#: A registration has arrived by then.
+BODY_SECONDS = 10.0
+MAX_ROOM_DIGITS = 20
+#: Seconds that a client is asked to wait while the group is not complete.
+RETRY_AFTER_SECONDS = 1
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_log = logging.getLogger(__name__)
+_STATUS: tuple[tuple[type[KVBatonError], int], ...] = (
+    (ConfigError, 400),
+    (AuthenticationError, 401),
+    (LocalProtocolError, 409),
+    (OverloadedError, 503),
+    (RegistryError, 503),
+)
+
+
+def registry_app(
+    registry: Registry,
+    placements: Placements | None = None,
+    *,
+    secret: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> web.Application:
+    """The aiohttp application around one table. ``placements``: where the group's rooms are, for those who ask."""
+    placed = placements if placements is not None else Placements()
+
+    async def register(request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout() from None
+        route = decode_route(body)
+        answer = registry.register(route, clock())
+        if answer.replaced:
+            _log.warning("%s: instance %s replaces %s", route.coordinates, route.instance, answer.replaced)
+        return _json(answer)
+
+    async def lookup(_request: web.Request) -> web.Response:
+        return _json(registry.lookup(clock()))
+
+    async def dp_rank(request: web.Request) -> web.Response:
+        room = request.query.get("room", "")
+        if not (room.isascii() and room.isdecimal() and len(room) <= MAX_ROOM_DIGITS):
+            raise ConfigError("room: name the room, as in GET /dp_rank?room=7")
+        return _json(RoomRank(dp_rank=placed.find(int(room), clock())))
+
+    async def unregister(request: web.Request) -> web.Response:
+        instance = request.query.get("instance", "")
+        if not instance:
+            raise ConfigError("instance: name the instance to take out, as in DELETE /route?instance=ID")
+        return _json({"removed": registry.unregister(instance, clock())})
+
+    async def health(_request: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    app = web.Application(
+        middlewares=[web.middleware(_errors), web.middleware(_authenticate(secret))], client_max_size=MAX_ROUTE_BYTES
+    )
+    app.router.add_put("/route", register)
+    app.router.add_get("/route", lookup)
+    app.router.add_delete("/route", unregister)
+    app.router.add_get("/dp_rank", dp_rank)
+    app.router.add_get("/health", health)
+    return app
+
+
+async def start_registry(app: web.Application, *, host: str, port: int, secret: str | None = None) -> web.AppRunner:
+    """Listen. Raises ConfigError for an open bind without a secret and for a port in use; ``cleanup()`` ends it."""
+    require_secret(host, secret, what="the bootstrap registry")
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(
+            f"the bootstrap registry cannot listen at {host}:{port}: {error.strerror or error}",
+            hint="choose another --disaggregation-bootstrap-port",
+        ) from None
+    return runner
+
+
+def _authenticate(secret: str | None) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+    async def authenticate(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if secret is not None and request.path != "/health":
+            header = request.headers.get("Authorization")
+            if not bearer_matches(header, secret, "registry"):
+                raise AuthenticationError(
+                    "the registry needs this deployment's shared secret as a bearer token"
+                    if header is None
+                    else "the bearer token is not this deployment's shared secret"
+                )
+        if secret is None and not is_local_name(request.headers.get("Host")):
+            raise AuthenticationError("without a shared secret the registry answers requests to 127.0.0.1 only")
+        return await handler(request)
+
+    return authenticate
+
+
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except KVBatonError as error:
+        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+        return _failure(status, error.code, str(error))
+    except web.HTTPException as error:
+        response = _failure(error.status, "http", f"{request.method} {request.path}: {error.reason}")
+        if "Allow" in error.headers:  # RFC 9110: a 405 says what would be allowed
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+
+
+def _failure(status: int, code: str, message: str) -> web.Response:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json({"error": {"code": code, "message": message}}, status=status, headers=headers)
+
+
+def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")

@@ -1,0 +1,44 @@
+"""What moving bytes costs, as far as choosing a way needs to know. Measured by ``kvbaton bench calibrate``.
+
+    direct = descriptors * descriptor_seconds + bytes * wire_byte_seconds
+    staged = staged_seconds + bytes * (wire_byte_seconds + copy_byte_seconds) + pieces * piece_seconds
+
+A descriptor is a run that is contiguous on both sides; a piece is what gather and scatter copy at once, the same run in
+memory. The defaults were measured over shared memory on a two-core machine without a GPU; they are ratios more than
+truths, and a few lines of ``calibrate`` replace them.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from kvbaton.plan.pair import PartPlan
+
+
+class Costs(Struct, frozen=True, kw_only=True):
+    """Seconds. ``copy_byte_seconds`` is gather and scatter together, for large pieces."""
+
+    descriptor_seconds: float = 3.0e-6
+    wire_byte_seconds: float = 1.2e-10
+    copy_byte_seconds: float = 5.0e-10
+    piece_seconds: float = 6.0e-8
+    staged_seconds: float = 3.0e-4
+
+    def direct(self, part: PartPlan, blocks: int) -> float:
+        """Predicted seconds to write ``blocks`` blocks of ``part`` one descriptor for each lane and block."""
+        return blocks * len(part.lane_bytes) * self.descriptor_seconds + self._wire(part, blocks)
+
+    def staged(self, part: PartPlan, blocks: int) -> float:
+        """Predicted seconds to gather, write once and scatter."""
+        copied = blocks * part.block_bytes * self.copy_byte_seconds
+        pieces = blocks * len(part.lane_bytes) * self.piece_seconds
+        return self.staged_seconds + copied + pieces + self._wire(part, blocks)
+
+    def prefers_staging(self, part: PartPlan, blocks: int) -> bool:
+        return self.staged(part, blocks) < self.direct(part, blocks)
+
+    def _wire(self, part: PartPlan, blocks: int) -> float:
+        return blocks * part.block_bytes * self.wire_byte_seconds
+
+
+DEFAULT_COSTS = Costs()

@@ -1,0 +1,279 @@
+"""The decode scheduler: preallocation queue, transfer queue, continuous batch.
+
+With a prefix cache a request is granted only the pages that follow what the tree has; its own join the tree once they
+have arrived whole. Several answers to one prompt are one hand-off: its cache arrives once, in the first one's units,
+and is shared with the others or copied to theirs.
+
+Rules: a request is admitted, in order, when there are pages for its prompt and all of its answer, so that a running
+request never runs out; while the pool is full requests wait, they do not fail. Pages that were published go back only
+when the receiver has ended *and* holds no lease. Nothing is served from a hand-off whose aux row is not this room's.
+
+This file must not know of transports, peers' layouts or prefill's queues.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
+from kvbaton.serving.engine import aux_row
+from kvbaton.serving.engine.batch import ContinuousBatch
+from kvbaton.serving.engine.fork import Fork, missing_pages, take_fork
+from kvbaton.serving.engine.generation import Generation, generations
+from kvbaton.serving.engine.group import GroupManager, GroupSide
+from kvbaton.serving.engine.job import Job, for_peer
+from kvbaton.serving.engine.limits import Limits, limits_of
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.prefix import Prefix, PrefixCache
+from kvbaton.serving.engine.request import Handoff, Output, Request
+from kvbaton.serving.engine.runner import ModelRunner
+from kvbaton.serving.engine.sampling import Pick
+from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """One prompt whose cache is expected in the first holding of ``fork``, its aux row in ``slot``."""
+
+    job: Job
+    room: int
+    receiver: KVReceiver | GroupSide
+    fork: Fork
+    slot: int
+    prefix: Prefix
+
+
+class Decode(Role):
+    """Queues: ``waiting`` for pages, ``transfer``, ``draining``, the batch."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pools: Pools,
+        manager: KVManager | GroupManager,
+        runner: ModelRunner,
+        limits: Limits,
+        config: SchedulerConfig,
+    ) -> None:
+        self._model = model
+        self._pools = pools
+        self._prefixes = PrefixCache(pools.page_size) if config.prefix_cache and pools.pages is not None else None
+        self._held: dict[Job, tuple[Fork, Prefix]] = {}
+        self._manager = manager
+        self._limits = limits
+        self._runner = runner
+        self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
+        self._waiting: deque[Job] = deque()
+        self._transfers: list[_Arrival] = []
+        self._draining: list[_Arrival] = []
+
+    def add(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def end(self, job: Job, error: KVBatonError) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.fail(error)
+            return
+        arrival = next((arrival for arrival in self._transfers if arrival.job is job), None)
+        if arrival is not None:
+            self._end(arrival, Output(error=error), for_peer(error))
+            return
+        self._batch.remove(job, error)
+
+    def step(self) -> bool:
+        worked = self._poll_transfers()
+        worked = self._reap() or worked
+        worked = self._admit() or worked
+        return self._batch.step() or worked
+
+    def _admit(self) -> bool:
+        """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
+        admitted = False
+        while self._waiting and self._pools.slots.free:
+            taken = self._take(self._waiting[0].request)
+            if taken is None:
+                break
+            self._expect(self._waiting.popleft(), *taken)
+            admitted = True
+        return admitted
+
+    def _take(self, request: Request) -> tuple[Fork, Prefix] | None:
+        """Units for all that the request may ever cache; pages of its prefix are shared, others evicted if need be."""
+        size = len(request.prompt_tokens), self._limits.cached_tokens(request), request.sampling.choices
+        if self._prefixes is None:
+            fork = take_fork(self._pools, *size)
+            return None if fork is None else (fork, Prefix())
+        prefix = self._prefixes.match(request.prompt_tokens)
+        missing = missing_pages(self._pools, *size, shared=len(prefix.nodes))
+        if 0 < missing <= self._prefixes.evictable and self._pools.pages is not None:
+            self._pools.pages.give_back(self._prefixes.evict(missing))
+        fork = take_fork(self._pools, *size, shared=prefix.pages)
+        if fork is None:
+            self._prefixes.release(prefix)
+            return None
+        self._prefixes.lookups += 1
+        self._prefixes.hit_tokens += len(prefix.nodes) * self._pools.page_size
+        return fork, prefix
+
+    def _give_back(self, fork: Fork, prefix: Prefix) -> None:
+        """What is in the tree stays there, unlocked; the rest goes back."""
+        fork.give_back(self._pools, keep=frozenset(prefix.pages))
+        if self._prefixes is not None:
+            self._prefixes.release(prefix)
+
+    def _expect(self, job: Job, fork: Fork, prefix: Prefix) -> None:
+        """Publish the units of the prompt and an aux row to the sources."""
+        request, slot = job.request, self._pools.take_slot()
+        assert slot is not None  # noqa: S101 - admission saw a free one
+        count = len(request.prompt_tokens)
+        try:
+            if request.room is None:
+                raise LocalProtocolError("a decode request has no room")
+            receiver = self._manager.receiver(request.room, request.sources)
+        except KVBatonError as error:  # no peer has heard of the pages
+            self._give_back(fork, prefix)
+            self._pools.slots.give_back([slot])
+            job.fail(error)
+            return
+        arrival = _Arrival(job, request.room, receiver, fork, slot, prefix)
+        self._transfers.append(arrival)
+        held = len(prefix.nodes) * self._pools.page_size
+        spans = [*self._pools.wanted(fork.first, held, count), Span("aux", 0, 0, (slot,))]
+        try:
+            receiver.publish(spans, token_count=count)
+        except KVBatonError as error:
+            self._end(arrival, Output(error=error), error)
+
+    def _poll_transfers(self) -> bool:
+        worked = False
+        for arrival in list(self._transfers):
+            poll = arrival.receiver.poll()
+            if poll == KVPoll.Failed:
+                error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
+                self._end(arrival, Output(error=error), error)
+                worked = True
+            elif poll == KVPoll.Success and arrival.receiver.concluded:
+                self._begin(arrival)
+                worked = True
+        return worked
+
+    def _begin(self, arrival: _Arrival) -> None:
+        """Everything is here: check the aux row, serve the first tokens, join the batch."""
+        self._transfers.remove(arrival)
+        fork, prompt = arrival.fork, arrival.job.request.prompt_tokens
+        try:
+            row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
+            firsts = self._firsts(row, arrival.job.request)
+            self._runner.copy(fork.copies(self._pools, len(prompt)))
+            choices = generations(arrival.job, self._model, fork.holdings, row.seed)
+        except KVBatonError as error:
+            self._release(arrival)
+            arrival.job.fail(error)
+            return
+        self._pools.slots.give_back([arrival.slot])
+        if self._prefixes is not None:
+            self._prefixes.extend(arrival.prefix, prompt, fork.first.pages)
+        self._held[arrival.job] = (fork, arrival.prefix)
+        self._batch.join(
+            choices,
+            firsts,
+            Handoff(
+                bytes=arrival.receiver.bytes,
+                seconds=arrival.receiver.handoff_seconds,
+                exposed_seconds=arrival.receiver.exposed_seconds,
+            ),
+        )
+
+    def _firsts(self, row: aux_row.AuxRow, request: Request) -> list[Pick]:
+        """The first token of each choice. Raises RemoteProtocolError where prefill was asked something else."""
+        vocabulary, asked = self._model.geometry.vocab_size, request.sampling
+        foreign = next((token for token, _ in (*row.firsts, *row.top) if token >= vocabulary), None)
+        if foreign is not None:
+            raise RemoteProtocolError(f"first token {foreign} is not in the vocabulary", room=row.room)
+        wanted = asked.choices, min(asked.top_logprobs, vocabulary)
+        if (len(row.firsts), len(row.top)) != wanted:
+            raise RemoteProtocolError(
+                f"prefill hands over {len(row.firsts)} first tokens and {len(row.top)} alternatives, "
+                f"decode was asked for {wanted[0]} and {wanted[1]}; send both the same request",
+                room=row.room,
+            )
+        return [Pick(token, logprob, row.top) for token, logprob in row.firsts]
+
+    def _end(self, arrival: _Arrival, last: Output, cause: KVBatonError) -> None:
+        """Take ``arrival`` out of the transfer queue; its memory follows when nothing can touch it. The other side is
+        told the cause."""
+        self._transfers.remove(arrival)
+        with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
+            arrival.receiver.fail(cause)
+        self._draining.append(arrival)
+        self._reap()
+        arrival.job.emit(last)
+
+    def _reap(self) -> bool:
+        settled = [arrival for arrival in self._draining if arrival.receiver.concluded]
+        for arrival in settled:
+            self._draining.remove(arrival)
+            self._release(arrival)
+        return bool(settled)
+
+    def _release(self, arrival: _Arrival) -> None:
+        self._give_back(arrival.fork, arrival.prefix)
+        self._pools.slots.give_back([arrival.slot])
+
+    def _retire(self, generation: Generation) -> None:
+        """An answer has ended: what it has cached may serve another."""
+        fork, prefix = self._held[generation.job]
+        last = fork.open == 1
+        own = prefix if last else Prefix(list(prefix.nodes))
+        # until the last one ends, common pages that are somebody else's in the tree must not come in: nobody locks them
+        if self._prefixes is not None and (last or len(prefix.nodes) >= fork.common):
+            self._prefixes.extend(own, generation.cached_tokens, generation.holding.pages)
+        fork.end(self._pools, generation.holding, keep=frozenset(own.pages))
+        if last:
+            del self._held[generation.job]
+        if self._prefixes is not None:
+            self._prefixes.release(own if last else Prefix(own.nodes[len(prefix.nodes) :]))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._transfers or self._draining or len(self._batch))
+
+    def stats(self) -> Stats:
+        holders = [*self._transfers, *self._draining]
+        spare = self._prefixes.evictable if self._prefixes is not None else 0
+        return Stats(
+            pages_free=self._pools.pages_free + spare,
+            pages_used=self._pools.pages_used - spare,
+            pages_leased=sum(a.fork.first.count for a in holders if a.receiver.leased),
+            slots_used=self._pools.slots.used,
+            running=self._batch.running,
+            queues={
+                "waiting": len(self._waiting),
+                "transfer": len(self._transfers),
+                "draining": len(self._draining),
+                "ready": len(self._batch) - self._batch.running,
+            },
+            prefix_lookups=self._prefixes.lookups if self._prefixes is not None else 0,
+            prefix_hit_tokens=self._prefixes.hit_tokens if self._prefixes is not None else 0,
+        )
+
+
+def decode_scheduler(
+    model: LoadedModel,
+    pools: Pools,
+    manager: KVManager | GroupManager,
+    config: SchedulerConfig | None = None,
+    *,
+    runner: ModelRunner | None = None,
+) -> Scheduler:
+    """A scheduler that collects prompts and continues them. ``manager`` must know ``pools.layout``; ``runner`` is that
+    of a group's leader, None for a rank by itself."""
+    config = config or SchedulerConfig()
+    limits = limits_of(model, pools, needs_room=True)
+    role = Decode(model, pools, manager, runner or ModelRunner(model, pools), limits, config)
+    return Scheduler(role, limits, config, wakeup=manager.wakeup, name="decode")

@@ -1,0 +1,76 @@
+"""An answer in the making: the state of one choice of a request from its first token to its last.
+
+This file must not know of peers, batches or queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbaton.serving.engine.job import Job
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.request import Handoff, Output
+from kvbaton.serving.engine.runner import Step
+from kvbaton.serving.engine.sampling import Draw, Pick, seed_of_choice
+from kvbaton.serving.engine.text import TextStream
+
+
+class Generation:
+    """``holding`` has everything but the newest token, which the next step computes. ``seed`` is the request's in use,
+    ``index`` the choice's number."""
+
+    def __init__(self, job: Job, model: LoadedModel, holding: Holding, seed: int, index: int = 0) -> None:
+        request, sampling = job.request, job.request.sampling
+        self.job = job
+        self.holding = holding
+        self._index = index
+        self._seed = seed_of_choice(seed, index)
+        self._tokens = list(request.prompt_tokens)
+        self._newest = -1
+        self._position = len(request.prompt_tokens) - 1
+        self._text = TextStream(
+            model.tokenizer,
+            request.prompt_tokens,
+            stops=sampling.stop,
+            eos_tokens=frozenset() if sampling.ignore_eos else model.eos_tokens,
+            max_tokens=sampling.max_tokens,
+        )
+
+    def draw(self) -> Draw:
+        """How the next token is to be picked."""
+        return Draw(self.job.request.sampling, self._seed, self._position + 1)
+
+    def step(self) -> Step:
+        """What the model must compute before the next token can be picked."""
+        return Step(self._newest, self._position, self.holding)
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """The tokens that ``holding`` has: all but the newest."""
+        return self._tokens[: self._position]
+
+    def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
+        """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
+        self._newest = pick.token
+        self._tokens.append(pick.token)
+        self._position += 1
+        piece = self._text.push(pick.token)
+        sampling = self.job.request.sampling
+        return Output(
+            index=self._index,
+            tokens=(pick.token,),
+            text=piece.text,
+            logprobs=(pick.logprob,) if sampling.logprobs else (),
+            top_logprobs=(pick.top,) if sampling.top_logprobs else (),
+            finish_reason=piece.finish_reason,
+            handoff=handoff,
+        )
+
+    def __repr__(self) -> str:
+        return f"Generation({self.job!r} choice {self._index} at position {self._position})"
+
+
+def generations(job: Job, model: LoadedModel, holdings: Sequence[Holding], seed: int) -> list[Generation]:
+    """One for each choice of a request. Raises InternalError (no text for the prompt's last tokens)."""
+    return [Generation(job, model, holding, seed, index) for index, holding in enumerate(holdings)]

@@ -1,0 +1,251 @@
+"""The leader's end of a group of ranks: to its scheduler they look like one KVManager and one model.
+
+Rules: every decision is the leader's. It orders before it does its own part, and all ranks do the same in the same
+order, so that their units carry the same numbers and their collectives meet. A room is what :func:`combine` makes of
+all ranks; it is leased while it is leased on any of them. A follower that is lost ends the group: its share of every
+cache is gone, so every room fails at once and ``on_lost`` is called.
+
+This file must not know how followers are started.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+from kvbaton.errors import AbortedError, InternalError, KVBatonError
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span
+from kvbaton.protocol.messages import Role
+from kvbaton.runtime.driver import Fence
+from kvbaton.serving.engine import orders
+from kvbaton.serving.engine.cache import Extent
+from kvbaton.serving.engine.pipe import Died, Pipe
+from kvbaton.serving.engine.polls import combine
+from kvbaton.serving.engine.pool import Copies, Pools
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS = 600.0
+#: How long a follower may take to end once it was told to.
+STOP_SECONDS = 20.0
+
+
+class Member:
+    """One follower: the pipe to it, and what it said when it was ready."""
+
+    def __init__(self, rank: int, connection: Connection) -> None:
+        self.rank = rank
+        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report)
+        self.ready: orders.Ready | None = None
+
+    def await_ready(self, seconds: float) -> orders.Ready:
+        """Raises InternalError, or what kept it from being ready."""
+        self.ready = self.pipe.first(orders.Ready, seconds)
+        return self.ready
+
+
+class Group:
+    """All followers of one leader. Start it when they are ready; close it after the scheduler, before the manager."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self.on_lost: Callable[[KVBatonError], None] = lambda _error: None
+        self.lost: KVBatonError | None = None
+        self.wakeup = threading.Event()
+        self._sides: dict[int, GroupSide] = {}
+        self._numbers = itertools.count(1)
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._listen, args=(member,), name=f"kvbaton-rank-{member.rank}", daemon=True)
+            for member in self.members
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def order(self, order: orders.Order) -> None:
+        """Tell every follower. Raises InternalError when the group is broken."""
+        if self.lost is not None:
+            raise InternalError(self.lost.message)
+        for member in self.members:
+            member.pipe.send(order)
+
+    def announce(self, tokens: list[list[int]], extents: list[Extent]) -> None:
+        """Have every follower take part in the forward pass that the leader begins now."""
+        requests = tuple(
+            orders.Request(tuple(row), e.holding.pages, e.holding.ring, e.holding.state, e.cached)
+            for row, e in zip(tokens, extents, strict=True)
+        )
+        self.order(orders.Forward(requests))
+
+    def announce_copy(self, copies: Copies) -> None:
+        """Have every follower copy the same units."""
+        self.order(orders.Copy(copies))
+
+    def enter(self, side: GroupSide) -> int:
+        number = next(self._numbers)
+        self._sides[number] = side
+        return number
+
+    def leave(self, number: int) -> None:
+        self._sides.pop(number, None)
+
+    def close(self) -> None:
+        """Tell the followers to stop and wait for their pipes to end. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        for member in self.members:
+            try:
+                member.pipe.send(orders.Stop("shutdown"))
+            except KVBatonError as error:
+                logger.debug("%s", error)
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        for member in self.members:
+            member.pipe.close()
+
+    def _listen(self, member: Member) -> None:
+        """Thread of one follower."""
+        while True:
+            report = member.pipe.hear()
+            if isinstance(report, orders.Fares):
+                side = self._sides.get(report.side)
+                if side is not None:
+                    side.heard(member.rank, report)
+                    self.wakeup.set()
+                continue
+            if not self._closing:
+                self._lose(member.pipe.lost(report), quiet=isinstance(report, Died))
+            return
+
+    def _lose(self, error: KVBatonError, *, quiet: bool) -> None:
+        if self.lost is None:
+            self.lost = error
+            logger.log(logging.ERROR if not quiet else logging.WARNING, "%s", error)
+            self.on_lost(error)
+            self.wakeup.set()
+
+
+class GroupSide:
+    """A sender or receiver of all ranks at once; offers what ``KVSender`` and ``KVReceiver`` offer."""
+
+    def __init__(self, group: Group, local: KVSender | KVReceiver, pools: Pools) -> None:
+        self.room = local.room
+        self._group = group
+        self._local = local
+        self._pools = pools
+        self._pledged = False
+        self._others: dict[int, orders.Fares] = {}
+        self._number = group.enter(self)
+        for member in group.members:
+            self._others[member.rank] = orders.Fares(self._number, KVPoll.Bootstrapping)
+
+    def begin(self, role: Role, sources: Sequence[str]) -> None:
+        self._group.order(orders.Begin(self._number, role, self.room, tuple(sources)))
+
+    def heard(self, rank: int, report: orders.Fares) -> None:
+        """On the thread of a follower."""
+        self._others[rank] = report
+
+    def poll(self) -> KVPoll:
+        if self._group.lost is not None:
+            return KVPoll.Failed
+        return combine([self._local.poll(), *(other.poll for other in self._others.values())])
+
+    @property
+    def error(self) -> KVBatonError | None:
+        """The first root cause that is known, an abort only where there is nothing better."""
+        found = [error for error in (self._local.error, self._group.lost) if error is not None]
+        found += [other.error for other in self._others.values() if other.error is not None]
+        return min(found, key=lambda error: isinstance(error, AbortedError), default=None)
+
+    @property
+    def leased(self) -> bool:
+        return self._local.leased or any(self._leased_on(other) for other in self._others.values())
+
+    def _leased_on(self, other: orders.Fares) -> bool:
+        ended = other.poll in (KVPoll.Failed, KVPoll.Success)
+        return self._group.lost is None and (other.leased or (self._pledged and not ended))
+
+    @property
+    def concluded(self) -> bool:
+        """Ended on every rank, and no unit is leased on any: a rank that failed does not end the others by itself."""
+        ended = {KVPoll.Failed, KVPoll.Success}
+        others = self._group.lost is not None or all(
+            other.poll in ended and not other.leased for other in self._others.values()
+        )
+        if others and self._local.concluded:
+            self._group.leave(self._number)
+            return True
+        return False
+
+    @property
+    def prefix_len(self) -> int:
+        local = self._local.prefix_len if isinstance(self._local, KVSender) else 0
+        return min([local, *(other.prefix_len for other in self._others.values())])
+
+    @property
+    def bytes(self) -> int:
+        return self._local.bytes + sum(other.bytes for other in self._others.values())
+
+    @property
+    def handoff_seconds(self) -> float:
+        return self._local.handoff_seconds
+
+    @property
+    def exposed_seconds(self) -> float:
+        return max([self._local.exposed_seconds, *(other.exposed_seconds for other in self._others.values())])
+
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
+        assert isinstance(self._local, KVSender)  # noqa: S101 - made by GroupManager.sender
+        rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
+        self._pledged = True
+        self._group.order(orders.Submit(self._number, tuple(spans), last, rows))
+        self._local.submit(self._pools.here(spans), last=last, ready=ready)
+
+    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
+        assert isinstance(self._local, KVReceiver)  # noqa: S101 - made by GroupManager.receiver
+        self._pledged = True
+        self._group.order(orders.Publish(self._number, tuple(spans), token_count))
+        self._local.publish(self._pools.here(spans), token_count=token_count)
+
+    def fail(self, error: KVBatonError) -> None:
+        try:
+            self._group.order(orders.Fail(self._number, error))
+        except InternalError:
+            logger.debug("room %d: the group is lost, only the leader's part is failed", self.room)
+        self._local.fail(error)
+
+    def abort(self, reason: str) -> None:
+        self.fail(AbortedError(reason, room=self.room))
+
+    def __repr__(self) -> str:
+        return f"<GroupSide room {self.room}: {self.poll().name}, here {self._local!r}>"
+
+
+class GroupManager:
+    """What a scheduler needs of a KVManager, over all ranks."""
+
+    def __init__(self, manager: KVManager, group: Group, pools: Pools) -> None:
+        self.wakeup = group.wakeup
+        self._manager = manager
+        self._group = group
+        self._pools = pools
+
+    def sender(self, room: int) -> GroupSide:
+        side = GroupSide(self._group, self._manager.sender(room), self._pools)
+        side.begin("source", ())
+        return side
+
+    def receiver(self, room: int, sources: Sequence[str]) -> GroupSide:
+        side = GroupSide(self._group, self._manager.receiver(room, sources), self._pools)
+        side.begin("target", sources)
+        return side

@@ -1,0 +1,118 @@
+"""What a request may ask for: checked before it enters a queue, each refusal naming its field.
+
+This file must not know of threads or peers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvbaton.errors import CapacityError, ConfigError
+from kvbaton.manager import MAX_ROOM
+from kvbaton.serving.engine.fork import most_choices
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
+
+#: Most stop strings, and characters of each: they are searched for at every token.
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds of one scheduler.
+
+    Args:
+        max_positions: tokens that the model can see, prompt and answer together.
+        vocab_size: token ids are below this.
+        pool_tokens: tokens that the whole pool holds.
+        keeps_answer: the answer's tokens are cached here too (everywhere but on prefill).
+        needs_room: requests are half of a hand-off.
+        has_text: there is a tokenizer, so stop strings can match.
+        most_choices: how many answers of (prompt tokens, tokens in all) the empty pool has room for at once.
+    """
+
+    max_positions: int
+    vocab_size: int
+    pool_tokens: int
+    keeps_answer: bool = True
+    needs_room: bool = False
+    has_text: bool = True
+    most_choices: Callable[[int, int], int] = lambda _prompt, _tokens: MAX_CHOICES
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens that ``request`` will ever have in the pool: the answer's last one is never computed."""
+        answer = request.sampling.max_tokens - 1 if self.keeps_answer else 0
+        return len(request.prompt_tokens) + answer
+
+    def validate(self, request: Request) -> None:
+        """Raise ConfigError for what is wrong in itself, CapacityError for what can never fit."""
+        _validate_sampling(request.sampling)
+        if request.sampling.stop and not self.has_text:
+            raise ConfigError("stop: the model has no tokenizer, so no stop string can match")
+        self._validate_prompt(request)
+        if self.needs_room:
+            if request.room is None:
+                raise ConfigError("bootstrap_room: this server is one half of a pair; send requests through the router")
+            if not 0 <= request.room <= MAX_ROOM:
+                raise ConfigError(f"bootstrap_room: {request.room} is outside 0..2^63-1")
+
+    def _validate_prompt(self, request: Request) -> None:
+        prompt, answer = len(request.prompt_tokens), request.sampling.max_tokens
+        if prompt == 0:
+            raise ConfigError("prompt: it has no tokens")
+        foreign = next((token for token in request.prompt_tokens if not 0 <= token < self.vocab_size), None)
+        if foreign is not None:
+            raise ConfigError(f"prompt: token {foreign} is outside the vocabulary of {self.vocab_size}")
+        if prompt + answer > self.max_positions:
+            raise CapacityError(
+                f"max_tokens: a prompt of {prompt} tokens and max_tokens={answer} exceed "
+                f"the model's {self.max_positions} positions"
+            )
+        needed = self.cached_tokens(request)
+        if needed > self.pool_tokens:
+            raise CapacityError(
+                f"max_tokens: the request needs {needed} tokens of cache, the whole pool has {self.pool_tokens}; "
+                "shorten it or start the server with more pages"
+            )
+        most = self.most_choices(prompt, needed) if self.keeps_answer else MAX_CHOICES
+        if request.sampling.choices > most:
+            raise CapacityError(
+                f"n: {request.sampling.choices} answers of {needed} tokens each, prompt and answer, need more than the "
+                f"whole pool, which has room for {most} at once; lower n or max_tokens"
+            )
+
+
+def _validate_sampling(sampling: Sampling) -> None:
+    if sampling.max_tokens < 1:
+        raise ConfigError(f"max_tokens: {sampling.max_tokens} must be at least 1")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise ConfigError(f"temperature: {sampling.temperature} must be a number of at least 0")
+    if not 0 < sampling.top_p <= 1:  # false for NaN
+        raise ConfigError(f"top_p: {sampling.top_p} must be above 0 and at most 1")
+    if not 1 <= sampling.choices <= MAX_CHOICES:
+        raise ConfigError(f"n: {sampling.choices} is outside 1..{MAX_CHOICES}")
+    if not 0 <= sampling.top_logprobs <= (MAX_TOP_LOGPROBS if sampling.logprobs else 0):
+        raise ConfigError(
+            f"top_logprobs: {sampling.top_logprobs} is outside 0..{MAX_TOP_LOGPROBS}, or without logprobs"
+        )
+    if len(sampling.stop) > MAX_STOPS:
+        raise ConfigError(f"stop: {len(sampling.stop)} strings are more than {MAX_STOPS}")
+    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in sampling.stop):
+        raise ConfigError(f"stop: each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def limits_of(model: LoadedModel, pools: Pools, *, keeps_answer: bool = True, needs_room: bool = False) -> Limits:
+    """The limits that a model and its pools set."""
+    return Limits(
+        max_positions=model.geometry.max_positions,
+        vocab_size=model.geometry.vocab_size,
+        pool_tokens=pools.tokens,
+        keeps_answer=keeps_answer,
+        needs_room=needs_room,
+        has_text=model.tokenizer is not None,
+        most_choices=lambda prompt, tokens: most_choices(pools, prompt, tokens),
+    )

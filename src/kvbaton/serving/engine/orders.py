@@ -1,0 +1,94 @@
+"""What the leader of a group and its followers tell each other: tagged structs, over a pipe.
+
+The leader decides everything and orders it; a follower does it in that order and reports how its rooms fare. ``side``
+numbers a sender or receiver for as long as the group lives: rooms may be used again, sides are not.
+
+This file must not know of processes, models or transports.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from kvbaton.errors import KVBatonError
+from kvbaton.layout import CacheLayout
+from kvbaton.manager import KVPoll, Span
+from kvbaton.protocol.messages import Role
+from kvbaton.serving.engine.pipe import Died
+from kvbaton.serving.engine.pool import Copies
+
+
+class Request(Struct, frozen=True, array_like=True):
+    """One request of a forward pass: its new tokens, its units, how many tokens are cached."""
+
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    ring: tuple[int, ...]
+    state: int
+    cached: int
+
+
+class Forward(Struct, frozen=True, tag="forward"):
+    requests: tuple[Request, ...]
+
+
+class Copy(Struct, frozen=True, tag="copy"):
+    copies: Copies
+
+
+class Begin(Struct, frozen=True, tag="begin"):
+    """Make the sender, or the receiver from ``sources``, of a room."""
+
+    side: int
+    role: Role
+    room: int
+    sources: tuple[str, ...] = ()
+
+
+class Publish(Struct, frozen=True, tag="publish"):
+    side: int
+    spans: tuple[Span, ...]
+    token_count: int
+
+
+class Submit(Struct, frozen=True, tag="submit"):
+    """``rows``: (slot, bytes) of aux rows that the leader has written."""
+
+    side: int
+    spans: tuple[Span, ...]
+    last: bool
+    rows: tuple[tuple[int, bytes], ...] = ()
+
+
+class Fail(Struct, frozen=True, tag="fail"):
+    side: int
+    error: KVBatonError
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    reason: str
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """A follower has loaded, registered and listens."""
+
+    instance: str
+    address: str
+    layout_digest: str
+    layout: CacheLayout | None = None
+
+
+class Fares(Struct, frozen=True, tag="fares"):
+    """How a follower's side fares: what a KVSender or KVReceiver would say."""
+
+    side: int
+    poll: KVPoll
+    leased: bool = False
+    prefix_len: int = 0
+    bytes: int = 0
+    exposed_seconds: float = 0.0
+    error: KVBatonError | None = None
+
+
+Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop
+Report = Ready | Fares | Died

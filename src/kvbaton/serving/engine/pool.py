@@ -1,0 +1,241 @@
+"""All pools of an engine's rank, the layout that describes them, and who holds which unit.
+
+Rules: a request's units are given out all or none, as one :class:`Holding`. Units are not cleared: nobody reads a token
+or a state that it has not written, or been sent. All ranks of a group have the same number of units, so that one
+holding names the same tokens on each of them.
+
+Pools that keep every token (``kv``, ``mla``, ``index``) share page numbers. A sliding window (``swa``) has pages of
+its own, and a request holds a ring of them: absolute page p lies in the ring's page p modulo its length.
+
+This file must not know of models, requests or peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvbaton.layout import CacheLayout, Staging, aux_pool, window_range
+from kvbaton.manager import Span
+from kvbaton.serving.engine.allocator import Allocator
+from kvbaton.serving.engine.aux_row import ROW_BYTES
+from kvbaton.serving.engine.geometry import Geometry, PagedGeometry
+from kvbaton.serving.engine.memory import (
+    PagedMemory,
+    PoolConfig,
+    StagingMemory,
+    StateMemory,
+    aligned,
+    copy_units,
+    region_of,
+)
+from kvbaton.serving.engine.shard import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """The units of one request: page i holds tokens from ``i * page_size`` on; see the module for ``ring``."""
+
+    pages: tuple[int, ...] = ()
+    ring: tuple[int, ...] = ()
+    state: int = 0
+
+    @property
+    def count(self) -> int:
+        """Pages of both kinds."""
+        return len(self.pages) + len(self.ring)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Units whose contents are to be copied, on every rank, as (from, to)."""
+
+    pages: tuple[tuple[int, int], ...] = ()
+    ring: tuple[tuple[int, int], ...] = ()
+    states: tuple[tuple[int, int], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.pages or self.ring or self.states)
+
+
+class Pools:
+    """Everything a scheduler allocates from, and the layout that describes this rank's part of it to peers.
+
+    The memory must outlive the :class:`kvbaton.manager.KVManager` that registered it: close that one first.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        config: PoolConfig,
+        *,
+        model: str,
+        device: str = "cpu",
+        shard: Shard | None = None,
+    ) -> None:
+        shard = shard if shard is not None else Shard()
+        self.geometry = geometry
+        self.page_size = config.page_size
+        self.device = device
+        self._config = config
+        here = shard.layers(geometry.layers)
+        self.paged: dict[str, PagedMemory] = {}
+        for pool in geometry.paged:
+            part = PagedGeometry(
+                name=pool.name,
+                kind=pool.kind,
+                window=pool.window,
+                tensors=tuple(tensor for tensor in pool.tensors if tensor.layer in here),
+            )
+            pages = self._window_pages() if pool.window else config.pages
+            if part.tensors:
+                self.paged[pool.name] = PagedMemory(part, pages, config, shard, geometry.dtype, device)
+        states = [state for state in geometry.states if state.layer in here]
+        self.states = StateMemory(states, config.aux_slots, shard, device) if states else None
+        self._rows: Any = aligned((config.aux_slots, ROW_BYTES), torch.uint8, "cpu")
+        keeps_all = any(not pool.window for pool in geometry.paged)
+        self.pages = Allocator(config.pages, "page") if keeps_all else None
+        self.rings = Allocator(self._window_pages(), "window page") if geometry.window else None
+        self.state_slots = Allocator(config.aux_slots, "state slot") if geometry.states else None
+        self.slots = Allocator(config.aux_slots, "slot")
+        self._staging: StagingMemory | None = None
+        self.layout = self._describe(model, shard)
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one request that can ever fit."""
+        return self._config.pages * self.page_size
+
+    @property
+    def pages_free(self) -> int:
+        return sum(allocator.free for allocator in self._paged_allocators())
+
+    @property
+    def pages_used(self) -> int:
+        return sum(allocator.used for allocator in self._paged_allocators())
+
+    def _paged_allocators(self) -> list[Allocator]:
+        return [allocator for allocator in (self.pages, self.rings) if allocator is not None]
+
+    def ring_pages(self, tokens: int) -> int:
+        """Pages of the ring of a request of ``tokens`` tokens."""
+        return min(self.pages_for(tokens), self._ring_pages(self._config.chunk_tokens))
+
+    def _ring_pages(self, chunk_tokens: int) -> int:
+        """Pages that hold a window and a chunk after it, wherever in a page they begin."""
+        return self.pages_for(self.geometry.window - 1 + max(chunk_tokens, self.page_size)) + 1
+
+    def _window_pages(self) -> int:
+        """Pages of the window pool: a ring for every request, and never more than the whole pool."""
+        return min(self._config.pages, self._config.aux_slots * self._ring_pages(self._config.chunk_tokens))
+
+    def take(self, tokens: int, *, shared: tuple[int, ...] = ()) -> Holding | None:
+        """Units for a request of ``tokens`` tokens, or None while any pool is too full.
+
+        ``shared`` are pages that somebody holds already; they become the first of the holding.
+        """
+        count = self.pages_for(tokens)
+        takes = (
+            (self.pages, count - len(shared)),
+            (self.rings, self.ring_pages(tokens)),
+            (self.state_slots, 1),
+        )
+        if any(allocator is not None and allocator.too_full(wanted) for allocator, wanted in takes):
+            return None
+        pages, ring, state = (allocator.take(wanted) or () if allocator else () for allocator, wanted in takes)
+        return Holding((*shared, *pages), ring, state[0] if state else 0)
+
+    def give_back(self, holding: Holding, *, keep: frozenset[int] = frozenset()) -> None:
+        """Return what :meth:`take` gave, but for the pages to ``keep``."""
+        if self.pages is not None:
+            self.pages.give_back([page for page in holding.pages if page not in keep])
+        if self.rings is not None:
+            self.rings.give_back(holding.ring)
+        if self.state_slots is not None:
+            self.state_slots.give_back([holding.state])
+
+    def copy(self, copies: Copies) -> None:
+        """Copy units within this rank's memory. Nothing may write to them meanwhile."""
+        for memory in self.paged.values():
+            copy_units(memory.tensors.values(), copies.ring if memory.geometry.window else copies.pages)
+        if self.states is not None:
+            copy_units(self.states.tensors.values(), copies.states)
+
+    def spans(self, holding: Holding, start: int, stop: int) -> list[Span]:
+        """Tokens ``[start, stop)`` in every paged pool of the model. What a ring has lost meanwhile is in it, too."""
+        first, last = start // self.page_size, self.pages_for(stop)
+        found = []
+        for pool in self.geometry.paged:
+            if start >= stop:
+                break
+            ring = holding.ring
+            units = tuple(ring[page % len(ring)] for page in range(first, last)) if pool.window else ()
+            found.append(Span(pool.name, start, stop, units or holding.pages[first:last]))
+        return found
+
+    def wanted(self, holding: Holding, held: int, stop: int) -> list[Span]:
+        """What a target asks for, of a prompt of ``stop`` tokens of which it has ``held``: all else, of a window pool
+        the pages that the window touches, and the states."""
+        found = []
+        for pool in self.geometry.paged:
+            if not pool.window and held == stop:
+                found.append(Span(pool.name, stop, stop, ()))
+                continue
+            begin = window_range(stop, pool.window, target_page=self.page_size).start if pool.window else held
+            found += [span for span in self.spans(holding, begin, stop) if span.pool == pool.name]
+        return [*found, *self.state_spans(holding)]
+
+    def state_spans(self, holding: Holding) -> list[Span]:
+        return [Span("state", 0, 0, (holding.state,))] if self.geometry.states else []
+
+    def here(self, spans: Sequence[Span]) -> list[Span]:
+        """Those of ``spans`` whose pools this rank has."""
+        own = {pool.name for pool in self.layout.pools}
+        return [span for span in spans if span.pool in own]
+
+    def take_slot(self) -> int | None:
+        """A zeroed aux row, or None while all are out."""
+        slot = self.slots.take(1)
+        if slot is None:
+            return None
+        self.row(slot[0])[:] = bytes(ROW_BYTES)
+        return slot[0]
+
+    def row(self, slot: int) -> memoryview:
+        """The bytes of aux row ``slot``, writable."""
+        return memoryview(self._rows[slot].numpy())
+
+    def _describe(self, model: str, shard: Shard) -> CacheLayout:
+        memories: list[PagedMemory | StateMemory] = list(self.paged.values())
+        if self.states is not None:
+            memories.append(self.states)
+        regions = [memory.region for memory in memories]
+        pools = [memory.pool(number) for number, memory in enumerate(memories)]
+        if shard.first:  # one stage is enough for what belongs to no layer
+            regions.append(region_of(self._rows))
+            pools.append(
+                aux_pool(
+                    slots=self._config.aux_slots,
+                    slot_bytes=ROW_BYTES,
+                    region=len(memories),
+                    tp_size=shard.tp_size,
+                    tp_rank=shard.tp_rank,
+                )
+            )
+        staging = None
+        if self._config.staging_bytes != 0:
+            self._staging = StagingMemory(self._config, pools, self.device)
+            staging = Staging(len(regions), self._staging.slot_bytes, self._staging.slots)
+            regions.append(self._staging.region)
+        layout = CacheLayout(model=model, regions=tuple(regions), pools=tuple(pools), staging=staging)
+        layout.validate()
+        return layout
+
+    def __repr__(self) -> str:
+        return f"Pools({self.pages!r}, {self.rings!r}, {self.state_slots!r}, {self.slots!r}, pages of {self.page_size})"

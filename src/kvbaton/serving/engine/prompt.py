@@ -1,0 +1,42 @@
+"""A prompt on its way through the model, chunk by chunk.
+
+Every chunk but the last ends on a page boundary, so that what is handed over is whole pages.
+This file must not know of peers, sampling or schedulers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.runner import ModelRunner
+
+
+def chunk_stop(start: int, total: int, chunk_tokens: int, page_size: int) -> int:
+    """Where the chunk that starts at ``start`` ends: a page boundary, or ``total``. At least one page long."""
+    stop = (start + chunk_tokens) // page_size * page_size
+    return min(total, max(stop, (start // page_size + 1) * page_size))
+
+
+class PromptRun:
+    """``computed`` tokens of ``tokens`` lie in ``holding``."""
+
+    def __init__(self, tokens: Sequence[int], holding: Holding) -> None:
+        self.tokens = tokens
+        self.holding = holding
+        self.computed = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.computed == len(self.tokens)
+
+    def advance(self, runner: ModelRunner, chunk_tokens: int, page_size: int) -> Any:
+        """Compute the next chunk. Returns the logits [1, vocabulary] after its last token. Raises InternalError."""
+        stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
+        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.holding)
+        self.computed = stop
+        return logits
+
+    def __repr__(self) -> str:
+        return f"PromptRun({self.computed} of {len(self.tokens)} tokens)"

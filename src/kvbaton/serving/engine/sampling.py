@@ -1,0 +1,137 @@
+"""Picking tokens: greedy, temperature, top-p, seeded; a pure function of logits, seed and position.
+
+Rules: the random number behind a token depends on (seed, position) alone, never on what was drawn before, on the
+batch, or on the process: prefill draws the first token, decode the rest, and together they equal one process. Each of
+a request's choices has a seed of its own, made of the request's. The
+draw inverts the cumulative distribution in order of token id, not of probability: batch shape may change logits in
+the last bit, and in this order such a change moves every boundary by no more than that, where a sort would let two
+nearly equal tokens swap places. This file must not know of requests' text, pools or peers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvbaton.errors import InternalError
+from kvbaton.serving.engine.request import Alternatives, Request, Sampling
+
+_SEED_MASK = (1 << 64) - 1
+#: Told instead of minus infinity, which JSON cannot say: OpenAI's number for what is out of the question.
+LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to pick: ``position`` is the absolute one that the token will have."""
+
+    sampling: Sampling
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A picked token and the natural logarithm of its probability under the model (temperature 1, no top-p).
+
+    ``top`` are the likeliest tokens of that place, as many as were asked for, whether picked or not.
+    """
+
+    token: int
+    logprob: float
+    top: Alternatives = ()
+
+
+def seed_of(request: Request) -> int:
+    """The request's seed as 64 bits; one derived from its id where it has none."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed & _SEED_MASK
+    return int.from_bytes(hashlib.blake2b(request.request_id.encode(), digest_size=8).digest(), "little")
+
+
+def seed_of_choice(seed: int, index: int) -> int:
+    """The seed of answer number ``index``: the first has the request's own."""
+    if index == 0:
+        return seed
+    packed = struct.pack("<QQ", seed, index)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=b"kvbaton choice").digest(), "little")
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that (seed, position) stands for: 53 bits of a hash, the same on every machine."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8, person=b"kvbaton draw").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def pick_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick | InternalError]:
+    """Pick one token per row of ``logits`` [rows, vocabulary]. A row that is not finite is that row's error."""
+    logits = logits.float()
+    totals = logits.logsumexp(dim=-1)
+    finite = [math.isfinite(total) for total in totals.tolist()]
+    tokens = logits.argmax(dim=-1).tolist()
+    for row, draw in enumerate(draws):
+        if finite[row] and draw.sampling.temperature > 0:
+            tokens[row] = _sample(logits[row].cpu().numpy(), draw)
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = (logits.gather(1, chosen)[:, 0] - totals).tolist()
+    tops = _tops(logits, totals, [draw.sampling.top_logprobs for draw in draws])
+    return [
+        Pick(tokens[row], logprobs[row], tops[row])
+        if finite[row]
+        else InternalError(f"the model's logits at position {draw.position} are not finite; try dtype float32")
+        for row, draw in enumerate(draws)
+    ]
+
+
+def first_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick]:
+    """One token for each of a request's choices, of the one row of ``logits`` [1, vocabulary] behind its prompt.
+
+    Raises InternalError where the row is not finite.
+    """
+    picked = pick_tokens(logits.expand(len(draws), -1), draws)
+    for pick in picked:
+        if isinstance(pick, InternalError):
+            raise pick
+    return [pick for pick in picked if isinstance(pick, Pick)]
+
+
+def _tops(logits: Any, totals: Any, counts: Sequence[int]) -> list[Alternatives]:
+    """The ``counts[row]`` likeliest tokens of each row, or as many as the vocabulary has."""
+    if not any(counts):
+        return [()] * len(counts)
+    values, tokens = logits.topk(min(max(counts), logits.shape[1]), dim=-1)
+    logprobs = (values - totals[:, None]).clamp(min=LEAST_LOGPROB).tolist()
+    return [
+        tuple(zip(row_tokens[:count], row_logprobs[:count], strict=True))
+        for row_tokens, row_logprobs, count in zip(tokens.tolist(), logprobs, counts, strict=True)
+    ]
+
+
+def _sample(logits: npt.NDArray[np.float32], draw: Draw) -> int:
+    """Draw from logits of which the greatest is finite."""
+    scaled = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to minus infinity
+        weights = np.exp((scaled - scaled.max()) / draw.sampling.temperature)
+    if draw.sampling.top_p < 1.0:
+        weights = np.where(_nucleus(weights, draw.sampling.top_p), weights, 0.0)
+    bounds = weights.cumsum()
+    token = int(bounds.searchsorted(uniform(draw.seed, draw.position) * bounds[-1], side="right"))
+    return min(token, int(weights.nonzero()[0][-1]))  # rounding may have made the last bound the draw itself
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
+    """The fewest likeliest tokens whose probabilities sum to at least ``top_p``."""
+    order = (-weights).argsort(kind="stable")
+    before = weights[order].cumsum() - weights[order]
+    keep = np.zeros(len(weights), dtype=np.bool_)
+    keep[order] = before < top_p * weights.sum()
+    keep[order[0]] = True
+    return keep

@@ -1,0 +1,284 @@
+"""The API server: OpenAI routes over one engine, for every mode (null, prefill, decode).
+
+Rules:
+
+- Nothing of a streamed answer leaves before the engine's first output, so that whatever fails until then has its own
+  HTTP status. What fails later is an ``error`` event, and the stream ends without ``[DONE]``.
+- A client that goes away aborts its request in the engine; so does every other way out of a handler.
+- ``/health`` says that the process lives and never runs the model (it turns 503 when the engine's thread has died);
+  ``/ready`` says that it takes requests, and if not, why.
+
+This file must not know of models, pools, schedulers' insides or the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from time import time
+
+import msgspec
+from aiohttp import web
+
+from kvbaton.discovery.access import ROUTER_HEADER, token_matches
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.errors import (
+    AuthenticationError,
+    ConfigError,
+    DisconnectedError,
+    IncompatibleError,
+    KVBatonError,
+    PeerLostError,
+    RegistryError,
+    TransferFailedError,
+)
+from kvbaton.manager import Moment
+from kvbaton.plan.layout_file import RankLayout, encode
+from kvbaton.serving.engine.request import Output
+from kvbaton.serving.server import openapi, story
+from kvbaton.serving.server.answers import Answers
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
+from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
+from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.gate import Gate
+from kvbaton.serving.server.intake import Accepted, ApiConfig, Intake
+from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, HandoffMetrics, RequestTimer, ServerMetrics
+from kvbaton.serving.server.openai import (
+    DONE,
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    event,
+    parse,
+)
+from kvbaton.serving.server.operators import require_operator
+
+#: What may mean that a cached lookup no longer holds.
+_PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
+SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+class ApiServer:
+    """Handlers around one engine. Build it inside the event loop that will run :attr:`app`.
+
+    Args:
+        readiness: says in one line what keeps the server from taking requests; empty when nothing does.
+        info: extra facts for ``/get_server_info``, read at every call.
+        timeline: a room's story on this side; may block for a moment. None where there are no rooms.
+        layouts: the memory of every rank of this group, for ``/layout``.
+        instance: what peers call this process.
+        secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
+        registry: needed in decode mode, to find the prefill group that a request names.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        config: ApiConfig,
+        *,
+        registry: RegistryClient | None = None,
+        readiness: Callable[[], str] = lambda: "",
+        info: Callable[[], Mapping[str, object]] = dict,
+        timeline: Callable[[int], Sequence[Moment]] | None = None,
+        layouts: Sequence[RankLayout] = (),
+        instance: str = "",
+        secret: str | None = None,
+    ) -> None:
+        self._engine = engine
+        self._intake = Intake(tokenizer, config, registry)
+        self._config = config
+        self._registry = registry
+        self._readiness = readiness
+        self._info = info
+        self._timeline = timeline
+        self._layouts = layouts
+        self._instance = instance
+        self._secret = secret
+        self.gate = Gate(config.max_requests)
+        self._bodies = Bodies()
+        self.metrics = ServerMetrics()
+        self.metrics.gauges(lambda: _engine_gauges(engine))
+        self._handoffs = HandoffMetrics(self.metrics.registry)
+        self.app = self._routes()
+
+    def _routes(self) -> web.Application:
+        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/get_server_info", self._server_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_get(story.PATH, self._story)
+        app.router.add_get(openapi.LAYOUT_PATH, self._layout)
+        app.router.add_get(openapi.PATH, self._openapi)
+        return app
+
+    # answering
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, CompletionRequest)
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, ChatRequest)
+
+    async def _answer(self, http: web.Request, kind: type[CompletionRequest] | type[ChatRequest]) -> web.StreamResponse:
+        with self.metrics.timed(http.path) as timer:
+            try:
+                with self.gate.entered():
+                    async with self._bodies.read(http) as body:
+                        accepted = await self._intake.accept(parse(body, kind), from_router=self._from_router(http))
+                    return await self._run(http, accepted, timer)
+            except KVBatonError as error:
+                timer.outcome = error.code
+                raise
+            except web.HTTPException:
+                timer.outcome = "http"
+                raise
+
+    async def _run(self, http: web.Request, accepted: Accepted, timer: RequestTimer) -> web.StreamResponse:
+        try:
+            with OutputStream(self._engine, accepted.request) as outputs:
+                outputs.submit()
+                first = await outputs.next()
+                timer.first_token()
+                if accepted.stream:
+                    return await self._stream(http, accepted, outputs, first, timer)
+                return await self._whole(accepted, outputs, first, timer)
+        except KVBatonError as error:
+            self._learn(error, accepted)
+            raise
+
+    def _from_router(self, http: web.Request) -> bool:
+        """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
+        return self._secret is None or token_matches(http.headers.get(ROUTER_HEADER), self._secret, "router")
+
+    async def _whole(
+        self, accepted: Accepted, outputs: OutputStream, output: Output, timer: RequestTimer
+    ) -> web.Response:
+        accepted.answers.collect(output)
+        while not output.final:
+            output = await outputs.next()
+            accepted.answers.collect(output)
+        self._count_handoff(accepted.answers)
+        timer.outcome = "ok"
+        return _json(accepted.answers.whole())
+
+    async def _stream(
+        self, http: web.Request, accepted: Accepted, outputs: OutputStream, output: Output, timer: RequestTimer
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await response.prepare(http)
+        try:
+            await response.write(event(accepted.answers.event(output)))
+            while not output.final:
+                output = await outputs.next()
+                await response.write(event(accepted.answers.event(output)))
+        except KVBatonError as error:  # too late for a status
+            self._learn(error, accepted)
+            timer.outcome = error.code
+            await response.write(event(body_of(error)))
+        else:
+            self._count_handoff(accepted.answers)
+            timer.outcome = "ok"
+            usage = accepted.answers.usage_event()
+            await response.write((event(usage) if usage else b"") + DONE)
+        await response.write_eof()
+        return response
+
+    def _count_handoff(self, answers: Answers) -> None:
+        if answers.handoff is not None:
+            self._handoffs.observe(answers.handoff)
+
+    def _learn(self, error: KVBatonError, accepted: Accepted) -> None:
+        """What a failure says about more than its request."""
+        if self._registry is not None and accepted.registry is not None and isinstance(error, _PEER_TROUBLE):
+            self._registry.invalidate(*accepted.registry)
+
+    # operating
+
+    def _not_ready(self) -> str:
+        if self._engine.failure is not None:
+            return self._engine.failure.message
+        return "the server is stopping" if self.gate.is_shut else self._readiness()
+
+    async def _models(self, _http: web.Request) -> web.Response:
+        card = {
+            "id": self._config.model,
+            "object": "model",
+            "created": int(time()),
+            "owned_by": "kvbaton",
+            "max_model_len": self._config.max_positions,
+        }
+        return _json({"object": "list", "data": [card]})
+
+    async def _health(self, _http: web.Request) -> web.Response:
+        failure = self._engine.failure
+        if failure is not None:
+            return _json({"status": "failed", "reason": failure.message}, status=503)
+        return _json({"status": "ok"})
+
+    async def _ready(self, _http: web.Request) -> web.Response:
+        reason = self._not_ready()
+        return _json({"ready": not reason, "reason": reason}, status=503 if reason else 200)
+
+    async def _metrics(self, _http: web.Request) -> web.Response:
+        body = await asyncio.to_thread(self.metrics.exposition)  # an engine may wait for its processes
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _server_info(self, _http: web.Request) -> web.Response:
+        body = {
+            "model": self._config.model,
+            "disaggregation_mode": self._config.mode,
+            "max_model_len": self._config.max_positions,
+            "ready": not self._not_ready(),
+            "requests": self.gate.inside,
+        }
+        return _json(body | await asyncio.to_thread(lambda: {"stats": self._engine.stats(), **self._info()}))
+
+    async def _story(self, http: web.Request) -> web.Response:
+        room = story.room_of(http, self._secret)
+        moments = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
+        lines = tuple(story.StoryLine(moment.seconds_ago, moment.text) for moment in moments)
+        return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
+
+    async def _layout(self, http: web.Request) -> web.Response:
+        require_operator(http, self._secret, what="the layout of its memory")
+        if not self._layouts:
+            raise ConfigError("this server hands nothing over: start it with --disaggregation-mode prefill or decode")
+        return web.Response(body=encode(self._layouts), content_type="application/json")
+
+    async def _openapi(self, _http: web.Request) -> web.Response:
+        return web.Response(body=openapi.encoded(self._config.mode), content_type="application/json")
+
+    async def _abort(self, http: web.Request) -> web.Response:
+        if self._config.mode != "null" and not self._from_router(http):
+            raise AuthenticationError("requests are aborted at the router, or with this deployment's shared secret")
+        async with self._bodies.read(http) as body:
+            request = parse(body, AbortRequest)
+        self._engine.abort(request.rid, "aborted through /abort_request")
+        return _json({"rid": request.rid})
+
+
+def _engine_gauges(engine: Engine) -> list[Gauge]:
+    stats = engine.stats()
+    gauges = [
+        Gauge("kvbaton_pages_free", "Pages of the pool that nobody holds.", stats.pages_free),
+        Gauge("kvbaton_pages_used", "Pages of the pool that a request holds.", stats.pages_used),
+        Gauge("kvbaton_pages_leased", "Used pages that a peer may still touch.", stats.pages_leased),
+        Gauge("kvbaton_aux_slots_used", "Aux slots in use.", stats.slots_used),
+        Gauge("kvbaton_running_requests", "Requests in the running batch.", stats.running),
+        Gauge("kvbaton_prefix_cache_lookups", "Requests admitted by way of it.", stats.prefix_lookups, grows=True),
+        Gauge("kvbaton_prefix_cache_hit_tokens", "Tokens found in it.", stats.prefix_hit_tokens, grows=True),
+    ]
+    for queue, length in stats.queues.items():
+        gauges.append(Gauge("kvbaton_queued_requests", "Requests by queue.", length, {"queue": queue}))
+    return gauges
+
+
+def _json(body: object, *, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")

@@ -1,0 +1,339 @@
+"""Assembles one server: ports, engine (see ``build``), registry, HTTP; runs it until a signal; takes it down.
+
+Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: the gate is shut and drained, the
+registration withdrawn, HTTP ended, and then the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from kvbaton import __version__
+from kvbaton.control.address import Address
+from kvbaton.discovery.access import read_secret, require_secret
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.placement import LoadBalance, Placements
+from kvbaton.discovery.registry import Registered, Registry, Route
+from kvbaton.discovery.server import registry_app
+from kvbaton.errors import ConfigError, KVBatonError
+from kvbaton.plan.costs import DEFAULT_COSTS, Costs
+from kvbaton.plan.staging import StagingPolicy
+from kvbaton.protocol.settings import Settings
+from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.scheduler import STOPPING
+from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.server.allow import AllowList
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
+from kvbaton.serving.server.failure import DrainingError
+from kvbaton.serving.server.intake import ApiConfig, Mode
+from kvbaton.serving.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
+from kvbaton.serving.server.metrics import Gauge
+from kvbaton.serving.server.rank import Rank
+from kvbaton.serving.server.replica import Replica
+from kvbaton.serving.server.replicas import Replicas
+from kvbaton.serving.server.tokens import ServerTokenizer
+
+WITHDRAW_SECONDS = 2.0
+BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
+_DEFAULTS = Settings()
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Everything that ``kvbaton serve`` can be told.
+
+    ``max_total_tokens`` is what the pool of one data-parallel rank holds. ``staging_mib`` of each rank, 0: none, None:
+    the engine's choice; ``staging_slot_bytes`` 0: likewise.
+    """
+
+    model: str
+    served_model_name: str = ""
+    host: str = "127.0.0.1"
+    port: int = 30000
+    mode: Mode = "null"
+    backend: Literal["nixl", "memory"] = "nixl"
+    bootstrap_host: str = ""
+    bootstrap_port: int = 8998
+    bootstrap_allow: tuple[str, ...] = ()
+    page_size: int = 16
+    max_total_tokens: int = 16384
+    chunked_prefill_size: int = 512
+    max_running_requests: int = 32
+    dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    load_balance_method: LoadBalance | Literal["auto"] = "auto"
+    decode_radix_cache: bool = False
+    secret_file: Path | None = None
+    torch_threads: int | None = None
+    grace_seconds: float = 30.0
+    control_port: int = 0
+    control_advertise: str = ""
+    handshake_seconds: float = _DEFAULTS.handshake_seconds
+    bootstrap_seconds: float = _DEFAULTS.bootstrap_seconds
+    waiting_seconds: float = _DEFAULTS.transfer_seconds
+    heartbeat_seconds: float = _DEFAULTS.heartbeat_seconds
+    staging: StagingPolicy = _DEFAULTS.staging
+    staging_mib: int | None = None
+    staging_slot_bytes: int = 0
+    costs: Costs = DEFAULT_COSTS
+
+    def settings(self) -> Settings:
+        """The protocol's deadlines, and how it chooses between staging and direct writes."""
+        return Settings(
+            handshake_seconds=self.handshake_seconds,
+            bootstrap_seconds=self.bootstrap_seconds,
+            transfer_seconds=self.waiting_seconds,
+            heartbeat_seconds=self.heartbeat_seconds,
+            staging=self.staging,
+            costs=self.costs,
+        )
+
+    @property
+    def staging_bytes(self) -> int | None:
+        """Staging memory of each rank; 0: none, None: the engine's choice."""
+        if self.mode == "null" or self.staging == "never":
+            return 0
+        return None if self.staging_mib is None else self.staging_mib << 20
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the pool of one data-parallel rank holds."""
+        return self.max_total_tokens // self.page_size * self.page_size
+
+    @property
+    def load_balance(self) -> LoadBalance:
+        """How requests are spread over the data-parallel ranks."""
+        if self.load_balance_method != "auto":
+            return self.load_balance_method
+        return "follow_bootstrap_room" if self.mode == "prefill" else "total_requests"
+
+    @property
+    def registry_host(self) -> str:
+        return self.bootstrap_host or self.host
+
+    def __post_init__(self) -> None:
+        if self.decode_radix_cache and self.mode != "decode":
+            raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
+        if self.load_balance_method == "follow_bootstrap_room" and self.mode != "prefill":
+            raise ConfigError("--load-balance-method follow_bootstrap_room is for --disaggregation-mode prefill")
+        if self.control_advertise and Address.parse(self.control_advertise, any_port=True).is_wildcard:
+            raise ConfigError(f"--disaggregation-control-advertise {self.control_advertise} is every interface")
+        if self.staging == "always" and self.staging_mib == 0:
+            raise ConfigError("--staging always needs memory: set --staging-mib to at least 1")
+        if self.staging_mib and self.staging_slot_bytes > self.staging_mib << 20:
+            raise ConfigError(
+                f"--staging-mib {self.staging_mib} holds no slot of --staging-slot-bytes {self.staging_slot_bytes}; "
+                f"set --staging-mib to at least {-(-self.staging_slot_bytes >> 20)}"
+            )
+        if self.page_size < 1 or self.max_total_tokens < self.page_size:
+            raise ConfigError(
+                f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
+            )
+
+
+def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _port: None) -> None:
+    """Run one server until SIGTERM or SIGINT. ``listening`` is told the port. Raises KVBatonError."""
+    secret = read_secret(config.secret_file) if config.secret_file is not None else None
+    allow = AllowList.parse(config.bootstrap_allow)
+    if config.mode != "null":
+        require_secret(config.registry_host, secret, what="the control plane")
+        require_secret(config.host, secret, what=f"a {config.mode} server")
+        link_hosts(config)  # refused before a model is loaded
+    shard = Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
+    rank = Rank(shard=shard, dp_size=config.data_parallel_size)
+    placements = Placements()
+    with ExitStack() as closing:
+        port = closing.enter_context(reserve(config.host, config.port))
+        registry = None
+        if config.mode == "prefill":
+            registry = closing.enter_context(reserve(config.registry_host, config.bootstrap_port, flag=BOOTSTRAP_FLAG))
+        model = load(config, rank)
+        replica: Replica
+        if rank.dp_size == 1:
+            replica = build(config, rank, model, secret, closing, leave=(port, registry))
+        else:
+            ranks = start_replicas(config, rank, model, secret, closing, leave=(port, registry))
+            replica = Replicas(
+                ranks, config.load_balance, lambda room, to: placements.place(room, to, time.monotonic())
+            )
+        server = _Server(config, rank, secret, allow, model, replica, placements)
+        asyncio.run(server.run(port, registry, listening))
+
+
+class _Server:
+    """The event loop's part of one server."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        rank: Rank,
+        secret: str | None,
+        allow: AllowList,
+        model: LoadedModel,
+        replica: Replica,
+        placements: Placements,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._secret = secret
+        self._allow = allow
+        self._model = model
+        self._replica = replica
+        self._placements = placements
+        self._registered = config.mode != "prefill"
+        self._failure: KVBatonError | None = None
+
+    async def run(self, port: socket.socket, registry: socket.socket | None, listening: Callable[[int], None]) -> None:
+        async with AsyncExitStack() as closing:
+            signals = closing.enter_context(Signals())
+            loop = asyncio.get_running_loop()
+            self._replica.watch(lambda error: _post(loop, self._fail, error, signals))
+            client = await closing.enter_async_context(RegistryClient(secret=self._secret))
+            api = self._api(client)
+            runner = await listen(api.app, port)
+            closing.push_async_callback(runner.cleanup)
+            if registry is not None:
+                table = await listen(
+                    registry_app(Registry(), self._placements, secret=self._secret), registry, flag=BOOTSTRAP_FLAG
+                )
+                closing.push_async_callback(table.cleanup)
+                where = (_reachable(self._config.registry_host), port_of(registry))
+                await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
+            listening(port_of(port))
+            await signals.stop.wait()
+            if not await drain(api.gate, grace_seconds=self._config.grace_seconds, hurry=signals.hurry):
+                self._replica.end_all(DrainingError(STOPPING))  # so that each client hears of it
+                await api.gate.emptied(CLEANUP_SECONDS)
+        if self._failure is not None:
+            raise self._failure
+
+    def _api(self, client: RegistryClient) -> ApiServer:
+        model, config, replica = self._model, self._config, self._replica
+        tokenizer = ServerTokenizer(model.tokenizer) if model.tokenizer is not None else None
+        api = ApiServer(
+            replica,
+            tokenizer,
+            ApiConfig(
+                model=config.served_model_name or model.name,
+                max_positions=model.geometry.max_positions,
+                pool_tokens=config.pool_tokens,
+                page_size=config.page_size,
+                mode=config.mode,
+                bootstrap_allow=self._allow,
+                bootstrap_seconds=config.bootstrap_seconds,
+                data_parallel_size=config.data_parallel_size,
+                load_balance=config.load_balance,
+            ),
+            registry=client if config.mode == "decode" else None,
+            readiness=lambda: "" if self._registered else "not registered with the bootstrap registry yet",
+            info=self._info,
+            timeline=replica.timeline if config.mode != "null" else None,
+            layouts=replica.layouts,
+            instance=self._instance,
+            secret=self._secret,
+        )
+        if config.mode != "null":
+            api.metrics.counters(
+                "kvbaton_handoff_events", "What the hand-off counted on rank 0, by event.", "event", self._counters
+            )
+            api.metrics.gauges(self._handoff_gauges)
+        return api
+
+    @property
+    def _instance(self) -> str:
+        """What peers call this server: the first rank of each group."""
+        places = [(route.coordinates.pp, route.coordinates.tp, route.instance) for route in self._replica.routes]
+        return ", ".join(name for pp, tp, name in places if (pp, tp) == (0, 0)) or self._rank.instance
+
+    def _counters(self) -> Mapping[str, float]:
+        handoffs = self._replica.handoffs()
+        return handoffs.counters if handoffs is not None else {}
+
+    def _handoff_gauges(self) -> list[Gauge]:
+        handoffs = self._replica.handoffs()
+        return handoffs.gauges() if handoffs is not None else []
+
+    def _info(self) -> Mapping[str, object]:
+        model, config = self._model, self._config
+        facts: dict[str, object] = {
+            "version": __version__,
+            "instance": self._instance,
+            "model_fingerprint": model.fingerprint,
+            "dtype": model.geometry.dtype,
+            "page_size": config.page_size,
+            "max_total_tokens": config.pool_tokens,
+            "chunked_prefill_size": config.chunked_prefill_size,
+            "max_running_requests": config.max_running_requests,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            "data_parallel_size": config.data_parallel_size,
+            "load_balance_method": config.load_balance,
+        }
+        handoffs = self._replica.handoffs()
+        if handoffs is not None:
+            facts["handoff"] = {"backend": config.backend, **msgspec.to_builtins(handoffs)}
+        return facts
+
+    @asynccontextmanager
+    async def _registration(
+        self, client: RegistryClient, where: tuple[str, int], http_port: int, signals: Signals
+    ) -> AsyncIterator[None]:
+        """Be registered for the length of the block; a refusal that waiting cannot cure stops the server."""
+        routes = [msgspec.structs.replace(route, http_port=http_port) for route in self._replica.routes]
+        missing = {route.instance for route in routes}
+
+        async def keep(route: Route) -> None:
+            def registered(_answer: Registered) -> None:
+                missing.discard(route.instance)
+                self._registered = not missing
+
+            try:
+                await client.register_forever(*where, route, registered=registered)
+            except KVBatonError as error:
+                self._fail(error, signals)
+
+        tasks = [asyncio.create_task(keep(route)) for route in routes]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            try:
+                async with asyncio.timeout(WITHDRAW_SECONDS):
+                    await asyncio.gather(*(client.unregister(*where, route.instance) for route in routes))
+            except (KVBatonError, TimeoutError) as error:
+                _log.info("not withdrawn from the registry: %s", error)
+
+    def _fail(self, error: KVBatonError, signals: Signals) -> None:
+        """Stop the server, with this as the reason."""
+        self._failure = self._failure or error
+        signals.stop.set()
+        signals.hurry.set()
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:
+    """From another thread; after the loop has ended there is nobody left to tell."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
+def _reachable(host: str) -> str:
+    """Where this machine itself finds what listens at ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -1,0 +1,206 @@
+"""The two legs of a request behind a router: one to prefill, one to decode, sent at once, ended together.
+
+Rules:
+
+- Both legs carry the same room, minted here, and where the prefill server's registry is. The prefill leg never streams:
+  its answer is only the proof that the prompt was handed over.
+- Until decode answers, the first failure of either leg is the request's, and the other leg's connection is closed,
+  which makes its server abort. Once decode has answered, the cache has arrived, and prefill can no longer hurt.
+- A leg that failed before its server could take the request in (unreachable, or draining) says so: ``again`` is true.
+
+This file must not know of turns, retries or how the client is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from types import TracebackType
+
+import aiohttp
+import msgspec
+
+from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS
+from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
+from kvbaton.serving.server.workers import Worker, cause_of
+
+#: Largest error body, and largest whole answer, that is read from a worker.
+MAX_ERROR_BYTES = 64 << 10
+#: How long the prefill leg may take to end after decode's answer has.
+PREFILL_SETTLE_SECONDS = 1.0
+#: Fields that only a router sets; what a client says there is dropped, but for the number of a rank.
+ROUTER_FIELDS = ("kv_transfer_params",)
+ROUTER_PREFIXES = ("bootstrap_", "disagg_")
+CLIENT_FIELDS = ("disagg_prefill_dp_rank",)
+
+Fields = Mapping[str, msgspec.Raw]
+
+
+class LegFailed(Exception):
+    """One leg failed before decode answered.
+
+    Args:
+        worker: whose leg.
+        status: what the client is to get.
+        detail: the error, as the worker told it or as we saw it.
+        again: another worker may be tried: this one never took the request in, or is gone.
+    """
+
+    def __init__(self, worker: Worker, status: int, detail: ErrorDetail, *, again: bool) -> None:
+        super().__init__(f"{worker}: {detail.message}")
+        self.worker = worker
+        self.status = status
+        self.detail = detail
+        self.again = again
+
+    @property
+    def body(self) -> ErrorBody:
+        """The worker's error, with the worker's name in front unless the client itself is to blame."""
+        if self.status < 499:
+            return ErrorBody(self.detail)
+        return ErrorBody(msgspec.structs.replace(self.detail, message=str(self)))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The workers of one attempt and its room."""
+
+    prefill: Worker
+    decode: Worker
+    room: int
+
+
+def mint_room() -> int:
+    """A random room: positive, 63 bits, never 0."""
+    return secrets.randbelow((1 << 63) - 1) + 1
+
+
+def strip(fields: Fields) -> dict[str, msgspec.Raw]:
+    """The client's fields without those that only a router sets."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in CLIENT_FIELDS or not (name in ROUTER_FIELDS or name.startswith(ROUTER_PREFIXES))
+    }
+
+
+class Legs:
+    """Both legs of one attempt. Use as an async context manager: leaving it closes both.
+
+    ``headers`` go to the workers, with ours; nothing of the client's headers does.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        fields: Fields,
+        pair: Pair,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._session = session
+        self._path = path
+        self._fields = fields
+        self._pair = pair
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._prefill: asyncio.Task[None] | None = None
+        self._decode: asyncio.Task[aiohttp.ClientResponse] | None = None
+        self._answered = False
+
+    async def __aenter__(self) -> Legs:
+        return self
+
+    async def answer(self) -> aiohttp.ClientResponse:
+        """Send both; decode's answer, status 200, its body still to be read. Raises LegFailed, from either leg."""
+        self._prefill = asyncio.create_task(self._run_prefill())
+        self._decode = asyncio.create_task(self._open(self._pair.decode, self._body({})))
+        waiting: set[asyncio.Task[None] | asyncio.Task[aiohttp.ClientResponse]] = {self._prefill, self._decode}
+        while not self._decode.done():
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._prefill.done() and not self._answers():
+                self._prefill.result()  # raises its failure
+                waiting = {self._decode}
+        response = self._decode.result()
+        self._answered = True
+        return response
+
+    async def settle(self) -> None:
+        """After a whole answer: let the prefill leg end by itself, within a bound."""
+        if self._prefill is not None:
+            await asyncio.wait({self._prefill}, timeout=PREFILL_SETTLE_SECONDS)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._prefill, self._decode) if task is not None]
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, aiohttp.ClientResponse):
+                result.close()
+
+    def _answers(self) -> bool:
+        """Whether decode has answered with success."""
+        decode = self._decode
+        return decode is not None and decode.done() and not decode.cancelled() and decode.exception() is None
+
+    async def _run_prefill(self) -> None:
+        body = self._body({"stream": False, "stream_options": None})
+        response = await self._open(self._pair.prefill, body)
+        async with response:
+            try:
+                await response.read()
+            except (aiohttp.ClientError, OSError) as error:
+                raise _unreachable(self._pair.prefill, error, self._pair.room) from None
+
+    def _body(self, overrides: Mapping[str, object]) -> bytes:
+        pair = self._pair
+        bootstrap = {
+            "bootstrap_host": pair.prefill.host,
+            "bootstrap_port": pair.prefill.bootstrap_port,
+            "bootstrap_room": pair.room,
+        }
+        return msgspec.json.encode({**self._fields, **overrides, **bootstrap})
+
+    async def _open(self, worker: Worker, body: bytes) -> aiohttp.ClientResponse:
+        """A leg up to the head of its answer; the answer is a success. Raises LegFailed."""
+        try:
+            response = await self._session.post(
+                worker.url + self._path, data=BytesIO(body), headers=self._headers, allow_redirects=False
+            )
+        except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
+            raise _unreachable(worker, error, self._pair.room) from None
+        if response.status == 200:
+            return response
+        async with response:
+            try:
+                payload = await response.content.read(MAX_ERROR_BYTES)
+            except (aiohttp.ClientError, OSError) as error:
+                raise _unreachable(worker, error, self._pair.room) from None
+        raise _refused(worker, response.status, payload)
+
+
+def _unreachable(worker: Worker, error: Exception, room: int) -> LegFailed:
+    message = f"the server cannot be reached or went away ({cause_of(error)}); send the request again [room {room}]"
+    detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
+    return LegFailed(worker, 503, detail, again=True)
+
+
+def _refused(worker: Worker, status: int, payload: bytes) -> LegFailed:
+    try:
+        detail = msgspec.json.decode(payload, type=ErrorBody).error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
+    if (
+        status < 400 or status == 401
+    ):  # a redirect: no worker of ours; a secret that is not ours: not the client's doing
+        status = 502
+    return LegFailed(worker, status, detail, again=detail.code == DRAINING)

@@ -1,0 +1,179 @@
+"""A server's life: reserve its port, listen, take requests until a signal, drain, stop.
+
+Rules: SIGTERM and SIGINT shut the gate (``/ready`` turns 503, new requests are refused with Retry-After) and leave the
+requests inside a grace period; what is still inside then is ended by its engine, or cancelled. A second signal ends the
+grace period. The port stays open while draining, so that probes and metrics answer to the end.
+
+This file must not know of engines or routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from kvbaton.errors import ConfigError
+from kvbaton.serving.server.connections import KEEPALIVE_SECONDS, Connections, Handler, raise_file_limit
+from kvbaton.serving.server.gate import Gate
+
+#: Connections that wait to be accepted.
+BACKLOG = 1024
+#: How long cancelled handlers may take to end.
+CLEANUP_SECONDS = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_log = logging.getLogger(__name__)
+
+
+class _NoNoise(logging.Filter):
+    """Bytes that are no HTTP cost the log nothing: anybody can send them, and each would be a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_http_log = logging.getLogger("kvbaton.http")
+_http_log.addFilter(_NoNoise())
+
+
+def reserve(host: str, port: int, *, flag: str = "--port") -> socket.socket:
+    """Bind, but do not listen: fails before a model is loaded, and nobody connects to a server that is not there yet.
+
+    Raises ConfigError.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _cannot_listen(host, port, error, flag) from None
+    return bound
+
+
+def port_of(bound: socket.socket) -> int:
+    """The port that a reserved socket has: the system's choice where 0 was asked for."""
+    return int(bound.getsockname()[1])
+
+
+async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--port") -> web.AppRunner:
+    """Start answering on a reserved socket. ``cleanup()`` of the runner ends it. Raises ConfigError."""
+    raise_file_limit()
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=CLEANUP_SECONDS,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        auto_decompress=False,
+        logger=_http_log,
+    )
+    _guard(app, runner)
+    await runner.setup()
+    host, port = bound.getsockname()[:2]
+    try:
+        await web.SockSite(runner, bound, backlog=BACKLOG).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise _cannot_listen(host, port, error, flag) from None
+    return runner
+
+
+def _guard(app: web.Application, runner: web.AppRunner) -> None:
+    """Watch the connections of an application for as long as it runs."""
+    connections = Connections()
+
+    async def watch(http: web.Request, handler: Handler) -> web.StreamResponse:
+        return await connections.watch(http, handler)
+
+    async def sweeping(_app: web.Application) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(
+            connections.sweep_forever(lambda: runner.server.connections if runner.server is not None else ())
+        )
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+
+    app.middlewares.insert(0, web.middleware(watch))
+    app.cleanup_ctx.append(sweeping)
+
+
+class Signals:
+    """SIGTERM and SIGINT as events of this loop. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def __enter__(self) -> Signals:
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in SIGNALS:
+            self._loop.remove_signal_handler(number)
+
+    def _received(self) -> None:
+        if self.stop.is_set():
+            self.hurry.set()
+        self.stop.set()
+
+
+async def drain(gate: Gate, *, grace_seconds: float, hurry: asyncio.Event) -> bool:
+    """Shut the gate and wait for it to empty. False if requests were left when the grace period ended."""
+    gate.shut()
+    if gate.inside:
+        _log.info("stopping; %d requests have %g s to finish", gate.inside, grace_seconds)
+    emptied = asyncio.create_task(gate.emptied(grace_seconds))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({emptied, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (emptied, hurried):
+        task.cancel()
+    await asyncio.gather(emptied, hurried, return_exceptions=True)
+    if gate.inside:
+        _log.warning("the grace period is over; %d requests are ended", gate.inside)
+    return gate.inside == 0
+
+
+async def run(
+    app: web.Application,
+    gate: Gate,
+    bound: socket.socket,
+    *,
+    grace_seconds: float,
+    listening: Callable[[int], None] = lambda _port: None,
+) -> None:
+    """Serve one application until a signal, then drain. ``listening`` is told the port."""
+    with Signals() as signals:
+        runner = await listen(app, bound)
+        try:
+            listening(port_of(bound))
+            await signals.stop.wait()
+            await drain(gate, grace_seconds=grace_seconds, hurry=signals.hurry)
+        finally:
+            await runner.cleanup()
+
+
+def _cannot_listen(host: str, port: int, error: OSError, flag: str) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"port {port} at {host} is in use", hint=f"stop what listens there, or choose another {flag}"
+        )
+    return ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}")

@@ -1,0 +1,108 @@
+"""The other processes of a server: forked once the weights are in memory, before any thread exists.
+
+Rules: the weights are loaded once and shared until each rank has cut its own part out of them. A child ignores terminal
+signals and ends when its parent says so, or is gone: its pipe then ends. What a child must not keep (the parent's
+ports, the pipes of others) is closed in it at once. It never returns from here.
+
+This file must not know HTTP, requests or what a rank is made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Protocol, TypeVar
+
+from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.serving.engine.pipe import Died, Pipe
+
+#: How long a child may take to end by itself once its pipe has.
+END_SECONDS = 20.0
+_END_PAUSE_SECONDS = 0.01
+_log = logging.getLogger(__name__)
+_Name = TypeVar("_Name")
+
+
+class Closable(Protocol):
+    """A socket or a pipe."""
+
+    def close(self) -> None: ...
+
+
+class Processes:
+    """Children of this process."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = list(numbers)
+
+    def wait(self) -> None:
+        """Until all have ended: their pipes have; one that hangs is killed. Idempotent."""
+        deadline = time.monotonic() + END_SECONDS
+        while self._numbers:
+            number = self._numbers.pop()
+            with suppress(ChildProcessError):
+                while os.waitpid(number, os.WNOHANG) == (0, 0):
+                    if time.monotonic() > deadline:
+                        _log.warning("process %d has not ended within %g s and is killed", number, END_SECONDS)
+                        os.kill(number, signal.SIGKILL)
+                        os.waitpid(number, 0)
+                        break
+                    time.sleep(_END_PAUSE_SECONDS)
+
+
+def fork_each(
+    names: Sequence[_Name], live: Callable[[_Name, Connection], None], *, leave: Iterable[Closable | None]
+) -> tuple[Processes, list[Connection]]:
+    """A child for each of ``names``, and our end of the pipe to it.
+
+    ``live`` is a child's whole life; a KVBatonError out of it is told to the parent as :class:`Died`. ``leave``: what
+    is ours alone.
+    """
+    if threading.active_count() > 1:
+        _log.warning("forking beside threads: %s", ", ".join(thread.name for thread in threading.enumerate()))
+    processes: list[int] = []
+    ours: list[Connection] = []
+    left: list[Closable] = [one for one in leave if one is not None]
+    for name in names:
+        here, there = socket.socketpair()
+        process = os.fork()
+        if process == 0:
+            here.close()
+            for other in [*ours, *left]:
+                other.close()
+            _live(name, live, Connection(there.detach()))
+        there.close()
+        ours.append(Connection(here.detach()))
+        processes.append(process)
+    return Processes(processes), ours
+
+
+def _live(name: _Name, live: Callable[[_Name, Connection], None], pipe: Connection) -> None:
+    """In the child; never returns."""
+    code = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        live(name, pipe)
+        code = 0
+    except KVBatonError as error:
+        _tell(pipe, error)
+    except BaseException as error:  # noqa: BLE001 - the top of a process
+        _log.critical("%s died", name, exc_info=error)
+        _tell(pipe, InternalError(f"{name} died of {error!r}"))
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _tell(connection: Connection, error: KVBatonError) -> None:
+    pipe: Pipe[Died] = Pipe(connection, "the parent process", Died)
+    with suppress(InternalError):
+        pipe.send(Died(error))

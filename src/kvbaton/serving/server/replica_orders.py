@@ -1,0 +1,69 @@
+"""What a server and its data-parallel ranks tell each other: tagged structs, over a pipe.
+
+This file must not know of processes, models or transports.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from kvbaton.discovery.registry import Route
+from kvbaton.errors import KVBatonError
+from kvbaton.manager import Moment
+from kvbaton.plan.layout_file import RankLayout
+from kvbaton.serving.engine.pipe import Died
+from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.server.replica import Handoffs
+
+
+class Submit(Struct, frozen=True, tag="submit"):
+    request: Request
+
+
+class Abort(Struct, frozen=True, tag="abort"):
+    request_id: str
+    reason: str
+
+
+class EndAll(Struct, frozen=True, tag="end_all"):
+    error: KVBatonError
+
+
+class Ask(Struct, frozen=True, tag="ask"):
+    """How it fares; with ``room``, what happened to a room. ``number``: of the question."""
+
+    number: int
+    room: int | None = None
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    pass
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """A rank has loaded, registered its memory and listens."""
+
+    routes: tuple[Route, ...]
+    layouts: tuple[RankLayout, ...]
+
+
+class Said(Struct, frozen=True, tag="said"):
+    """An output of a request; a refusal is one with an error."""
+
+    request_id: str
+    output: Output
+
+
+class Told(Struct, frozen=True, tag="told"):
+    """The answer to an :class:`Ask`."""
+
+    number: int
+    stats: Stats | None = None
+    handoffs: Handoffs | None = None
+    moments: tuple[Moment, ...] = ()
+    error: KVBatonError | None = None
+
+
+Order = Submit | Abort | EndAll | Ask | Stop
+Report = Ready | Said | Told | Died

@@ -1,0 +1,349 @@
+"""The router: one address in front of prefill and decode servers.
+
+Rules:
+
+- Workers take turns. A pair that fails because one of its workers is gone or draining is replaced once, with a new
+  room, if another worker is usable; every other failure is the client's answer, with the worker's name in it.
+- Topology is ours: ``bootstrap_*`` in a client's request is dropped.
+- A client that goes away ends both legs. Whatever fails after the first byte of a stream is an ``error`` event, and
+  the stream ends without ``[DONE]``.
+
+This file must not know of tokens, models or pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from kvbaton import __version__
+from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
+from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
+from kvbaton.serving.server import openapi, story
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
+from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.gate import Gate
+from kvbaton.serving.server.legs import LegFailed, Legs, Pair, mint_room, strip
+from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
+from kvbaton.serving.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
+from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
+
+#: Bytes of a worker's stream that are buffered before its socket is no longer read.
+READ_BUFFER_BYTES = 256 << 10
+#: Largest answer of a worker that does not stream.
+MAX_ANSWER_BYTES = 64 << 20
+CONNECT_TIMEOUT_SECONDS = 5.0
+#: Limit of one question to one worker for the merged routes.
+ASK_TIMEOUT_SECONDS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Settings of one router; ``workers`` as :func:`kvbaton.serving.server.workers.parse_worker` makes them."""
+
+    workers: tuple[Worker, ...]
+    request_timeout_seconds: float = 1800.0
+    probe_interval_seconds: float = 1.0
+    probe_path: str = "/ready"
+    max_requests: int = 1024
+    secret: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_roles(self.workers)
+
+
+class Router:
+    """Handlers over a set of workers. Build it inside the event loop that will run :attr:`app`."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=2 * config.max_requests + 4 * len(config.workers)),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECONDS),
+            read_bufsize=READ_BUFFER_BYTES,
+            trust_env=False,
+            auto_decompress=False,
+        )
+        self._story_headers = bearer(config.secret, "story")
+        self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
+        self.workers = Workers(config.workers, self._session, probe_path=config.probe_path)
+        self.gate = Gate(config.max_requests)
+        self._bodies = Bodies()
+        self.metrics = ServerMetrics()
+        self.metrics.gauges(self._gauges)
+        self._retries = self.metrics.counter("kvbaton_router_retries", "Requests that were sent to a second pair.")
+        self.app = self._routes()
+
+    def _routes(self) -> web.Application:
+        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app.router.add_post("/v1/completions", self._route)
+        app.router.add_post("/v1/chat/completions", self._route)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/get_server_info", self._server_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_get(story.PATH, self._story)
+        app.router.add_get(openapi.PATH, self._openapi)
+        app.cleanup_ctx.append(self._running)
+        return app
+
+    async def _running(self, _app: web.Application) -> AsyncIterator[None]:
+        probes = asyncio.create_task(self.workers.probe_forever(self._config.probe_interval_seconds))
+        try:
+            yield
+        finally:
+            probes.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await probes
+            await self._session.close()
+
+    # routing
+
+    async def _route(self, http: web.Request) -> web.StreamResponse:
+        with self.metrics.timed(http.path) as timer:
+            try:
+                with self.gate.entered():
+                    async with self._bodies.read(http) as body:
+                        return await self._attempts(http, _fields(body), timer)
+            except LegFailed as failure:
+                timer.outcome = failure.detail.code
+                return _json(failure.body, status=failure.status, headers=failure.headers)
+            except KVBatonError as error:
+                timer.outcome = error.code
+                raise
+            except web.HTTPException:
+                timer.outcome = "http"
+                raise
+
+    async def _attempts(
+        self, http: web.Request, fields: dict[str, msgspec.Raw], timer: RequestTimer
+    ) -> web.StreamResponse:
+        pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), mint_room())
+        try:
+            return await self._attempt(http, fields, pair, timer)
+        except LegFailed as failure:
+            other = self._another(pair, failure)
+            if other is None:
+                raise
+        self._retries.inc()
+        fields["rid"] = _encoded(second_rid(msgspec.json.decode(fields["rid"])))  # the first may not have ended yet
+        return await self._attempt(http, fields, other, timer)
+
+    def _another(self, pair: Pair, failure: LegFailed) -> Pair | None:
+        """The pair to try after a failure, if there is one."""
+        if not failure.again:
+            return None
+        self.workers.take_out(failure.worker, failure.detail.message)
+        with contextlib.suppress(PeerLostError):
+            if failure.worker is pair.prefill:
+                return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, mint_room())
+            return Pair(pair.prefill, self.workers.next("decode", without=pair.decode), mint_room())
+        return None
+
+    async def _attempt(
+        self, http: web.Request, fields: dict[str, msgspec.Raw], pair: Pair, timer: RequestTimer
+    ) -> web.StreamResponse:
+        out: web.StreamResponse | None = None
+        try:
+            async with (
+                asyncio.timeout(self._config.request_timeout_seconds),
+                Legs(self._session, http.path, fields, pair, self._headers) as legs,
+            ):
+                answer = await legs.answer()
+                headers = {"Content-Type": answer.headers.get("Content-Type", ""), "X-KVBaton-Room": str(pair.room)}
+                if not headers["Content-Type"].startswith("text/event-stream"):
+                    return await self._whole(answer, pair, headers, legs, timer)
+                timer.first_token()  # decode sends the head of a stream together with it
+                out = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
+                await out.prepare(http)
+                timer.outcome = await self._relay(answer, pair, out)
+                await out.write_eof()
+                await legs.settle()
+                return out
+        except TimeoutError:
+            error = ExpiredError(
+                f"no complete answer within {self._config.request_timeout_seconds:g} s "
+                f"from {pair.prefill} and {pair.decode}",
+                room=pair.room,
+            )
+            if out is None:
+                raise error from None
+            timer.outcome = error.code
+            await out.write(event(body_of(error)))
+            await out.write_eof()
+            return out
+
+    async def _whole(
+        self, answer: aiohttp.ClientResponse, pair: Pair, headers: dict[str, str], legs: Legs, timer: RequestTimer
+    ) -> web.Response:
+        body = bytearray()
+        while piece := await self._piece(answer, pair):
+            body += piece
+            if len(body) > MAX_ANSWER_BYTES:
+                raise InternalError(f"{pair.decode} answered more than {MAX_ANSWER_BYTES} bytes", room=pair.room)
+        await legs.settle()
+        timer.outcome = "ok"
+        return web.Response(body=bytes(body), headers=headers)
+
+    async def _relay(self, answer: aiohttp.ClientResponse, pair: Pair, out: web.StreamResponse) -> str:
+        """Pass a stream on. Returns the outcome."""
+        tail = b""
+        while True:
+            try:
+                piece = await self._piece(answer, pair)
+            except PeerLostError as lost:
+                await out.write(event(body_of(lost)))
+                return lost.code
+            if not piece:
+                return "ok" if tail.endswith(DONE) else "stream_error"
+            await out.write(piece)
+            tail = (tail + piece)[-len(DONE) :]
+
+    async def _piece(self, answer: aiohttp.ClientResponse, pair: Pair) -> bytes:
+        """The next bytes of decode's answer, empty at its end. Raises PeerLostError."""
+        try:
+            piece: bytes = await answer.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            message = f"{pair.decode} went away within its answer ({cause_of(error)})"
+            raise PeerLostError(message, room=pair.room) from None
+        return piece
+
+    # operating
+
+    async def _ask_all(
+        self, workers: list[Worker], path: str, headers: Mapping[str, str] | None = None
+    ) -> list[tuple[Worker, object]]:
+        """Each worker's JSON answer to a GET; a dict with ``error`` for one that gives none."""
+
+        async def ask(worker: Worker) -> tuple[Worker, object]:
+            timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
+            try:
+                async with self._session.get(
+                    worker.url + path, timeout=timeout, allow_redirects=False, headers=headers
+                ) as response:
+                    return worker, msgspec.json.decode(await response.read())
+            except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+                return worker, {"error": f"{type(error).__name__}: {error}"}
+
+        return await asyncio.gather(*(ask(worker) for worker in workers))
+
+    async def _models(self, _http: web.Request) -> web.Response:
+        models: dict[str, object] = {}
+        for _, listing in await self._ask_all(self.workers.usable("decode"), "/v1/models"):
+            cards = listing.get("data", []) if isinstance(listing, dict) else []
+            for card in cards:
+                if isinstance(card, dict):
+                    models.setdefault(str(card.get("id")), card)
+        return _json({"object": "list", "data": list(models.values())})
+
+    async def _server_info(self, _http: web.Request) -> web.Response:
+        answers = await self._ask_all(list(self.workers.all), "/get_server_info")
+        body: dict[str, object] = {
+            "role": "router",
+            "version": __version__,
+            "policy": "round_robin",
+            "ready": not self._not_ready(),
+            "requests": self.gate.inside,
+        }
+        for role in ROLES:
+            body[role] = [
+                {"url": worker.url, "trouble": worker.trouble, "info": info}
+                for worker, info in answers
+                if worker.role == role
+            ]
+        return _json(body)
+
+    async def _story(self, http: web.Request) -> web.Response:
+        """Both sides of a room: every worker is asked, those that know it answer."""
+        room = story.room_of(http, self._config.secret)
+        sides = []
+        for worker, answer in await self._ask_all(list(self.workers.all), f"/story/{room}", self._story_headers):
+            try:
+                told = msgspec.convert(answer, story.RoomStory).sides
+            except msgspec.ValidationError:
+                error = answer.get("error") if isinstance(answer, dict) else None
+                message = error.get("message") if isinstance(error, dict) else error
+                told = (story.Side(role=worker.role, error=str(message or "it answers with something else")),)
+            sides += [msgspec.structs.replace(side, url=worker.url) for side in told if side.lines or side.error]
+        return story.response(room, sides)
+
+    async def _openapi(self, _http: web.Request) -> web.Response:
+        return web.Response(body=openapi.encoded("router"), content_type="application/json")
+
+    async def _abort(self, http: web.Request) -> web.Response:
+        async with self._bodies.read(http) as asked:
+            rid = parse(asked, AbortRequest).rid
+
+        async def tell(worker: Worker, known_as: str) -> None:
+            timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
+            body = msgspec.json.encode(AbortRequest(known_as))
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                async with self._session.post(
+                    worker.url + "/abort_request",
+                    data=body,
+                    headers=self._headers,
+                    timeout=timeout,
+                    allow_redirects=False,
+                ) as response:
+                    await response.read()
+
+        names = (rid, second_rid(rid))
+        await asyncio.gather(*(tell(worker, name) for worker in self.workers.all for name in names))
+        return _json({"rid": rid})
+
+    def _not_ready(self) -> str:
+        if self.gate.is_shut:
+            return "the router is stopping"
+        missing = [role for role in ROLES if not self.workers.usable(role)]
+        return f"no {' and no '.join(missing)} server takes requests" if missing else ""
+
+    async def _health(self, _http: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def _ready(self, _http: web.Request) -> web.Response:
+        reason = self._not_ready()
+        return _json({"ready": not reason, "reason": reason}, status=503 if reason else 200)
+
+    async def _metrics(self, _http: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    def _gauges(self) -> list[Gauge]:
+        text = "Whether a worker takes requests (1) or is out (0)."
+        usable = [
+            Gauge("kvbaton_router_worker_usable", text, float(w.usable), {"role": w.role, "worker": w.url})
+            for w in self.workers.all
+        ]
+        return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.gate.inside)]
+
+
+def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
+    """The client's request, field by field and otherwise as it is. Raises ConfigError."""
+    try:
+        fields = strip(msgspec.json.decode(payload, type=dict[str, msgspec.Raw]))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"the body is not a JSON object: {error}") from None
+    fields.setdefault("rid", _encoded(f"req-{uuid.uuid4().hex}"))
+    return fields
+
+
+def second_rid(rid: object) -> str:
+    """The id of a request's second attempt: derived, so that aborting the first name can abort it too."""
+    return f"{str(rid)[: MAX_RID_CHARACTERS - 2]}~2"
+
+
+def _encoded(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(body), headers=headers, content_type="application/json")

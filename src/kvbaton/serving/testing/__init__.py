@@ -1,0 +1,1 @@
+"""For tests against the embedded engine and its servers."""
