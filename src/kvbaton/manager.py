@@ -36,7 +36,8 @@ from kvbaton.protocol.grants import check_grants
 from kvbaton.protocol.messages import Grant, Role
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
-from kvbaton.runtime.driver import Command, Driver, Fence
+from kvbaton.runtime.commands import Command, Fence
+from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
 from kvbaton.transports.base import Transport
 

@@ -22,7 +22,7 @@ from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.messages import Done, Failed, Open
 from kvbaton.protocol.transfer import On, State
 from kvbaton.runtime import posting, staging
-from kvbaton.runtime.driver import Driver
+from kvbaton.runtime.commands import Commands
 
 Planter = Callable[["Patches"], None]
 
@@ -311,19 +311,18 @@ def done_before_settled(patches: Patches) -> None:
 
 @mutant("two chunks of one room that wait for their fences wait for each other (our own, found by seed 36)")
 def fenced_chunks_block_each_other(patches: Patches) -> None:
-    def release_fenced(self: Any) -> None:
-        for _ in range(len(self._fenced_chunks)):
-            command = self._fenced_chunks.popleft()
-            number = getattr(command.event, "room", -1)
-            if not self._core.wants_chunks(number):
+    def release(self: Any) -> Iterator[Any]:
+        for _ in range(len(self._fenced)):
+            command = self._fenced.popleft()
+            if not self._wants_chunks(command.room):
                 continue
-            blocked = any(other.event.room == number for other in self._fenced_chunks)
+            blocked = any(other.room == command.room for other in self._fenced)
             if not blocked and (command.fence is None or command.fence()):
-                self._events.append(command.event)
+                yield command.event
             else:
-                self._fenced_chunks.append(command)
+                self._fenced.append(command)
 
-    patches.set(Driver, "_release_fenced", release_fenced)
+    patches.set(Commands, "release", release)
 
 
 @mutant("a rank in both roles uses one staging slot for both at once (our own, found by seed 396)")

@@ -76,7 +76,7 @@ def test_a_write_that_falls_over_ends_its_room_and_no_other(
 def test_a_fence_that_falls_over_is_tried_again_until_the_pages_are_free(
     make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbaton.runtime.driver.FENCE_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr("kvbaton.runtime.dataplane.FENCE_AGAIN_SECONDS", 0.02)
     source, target = make_rank("prefill", fill=1), make_rank("decode")
     sender, receiver = begin(source, target)
     breaking(source.manager._transport, "post", monkeypatch, times=1)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbaton.errors import ConfigError
-from kvbaton.protocol.effects import PostWrite
+from kvbaton.protocol.effects import PostWrite, StagedRun
 from kvbaton.protocol.events import WriteId
 from kvbaton.runtime.posting import PostingQueue, Window
 
+#: The queue only asks whether there is one.
+STAGED = cast(StagedRun, object())
 
-def write(number: int, peer: str = "a", size: int = 10, entries: int = 1) -> PostWrite:
+
+def write(number: int, peer: str = "a", size: int = 10, entries: int = 1, *, staged: bool = False) -> PostWrite:
     table = np.zeros(entries, dtype=np.int32)
-    return PostWrite(WriteId(number), peer, 0, table, table, size)
+    return PostWrite(WriteId(number), peer, 0, table, table, size, STAGED if staged else None)
 
 
 def take_all(queue: PostingQueue) -> list[int]:
@@ -110,10 +117,10 @@ def test_nothing_is_kept_of_peers_that_are_idle() -> None:
     assert len(queue) == 0
 
 
-def test_what_may_not_be_posted_yet_waits_without_holding_up_others() -> None:
+def test_what_needs_a_slot_waits_without_holding_up_others() -> None:
     free = False
-    queue = PostingQueue(Window(), lambda offered: free or offered.peer != "a")
-    queue.offer(write(1, "a"))
+    queue = PostingQueue(Window(), lambda: free)
+    queue.offer(write(1, "a", staged=True))
     queue.offer(write(2, "b"))
     assert take_all(queue) == [2]
     assert not queue.ready
@@ -121,11 +128,12 @@ def test_what_may_not_be_posted_yet_waits_without_holding_up_others() -> None:
     assert take_all(queue) == [1]
 
 
-def test_what_may_not_be_posted_yet_is_overtaken_by_what_else_goes_to_its_peer() -> None:
+def test_what_needs_a_slot_is_overtaken_by_what_else_goes_to_its_peer() -> None:
     """A slot may be held by a write to another peer that hangs; what needs none must not wait for that."""
     free = False
-    queue = PostingQueue(Window(bytes=25), lambda offered: free or offered.write != 1)
-    for number in (1, 2, 3, 4):
+    queue = PostingQueue(Window(bytes=25), lambda: free)
+    queue.offer(write(1, staged=True))
+    for number in (2, 3, 4):
         queue.offer(write(number))
     assert take_all(queue) == [2, 3]
     queue.settled(write(2))
@@ -134,6 +142,88 @@ def test_what_may_not_be_posted_yet_is_overtaken_by_what_else_goes_to_its_peer()
     assert take_all(queue) == [1]
     queue.settled(write(3))
     assert take_all(queue) == [4]
+
+
+@pytest.mark.parametrize("count", [10, 4_000])
+def test_a_turn_costs_the_same_however_many_writes_wait(count: int) -> None:
+    asked = 0
+
+    def slot_free() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    queue = PostingQueue(Window(), slot_free)
+    for number in range(count):
+        queue.offer(write(number, staged=True))
+    assert not queue.ready
+    assert queue.take() is None
+    assert asked == 2
+
+
+class Naive:
+    """The rule, written down without any thought of cost."""
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.waiting, self.flying = window, list[PostWrite](), list[PostWrite]()
+
+    def may_be_taken(self, slot_free: bool) -> set[int]:
+        found = set()
+        for peer in {one.peer for one in self.waiting}:
+            flying = [one for one in self.flying if one.peer == peer]
+            oldest = next((w for w in self.waiting if w.peer == peer and (w.staged is None or slot_free)), None)
+            if oldest is None:
+                continue
+            size = oldest.bytes + sum(one.bytes for one in flying)
+            entries = len(oldest.source_entries) + sum(len(one.source_entries) for one in flying)
+            if not flying or (size <= self.window.bytes and entries <= self.window.entries):
+                found.add(int(oldest.write))
+        return found
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("offer"), st.sampled_from("abc"), st.integers(1, 12), st.integers(1, 3), st.booleans()),
+        st.tuples(st.just("take"), st.booleans()),
+        st.tuples(st.just("settle"), st.integers(0, 9)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("drop"), st.sampled_from("abc")),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS)
+def test_the_queue_takes_what_the_rule_allows(steps: list[tuple[Any, ...]]) -> None:
+    window, free = Window(bytes=20, entries=5), False
+    queue, naive = PostingQueue(window, lambda: free), Naive(window)
+    for number, (what, *details) in enumerate(steps):
+        if what == "offer":
+            peer, size, entries, staged = details
+            offered = write(number, peer, size, entries, staged=staged)
+            queue.offer(offered)
+            naive.waiting.append(offered)
+        elif what == "take":
+            (free,) = details
+            allowed = naive.may_be_taken(free)
+            assert queue.ready == bool(allowed)
+            taken = queue.take()
+            assert (taken is not None) == bool(allowed)
+            if taken is not None:
+                assert int(taken.write) in allowed
+                naive.waiting.remove(taken)
+                naive.flying.append(taken)
+        elif what == "settle" and naive.flying:
+            queue.settled(naive.flying.pop(details[0] % len(naive.flying)))
+        elif what == "cancel" and naive.waiting:
+            gone = naive.waiting.pop(details[0] % len(naive.waiting))
+            assert queue.cancel([gone.write]) == [gone.write]
+        elif what == "drop":
+            queue.drop_peer(details[0])
+            naive.waiting = [one for one in naive.waiting if one.peer != details[0]]
+            naive.flying = [one for one in naive.flying if one.peer != details[0]]
+        assert queue.waiting == len(naive.waiting)
+        assert len(queue) == len({one.peer for one in (*naive.waiting, *naive.flying)})
 
 
 @pytest.mark.parametrize("window", [{"bytes": 0}, {"entries": 0}, {"bytes": -1}])

@@ -17,6 +17,7 @@ from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import (
     AbortRequested,
+    AgentReplaced,
     ChunkSubmitted,
     Dialed,
     DialFailed,
@@ -96,6 +97,7 @@ class Core:
             LinkRefused: self._peers.on_link_refused,
             PeerPrepared: self._peers.on_peer_prepared,
             PeerUnprepared: self._peers.on_peer_unprepared,
+            AgentReplaced: self._peers.on_agent_replaced,
             PeerFenced: self._transfers.on_peer_fenced,
             PeerQuiesced: self._transfers.on_peer_quiesced,
             WriteSettled: self._transfers.on_write_settled,

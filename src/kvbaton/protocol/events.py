@@ -146,6 +146,13 @@ class PeerQuiesced:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentReplaced:
+    """The transport has replaced its agent to stop a write: peers reach our memory with this metadata from now on."""
+
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """The inbox is empty: judge the deadlines. No other event does."""
 
@@ -174,6 +181,7 @@ Event = (
     | PeerUnprepared
     | PeerFenced
     | PeerQuiesced
+    | AgentReplaced
     | TimePassed
     | ShutdownRequested
 )

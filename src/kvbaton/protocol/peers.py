@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import PeerLostError
 from kvbaton.protocol.effects import CloseLink, Dial, Effect, FencePeer
-from kvbaton.protocol.events import Dialed, DialFailed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
+from kvbaton.protocol.events import AgentReplaced, Dialed, DialFailed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
 from kvbaton.protocol.messages import AnyMessage, Hello, Role
 from kvbaton.protocol.session import Identity, Session, SessionState
 from kvbaton.protocol.settings import Settings
@@ -96,6 +97,13 @@ class Peers:
         if session is not None:
             session.unprepared(event.error, self._around.now)
 
+    def on_agent_replaced(self, event: AgentReplaced) -> None:
+        """Sources that write to us reach our memory no more until they have our new metadata: say Hello again."""
+        self._around.identity = replace(self._around.identity, agent_metadata=event.metadata)
+        for session in self.all():
+            if session.role == "target":
+                session.greet_again(self._around.now)
+
     def on_hello(self, link: LinkId, hello: Hello) -> None:
         session = self._by_link.get(link)
         if session is not None and session.role == "target":
@@ -153,7 +161,6 @@ class Peers:
                 return
             session = Session(self, link, "source")
             self._by_link[link] = self._by_instance[hello.sender, "source"] = session
-        session.greeting = max(session.greeting, hello.greeting)
         session.heard(self._around.now)
         session.greeted(hello, self._around.now)
 

@@ -25,6 +25,8 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import structs
+
 from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, LayoutError, PeerLostError, TransportError, from_code
 from kvbaton.layout import CacheLayout, Coordinates
@@ -169,9 +171,15 @@ class Session:
     # ---- source: be greeted, prepare --------------------------------------------------------------------------
 
     def greeted(self, hello: Hello, now: float) -> None:
-        """A target's Hello: judge it, and prepare to write to it. A repeated Hello gets the same answer again."""
+        """A target's Hello: judge it, and prepare to write to it. A repeated Hello gets the same answer again, unless
+        the target's agent was replaced since: then its memory is reached anew."""
+        newest = hello.greeting >= self.greeting
+        self.greeting = max(self.greeting, hello.greeting)
         if self.hello is not None:
-            if self.refused_for_now:
+            if newest and hello.agent_metadata != self.hello.agent_metadata:
+                self.hello = structs.replace(self.hello, agent_metadata=hello.agent_metadata)
+                self.prepare_again(now)
+            elif self.refused_for_now:
                 self.prepare_again(now)
             elif self.state in (SessionState.READY, SessionState.REFUSED):
                 self._answer()

@@ -1,12 +1,14 @@
 """Writes that wait to be posted: fair between peers, bounded in flight for each.
 
-One slow peer fills its own window and nobody else's. A write that may not be posted yet (it needs a staging slot, and
-none is free) is overtaken by those behind it: the writes of a peer need no order. Plain data, no transport.
+One slow peer fills its own window and nobody else's. A staged write needs a free staging slot to be posted; where there
+is none it is overtaken by direct writes behind it, since the writes of a peer need no order. Nothing here costs more
+when more writes wait: only the oldest direct and the oldest staged write of a peer are ever looked at, and peers whose
+window is full are not. Plain data, no transport.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,47 +31,74 @@ class Window:
 
 @dataclass(slots=True)
 class _Peer:
-    waiting: deque[PostWrite] = field(default_factory=deque)
+    """Writes towards one peer: waiting, oldest first, without and with staging; and in flight."""
+
+    direct: OrderedDict[WriteId, PostWrite] = field(default_factory=OrderedDict)
+    staged: OrderedDict[WriteId, PostWrite] = field(default_factory=OrderedDict)
     bytes: int = 0
     entries: int = 0
-    in_flight: dict[WriteId, PostWrite] = field(default_factory=dict)
+    in_flight: set[WriteId] = field(default_factory=set)
+
+    def waiting(self, write: PostWrite) -> OrderedDict[WriteId, PostWrite]:
+        return self.direct if write.staged is None else self.staged
+
+    def oldest(self, *, slot_free: bool) -> PostWrite | None:
+        """The first write that may be posted. Ids grow, so they tell which was offered first."""
+        direct = next(iter(self.direct.values()), None)
+        staged = next(iter(self.staged.values()), None) if slot_free else None
+        if direct is None or (staged is not None and staged.write < direct.write):
+            return staged
+        return direct
 
 
 class PostingQueue:
     """See the module. A write is waiting, then taken (in flight), then settled."""
 
-    def __init__(self, window: Window, may_post: Callable[[PostWrite], bool] = lambda _: True) -> None:
+    def __init__(self, window: Window, slot_free: Callable[[], bool] = lambda: True) -> None:
         self._window = window
-        self._may_post = may_post
-        self._peers: OrderedDict[str, _Peer] = OrderedDict()
+        self._slot_free = slot_free
+        self._peers: dict[str, _Peer] = {}
+        self._turns: OrderedDict[str, None] = OrderedDict()  # peers with waiting writes and room in their window
+        self._waiting: dict[WriteId, str] = {}
 
     def __len__(self) -> int:
         """Peers that something waits for or is in flight to."""
         return len(self._peers)
 
     def offer(self, write: PostWrite) -> None:
-        self._peers.setdefault(write.peer, _Peer()).waiting.append(write)
+        peer = self._peers.setdefault(write.peer, _Peer())
+        peer.waiting(write)[write.write] = write
+        self._waiting[write.write] = write.peer
+        self._turns.setdefault(write.peer)
 
     def take(self) -> PostWrite | None:
         """The next write to post: peers take turns, a peer whose window is full is passed over."""
-        for name in list(self._peers):
-            peer = self._peers[name]
-            place = self._next(peer)
-            if place is None:
-                continue
-            write = peer.waiting[place]
-            del peer.waiting[place]
-            peer.bytes += write.bytes
-            peer.entries += len(write.source_entries)
-            peer.in_flight[write.write] = write
-            self._peers.move_to_end(name)
-            return write
-        return None
+        write = self._next()
+        if write is None:
+            return None
+        peer = self._peers[write.peer]
+        self._drop_waiting(peer, write)
+        peer.bytes += write.bytes
+        peer.entries += len(write.source_entries)
+        peer.in_flight.add(write.write)
+        if peer.direct or peer.staged:
+            self._turns.move_to_end(write.peer)
+        else:
+            del self._turns[write.peer]
+        return write
 
-    def _next(self, peer: _Peer) -> int | None:
-        """Place of the first write that may be posted; None if there is none, or the window has no room for it."""
-        place = next((i for i, write in enumerate(peer.waiting) if self._may_post(write)), None)
-        return place if place is not None and self._fits(peer, peer.waiting[place]) else None
+    def _next(self) -> PostWrite | None:
+        """The write whose turn it is. Peers whose window has no room for theirs lose their turn until one settles."""
+        slot_free = self._slot_free()
+        for name in list(self._turns):
+            peer = self._peers[name]
+            write = peer.oldest(slot_free=slot_free)
+            if write is None:
+                continue  # it waits for a slot
+            if self._fits(peer, write):
+                return write
+            del self._turns[name]
+        return None
 
     def _fits(self, peer: _Peer, write: PostWrite) -> bool:
         if not peer.in_flight:
@@ -82,40 +111,51 @@ class PostingQueue:
     def settled(self, write: PostWrite) -> None:
         """A write that was taken is not in flight any more."""
         peer = self._peers.get(write.peer)
-        if peer is None or peer.in_flight.pop(write.write, None) is None:
+        if peer is None or write.write not in peer.in_flight:
             return
+        peer.in_flight.remove(write.write)
         peer.bytes -= write.bytes
         peer.entries -= len(write.source_entries)
-        self._forget_if_idle(write.peer, peer)
+        self._tidy(write.peer, peer)
 
     def cancel(self, writes: Iterable[WriteId]) -> list[WriteId]:
         """Drop those of ``writes`` that still wait; returns them. What is in flight stays."""
-        unwanted = set(writes)
         dropped = []
-        for name, peer in list(self._peers.items()):
-            kept: deque[PostWrite] = deque()
-            for write in peer.waiting:
-                if write.write in unwanted:
-                    dropped.append(write.write)
-                else:
-                    kept.append(write)
-            peer.waiting = kept
-            self._forget_if_idle(name, peer)
+        for write in writes:
+            name = self._waiting.pop(write, None)
+            if name is not None:
+                peer = self._peers[name]
+                if peer.direct.pop(write, None) is None:
+                    del peer.staged[write]
+                self._tidy(name, peer)
+                dropped.append(write)
         return dropped
 
     def drop_peer(self, name: str) -> None:
         """Forget everything towards a peer that was fenced."""
-        self._peers.pop(name, None)
+        peer = self._peers.pop(name, None)
+        self._turns.pop(name, None)
+        for write in (*peer.direct, *peer.staged) if peer is not None else ():
+            del self._waiting[write]
 
-    def _forget_if_idle(self, name: str, peer: _Peer) -> None:
-        if not peer.waiting and not peer.in_flight:
-            self._peers.pop(name, None)
+    def _drop_waiting(self, peer: _Peer, write: PostWrite) -> None:
+        del peer.waiting(write)[write.write]
+        del self._waiting[write.write]
+
+    def _tidy(self, name: str, peer: _Peer) -> None:
+        """Something towards a peer has ended: it gets a turn if something waits, and is forgotten if it is idle."""
+        if peer.direct or peer.staged:
+            self._turns.setdefault(name)
+            return
+        self._turns.pop(name, None)
+        if not peer.in_flight:
+            del self._peers[name]
 
     @property
     def ready(self) -> bool:
         """Whether ``take`` would return a write."""
-        return any(self._next(peer) is not None for peer in self._peers.values())
+        return self._next() is not None
 
     @property
     def waiting(self) -> int:
-        return sum(len(peer.waiting) for peer in self._peers.values())
+        return len(self._waiting)

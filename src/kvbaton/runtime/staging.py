@@ -32,9 +32,9 @@ class StagingDesk:
         """The write that a slot holds the data of."""
         return next((write for write, taken in self._taken.items() if taken == slot), None)
 
-    def may_post(self, write: PostWrite) -> bool:
-        """Whether the write needs no slot of ours, or one is free."""
-        return write.staged is None or bool(self._pool)
+    def slot_free(self) -> bool:
+        """Whether a staged write could be gathered now."""
+        return bool(self._pool)
 
     def gather(self, write: PostWrite) -> tuple[Entries, Entries]:
         """Take a slot, gather the write's source entries into it; the entries of both staging tables to write.

@@ -108,6 +108,12 @@ class Transport(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities: ...
 
+    @property
+    def generation(self) -> int:
+        """Grows whenever :meth:`metadata` has changed by itself: peers that know the metadata of before cannot write
+        here any more."""
+        return 0
+
     @abstractmethod
     def register(self, regions: Sequence[Region]) -> None:
         """Make local memory reachable. Raises TransportError; nothing stays registered then."""

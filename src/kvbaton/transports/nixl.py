@@ -162,6 +162,7 @@ class NixlTransport(Transport):
         self._tables: dict[TableId, _Prepared] = {}
         self._writes: dict[Handle, _Write] = {}
         self._ids = itertools.count(1)
+        self._generation = 0
         self._agent: Any = self._new_agent()
 
     def __repr__(self) -> str:
@@ -171,6 +172,10 @@ class NixlTransport(Transport):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(name="nixl", target_must_progress=True, post_copies=False)
+
+    @property
+    def generation(self) -> int:
+        return self._generation
 
     # -- memory and peers
 
@@ -422,6 +427,7 @@ class NixlTransport(Transport):
         except TransportError:
             self._destroy_agent()
             raise
+        self._generation += 1
         for name, peer in self._peers.items():
             try:
                 self._add(name, peer.metadata)

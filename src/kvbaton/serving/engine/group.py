@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from kvbaton.errors import AbortedError, InternalError, KVBatonError
 from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.protocol.messages import Role
-from kvbaton.runtime.driver import Fence
+from kvbaton.runtime.commands import Fence
 from kvbaton.serving.engine import orders
 from kvbaton.serving.engine.cache import Extent
 from kvbaton.serving.engine.pipe import Died, Pipe

@@ -1,0 +1,283 @@
+"""The transport at work: tables of each peer, writes that wait, are in flight or broken, fences, and what was seen.
+
+The rule of the data plane: a write that was posted may touch memory on both sides until it is DONE or its peer is
+fenced. So a broken write keeps its staging slot, a fence that fails is tried again, and only what a fence or a settled
+write proves is told to the core. Agents that are replaced to stop a write have new metadata, which is told as well:
+peers that write to this rank have to know it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvbaton.errors import DisconnectedError, InternalError, KVBatonError, TransportError
+from kvbaton.plan.staging import StagingPool
+from kvbaton.protocol.effects import CancelWrites, PostWrite, PreparePeer, Scatter
+from kvbaton.protocol.events import (
+    AgentReplaced,
+    Event,
+    PeerFenced,
+    PeerPrepared,
+    PeerQuiesced,
+    PeerUnprepared,
+    WriteBroken,
+    WriteSettled,
+)
+from kvbaton.runtime.guard import Guard
+from kvbaton.runtime.posting import PostingQueue, Window
+from kvbaton.runtime.staging import StagingDesk
+from kvbaton.transports.base import Handle, TableId, Transport, WriteState
+
+log = logging.getLogger("kvbaton.driver")
+
+#: Bytes of a peer that was stopped by force may sit in our transport's buffers: it is polled at least so long and so
+#: often before they count as landed. Only where the target must help writes to land.
+QUIESCE_SECONDS = 0.5
+QUIESCE_POLLS = 500
+#: How long after a fence that failed it is tried again.
+FENCE_AGAIN_SECONDS = 1.0
+#: How often the transport is asked for evidence of the path in the life of a rank.
+MAX_EVIDENCE_ASKED = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Prepared tables towards one peer, by part: for direct writes, and for those through staging memory."""
+
+    direct: tuple[TableId, ...]
+    staged: tuple[TableId | None, ...]
+
+
+class DataPlane:
+    """See the module. Owned by the driver's thread. ``happened`` is told what follows, in order."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        staging: StagingPool,
+        window: Window,
+        *,
+        happened: Callable[[Event], None],
+        guard: Guard,
+        counters: Counter[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._transport = transport
+        self._happened = happened
+        self._guard = guard
+        self._counters = counters
+        self._clock = clock
+        self._staging = StagingDesk(staging)
+        self._queue = PostingQueue(window, self._staging.slot_free)
+        self._tables: dict[str, _Tables] = {}
+        self._in_flight: dict[Handle, PostWrite] = {}
+        self._broken: list[PostWrite] = []
+        self._quiescing: dict[str, tuple[float, int]] = {}
+        self._to_fence: dict[str, float] = {}
+        self._generation = transport.generation
+        #: How bytes were seen to travel, by peer; filled in after the first writes.
+        self.evidence: dict[str, str] = {}
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "writes_in_flight": len(self._in_flight),
+            "writes_broken": len(self._broken),
+            "staging_slots_taken": len(self._staging),
+            "peers_with_tables": len(self._tables),
+            "peers_with_evidence": len(self.evidence),
+            "peers_posting": len(self._queue),
+            "peers_to_fence": len(self._to_fence),
+            **{f"transport_{name}": size for name, size in self._transport.sizes().items()},
+        }
+
+    @property
+    def ready(self) -> bool:
+        """A write could be posted now."""
+        return self._queue.ready
+
+    @property
+    def moving(self) -> bool:
+        """Something is under way that tells nobody when it is over."""
+        return bool(self._in_flight or self._quiescing)
+
+    @property
+    def quiescing(self) -> bool:
+        """Bytes of a peer that was stopped by force are being waited for, turn by turn."""
+        return bool(self._quiescing)
+
+    @property
+    def target_must_progress(self) -> bool:
+        return self._transport.capabilities.target_must_progress
+
+    def next_fence(self) -> float | None:
+        """When a fence that failed is due again."""
+        return min(self._to_fence.values(), default=None)
+
+    def staging_reader(self, slot: int) -> object | None:
+        """The write that reads one of our staging slots; None if it is free."""
+        return self._staging.reader(slot)
+
+    # ---- writes -------------------------------------------------------------------------------------------------
+
+    def offer(self, write: PostWrite) -> None:
+        self._queue.offer(write)
+
+    def cancel(self, effect: CancelWrites) -> None:
+        for write in self._queue.cancel(effect.writes):
+            self._happened(WriteSettled(write))
+
+    def post_one(self) -> bool:
+        """One write a turn: a post may copy its bytes itself, and messages must not wait for all of them.
+
+        Returns whether there was one.
+        """
+        write = self._queue.take()
+        if write is None:
+            return False
+        try:
+            source_entries, target_entries = self._staging.gather(write)
+            handle = self._transport.post(self._table(write), source_entries, target_entries)
+        except TransportError as error:
+            self._break(write, error)
+            return True
+        except Exception as error:
+            self._break(write, unforeseen("posting a write", error, write.peer))
+            raise
+        self._counters["writes_posted"] += 1
+        self._counters["bytes_posted"] += write.bytes
+        self._counters["entries_posted"] += len(source_entries)
+        if write.staged is not None:
+            self._counters["writes_staged"] += 1
+            self._counters["bytes_staged"] += write.bytes
+        self._in_flight[handle] = write
+        self._check(handle, write)
+        return True
+
+    def _table(self, write: PostWrite) -> TableId:
+        tables = self._tables.get(write.peer)
+        table = None if tables is None else (tables.direct if write.staged is None else tables.staged)[write.part]
+        if table is None:
+            raise DisconnectedError("the peer's memory is not reachable", peer=write.peer)
+        return table
+
+    def poll_writes(self) -> bool:
+        """Look after every write in flight. Returns whether one has ended."""
+        before = len(self._in_flight)
+        for handle, write in list(self._in_flight.items()):
+            self._check(handle, write)
+        return len(self._in_flight) < before
+
+    def _check(self, handle: Handle, write: PostWrite) -> None:
+        state = WriteState.BROKEN
+        try:
+            state = self._transport.poll(handle)
+        except Exception as error:  # noqa: BLE001 - the writes behind it must be looked after as well
+            self._guard.failed(error)
+        if state is WriteState.PENDING:
+            return
+        del self._in_flight[handle]
+        if state is WriteState.DONE:
+            self._queue.settled(write)
+            self._staging.settled(write)
+            self._happened(WriteSettled(write.write))
+            self._guard.attempt(lambda: self._note_evidence(write.peer))
+        else:
+            self._break(write, DisconnectedError("a write broke on the wire", peer=write.peer))
+        self._guard.attempt(lambda: self._transport.release(handle))
+
+    def _break(self, write: PostWrite, error: KVBatonError) -> None:
+        """Until its peer is fenced it may still be read from here."""
+        self._queue.settled(write)
+        self._broken.append(write)
+        self._happened(WriteBroken(write.write, error))
+
+    def _note_evidence(self, peer: str) -> None:
+        """Ask the transport how the bytes went, until it knows or has been asked often enough."""
+        if not self.evidence.get(peer) and self._counters["evidence_asked"] < MAX_EVIDENCE_ASKED:
+            self._counters["evidence_asked"] += 1
+            self.evidence[peer] = self._transport.evidence(peer)
+
+    def scatter(self, effect: Scatter) -> None:
+        self._staging.scatter(effect)
+
+    def progress(self) -> None:
+        self._transport.progress()
+
+    # ---- peers --------------------------------------------------------------------------------------------------
+
+    def prepare(self, effect: PreparePeer) -> None:
+        """Make a peer's memory reachable, in place of what was known of it."""
+        try:
+            self._transport.connect(effect.peer, effect.metadata)
+            self._tables[effect.peer] = _Tables(
+                tuple(
+                    self._transport.prepare(effect.peer, part.source.table, part.target.table)
+                    for part in effect.pair.parts
+                ),
+                tuple(
+                    self._transport.prepare(effect.peer, staged.source, staged.target) if staged is not None else None
+                    for staged in effect.staged
+                ),
+            )
+        except TransportError as error:
+            log.warning("cannot prepare %s: %s", effect.peer, error)
+            self._happened(PeerUnprepared(effect.peer, error))
+        else:
+            self._happened(PeerPrepared(effect.peer))
+
+    def fence(self, peer: str) -> None:
+        """Cut a peer off from our writes, at once if that is possible."""
+        self._to_fence[peer] = self._clock()
+        self.fence_due()
+
+    def fence_due(self) -> None:
+        """Fence who is to be fenced; again and again until it is done, since only that frees what they hold."""
+        for peer, when in list(self._to_fence.items()):
+            if when <= self._clock():
+                self._to_fence[peer] = self._clock() + FENCE_AGAIN_SECONDS
+                self._fence(peer)
+
+    def _fence(self, peer: str) -> None:
+        self._transport.fence(peer)
+        del self._to_fence[peer]
+        self._queue.drop_peer(peer)
+        self._tables.pop(peer, None)
+        self.evidence.pop(peer, None)
+        for write in (*self._in_flight.values(), *self._broken):
+            if write.peer == peer:
+                self._staging.settled(write)
+        self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
+        self._broken = [write for write in self._broken if write.peer != peer]
+        self._counters["peers_fenced"] += 1
+        self._happened(PeerFenced(peer))
+
+    def quiesce(self, peer: str) -> None:
+        self._quiescing[peer] = (self._clock() + QUIESCE_SECONDS, QUIESCE_POLLS)
+
+    def poll_quiescing(self) -> None:
+        for peer, (until, polls) in list(self._quiescing.items()):
+            if self.target_must_progress and (polls > 0 or self._clock() < until):
+                self._transport.progress()
+                self._quiescing[peer] = (until, polls - 1)
+            else:
+                del self._quiescing[peer]
+                self._happened(PeerQuiesced(peer))
+
+    def look_at_agent(self) -> None:
+        """Tell it where the transport has replaced its agent: what peers know of us holds no more."""
+        if self._generation != self._transport.generation:
+            metadata = self._transport.metadata()
+            self._generation = self._transport.generation
+            self._counters["agents_replaced"] += 1
+            self._happened(AgentReplaced(metadata))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def unforeseen(doing: str, error: Exception, peer: str) -> InternalError:
+    """What the core is told of a failure that no contract mentions."""
+    return InternalError(f"{doing} failed: {error!r}; the log of this rank has more", peer=peer)
