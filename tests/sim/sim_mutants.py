@@ -19,7 +19,9 @@ from kvbaton.plan import pair as plan
 from kvbaton.protocol import peers, receiving, room, rooms, sending, table, transfer, transfers
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.events import AbortRequested
 from kvbaton.protocol.messages import Done, Failed, Open
+from kvbaton.protocol.session import Session
 from kvbaton.protocol.transfer import On, State
 from kvbaton.runtime import posting, staging
 from kvbaton.runtime.commands import Commands
@@ -323,6 +325,32 @@ def fenced_chunks_block_each_other(patches: Patches) -> None:
                 self._fenced.append(command)
 
     patches.set(Commands, "release", release)
+
+
+@mutant("a chunk whose fence raises is dropped, and its room left alone (our own)", 41)
+def raised_fence_swallowed(patches: Patches) -> None:
+    original = Commands._try
+
+    def try_(self: Any, command: Any, waiting: Any) -> Iterator[Any]:
+        yield from (e for e in original(self, command, waiting) if not isinstance(e, AbortRequested))
+
+    patches.set(Commands, "_try", try_)
+
+
+@mutant("sessions with peers that vanished without a refusal are kept for ever (our own)", 2)
+def lost_sessions_kept(patches: Patches) -> None:
+    original = Session.timer
+
+    def timer(self: Any, name: str, now: float) -> None:
+        if name != "forget" or self.role == "source":
+            original(self, name, now)
+
+    patches.set(Session, "timer", timer)
+
+
+@mutant("peers keep the metadata of an agent that was replaced to stop a write (our own)", 135)
+def agent_metadata_frozen(patches: Patches) -> None:
+    patches.set(peers.Peers, "on_agent_replaced", lambda _self, _event: None)
 
 
 @mutant("a rank in both roles uses one staging slot for both at once (our own, found by seed 396)")

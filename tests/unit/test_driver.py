@@ -133,3 +133,15 @@ def test_a_ready_fence_that_raises_ends_its_room_at_once_and_no_other(
         assert (sender.error, receiver.error) == (None, None)
     assert source.manager.counters()["fences_raised"] == 1
     assert source.manager.leased_rooms == target.manager.leased_rooms == 0
+
+
+@pytest.mark.parametrize("transport", ["nixl"])
+def test_peers_write_to_a_rank_whose_agent_was_replaced(make_rank: MakeRank) -> None:
+    """A fence may cost the agent. Peers that knew the old one got NIXL_ERR_BACKEND for ever after."""
+    source, target = make_rank("prefill", fill=1), make_rank("both")
+    expect_a_room_to_go_through(source, target)
+    transport: Any = target.manager._transport
+    target.manager._driver.ask(lambda _core, _now: transport._replace_agent())
+    target.wait_until(lambda: target.manager.counters().get("agents_replaced") == 1, "the core is told")
+    expect_a_room_to_go_through(source, target)
+    assert (target.page(5) == source.page(4)).all()

@@ -87,7 +87,7 @@ class Core:
 
     def __init__(self, identity: Identity, settings: Settings) -> None:
         self._around = Surroundings(identity, settings)
-        self._peers = Peers(self._around, self._session_changed)
+        self._peers = Peers(self._around, self._session_changed, self._session_needed)
         self._transfers = Transfers(self._around, self._peers, self._transfer_changed)
         self._rooms = Rooms(self._around, self._peers, self._transfers)
         self._handlers: dict[type, Callable[..., None]] = {
@@ -153,7 +153,7 @@ class Core:
     @property
     def receiving(self) -> bool:
         """Whether a peer may be writing our memory now."""
-        return any(transfer.role == "target" and transfer.leased for transfer in self._transfers.live())
+        return self._transfers.receiving
 
     @property
     def quiet(self) -> bool:
@@ -297,6 +297,9 @@ class Core:
             self._rooms.session_changed(session)
         else:
             self._rooms.staging.sends = True
+
+    def _session_needed(self, session: Session) -> bool:
+        return self._rooms.needs(session) or self._transfers.any_with(session)
 
     def _transfer_changed(self, transfer: Transfer) -> None:
         self._rooms.transfer_changed(transfer)

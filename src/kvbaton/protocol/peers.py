@@ -17,11 +17,19 @@ from kvbaton.protocol.surroundings import Surroundings
 
 
 class Peers:
-    """See the module. ``on_change`` hears of every state that a session enters, before anything else happens."""
+    """See the module.
 
-    def __init__(self, around: Surroundings, on_change: Callable[[Session], None]) -> None:
+    Args:
+        on_change: called for each state that a session enters, before anything else happens.
+        is_needed: whether a room or a lease of ours depends on a session.
+    """
+
+    def __init__(
+        self, around: Surroundings, on_change: Callable[[Session], None], is_needed: Callable[[Session], bool]
+    ) -> None:
         self._around = around
         self._on_change = on_change
+        self.is_needed = is_needed
         self._dialing: set[str] = set()
         self._by_link: dict[LinkId, Session] = {}
         self._by_address: dict[str, Session] = {}

@@ -106,6 +106,10 @@ class Rooms:
         if room is not None:
             self._touch(room)
 
+    def needs(self, session: Session) -> bool:
+        """Whether a room of ours still waits for a session."""
+        return any(session.address in room.sources and room.error is None for room in self._targets.values())
+
     def dial_failed(self, address: str, error: KVBatonError) -> None:
         for room in list(self._targets.values()):
             if address in room.sources and not room.transfers:

@@ -12,7 +12,8 @@ A session is directed: its *role* is what we are in it. The target dials; the so
 - REFUSED    the pairing cannot work; the reason is kept for every request that asks. Where the transport failed, the
   next request begins the greeting again: what it lacked (a file descriptor, a route) may be there now
 - LOST       no sign of life for ``silence_seconds``, or it never answered; memory may still be written
-- GONE       the instance is fenced: its process closed, died, or another one answers at its address
+- GONE       the instance is fenced: its process closed, died, or another one answers at its address. Or nobody needs
+  the session any more: LOST or REFUSED for a while, and no room or lease of ours depends on the peer
 
 A session of a restarted peer is a new session: the instance id is minted when a process starts. The target of a LOST
 peer keeps pinging; a sign of life starts the greeting again. This module decides states and messages; what a change
@@ -89,6 +90,7 @@ class Desk(Protocol):
     def set_session_timer(self, session: Session, name: str, when: float) -> None: ...
     def cancel_session_timers(self, session: Session) -> None: ...
     def session_changed(self, session: Session) -> None: ...
+    def is_needed(self, session: Session) -> bool: ...
     def mint_greeting(self) -> int: ...
 
 
@@ -339,7 +341,10 @@ class Session:
         if name == "retry":
             self._send_hello(now)
         elif name == "forget" and self.error is not None:
-            self.bury(self.error, now)
+            if self.role == "target" and self.desk.is_needed(self):
+                self.desk.set_session_timer(self, "forget", now + settings.announce_seconds)
+            else:
+                self.bury(self.error, now)
         elif name == "deadline":
             self.lose(_unanswered(settings.handshake_seconds, self.name), now)
         elif name == "heartbeat":
@@ -362,7 +367,7 @@ class Session:
             self.error = None
         if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
             self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_seconds)
-        if state in (SessionState.LOST, SessionState.REFUSED) and self.role == "source":
+        if state in (SessionState.LOST, SessionState.REFUSED):
             self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
         self.desk.session_changed(self)
 

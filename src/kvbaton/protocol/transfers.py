@@ -43,6 +43,7 @@ class Transfers:
         self._tombstones: OrderedDict[TransferAddress, Transfer] = OrderedDict()
         self._forgotten_below: OrderedDict[str, int] = OrderedDict()
         self._writes: dict[WriteId, Transfer] = {}
+        self._leased: set[Transfer] = set()  # incoming, and a peer may still write
         self._graves: dict[str, OrderedDict[TransferAddress, None]] = {}  # tombstones by peer
         self._rooms_of: Counter[str] = Counter()  # live outgoing transfers, and the units granted in them, by peer
         self._units_of: Counter[str] = Counter()
@@ -51,6 +52,15 @@ class Transfers:
     def quiet(self) -> bool:
         """No write of ours is in flight."""
         return not self._writes
+
+    @property
+    def receiving(self) -> bool:
+        """Whether the memory of any transfer may still be written."""
+        return bool(self._leased)
+
+    def any_with(self, session: Session) -> bool:
+        """Whether a transfer of this session is live."""
+        return any((t.peer, t.role) == (session.peer, session.role) for t in self._live.values())
 
     def live(self) -> list[Transfer]:
         return list(self._live.values())
@@ -91,6 +101,7 @@ class Transfers:
         if transfer.role == "source":
             self._count(transfer, 1)
         table.begin(transfer, self._around.now)
+        self._note_lease(transfer)
 
     def step(self, transfer: Transfer, on: On, detail: object = None) -> None:
         """Apply one event to one transfer. Raises RemoteProtocolError for a message that must not be."""
@@ -101,7 +112,14 @@ class Transfers:
         finally:
             if transfer.state is State.CLOSED and before is not State.CLOSED:
                 self._bury(transfer)
+            self._note_lease(transfer)
             self._on_change(transfer)
+
+    def _note_lease(self, transfer: Transfer) -> None:
+        if transfer.role == "target" and transfer.leased:
+            self._leased.add(transfer)
+        else:
+            self._leased.discard(transfer)
 
     def _bury(self, transfer: Transfer) -> None:
         """Move a closed transfer to the tombstones. What is forgotten is refused from then on, never taken for new."""
@@ -202,6 +220,9 @@ class Transfers:
         graves = {address for of_peer in self._graves.values() for address in of_peer}
         if graves != self._tombstones.keys() or not all(self._graves.values()):
             raise InternalError("the tombstones by peer are not the tombstones")
+        leased = {transfer for transfer in self._live.values() if transfer.role == "target" and transfer.leased}
+        if leased != self._leased:
+            raise InternalError(f"leased transfers are miscounted: {self._leased ^ leased}")
         outgoing = [transfer for transfer in self._live.values() if transfer.role == "source"]
         if self._rooms_of != Counter(transfer.peer for transfer in outgoing):
             raise InternalError(f"live rooms by peer are miscounted: {self._rooms_of}")

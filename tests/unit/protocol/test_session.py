@@ -10,8 +10,10 @@ import pytest
 from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, TransportError
 from kvbaton.layout import CacheLayout
-from kvbaton.protocol.effects import FencePeer, KVPoll, PreparePeer, Send
+from kvbaton.protocol.effects import CloseLink, Dial, FencePeer, KVPoll, PreparePeer, Send
 from kvbaton.protocol.events import (
+    AgentReplaced,
+    Dialed,
     GrantsPublished,
     LinkRefused,
     LinkUp,
@@ -20,6 +22,7 @@ from kvbaton.protocol.events import (
     PeerPrepared,
     PeerUnprepared,
     ReceiverOpened,
+    TimePassed,
 )
 from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
 from kvbaton.protocol.settings import Settings
@@ -381,6 +384,22 @@ def test_a_peer_that_was_cut_off_is_reached_for_again_only_when_it_gives_a_sign_
     assert states(source) == ["ready"]
 
 
+def test_a_replaced_agent_is_announced_and_reached_anew() -> None:
+    """NIXL can stop a write only by destroying its agent: what peers knew of this rank's memory holds no more."""
+    world, source, target = pair()
+    meet(world, source, target)
+    target.do(AgentReplaced(b"another agent"))
+    world.run()
+    assert states(source) == states(target) == ["ready"]
+    (session,) = source.core._peers.all()
+    assert session.hello is not None
+    assert session.hello.agent_metadata == b"another agent"
+    hellos = [m for _, sender, _, m in world.trace if isinstance(m, Hello) and sender == "d0"]
+    world.inject(target, source, hellos[0])
+    assert session.hello.agent_metadata == b"another agent", "an old Hello that comes late changes nothing"
+    assert states(source) == ["ready"]
+
+
 # ---- life and loss --------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +411,31 @@ def test_both_sides_ping_and_neither_is_lost() -> None:
     for name in ("p0", "d0"):
         assert sum(isinstance(m, Ping) and sender == name for _, sender, _, m in world.trace) == 20
         assert sum(isinstance(m, Pong) and sender == name for _, sender, _, m in world.trace) == 20
+
+
+def test_peers_that_vanish_without_a_refusal_are_forgotten_once_nothing_needs_them() -> None:
+    """As in pod churn: addresses that swallow everything. Their sessions and links were kept for ever, with a message
+    a minute each, until no new prefill could be reached."""
+    _, _, target = pair()
+    core, now = target.core, 0.0
+    links: dict[str, LinkId] = {}
+    for number in range(200):
+        address = f"tcp://10.0.0.{number}:1"
+        for effect in core.handle(ReceiverOpened(number, (address,)), now):
+            if isinstance(effect, Dial):
+                links[address] = LinkId(number)
+                core.handle(Dialed(address, links[address]), now)
+    closed, sent_in_last_hour = set(), 0
+    while (deadline := core.next_deadline()) is not None and deadline < 24 * 3600:
+        now = max(now, deadline)
+        for effect in core.handle(TimePassed(), now):
+            if isinstance(effect, CloseLink):
+                closed.add(effect.link)
+            sent_in_last_hour += isinstance(effect, Send) and now > 23 * 3600
+    assert core.sessions() == []
+    assert closed == set(links.values())
+    assert sent_in_last_hour == 0
+    assert core.sizes()["timers"] == 0
 
 
 def test_one_missed_heartbeat_is_no_loss_and_two_are() -> None:
@@ -437,16 +481,30 @@ def test_a_lost_peer_fails_new_rooms_at_once() -> None:
     assert error_of(target, 2).message.startswith("no sign of life for 10.0 s")
 
 
-def test_a_source_forgets_a_target_that_stays_away_and_knows_it_when_it_returns() -> None:
+def test_a_source_forgets_a_target_that_stays_away_and_a_target_no_source_that_may_write_to_it() -> None:
+    scene = Scene()
+    scene.start()
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=1_000.0)
+    assert scene.status("target").leased
+    assert scene.source.core.sessions() == []
+    assert states(scene.target) == ["lost"]
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=1_060.0)  # ping → Stranger → Hello
+    assert not scene.status("target").leased
+    assert any(isinstance(m, Stranger) for *_, m in scene.world.trace)
+
+
+def test_both_forget_who_stays_away_and_meet_again_for_the_next_room() -> None:
     world, source, target = pair()
     meet(world, source, target)
     world.network = lambda _from, _to, _message: 0
     world.run(until=10.0 + QUICK.announce_seconds + 1.0)
-    assert source.core.sessions() == []
+    assert source.core.sessions() == target.core.sessions() == []
+    assert not target.links
     world.network = lambda _from, _to, _message: 1
-    world.run(until=40.0)  # ping → Stranger → Hello
+    meet(world, source, target, room=2)
     assert states(source) == states(target) == ["ready"], world.describe()
-    assert any(isinstance(m, Stranger) for *_, m in world.trace)
 
 
 def test_an_address_where_nobody_listens_fails_the_room_at_once_and_is_dialled_again() -> None:

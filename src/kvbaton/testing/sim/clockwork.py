@@ -49,6 +49,10 @@ class Clockwork:
         else:
             self._triggered.setdefault((trigger.event, trigger.nth), []).append((trigger.delay, action))
 
+    def end_triggers(self) -> None:
+        """Nothing waits for an event any more."""
+        self._triggered.clear()
+
     def happened(self, event: str) -> int:
         """Something with a name happened; returns how often it has by now."""
         self._seen[event] += 1

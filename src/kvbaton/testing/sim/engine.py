@@ -241,7 +241,14 @@ class SourceJob(Job):
         else:
             self._fill(number, spans, stir=False)
         self.process.clockwork.tell(self.process.name, f"engine: {self} submits tokens {start}..{stop}")
-        side.submit(spans, last=last, ready=lambda: number in self._ready)
+        side.submit(spans, last=last, ready=lambda: self._is_ready(number))
+
+    def _is_ready(self, number: int) -> bool:
+        if number in self._ready and number + 1 == self.request.ready_raises:
+            self.process.clockwork.fault("fence raises", self.process.name, f"chunk {number} of {self}")
+            self.process.world.judge.fence_raised(self)
+            raise RuntimeError("the accelerator has failed")
+        return number in self._ready
 
     def _fill(self, number: int, spans: Sequence[Span], *, stir: bool) -> None:
         """The accelerator has written the chunk."""

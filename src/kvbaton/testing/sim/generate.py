@@ -87,7 +87,7 @@ def generate(seed: int) -> Scenario:
     targets = tuple(_group(rng, model, f"d{i}", roomy=roomy, staged=staged) for i in range(max(several, _few(rng))))
     if theme == "storm" and rng.random() < 0.03:
         targets = (*targets[:-1], replace(targets[-1], misfit=True))
-    requests = _requests(rng, sources, targets, theme)
+    requests = _some_fences_raise(random.Random(f"fences of {seed}"), _requests(rng, sources, targets, theme), theme)
     faults = () if quiet else _faults(rng, sources, targets, theme)
     return Scenario(
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
@@ -159,6 +159,17 @@ def _requests(
     for number in range(max(count, {"reuse": 2, "rivals": 2, "both": 3}.get(theme, 1))):
         made.append(_request(rng, sources, targets, theme, made, number))
     return tuple(made)
+
+
+def _some_fences_raise(rng: random.Random, requests: tuple[Request, ...], theme: str) -> tuple[Request, ...]:
+    """An accelerator that fails while a chunk is computed."""
+    if theme == "clean" or rng.random() > 0.08:
+        return requests
+    at = rng.randrange(len(requests))
+    if requests[at].rival:
+        return requests
+    raising = replace(requests[at], ready_raises=rng.randint(1, len(requests[at].chunks)))
+    return (*requests[:at], raising, *requests[at + 1 :])
 
 
 def _request(

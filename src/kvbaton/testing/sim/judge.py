@@ -33,6 +33,7 @@ class Judge:
         self._first_abort: dict[int, float] = {}
         self._counted: dict[Process, tuple[int, int]] = {}
         self._delivered: dict[int, str] = {}
+        self._raised: list[Job] = []
         self.jobs: list[Job] = []
 
     # ---- the data plane -----------------------------------------------------------------------------------------
@@ -111,6 +112,11 @@ class Judge:
         if job.outcome is None:
             self._first_abort.setdefault(job.request.number, self._clockwork.now)
 
+    def fence_raised(self, job: Job) -> None:
+        self.aborted(job)
+        if job.outcome is None:
+            self._raised.append(job)
+
     def reported(self, process: Process, report: Report) -> None:
         status, poll = report.status, report.status.poll
         job = next((j for j in process.engine.jobs if j.side is process.manager.side_of(report)), None)
@@ -132,7 +138,8 @@ class Judge:
             self._check_bytes(job)
             return
         error = status.error
-        if error is None or error.code in ("error", "internal") or error.room != report.room:
+        ours = () if job.request.ready_raises else ("error", "internal")
+        if error is None or error.code in ours or error.room != report.room:
             raise self._violated("bad error", f"{job} failed with {error!r} of room {error.room if error else None}")
         self._world.results[error.code] += 1
         self._check_inbox(process, report)
@@ -187,6 +194,10 @@ class Judge:
 
     def turned(self, process: Process) -> None:
         core = process.manager.core
+        for job in self._raised:
+            if job.outcome is None:
+                raise self._violated("fence swallowed", f"{job} goes on, though the fence of its chunk has raised")
+        self._raised.clear()
         if process.handling is None:
             return
         process.handling = None
@@ -225,6 +236,20 @@ class Judge:
             self._check_agreement(request)
         if self._world.scenario.undisturbed:
             self._check_undisturbed()
+
+    def forgotten(self) -> None:
+        """Long after a host was lost: nobody holds a session with it that no room needs."""
+        for process in self._world.living():
+            for peer, role, state in process.manager.core.sessions():
+                address = peer.rpartition(" at ")[2]
+                if role == "target" and self._world.network.is_hole(address) and not process.engine.jobs:
+                    raise self._violated("session kept", f"{process.name} still holds a session with {peer}: {state}")
+
+    def worked_again(self, request: Request) -> None:
+        """When all faults are over, whoever lives serves as before."""
+        for job in (job for job in self.jobs if job.request is request):
+            if job.outcome is not KVPoll.Success:
+                raise self._violated("does not recover", f"{job}: {job.side}, {job.side.error if job.side else ''}")
 
     def _check_agreement(self, request: Request) -> None:
         """Where one source rank serves a room alone, its success is everybody's."""

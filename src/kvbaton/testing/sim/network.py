@@ -115,6 +115,14 @@ class Network:
                 end.flushed = flushed
                 self._break(end)
 
+    def is_hole(self, address: str) -> bool:
+        """Whether nothing at an address answers any more, not even with a refusal."""
+        return address in self._holes and address not in self._listeners
+
+    def end_faults(self) -> None:
+        """Nothing happens to messages any more."""
+        self._message_faults.clear()
+
     def dialled(self, end: End) -> None:
         self.clockwork.after(LATENCY_SECONDS[1], lambda: self._connect(end))
 

@@ -79,6 +79,7 @@ class Request(Struct, frozen=True, kw_only=True):
         publish_after: from then until the target engine publishes units.
         chunk_every: computing time of a chunk.
         ready_after: from submission of a chunk until its fence opens.
+        ready_raises: the fence of this chunk, counted from 1, raises when it should open; 0: none does.
         eager: submit chunks without waiting for the target.
         skip_prefix: the source submits nothing that the target holds already.
         source_abort, target_abort: when that engine gives it up; None: never.
@@ -100,6 +101,7 @@ class Request(Struct, frozen=True, kw_only=True):
     publish_after: float = 0.0
     chunk_every: float = 0.001
     ready_after: float = 0.0
+    ready_raises: int = 0
     eager: bool = False
     skip_prefix: bool = False
     source_abort: float | None = None

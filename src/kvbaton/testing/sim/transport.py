@@ -97,6 +97,11 @@ class Fabric:
     def add_prepare_fault(self, fault: PrepareFault) -> None:
         self.prepare_faults.add(fault.nth)
 
+    def end_faults(self) -> None:
+        """Nothing happens to writes any more."""
+        self.write_faults.clear()
+        self.prepare_faults.clear()
+
     def towards(self, instance: str) -> list[Write]:
         """Writes that may still touch the memory of an instance."""
         return list(self.flying.get(instance, ()))
@@ -113,6 +118,7 @@ class Fabric:
 @dataclass(slots=True)
 class _Peer:
     host: Host
+    generation: int
     tables: dict[TableId, tuple[Table, Table]] = field(default_factory=dict)
 
 
@@ -131,6 +137,7 @@ class SimTransport(Transport):
         self._writes: dict[Handle, Write] = {}
         self._ids = itertools.count(1)
         self._landing: list[tuple[Write, Run]] = []
+        self._generation = 0
         fabric.transports[host.instance] = self
 
     @property
@@ -141,18 +148,23 @@ class SimTransport(Transport):
         if self.closed or not regions:
             raise self._clockwork.violated("after close", f"{self.host.name} registers memory")
 
+    @property
+    def generation(self) -> int:
+        return self._generation
+
     def metadata(self) -> bytes:
-        return self.host.instance.encode()
+        return f"{self.host.instance}#{self._generation}".encode()
 
     def connect(self, peer: str, metadata: bytes) -> None:
         number = self._clockwork.happened("prepare")
-        there = self._fabric.transports.get(metadata.decode())
+        instance, _, generation = metadata.decode().rpartition("#")
+        there = self._fabric.transports.get(instance)
         if number in self._fabric.prepare_faults:
             self._clockwork.fault("peer unreachable", self.host.name, peer)
             raise TransportError("the simulated fabric refuses", peer=peer)
         if there is None or not there.host.alive or there.closed:
             raise DisconnectedError("the peer is gone", peer=peer)
-        self._peers[peer] = _Peer(there.host)
+        self._peers[peer] = _Peer(there.host, int(generation))
 
     def prepare(self, peer: str, source: Table, target: Table) -> TableId:
         table = TableId(next(self._ids))
@@ -177,7 +189,9 @@ class SimTransport(Transport):
                 self._fabric.inspector.posted(self.host, peer.host, run)
         write.fault = next((f for f in self._fabric.write_faults if f.nth <= number < f.nth + f.count), None)
         self._clockwork.tell(self.host.name, f"posts write {number} to {peer.host.name} of {merged.bytes} B")
-        return self._launch(write, number)
+        return self._launch(
+            write, number, stale=peer.generation != self._fabric.transports[peer.host.instance].generation
+        )
 
     def _run(self, target: Host, source_at: int, target_at: int, length: int) -> Run:
         ours, theirs = self.host.memory, target.memory
@@ -190,13 +204,13 @@ class SimTransport(Transport):
             tuple((unit, target.owner_of(unit, reading=False)) for unit in theirs.units_at(there, length)),
         )
 
-    def _launch(self, write: Write, number: int) -> Handle:
+    def _launch(self, write: Write, number: int, *, stale: bool) -> Handle:
         kind, seconds = (write.fault.kind, write.fault.seconds) if write.fault else ("", 0.0)
         if kind:
             self._clockwork.fault(f"write {kind}", self.host.name, f"write {number}")
         if kind in ("raises", "breaks", "never_settles"):
             write.flying.clear()
-        if not write.target.alive:
+        if stale or not write.target.alive:
             write.flying.clear()
         for run in list(write.flying):
             self._schedule(write, run, kind, seconds)
@@ -208,7 +222,7 @@ class SimTransport(Transport):
         if kind.startswith("breaks"):
             self._later(self._random.uniform(*LATENCY_SECONDS), write, WriteState.BROKEN)
         elif not write.flying and not kind:
-            self._later(0.5, write, WriteState.BROKEN)  # the peer is dead
+            self._later(0.5, write, WriteState.BROKEN)  # the peer is dead, or its agent was replaced
         return write.handle
 
     def _schedule(self, write: Write, run: Run, kind: str, seconds: float) -> None:
@@ -289,7 +303,19 @@ class SimTransport(Transport):
                 self._clockwork.fault("write broken by another peer's fence", self.host.name)
                 write.fault = write.fault or WriteFault(kind="breaks_and_lands")
                 write.state = WriteState.BROKEN
+        if pending and self._fence_breaks_others:
+            self._replace_agent()
         self._clockwork.tell(self.host.name, f"fences {peer}")
+
+    def _replace_agent(self) -> None:
+        """What peers know of us holds no more. Their writes under way break, and may land all the same."""
+        self._generation += 1
+        self._clockwork.fault("agent replaced", self.host.name)
+        for write in self._fabric.towards(self.host.instance):
+            if write.state is WriteState.PENDING and not write.stopped:
+                write.fault = write.fault or WriteFault(kind="breaks_and_lands")
+                write.state = WriteState.BROKEN
+                write.writer.host.stir()
 
     def _stop(self, write: Write) -> None:
         """Cut a write off: nothing reads our memory any more; what has left it may still be on its way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvbaton.manager import KVPoll
@@ -100,6 +101,7 @@ class World:
         self.network = Network(self.clockwork)
         self.fabric = Fabric(self.clockwork, self.judge)
         self.troubled_until = 0.0
+        self._healed = False
         self._instances: dict[str, Process] = {}
         self._places: dict[str, Process] = {}
         self._holes: set[str] = set()
@@ -226,10 +228,13 @@ class World:
         self.troubled_until = max(self.troubled_until, self.clockwork.now + seconds)
 
     def _cut(self, fault: LinkFault) -> None:
-        self._trouble(fault.seconds)
-        self.network.cut(fault)
+        if not self._healed:
+            self._trouble(fault.seconds)
+            self.network.cut(fault)
 
     def _strike(self, fault: RankFault) -> None:
+        if self._healed:
+            return
         process = self._places[fault.rank]
         self._trouble(fault.seconds)
         if fault.kind == "pause":
@@ -258,7 +263,12 @@ class World:
             self._step()
             if self._overdue():
                 break
-        self.judge.finish(self._excused())
+        excused = self._excused()
+        self.judge.finish(excused)
+        self._rest()
+        self.judge.forgotten()
+        if not (excused or self.scenario.misuses):
+            self._serve_again()
         give_up_at = self.clockwork.now + CLOSING_SECONDS
         while living := self.living():
             for process in living:
@@ -268,6 +278,42 @@ class World:
                 raise self.clockwork.violated("stuck", f"{self.living()[0]} does not close")
         while self.fabric.busy and self.clockwork.now < give_up_at:
             self._step()
+
+    def _rest(self) -> None:
+        """Long enough for whoever lives to find its peers again, and to forget those that it does not."""
+        settings = self.settings
+        recovery = 2 * (settings.silence_seconds + settings.handshake_seconds) + settings.announce_seconds
+        slowest = min((c.rate for g in (*self.scenario.sources, *self.scenario.targets) for c in g.clocks), default=1.0)
+        until = self.clockwork.now + recovery / slowest
+        while self.clockwork.now < until and self.clockwork.next is not None:
+            self._step()
+
+    def _serve_again(self) -> None:
+        """One more request for each two groups whose ranks all live, when nothing is disturbed any more."""
+        self._healed = True
+        self.clockwork.end_triggers()
+        self.network.end_faults()
+        self.fabric.end_faults()
+        for number, (source, target, back) in enumerate(self._able()):
+            request = Request(
+                number=1_000 + number, room=10_000 + number, source=source, target=target, back=back, chunks=(3,)
+            )
+            self._plan(request)
+            give_up_at = self.clockwork.now + self.most_seconds
+            while self._unstarted and self.clockwork.now < give_up_at:
+                self._step()
+            self.judge.worked_again(request)
+
+    def _able(self) -> Iterator[tuple[int, int, bool]]:
+        """Indices of a source and a target group that can serve, and whether the other way round."""
+        used_back = {(r.source, r.target) for r in self.scenario.requests if r.back}
+        for s, source in enumerate(self.scenario.sources):
+            for t, target in enumerate(self.scenario.targets):
+                places = [self._places[g.rank(n)] for g in (source, target) for n in range(g.size)]
+                if all(process.alive and not process.closing for process in places):
+                    yield s, t, False
+                    if (s, t) in used_back:
+                        yield s, t, True
 
     def _step(self) -> None:
         if not self.clockwork.step():
