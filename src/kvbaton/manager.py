@@ -287,7 +287,12 @@ class KVManager:
         self._driver.start()
 
     def close(self, reason: str = "shutdown") -> None:
-        """Fail what is live, tell the peers, release everything."""
+        """Fail what is live, tell the peers, destroy the transport.
+
+        A room that a peer may still write to stays ``leased``, and the links to its peers open, until the peer has
+        said or its end has proven that nothing is under way: destroying the transport proves it for our own writes
+        alone. The listening address is free at once.
+        """
         self._closed = True
         self._driver.close(reason)
 

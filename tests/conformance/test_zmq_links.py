@@ -20,6 +20,7 @@ from kvbaton.control.address import Address
 from kvbaton.control.base import MAX_MESSAGE_BYTES, Changed, LinkChange, LinkId
 from kvbaton.control.curve import CurveKeys
 from kvbaton.control.probe import LEAST_REFUSED_PAUSE_SECONDS, Finding, Probe
+from kvbaton.control.watch import Watch
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.errors import ConfigError
 from kvbaton.testing.links_conformance import LinksConformance, Log, until
@@ -30,6 +31,7 @@ connected = LinksConformance.connected
 ECHO = """
 import sys
 from kvbaton.control.base import Arrived
+from kvbaton.control.watch import Watch
 from kvbaton.control.zmq import ZmqLinks
 links = ZmqLinks(sys.argv[1])
 print(links.address, flush=True)
@@ -284,3 +286,30 @@ def test_a_probe_of_a_listener_proves_nothing() -> None:
         else:
             assert finding is Finding.OTHER
         probe.stop()
+
+
+def test_idle_links_are_not_looked_at(here: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 800 links each receive took 2.7 ms."""
+    with ExitStack() as stack:
+        for _ in range(20):
+            other = Log(stack.enter_context(ZmqLinks()))
+            link = LinksConformance.connected(here, other)
+        while here.links.receive():
+            pass
+        asked = []
+        real = Watch._is_ready
+        monkeypatch.setattr(Watch, "_is_ready", lambda watch, key: asked.append(key) or real(watch, key))
+        assert other.links.send(other_link(other, here, link), b"news")
+        until(lambda: b"news" in here.payloads(link), here)
+        assert {one for _, one in asked} <= {link, 0}
+        assert here.links.receive() == []
+        asked.clear()
+        assert here.links.receive() == []
+        assert asked == []
+
+
+def other_link(other: Log, here: Log, link: LinkId) -> LinkId:
+    """The accepted end of a link."""
+    assert here.links.send(link, b"hello")
+    until(lambda: b"hello" in other.payloads(), other)
+    return other.last_link()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from kvbaton.layout import CacheLayout
 from kvbaton.manager import READY, KVManager, KVPoll, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
+from kvbaton.transports.base import WriteState
 
 
 def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
@@ -118,6 +120,44 @@ def test_a_failed_room_is_in_quarantine_until_the_source_says_that_nothing_is_un
     target.network.heal(source.manager.address)
     target.wait_until(lambda: receiver.concluded, "the source has answered")
     assert target.manager.quarantined_rooms == 0
+
+
+@pytest.mark.parametrize("ending", ["the source answers", "the source has died"])
+def test_a_closed_manager_keeps_leased_what_may_still_be_written_until_that_is_proven(
+    make_rank: MakeRank, ending: str
+) -> None:
+    """Its transport is destroyed, which ends our own writes and nobody else's: over shared memory the kernel goes on
+    copying for a source that was only slow. For ever, it was, once the manager had closed."""
+    source, target = make_rank("prefill", fill=10), make_rank("decode")
+    _, receiver = begin(source, target)
+    target.network.cut(source.manager.address)
+    target.manager.close("made anew")
+    assert receiver.poll() is KVPoll.Failed
+    assert receiver.leased
+    assert (target.manager.leased_rooms, target.manager.quarantined_rooms) == (1, 1)
+    with target.network.listen(target.manager.address) as successor:
+        assert successor.address == target.manager.address
+    if ending == "the source has died":
+        source.manager.close()
+    target.network.heal(source.manager.address)
+    target.wait_until(lambda: receiver.concluded, "the proof")
+    assert target.manager.leased_rooms == 0
+    target.manager.close()
+
+
+@pytest.mark.parametrize("transport", ["nixl"])
+def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank) -> None:
+    """They end with the agent, whatever became of them."""
+    source, target = make_rank("prefill", fill=10), make_rank("decode")
+    sender, _ = begin(source, target)
+    transport: Any = source.manager._transport
+    poll = transport.poll
+    transport.poll = lambda handle: poll(handle) and WriteState.PENDING
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    source.wait_until(lambda: sender.poll() is KVPoll.Transferring, "the write is out")
+    source.manager.close()
+    assert sender.concluded
+    assert source.manager.leased_rooms == 0
 
 
 def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:

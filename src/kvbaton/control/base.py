@@ -88,6 +88,10 @@ class Links(ABC):
         return {}
 
     @abstractmethod
+    def stop_listening(self) -> None:
+        """Free the address that peers dial, for somebody else. Dialled links go on. Idempotent."""
+
+    @abstractmethod
     def close(self) -> None:
         """Close all links and the listening address. Idempotent."""
 

@@ -65,6 +65,10 @@ class Network:
             self._cut.discard(address)
             if address in self._listeners:
                 self._connect_waiting(address)
+                return
+            for end in self._dialled:
+                if end.address == address:
+                    end.owner.put(Changed(end.link, LinkChange.REFUSED))
 
     def dialled(self, end: _End) -> None:
         """Connect a new dialling end, now or when somebody listens."""
@@ -122,6 +126,7 @@ class MemoryLinks(Links):
         self._ends: dict[LinkId, _End] = {}
         self._ids = itertools.count(1)
         self._woken = False
+        self._listening = True
         self._closed = False
 
     def __repr__(self) -> str:
@@ -192,6 +197,12 @@ class MemoryLinks(Links):
             if end is not None and end.address:
                 self._network.hung_up(end)
 
+    def stop_listening(self) -> None:
+        with self._network.lock:
+            if self._listening:
+                self._listening = False
+                self._network.gone(self._address)
+
     def close(self) -> None:
         with self._network.lock:
             if self._closed:
@@ -200,7 +211,7 @@ class MemoryLinks(Links):
                 self.close_link(link)
             self._closed = True
             self._inbox.clear()
-            self._network.gone(self._address)
+            self.stop_listening()
             self._changed.notify_all()
 
     def _check_open(self) -> None:

@@ -12,6 +12,7 @@ What to know:
 - Without a secret only loopback addresses are used. With one, every message is encrypted, and a rank with another
   secret gets nothing through: its link never comes UP and is never REFUSED, and what it sends stays in its queue.
 - An accepted link lasts as long as one connection of the dialler: after a reconnect it has another id.
+- Idle links cost nothing: only what is ready is looked at (:mod:`kvbaton.control.watch`), and probes that are due.
 
 All waiting happens in ``wait``; there is no thread but ZeroMQ's own. This file must not know what messages mean.
 """
@@ -19,6 +20,7 @@ All waiting happens in ``wait``; there is no thread but ZeroMQ's own. This file 
 from __future__ import annotations
 
 import contextlib
+import enum
 import itertools
 import math
 import os
@@ -34,6 +36,7 @@ from kvbaton.control.address import Address
 from kvbaton.control.base import MAX_MESSAGE_BYTES, Arrived, Changed, LinkChange, LinkId, Links
 from kvbaton.control.curve import CurveKeys, Gate
 from kvbaton.control.probe import Finding, Probe
+from kvbaton.control.watch import Watch
 from kvbaton.errors import ConfigError, OverloadedError
 
 #: Most messages that wait in each direction of a link.
@@ -61,6 +64,21 @@ _CURVE_OVERHEAD_BYTES = 64
 
 _Socket = zmq.Socket[bytes]
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+
+class _Kind(enum.Enum):
+    """What is watched; of a link the DEALER, its monitor, and the probe of its address."""
+
+    WAKE = enum.auto()
+    ROUTER = enum.auto()
+    GATE = enum.auto()
+    DEALER = enum.auto()
+    MONITOR = enum.auto()
+    PROBE = enum.auto()
+
+
+_NO_LINK = LinkId(0)
+_WAKE, _ROUTER, _GATE = (_Kind.WAKE, _NO_LINK), (_Kind.ROUTER, _NO_LINK), (_Kind.GATE, _NO_LINK)
 
 
 @dataclass(eq=False, slots=True)
@@ -135,23 +153,26 @@ class ZmqLinks(Links):
         self._dialled: dict[LinkId, _Dialled] = {}
         self._accepted = _Accepted()
         self._ids = itertools.count(1)
-        self._turn = 0
+        self._probing: dict[LinkId, _Dialled] = {}
         self._context: zmq.Context[_Socket] = zmq.Context()
         self._context.max_sockets = 4 * MAX_DIALLED
-        self._poller = zmq.Poller()
+        self._watch: Watch[tuple[_Kind, LinkId]] = Watch()
         self._gate = Gate(self._context, self._keys) if self._keys else None
         self._router = self._new_socket(zmq.ROUTER, here)
         try:
             self._listen(here)
         except zmq.ZMQError as error:
+            self._watch.close()
             self._context.destroy(linger=0)
             raise ConfigError(f"cannot listen at {here}: {error.strerror}") from error
         port = Address.parse(self._router.getsockopt_string(zmq.LAST_ENDPOINT)).port
         self._address = Address(shown.host, port)
         self._wake_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        for readable in (self._router, self._wake_fd, *([self._gate.socket] if self._gate else [])):
-            self._poller.register(readable, zmq.POLLIN)
+        self._watch.add_file(_WAKE, self._wake_fd)
+        self._watch.add_socket(_ROUTER, self._router)
+        if self._gate is not None:
+            self._watch.add_socket(_GATE, self._gate.socket)
 
     def __repr__(self) -> str:
         up = sum(dialled.up for dialled in self._dialled.values())
@@ -201,10 +222,10 @@ class ZmqLinks(Links):
             self._keys.guard_client(socket)
         dialled = _Dialled(LinkId(next(self._ids)), socket, socket.get_monitor_socket(_EVENTS), Probe(there))
         socket.connect(str(there))
-        dialled.probe.start(time.monotonic(), PROBE_AFTER_SECONDS)
-        self._poller.register(dialled.socket, zmq.POLLIN)
-        self._poller.register(dialled.monitor, zmq.POLLIN)
         self._dialled[dialled.link] = dialled
+        self._watch.add_socket((_Kind.DEALER, dialled.link), dialled.socket)
+        self._watch.add_socket((_Kind.MONITOR, dialled.link), dialled.monitor)
+        self._start_probe(dialled, time.monotonic(), PROBE_AFTER_SECONDS)
         return dialled.link
 
     def send(self, link: LinkId, payload: bytes) -> bool:
@@ -213,8 +234,10 @@ class ZmqLinks(Links):
         identity = self._accepted.identities.get(link)
         try:
             if identity is not None:
+                self._watch.touched(_ROUTER)
                 self._router.send_multipart((identity, payload), zmq.NOBLOCK)
             elif link in self._dialled:
+                self._watch.touched((_Kind.DEALER, link))
                 self._dialled[link].socket.send(payload, zmq.NOBLOCK)
             else:
                 return False
@@ -232,9 +255,9 @@ class ZmqLinks(Links):
         dialled = self._dialled.pop(link, None)
         if dialled is None:
             return
-        dialled.probe.stop()
-        self._poller.unregister(dialled.socket)
-        self._poller.unregister(dialled.monitor)
+        self._stop_probe(dialled)
+        self._watch.remove((_Kind.DEALER, link))
+        self._watch.remove((_Kind.MONITOR, link))
         dialled.socket.disable_monitor()
         dialled.monitor.close(linger=0)  # a socket left open would make close() wait for ever
         dialled.socket.close(linger=0)
@@ -244,24 +267,22 @@ class ZmqLinks(Links):
     def receive(self) -> list[Arrived | Changed]:
         if self._context.closed:
             return []
-        ready = self._poll(0.0)
-        self._serve(ready)
-        self._read_messages(ready)
+        self._serve(self._watch.wait(0.0))
         batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
         return [item for item in batch if item.link in self._dialled or item.link in self._accepted.identities]
 
     def wait(self, timeout_seconds: float | None) -> None:
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while not self._inbox and not self._context.closed:
-            due = min((d.probe.due for d in self._dialled.values() if d.probe.due is not None), default=math.inf)
-            ready = self._poll(min(until, due) - time.monotonic())
-            self._serve(ready)
-            if self._wake_fd in ready:
+            due = min((d.probe.due for d in self._probing.values() if d.probe.due is not None), default=math.inf)
+            ready = self._watch.wait(min(until, due) - time.monotonic())
+            if _WAKE in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake_fd)
                 return
-            if self._router in ready or any(dialled.socket in ready for dialled in self._dialled.values()):
+            if any(kind in (_Kind.ROUTER, _Kind.DEALER) for kind, _ in ready):
                 return
+            self._serve(ready)
             if time.monotonic() >= until:
                 return
 
@@ -271,30 +292,40 @@ class ZmqLinks(Links):
                 with contextlib.suppress(BlockingIOError):  # the counter is full: wait returns anyway
                     os.eventfd_write(self._wake_fd, 1)
 
-    def _poll(self, timeout_seconds: float) -> set[_Socket | int]:
-        """What is ready, probes' file numbers included."""
-        probing = [d.probe.waits_on.fileno() for d in self._dialled.values() if d.probe.waits_on is not None]
-        for number in probing:
-            self._poller.register(number, zmq.POLLOUT)
-        timeout = None if timeout_seconds == math.inf else math.ceil(max(0.0, timeout_seconds) * 1000)
-        try:
-            return {readable for readable, _ in self._poller.poll(timeout)}
-        finally:
-            for number in probing:
-                self._poller.unregister(number)
-
-    def _serve(self, ready: set[_Socket | int]) -> None:
-        """Everything but messages: who may come in, which links changed, which addresses refuse."""
-        if self._gate and self._gate.socket in ready:
-            self._gate.answer()
+    def _serve(self, ready: list[tuple[_Kind, LinkId]]) -> None:
+        """Everything that is ready: who may come in, which links changed, which addresses refuse, then messages."""
         now = time.monotonic()
-        for dialled in self._dialled.values():
-            if dialled.monitor in ready:
-                self._read_monitor(dialled, now)
-            waits_on = dialled.probe.waits_on
-            finding = dialled.probe.step(now, waits_on is not None and waits_on.fileno() in ready)
-            if finding is Finding.REFUSED:
-                self._inbox.append(Changed(dialled.link, LinkChange.REFUSED))
+        answered = {link for kind, link in ready if kind is _Kind.PROBE}
+        for kind, link in ready:
+            if kind is _Kind.GATE and self._gate is not None:
+                self._gate.answer()
+            elif kind is _Kind.MONITOR:
+                self._read_monitor(self._dialled[link], now)
+        for dialled in list(self._probing.values()):
+            self._step_probe(dialled, now, answered=dialled.link in answered)
+        self._read_messages([key for key in ready if key[0] in (_Kind.ROUTER, _Kind.DEALER)])
+
+    def _start_probe(self, dialled: _Dialled, now: float, after_seconds: float = 0.0) -> None:
+        self._watch.remove((_Kind.PROBE, dialled.link))
+        dialled.probe.start(now, after_seconds)
+        self._probing[dialled.link] = dialled
+
+    def _stop_probe(self, dialled: _Dialled) -> None:
+        self._watch.remove((_Kind.PROBE, dialled.link))
+        dialled.probe.stop()
+        self._probing.pop(dialled.link, None)
+
+    def _step_probe(self, dialled: _Dialled, now: float, *, answered: bool) -> None:
+        """Only links that are not up are probed."""
+        key = (_Kind.PROBE, dialled.link)
+        before = dialled.probe.waits_on
+        if before is not None and (answered or (dialled.probe.due is not None and now >= dialled.probe.due)):
+            self._watch.remove(key)  # the step closes it
+        if dialled.probe.step(now, answered) is Finding.REFUSED:
+            self._inbox.append(Changed(dialled.link, LinkChange.REFUSED))
+        after = dialled.probe.waits_on
+        if after is not None and after is not before:
+            self._watch.add_file(key, after.fileno(), writable=True)
 
     def _read_monitor(self, dialled: _Dialled, now: float) -> None:
         for _ in range(SOCKET_BATCH):
@@ -304,27 +335,26 @@ class ZmqLinks(Links):
                 return
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 dialled.up = True
-                dialled.probe.stop()
+                self._stop_probe(dialled)
                 self._inbox.append(Changed(dialled.link, LinkChange.UP))
             elif event == zmq.EVENT_DISCONNECTED and dialled.up:
                 dialled.up = False
-                dialled.probe.start(now)
+                self._start_probe(dialled, now)
                 self._read_dealer(dialled, QUEUE_MESSAGES)  # what came before the break comes first
                 self._inbox.append(Changed(dialled.link, LinkChange.DOWN))
 
-    def _read_messages(self, ready: set[_Socket | int]) -> None:
-        """A few from each socket in turn, beginning with another one each time, until a batch is full."""
-        sources = [None, *(dialled for dialled in self._dialled.values() if dialled.socket in ready)]
-        self._turn = (self._turn + 1) % len(sources)
-        for source in sources[self._turn :] + sources[: self._turn]:
+    def _read_messages(self, ready: list[tuple[_Kind, LinkId]]) -> None:
+        """A few from each socket, those first that were not read last time, until a batch is full."""
+        for kind, link in ready:
             if len(self._inbox) >= BATCH:
                 return
-            if source is not None:
-                self._read_dealer(source, SOCKET_BATCH)
-            elif self._router in ready:
+            if kind is _Kind.ROUTER:
                 self._read_router()
+            elif link in self._dialled:
+                self._read_dealer(self._dialled[link], SOCKET_BATCH)
 
     def _read_dealer(self, dialled: _Dialled, most: int) -> None:
+        self._watch.touched((_Kind.DEALER, dialled.link))
         for _ in range(most):
             frames = _next_message(dialled.socket)
             if not frames:
@@ -333,6 +363,7 @@ class ZmqLinks(Links):
                 self._inbox.append(Arrived(dialled.link, frames[0]))
 
     def _read_router(self) -> None:
+        self._watch.touched(_ROUTER)
         for _ in range(SOCKET_BATCH):
             frames = _next_message(self._router)
             if not frames:
@@ -350,17 +381,26 @@ class ZmqLinks(Links):
             "inbox": len(self._inbox),
         }
 
+    def stop_listening(self) -> None:
+        if not self._context.closed and not self._router.closed:
+            self._watch.remove(_ROUTER)
+            self._router.close(linger=0)
+            self._accepted = _Accepted()
+
     def close(self) -> None:
         if self._context.closed:
             return
         for link in list(self._dialled):
             self.close_link(link)
         with self._wake_lock:
+            self._watch.remove(_WAKE)
             os.close(self._wake_fd)
             self._wake_fd = -1
-        self._router.close(linger=0)
+        self.stop_listening()
         if self._gate:
+            self._watch.remove(_GATE)
             self._gate.socket.close(linger=0)
+        self._watch.close()
         self._context.term()
 
 

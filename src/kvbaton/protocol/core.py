@@ -127,11 +127,12 @@ class Core:
         return self._around.timers.next()
 
     def farewell(self, reason: str) -> list[Effect]:
-        """Goodbyes to every peer; only true, and only allowed, when the core is quiet."""
+        """Goodbyes; only true, and only allowed, when the core is quiet. Not to a peer that has not proven yet that its
+        writes to us have ended: it is still asked to."""
         if not self.quiet:
             raise InternalError("a farewell promises that no write is in flight")
         for session in self._peers.all():
-            if session.peer:
+            if session.peer and not self._transfers.any_with(session):
                 goodbye = Goodbye(sender=self.instance, receiver=session.peer, reason=clip(reason))
                 self._around.send_on(session.link, goodbye)
         return self._around.take_effects()

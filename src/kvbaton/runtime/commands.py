@@ -29,7 +29,7 @@ class Command:
 
 
 class Commands:
-    """``post`` may be called from any thread, everything else belongs to the driver's.
+    """``post`` and ``ask`` may be called from any thread, everything else belongs to the driver's.
 
     ``wants_chunks``: whether a room may still use a chunk.
     """
@@ -39,6 +39,7 @@ class Commands:
         self._counters = counters
         self._posted: deque[Command] = deque()
         self._fenced: deque[Command] = deque()
+        self._questions: deque[Callable[[], None]] = deque()
 
     def __len__(self) -> int:
         """Commands that nobody has looked at."""
@@ -51,6 +52,14 @@ class Commands:
 
     def post(self, command: Command) -> None:
         self._posted.append(command)
+
+    def ask(self, question: Callable[[], None]) -> None:
+        """Have a question looked at on the driver's thread."""
+        self._questions.append(question)
+
+    def answer(self) -> None:
+        while self._questions:
+            self._questions.popleft()()
 
     def take(self) -> Iterator[Event]:
         """What is posted by now, but for chunks that have to wait."""

@@ -78,6 +78,7 @@ class DataPlane:
         self._quiescing: dict[str, tuple[float, int]] = {}
         self._to_fence: dict[str, float] = {}
         self._generation = transport.generation
+        self._closed = False
         #: How bytes were seen to travel, by peer; filled in after the first writes.
         self.evidence: dict[str, str] = {}
 
@@ -110,7 +111,7 @@ class DataPlane:
 
     @property
     def target_must_progress(self) -> bool:
-        return self._transport.capabilities.target_must_progress
+        return not self._closed and self._transport.capabilities.target_must_progress
 
     def next_fence(self) -> float | None:
         """When a fence that failed is due again."""
@@ -275,7 +276,16 @@ class DataPlane:
             self._happened(AgentReplaced(metadata))
 
     def close(self) -> None:
+        """Destroy the transport: no write of ours reads local memory any more. Writes of peers may still land: the
+        kernel copies between processes without asking for the agent of the one that is written to."""
+        self._closed = True
         self._transport.close()
+        writes = (*self._in_flight.values(), *self._broken)
+        for peer in dict.fromkeys([*self._to_fence, *(write.peer for write in writes)]):
+            self._happened(PeerFenced(peer))
+        self._in_flight.clear()
+        self._broken.clear()
+        self._to_fence.clear()
 
 
 def unforeseen(doing: str, error: Exception, peer: str) -> InternalError:

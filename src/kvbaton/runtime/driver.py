@@ -94,11 +94,10 @@ class Driver:
             clock=clock,
         )
         self._commands = Commands(core.wants_chunks, self.counters)
-        self._questions: deque[Callable[[], None]] = deque()
         self._spoiled: dict[int, KVBatonError] = {}  # target rooms whose bytes could not be copied to their pages
         self._active_at = 0.0
-        self._closing = threading.Event()
-        self._closing_at = 0.0
+        self._closing_at: float | None = None
+        self._parted = threading.Event()  # the transport is destroyed, and whoever may know it does
 
     @property
     def evidence(self) -> dict[str, str]:
@@ -127,7 +126,7 @@ class Driver:
             except Exception as error:  # noqa: BLE001 - the question is the asker's
                 answer.set_exception(error)  # it is told to whoever asked, and is no fault of this thread
 
-        self._questions.append(look)
+        self._commands.ask(look)
         self._links.wake()
         while self._thread.is_alive():
             try:
@@ -153,17 +152,17 @@ class Driver:
         """Fail what is live, settle, say goodbye, release everything. Idempotent."""
         self.stop(reason)
         if self._thread.ident is not None:
-            self._thread.join()
+            self._parted.wait()
         else:  # never started: rooms that were begun end all the same, and nothing stays open
             self._take_commands()
             self.farewell()
+            self.hang_up()
 
     def stop(self, reason: str) -> None:
         """Begin to close. Returns at once. Idempotent."""
-        if not self._closing.is_set():
+        if self._closing_at is None:
             self._commands.post(Command(ShutdownRequested(reason)))
             self._closing_at = self._clock()
-            self._closing.set()
             self._links.wake()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
@@ -174,11 +173,21 @@ class Driver:
             if self.finished():
                 break
             self._sleep()
-        self.farewell()
+        try:
+            self.farewell()
+            if self._core.receiving:  # somebody may still write our memory: wait for the proof that nobody does
+                self._links.stop_listening()
+                self._parted.set()
+            while self._core.receiving:
+                self._sleep()
+                self.turn()
+        finally:
+            self.hang_up()
+            self._parted.set()
 
     def finished(self) -> bool:
         """Whether a closing rank may go: its writes have settled, or it has waited for them long enough."""
-        if not self._closing.is_set():
+        if self._closing_at is None:
             return False
         late = self._clock() > self._closing_at + CLOSE_GRACE_SECONDS
         return not self._commands and (self._core.quiet or late)
@@ -188,7 +197,7 @@ class Driver:
         for step in (
             self._receive,
             self._take_commands,
-            self._answer_questions,
+            self._commands.answer,
             self._poll_writes,
             self._data.poll_quiescing,
             self._data.fence_due,
@@ -210,10 +219,6 @@ class Driver:
                 self._events.append(LinkUp(item.link))
             elif item.change is LinkChange.REFUSED:
                 self._events.append(LinkRefused(item.link))
-
-    def _answer_questions(self) -> None:
-        while self._questions:
-            self._questions.popleft()()
 
     def _pass_time(self) -> None:
         deadline = self._core.next_deadline()
@@ -349,11 +354,15 @@ class Driver:
             self._events.append(DialFailed(address, error))
 
     def farewell(self) -> None:
-        """Say goodbye where that is true, and release everything."""
+        """Say goodbye where that is true, and destroy the transport."""
         try:
             if self._core.quiet:
                 for effect in self._core.farewell("closing"):
                     self._perform(effect)
         finally:
             self._data.close()
-            self._links.close()
+            self._feed()
+
+    def hang_up(self) -> None:
+        """Close the links: nobody hears of this rank any more."""
+        self._links.close()

@@ -273,6 +273,19 @@ class LinksConformance(ABC):
         joined(waiter)
         assert [type(item) for item in here.links.receive()] == [Changed]
 
+    def test_an_address_is_free_once_nobody_listens_and_dialled_links_go_on(self, end: Callable[..., Log]) -> None:
+        here, there = end(), end()
+        link = self.connected(here, there)
+        here.links.stop_listening()
+        here.links.stop_listening()
+        successor = end(here.links.address)
+        assert successor.links.address == here.links.address
+        assert here.links.send(link, b"still here")
+        until(lambda: b"still here" in there.payloads(), here, there)
+        here.links.close()
+        other = end()
+        self.connected(other, successor)
+
     def test_close_is_idempotent_and_final(self, end: Callable[..., Log]) -> None:
         here, there = end(), end()
         link = self.connected(here, there)

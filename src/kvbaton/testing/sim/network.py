@@ -294,6 +294,9 @@ class SimLinks(Links):
         if end is not None and end.peer is not None and end.address:
             end.peer.peer = None
 
+    def stop_listening(self) -> None:
+        """Nobody stands up at the address of a process that has not ended: it may stay as it is."""
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

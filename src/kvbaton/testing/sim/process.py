@@ -155,6 +155,7 @@ class Process:
             self.engine.notice()
         if driver.finished():
             driver.farewell()
+            driver.hang_up()
             self.world.judge.closed(self)
             self._end()
             return
