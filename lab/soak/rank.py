@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.errors import ExpiredError, KVBatonError, TransferFailedError
-from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 from lab.soak.config import LAYERS, PAGES, TOKENS, Side, SoakConfig
@@ -141,7 +141,7 @@ class SoakRank:
             room.handed_over = True
         elif room.side.poll() is KVPoll.WaitingForInput:
             self._words[:, room.slot] = number
-            room.side.submit([span], last=True, ready=READY)
+            room.side.submit([span], last=True, ready=ALWAYS_READY)
             room.handed_over = True
 
     def _outcome(self, number: int, room: _Live) -> str:

@@ -41,7 +41,17 @@ from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
 from kvbaton.transports.base import Transport
 
-__all__ = ["READY", "Finished", "KVManager", "KVPoll", "KVReceiver", "KVSender", "Moment", "Span", "new_instance"]
+__all__ = [
+    "ALWAYS_READY",
+    "Finished",
+    "KVManager",
+    "KVPoll",
+    "KVReceiver",
+    "KVSender",
+    "Moment",
+    "Span",
+    "new_instance",
+]
 
 #: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
 #: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
@@ -51,7 +61,7 @@ Span = Grant
 MAX_ROOM = (1 << 63) - 1
 
 
-def READY() -> bool:  # noqa: N802 - used like a constant
+def ALWAYS_READY() -> bool:  # noqa: N802 - used like a constant
     """The fence of data that is already in memory."""
     return True
 
@@ -163,8 +173,8 @@ class KVSender(_Side):
         Args:
             spans: the units that hold the chunk, one span per pool.
             last: nothing follows; its token range ends with the prompt.
-            ready: returns true once the data is in memory (a CUDA event's query, or :data:`READY`). Nothing is read
-                before that. Called from the driver thread; must not block.
+            ready: returns true once the data is in memory (a CUDA event's query, or :data:`ALWAYS_READY`). Nothing is
+                read before that. Called from the driver thread; must not block.
 
         Raises:
             LayoutError: a span names units that do not exist or do not fit its token range.

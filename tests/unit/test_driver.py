@@ -12,7 +12,7 @@ import pytest
 from ranks import MakeRank, RankHarness, begin, finish
 
 from kvbaton.errors import ExpiredError
-from kvbaton.manager import READY, KVPoll, Span
+from kvbaton.manager import ALWAYS_READY, KVPoll, Span
 from kvbaton.protocol.settings import Settings
 
 WHOLE = [Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))]
@@ -34,7 +34,7 @@ def breaking(thing: object, name: str, patch: pytest.MonkeyPatch, *, times: int)
 
 def expect_a_room_to_go_through(source: RankHarness, target: RankHarness) -> None:
     sender, receiver = begin(source, target)
-    sender.submit(WHOLE, last=True, ready=READY)
+    sender.submit(WHOLE, last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert (sender.error, receiver.error) == (None, None)
 
@@ -62,7 +62,7 @@ def test_a_write_that_falls_over_ends_its_room_and_no_other(
     source, target = make_rank("prefill", fill=1), make_rank("decode")
     sender, receiver = begin(source, target)
     raised = breaking(source.manager._transport, name, monkeypatch, times=1)
-    sender.submit(WHOLE, last=True, ready=READY)
+    sender.submit(WHOLE, last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert raised() == 1
     assert (sender.poll(), receiver.poll()) == (KVPoll.Failed, KVPoll.Failed)
@@ -81,7 +81,7 @@ def test_a_fence_that_falls_over_is_tried_again_until_the_pages_are_free(
     sender, receiver = begin(source, target)
     breaking(source.manager._transport, "post", monkeypatch, times=1)
     fences = breaking(source.manager._transport, "fence", monkeypatch, times=3)
-    sender.submit(WHOLE, last=True, ready=READY)
+    sender.submit(WHOLE, last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert fences() == 3
     assert source.manager.sizes()["peers_to_fence"] == 0

@@ -10,7 +10,7 @@ from kinds import DENSE, EVERYTHING, GQA, Request
 
 from kvbaton.control.memory import Network
 from kvbaton.layout import Coordinates
-from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, new_instance
 from kvbaton.transports import make_transport
 
 
@@ -52,7 +52,7 @@ class Managers:
             receiver.publish(self.request.grants(manager.layout), token_count=self.request.prompt.tokens)
         return senders, receivers
 
-    def submit(self, senders: list[KVSender], fence: Callable[[], bool] = READY) -> None:
+    def submit(self, senders: list[KVSender], fence: Callable[[], bool] = ALWAYS_READY) -> None:
         for manager, sender in zip(self.sources, senders, strict=True):
             for number in range(len(self.request.chunks)):
                 last = number == len(self.request.chunks) - 1

@@ -22,7 +22,7 @@ from kvbaton.errors import (
     OverloadedError,
 )
 from kvbaton.layout import CacheLayout
-from kvbaton.manager import READY, KVManager, KVPoll, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 from kvbaton.transports.base import WriteState
@@ -32,8 +32,8 @@ def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=1), make_rank("decode")
     sender, receiver = begin(source, target)
     assert sender.poll() is KVPoll.WaitingForInput
-    sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=READY)
-    sender.submit([Span("kv", 16, 40, (6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=ALWAYS_READY)
+    sender.submit([Span("kv", 16, 40, (6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert (sender.poll(), receiver.poll()) == (KVPoll.Success, KVPoll.Success)
     for mine, theirs in zip((5, 3, 1), (4, 6, 2), strict=True):
@@ -49,7 +49,7 @@ def test_many_rooms_one_after_another_never_hang(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=2), make_rank("decode")
     for _ in range(50):
         sender, receiver = begin(source, target)
-        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
         finish(source, target, sender, receiver)
         assert receiver.error is None
     assert [done.error for done in target.manager.take_finished()] == [None] * 50
@@ -63,7 +63,7 @@ def test_nothing_is_read_before_the_fence(make_rank: MakeRank) -> None:
     ready = threading.Event()
     sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ready.is_set)
     other_sender, other_receiver = begin(source, target)
-    other_sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    other_sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     finish(source, target, other_sender, other_receiver)
     target.kv[:] = 0
     source.page(4)[:] = 77
@@ -153,7 +153,7 @@ def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank) -
     transport: Any = source.manager._transport
     poll = transport.poll
     transport.poll = lambda handle: poll(handle) and WriteState.PENDING
-    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     source.wait_until(lambda: sender.poll() is KVPoll.Transferring, "the write is out")
     source.manager.close()
     assert sender.concluded
@@ -168,18 +168,18 @@ def test_wrong_use_is_refused_where_it_happens(make_rank: MakeRank) -> None:
     with pytest.raises(OverloadedError, match="1 rooms are live"):
         source.manager.sender(6)
     with pytest.raises(LayoutError, match="need 3 units"):
-        sender.submit([Span("kv", 0, 40, (4, 6))], last=True, ready=READY)
+        sender.submit([Span("kv", 0, 40, (4, 6))], last=True, ready=ALWAYS_READY)
     with pytest.raises(LayoutError, match=r"outside 0\.\.63"):
-        sender.submit([Span("kv", 0, 16, (64,))], last=True, ready=READY)
+        sender.submit([Span("kv", 0, 16, (64,))], last=True, ready=ALWAYS_READY)
     with pytest.raises(LayoutError, match="no pool 'state'"):
-        sender.submit([Span("state", 0, 0, (1,))], last=True, ready=READY)
+        sender.submit([Span("state", 0, 0, (1,))], last=True, ready=ALWAYS_READY)
     with pytest.raises(ConfigError, match="every prefill rank"):
         source.manager.receiver(7, [])
     with pytest.raises(ConfigError, match="outside"):
         source.manager.receiver(-1, ["memory://1"])
-    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     with pytest.raises(LocalProtocolError, match="the last chunk of room 5 was submitted"):
-        sender.submit([Span("kv", 40, 48, (7,))], last=False, ready=READY)
+        sender.submit([Span("kv", 40, 48, (7,))], last=False, ready=ALWAYS_READY)
     receiver = make_rank("decode").manager.receiver(5, [source.manager.address])
     receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
     with pytest.raises(LocalProtocolError, match="units were published for room 5 already"):
@@ -209,7 +209,7 @@ def test_a_source_that_nobody_listens_for_is_named(make_rank: MakeRank) -> None:
 def test_a_finished_room_leaves_a_story_and_no_lease(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=7), make_rank("decode")
     sender, receiver = begin(source, target)
-    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert source.manager.story(sender.room)[-1].endswith("closed")
     assert target.manager.leased_rooms == 0
@@ -223,7 +223,7 @@ def test_a_timeline_says_how_long_ago_and_what_is_awaited(make_rank: MakeRank) -
     assert ages == sorted(ages, reverse=True)
     assert moments[-1].seconds_ago == 0.0
     assert moments[-1].text.startswith("now WaitingForInput: ")
-    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     target.manager.close()
     assert [m for m in target.manager.timeline(sender.room) if m.text.startswith("now")] == []
@@ -234,7 +234,7 @@ def test_tables_are_empty_again_when_the_last_room_is_over(make_rank: MakeRank) 
     source, target = make_rank("prefill", fill=9), make_rank("decode")
     for _ in range(3):
         sender, receiver = begin(source, target)
-        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=READY)
+        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
         finish(source, target, sender, receiver)
     for rank in (source, target):
         sizes = rank.manager.sizes()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvbaton.control.memory import Network
 from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, kv_pool, pool_bytes
-from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.server.rank import Rank as ServerRank
 from kvbaton.serving.server.stack import handoffs_of
@@ -78,7 +78,7 @@ class Room:
         self.receiver: KVReceiver = ring.target.manager.receiver(number, addresses)
         self.receiver.publish([Span("kv", 0, TOKENS, tuple(self.target_pages.tolist()))], token_count=TOKENS)
 
-    def submit(self, fence: Callable[[], bool] = READY) -> None:
+    def submit(self, fence: Callable[[], bool] = ALWAYS_READY) -> None:
         units = self.source_pages.tolist()
         for sender in self.senders:
             sender.submit([Span("kv", 0, CUT, tuple(units[:1]))], last=False, ready=fence)

@@ -19,7 +19,7 @@ from kvbaton.bench.scenario import Scenario, buffer
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.errors import ExpiredError, KVBatonError
 from kvbaton.layout import CacheLayout, Coordinates
-from kvbaton.manager import READY, KVManager, KVPoll, KVReceiver, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, Span, new_instance
 from kvbaton.plan.pair import pair_plan
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
@@ -144,7 +144,7 @@ class BenchRank:
             for room, sender in list(unsent.items()):
                 if sender.poll() is KVPoll.WaitingForInput:
                     pages = tuple(self._pages[room - first].tolist())
-                    sender.submit([Span("kv", 0, self._scenario.tokens, pages)], last=True, ready=READY)
+                    sender.submit([Span("kv", 0, self._scenario.tokens, pages)], last=True, ready=ALWAYS_READY)
                     del unsent[room]
             for room, sender in list(senders.items()):
                 if sender.concluded:

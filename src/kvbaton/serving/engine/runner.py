@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvbaton.errors import InternalError
-from kvbaton.manager import READY
+from kvbaton.manager import ALWAYS_READY
 from kvbaton.serving.engine.cache import Extent, PagedCache, View
 from kvbaton.serving.engine.collective import Collective
 from kvbaton.serving.engine.geometry import DTYPES
@@ -84,7 +84,7 @@ class ModelRunner:
     def fence(self) -> Callable[[], bool]:
         """A callable that turns true when everything computed so far has reached the pools' memory."""
         if self._device.type != "cuda":
-            return READY
+            return ALWAYS_READY
         event = torch.cuda.Event()
         event.record()
         return event.query  # type: ignore[no-any-return]
