@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvbaton
+from kvbaton.transports import nixl_package
 
 ROOT = Path(kvbaton.__file__).parent
 LAB = Path(__file__).parents[2] / "lab"
@@ -38,8 +39,10 @@ CORE = ("kvbaton.errors", "kvbaton.layout", "kvbaton.plan", "kvbaton.protocol")
 IMPURE = {"threading", "socket", "time", "os", "logging", "asyncio", "subprocess", "torch", "zmq", "random"}
 
 #: Where a library may be imported, by package.
-HOMES = {
-    "nixl_cu12": ("kvbaton.transports.nixl", "kvbaton.bench.leanest"),
+HOMES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        nixl_package.PACKAGES, ()
+    ),  # imported by name, whichever there is, by kvbaton.transports.nixl_package
     "zmq": ("kvbaton.control", "kvbaton.testing"),
     "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
     "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
@@ -145,7 +148,7 @@ def test_importing_the_facade_needs_only_core_dependencies() -> None:
             continue
         for imported in imports(trees[name], eager_only=True):
             todo += [imported, imported.rpartition(".")[0] or imported]
-    assert not foreign & {"torch", "transformers", "aiohttp", "rich", "nixl_cu12"}, foreign
+    assert not foreign & {"torch", "transformers", "aiohttp", "rich", *nixl_package.PACKAGES}, foreign
 
 
 def test_no_pickle_and_no_sleep_where_it_matters() -> None:

@@ -2,7 +2,7 @@
 
 Leanest: prepared tables, no progress thread, one post with a notification per room and peer, spinning on both sides;
 no protocol, no failure handling, no fairness. It shares the plan's tables with kvbaton, nothing else: besides the NIXL
-transport this is the only file that imports nixl, so that the baseline cannot inherit what the transport does.
+transport this is the only file that uses nixl, so that the baseline cannot inherit what the transport does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvbaton.errors import TransportError
 from kvbaton.layout import Region
 from kvbaton.plan.pair import PartPlan
+from kvbaton.transports import nixl_package
 
 Entries = tuple[NDArray[np.int32], NDArray[np.int32]]
 
@@ -24,9 +25,9 @@ class Leanest:
     """One raw NIXL agent over one registered region."""
 
     def __init__(self, name: str, region: Region) -> None:
-        from nixl_cu12._api import nixl_agent, nixl_agent_config
-
-        self.agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, num_threads=0, backends=["UCX"]))
+        nixl: Any = nixl_package.load()
+        config = nixl.nixl_agent_config(enable_prog_thread=False, num_threads=0, backends=["UCX"])
+        self.agent: Any = nixl.nixl_agent(name, config)
         self._region = region
         rows = np.array([[region.address, region.length, 0]], dtype=np.uint64)
         self._registered = self.agent.register_memory(rows, "DRAM")

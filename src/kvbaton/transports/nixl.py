@@ -1,4 +1,4 @@
-"""The NIXL data plane: UCX writes from registered memory into a peer's. The only file that imports nixl.
+"""The NIXL data plane: UCX writes from registered memory into a peer's.
 
 Rules, each from measurement (``docs/design.md`` keeps the figures):
 
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import ConfigError, DisconnectedError, TransportError
 from kvbaton.layout import Region
+from kvbaton.transports import nixl_package
 from kvbaton.transports.base import (
     Capabilities,
     Handle,
@@ -111,11 +112,7 @@ class _Library:
     @staticmethod
     def _import() -> Any:
         raise_exceptions = logging.raiseExceptions
-        try:
-            import nixl_cu12._api as api
-        except ImportError as error:
-            hint = "pip install nixl-cu12, or use the memory transport"
-            raise TransportError(f"nixl cannot be imported: {error}", hint=hint) from error
+        api = nixl_package.load()
         logging.raiseExceptions = raise_exceptions  # nixl turns it off for the whole process
         if "NIXL_LOG_LEVEL" not in os.environ:  # and writes INFO lines to stdout, which belongs to data
             logger = logging.getLogger("nixl")
