@@ -29,7 +29,7 @@ says what to do. ``peer`` and ``room`` are filled where they are known. Errors c
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 Fault = Literal["local", "remote", "environment", "bug"]
 
@@ -55,10 +55,17 @@ class KVBatonError(Exception):
         self.hint = hint
         self.phase = ""
 
+    def again(self) -> Self:
+        """The same error, to be raised once more: an instance that is raised twice collects the tracebacks of all, and
+        is shared between the threads that catch it."""
+        twin = copy.copy(self)
+        twin.__traceback__ = twin.__cause__ = twin.__context__ = None
+        return twin
+
     def in_room(self, room: int, phase: str = "") -> KVBatonError:
         """The same error as the cause of one room's end, which was in ``phase`` (a poll state) then; the original may
         be the cause of many."""
-        twin = copy.copy(self)
+        twin = self.again()
         twin.room = room
         twin.phase = self.phase or phase
         return twin

@@ -96,19 +96,20 @@ def test_a_group_is_as_far_as_its_slowest_rank(polls: tuple[KVPoll, ...]) -> Non
 
 def test_orders_and_errors_go_there_and_back() -> None:
     here, there = multiprocessing.Pipe()
-    follower: Pipe[Order] = Pipe(here, "the leader", Order)
-    leader: Pipe[Report] = Pipe(there, "rank 1", Report)
+    follower: Pipe[Order] = Pipe(here, "the leader", Order, side="child")
+    leader: Pipe[Report] = Pipe(there, "rank 1", Report, side="parent")
     order = Submit(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
     leader.send(order)
-    assert follower.hear() == order
+    assert follower.recv() == order
     error = PeerLostError("gone", peer="rank 1", hint="wait").in_room(5, "Transferring")
     follower.send(Fares(7, KVPoll.Failed, True, error=error))
-    back = leader.hear()
+    back = leader.recv()
     assert isinstance(back, Fares)
     assert (back.side, back.poll, back.leased, str(back.error)) == (7, KVPoll.Failed, True, str(error))
     assert (type(back.error), back.error and back.error.hint) == (PeerLostError, "wait")
     follower.close()
     assert leader.waits(0)
-    assert leader.hear() is None
+    assert leader.recv() is None
     with pytest.raises(InternalError, match=r"^rank 1 is gone"):
         leader.send(order)
+    leader.close()

@@ -1,11 +1,13 @@
 """A group of ranks in one ``serve``: what it is refused for, and what becomes of it when a rank dies."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import urllib.error
 import urllib.request
 
+import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -41,6 +43,34 @@ def test_data_parallel_ranks_answer_alike_and_the_server_ends_when_one_is_killed
         assert msgspec.json.decode(refused.value.read())["error"]["param"] == "data_parallel_rank"
         os.kill(psutil.Process(process.pid).children()[1].pid, signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) == 1
+
+
+def test_a_stopped_rank_keeps_nobody_else_waiting_and_answers_when_it_goes_on() -> None:
+    """More than fits into its pipe was sent to it: the event loop waited for it, /health and the other rank as well."""
+    longest = {"prompt": [7] * 400, "max_tokens": 1, "temperature": 0}
+    short = {"prompt": "a7=3MB0;?a7=", "max_tokens": 4, "temperature": 0}
+
+    async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, object], rank: int) -> int:
+        async with session.post(f"{url}/v1/completions", json=body | {"data_parallel_rank": rank}) as response:
+            await response.read()
+            return response.status
+
+    async def scenario(url: str, stopped: psutil.Process) -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60), connector=connector) as session:
+            stopped.suspend()
+            waiting = [asyncio.create_task(ask(session, url, longest, 1)) for _ in range(500)]
+            async with asyncio.timeout(10):
+                for _ in range(20):
+                    async with session.get(f"{url}/health") as response:
+                        assert response.status == 200
+                    assert await ask(session, url, short, 0) == 200
+            assert not any(task.done() for task in waiting)
+            stopped.resume()
+            assert set(await asyncio.gather(*waiting)) == {200}
+
+    with serving("--model", "recall", "--port", "0", "--data-parallel-size", "2") as (process, url):
+        asyncio.run(scenario(url, psutil.Process(process.pid).children()[1]))
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ class Rooms:
             for failed in (self._failed_before_open, self._failed_before_sender):
                 unmet = failed.get(key.room)
                 if unmet is not None and unmet.refuses(session):
-                    raise unmet.error
+                    raise unmet.error.again()
             if len(self._sources) >= self._around.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)

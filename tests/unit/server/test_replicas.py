@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -17,10 +21,9 @@ from kvbaton.discovery.registry import Coordinates, Route, Sizes
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
 from kvbaton.manager import Moment
 from kvbaton.plan.layout_file import RankLayout
-from kvbaton.serving.engine.pipe import Died, Pipe
+from kvbaton.serving.engine.pipe import tell_death
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.server.replica import Handoffs, StagingUse
-from kvbaton.serving.server.replica_orders import Order
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica, Replicas
 from kvbaton.serving.testing.engine import ScriptedEngine, spell
@@ -96,14 +99,14 @@ class Setup:
             remote.start(PATIENCE_SECONDS)
         self.replicas = Replicas(self.remotes, balance, lambda room, rank: self.placed.append((room, rank)))
 
-    def _live(self, process: ReplicaProcess, connection: object) -> None:
+    def _live(self, process: ReplicaProcess, connection: Connection) -> None:
         try:
             process.run()
         except KVBatonError as error:
             self.raised.put(error)
-            Pipe[Order](connection, "the server", Order).send(Died(error))  # type: ignore[arg-type]
+            tell_death(connection, error)
         finally:
-            connection.close()  # type: ignore[attr-defined]
+            connection.close()
 
     def submit(self, request_id: str, *, room: int | None = None, dp_rank: int | None = None) -> SimpleQueue[Output]:
         """Everything that the request is answered with."""
@@ -267,7 +270,7 @@ def test_a_rank_that_loses_a_process_ends_what_it_had_and_says_so_once(make: Mak
     setup.engines[0].on_lost(InternalError("rank 1 of this group is lost"))
     error = told.get(timeout=PATIENCE_SECONDS)
     assert "data-parallel rank 0 is lost: rank 1 of this group is lost" in str(error)
-    assert heard(lost).error is error
+    assert str(heard(lost).error) == str(error)
     assert setup.replicas.failure is error
     with pytest.raises(InternalError, match="data-parallel rank 0 is lost"):
         setup.submit("t", dp_rank=0)
@@ -281,6 +284,36 @@ def test_a_rank_that_loses_a_process_ends_what_it_had_and_says_so_once(make: Mak
     assert heard(kept).final
 
 
+def test_a_rank_that_is_lost_after_it_has_answered_is_told_all_the_same(make: Make) -> None:
+    """The question was answered and not yet taken from the table: InvalidStateError ended the listener, and the server
+    went on without its rank."""
+    setup = make()
+    told: SimpleQueue[KVBatonError] = SimpleQueue()
+    setup.replicas.watch(told.put)
+    answered: Future[Any] = Future()
+    answered.set_result(None)
+    setup.remotes[0]._questions[99] = answered
+    setup.engines[0].on_lost(InternalError("rank 1 of this group is lost"))
+    assert "data-parallel rank 0 is lost" in str(told.get(timeout=PATIENCE_SECONDS))
+
+
+def test_each_caller_gets_an_error_of_its_own(make: Make) -> None:
+    """One instance raised again and again collects every caller's traceback."""
+    setup = make()
+    told: SimpleQueue[KVBatonError] = SimpleQueue()
+    setup.replicas.watch(told.put)
+    setup.engines[0].on_lost(InternalError("rank 1 of this group is lost"))
+    told.get(timeout=PATIENCE_SECONDS)
+    raised = []
+    for number in range(3):
+        with pytest.raises(InternalError) as caught:
+            setup.submit(f"r{number}", dp_rank=0)
+        raised.append(caught.value)
+    assert len({id(error) for error in raised}) == 3
+    depths = [len(traceback.extract_tb(error.__traceback__)) for error in raised]
+    assert len(set(depths)) == 1, depths
+
+
 def test_a_rank_whose_engine_dies_ends(make: Make) -> None:
     setup = make()
     told: SimpleQueue[KVBatonError] = SimpleQueue()
@@ -291,7 +324,7 @@ def test_a_rank_whose_engine_dies_ends(make: Make) -> None:
 
 def test_what_keeps_a_rank_from_being_ready_is_raised() -> None:
     here, there = multiprocessing.Pipe()
-    Pipe[Order](there, "the server", Order).send(Died(ConfigError("no such model")))
+    tell_death(there, ConfigError("no such model"))
     with pytest.raises(ConfigError, match="no such model"):
         RemoteReplica(0, here).start(PATIENCE_SECONDS)
     here, there = multiprocessing.Pipe()

@@ -59,7 +59,7 @@ class Follower:
     """One rank's loop. ``run`` returns when the leader says so or is gone. Without ``manager`` it only computes."""
 
     def __init__(self, connection: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
-        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order)
+        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order, side="child")
         self._runner = runner
         self._pools = pools
         self._manager = manager
@@ -77,7 +77,7 @@ class Follower:
         self._reporter.start()
         try:
             while True:
-                order = self._pipe.hear()
+                order = self._pipe.recv()
                 if order is None:
                     logger.info("the leader of this group has gone")
                     return
@@ -88,6 +88,7 @@ class Follower:
             self._stopping = True
             self._wakeup.set()
             self._reporter.join()
+            self._pipe.release()
 
     def _do(self, order: orders.Order) -> None:
         if isinstance(order, orders.Forward):

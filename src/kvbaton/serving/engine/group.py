@@ -39,7 +39,7 @@ class Member:
 
     def __init__(self, rank: int, connection: Connection) -> None:
         self.rank = rank
-        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report)
+        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report, side="parent")
         self.ready: orders.Ready | None = None
 
     def await_ready(self, seconds: float) -> orders.Ready:
@@ -71,7 +71,7 @@ class Group:
     def order(self, order: orders.Order) -> None:
         """Tell every follower. Raises InternalError when the group is broken."""
         if self.lost is not None:
-            raise InternalError(self.lost.message)
+            raise self.lost.again()
         for member in self.members:
             member.pipe.send(order)
 
@@ -115,7 +115,7 @@ class Group:
     def _listen(self, member: Member) -> None:
         """Thread of one follower."""
         while True:
-            report = member.pipe.hear()
+            report = member.pipe.recv()
             if isinstance(report, orders.Fares):
                 side = self._sides.get(report.side)
                 if side is not None:

@@ -221,7 +221,7 @@ class _Server:
                 self._replica.end_all(DrainingError(STOPPING))  # so that each client hears of it
                 await api.gate.emptied(CLEANUP_SECONDS)
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.again()
 
     def _api(self, client: RegistryClient) -> ApiServer:
         model, config, replica = self._model, self._config, self._replica

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
 from kvbaton.errors import InternalError, KVBatonError
-from kvbaton.serving.engine.pipe import Died, Pipe
+from kvbaton.serving.engine.pipe import tell_death
 
 #: How long a child may take to end by itself once its pipe has.
 END_SECONDS = 20.0
@@ -62,7 +62,7 @@ def fork_each(
 ) -> tuple[Processes, list[Connection]]:
     """A child for each of ``names``, and our end of the pipe to it.
 
-    ``live`` is a child's whole life; a KVBatonError out of it is told to the parent as :class:`Died`. ``leave``: what
+    ``live`` is a child's whole life; a KVBatonError out of it is told to the parent as its death. ``leave``: what
     is ours alone.
     """
     if threading.active_count() > 1:
@@ -93,16 +93,10 @@ def _live(name: _Name, live: Callable[[_Name, Connection], None], pipe: Connecti
         live(name, pipe)
         code = 0
     except KVBatonError as error:
-        _tell(pipe, error)
+        tell_death(pipe, error)
     except BaseException as error:  # noqa: BLE001 - the top of a process
         _log.critical("%s died", name, exc_info=error)
-        _tell(pipe, InternalError(f"{name} died of {error!r}"))
+        tell_death(pipe, InternalError(f"{name} died of {error!r}"))
     finally:
         logging.shutdown()
         os._exit(code)
-
-
-def _tell(connection: Connection, error: KVBatonError) -> None:
-    pipe: Pipe[Died] = Pipe(connection, "the parent process", Died)
-    with suppress(InternalError):
-        pipe.send(Died(error))

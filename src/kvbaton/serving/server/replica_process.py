@@ -27,21 +27,27 @@ class ReplicaProcess:
     """The loop of one rank; ``run`` returns when it is to end. Raises KVBatonError for what it was lost of."""
 
     def __init__(self, connection: Connection, replica: Replica) -> None:
-        self._pipe: Pipe[Order] = Pipe(connection, "the server", Order)
+        self._pipe: Pipe[Order] = Pipe(connection, "the server", Order, side="child")
         self._replica = replica
         self._lost: KVBatonError | None = None
         self._answering = ThreadPoolExecutor(1, "kvbaton-answers")
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._pipe.release()
+
+    def _serve(self) -> None:
         self._replica.watch(self._lose)
         self._pipe.send(Ready(tuple(self._replica.routes), tuple(self._replica.layouts)))
         while True:
             broken = self._lost or self._replica.failure
             if broken is not None:
-                raise broken
+                raise broken.again()
             if not self._pipe.waits(LOOK_SECONDS):
                 continue
-            order = self._pipe.hear()
+            order = self._pipe.recv()
             if order is None or isinstance(order, Stop):
                 return
             self._do(order)

@@ -14,7 +14,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from kvbaton.discovery.placement import LoadBalance, checked_rank
@@ -44,7 +45,7 @@ class RemoteReplica:
         self.layouts: tuple[RankLayout, ...] = ()
         self.on_lost: Callable[[KVBatonError], None] = lambda _error: None
         self.lost: KVBatonError | None = None
-        self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report)
+        self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report, side="parent")
         self._lock = threading.Lock()
         self._listeners: dict[str, Callable[[Output], None]] = {}
         self._questions: dict[int, Future[Told]] = {}
@@ -71,7 +72,7 @@ class RemoteReplica:
         """Raises InternalError when the rank is lost. What the rank refuses comes as an output."""
         with self._lock:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.again()
             self._listeners[request.request_id] = on_output
         self._order(Submit(request))
 
@@ -88,7 +89,7 @@ class RemoteReplica:
         number = next(self._numbers)
         with self._lock:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.again()
             self._questions[number] = answer
         self._order(Ask(number, room))
         try:
@@ -123,14 +124,15 @@ class RemoteReplica:
     def _listen(self) -> None:
         """The thread."""
         while True:
-            report = self._pipe.hear()
+            report = self._pipe.recv()
             if isinstance(report, Said):
                 self._pass_on(report)
             elif isinstance(report, Told):
                 with self._lock:
                     question = self._questions.get(report.number)
                 if question is not None:
-                    question.set_result(report)
+                    with suppress(InvalidStateError):
+                        question.set_result(report)
             else:
                 self._lose(self._pipe.lost(report))
                 return
@@ -149,9 +151,10 @@ class RemoteReplica:
             listeners, questions = list(self._listeners.values()), list(self._questions.values())
             self._listeners.clear()
         for listener in listeners:
-            _tell(listener, Output(error=error))
+            _tell(listener, Output(error=error.again()))
         for question in questions:
-            question.set_exception(error)
+            with suppress(InvalidStateError):  # whoever asked has its answer, or has given up
+                question.set_exception(error.again())
         if not self._closing:
             logger.error("%s", error)
             self.on_lost(error)

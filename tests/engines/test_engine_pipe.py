@@ -1,0 +1,113 @@
+"""Pipes between the processes of a server: sending never waits, silence of a child is noticed, a parent's is not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from kvbaton.errors import InternalError
+from kvbaton.serving.engine import pipe as pipes
+from kvbaton.serving.engine.pipe import Died, Pipe, tell_death
+
+PATIENCE_SECONDS = 20.0
+
+
+class Text(msgspec.Struct, frozen=True, tag="text"):
+    text: str
+
+
+Messages = Text | Died
+Ends = tuple[Pipe[Messages], Pipe[Messages]]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """A parent's end, and its child's."""
+    here, there = multiprocessing.Pipe()
+    parent: Pipe[Messages] = Pipe(here, "rank 1", Messages, side="parent")
+    child: Pipe[Messages] = Pipe(there, "the server", Messages, side="child")
+    yield parent, child
+    child._connection.close()
+    parent.close()
+    child.release()
+
+
+def in_time(work: object) -> None:
+    """Run it on a thread of its own; it must end."""
+    thread = threading.Thread(target=work, daemon=True)  # type: ignore[arg-type]
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_sending_to_a_process_that_does_not_read_returns_at_once(ends: Ends) -> None:
+    """A stopped data-parallel rank froze the event loop of its server, /health included."""
+    parent, child = ends
+    long = Text("x" * (4 << 20))
+    in_time(lambda: [parent.send(long) for _ in range(8)])
+    received: list[object] = []
+    in_time(lambda: received.extend(child.recv() for _ in range(8)))
+    assert received == [long] * 8
+
+
+def test_a_process_that_lets_too_much_wait_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipes, "MAX_WAITING_BYTES", 8 << 20)
+    parent, _ = ends
+
+    def flood() -> None:
+        for _ in range(8):
+            parent.send(Text("x" * (4 << 20)))
+
+    with pytest.raises(InternalError, match=r"rank 1 is gone: it has left \d+ bytes unread"):
+        flood()
+
+
+def test_a_child_that_is_silent_is_lost_and_one_that_only_beats_is_not(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(pipes, "LIFE_SECONDS", 0.5)
+    parent, child = ends
+    child.send(Text("ready"))
+    assert parent.recv() == Text("ready")
+    began = time.monotonic()
+    timer = threading.Timer(1.5, child.send, (Text("still here"),))
+    timer.start()
+    assert parent.recv() == Text("still here")
+    assert time.monotonic() - began > 2 * pipes.LIFE_SECONDS
+    child.release()  # no beats any more, as of a process that is stopped
+    assert parent.recv() is None
+    assert "rank 1 is lost: it has said nothing for 0.5 s: it hangs or is stopped" in str(parent.lost(None))
+
+
+def test_a_parent_that_was_stopped_itself_reads_before_it_judges(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipes, "LIFE_SECONDS", 0.05)
+    parent, child = ends
+    child.send(Text("before"))
+    assert parent.recv() == Text("before")
+    child.send(Text("meanwhile"))
+    assert parent.waits(PATIENCE_SECONDS)
+    parent._heard_at = time.monotonic() - 100.0
+    assert parent.recv() == Text("meanwhile")
+
+
+def test_the_last_word_comes_after_everything_that_was_sent(ends: Ends) -> None:
+    parent, child = ends
+    sent = [Text(f"{number}" * 100_000) for number in range(10)]
+    received: list[object] = []
+    reader = threading.Thread(target=lambda: received.extend(parent.recv() for _ in range(11)), daemon=True)
+    reader.start()
+    for message in sent:
+        child.send(message)
+    child.release()
+    tell_death(child._connection, InternalError("the engine has died"))
+    reader.join(PATIENCE_SECONDS)
+    assert received[:10] == sent
+    assert isinstance(received[10], Died)
+    with pytest.raises(InternalError, match="its pipe is closed"):
+        child.send(sent[0])
