@@ -39,9 +39,10 @@ class RankHarness:
         )
         self.network = network
         instance = new_instance()
+        self.transport = make_transport(transport, instance)
         self.manager = KVManager(
             self.layout,
-            make_transport(transport, instance),
+            self.transport,
             network.listen(),
             instance=instance,
             group=name,

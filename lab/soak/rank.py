@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbaton.control.zmq import ZmqLinks
+from kvbaton.control.address import Address
 from kvbaton.errors import ExpiredError, KVBatonError, TransferFailedError
-from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.protocol.settings import Settings
-from kvbaton.transports import make_transport
 from lab.soak.config import LAYERS, PAGES, TOKENS, Side, SoakConfig
 
 HALT = "halt"
@@ -65,18 +64,17 @@ class SoakRank:
         self._memory = np.zeros(length, dtype=np.uint8)
         #: rooms' pages as numbers: [layer, slot, words of its pages]
         self._words: NDArray[np.int64] = self._memory.view(np.int64).reshape(LAYERS, self._config.slots, -1)
-        instance = new_instance()
-        self._manager = KVManager(
+        listening = Address.parse(spec.address) if spec.address else Address("127.0.0.1", 0)
+        self._manager = KVManager.open(
             self._config.layout(self._memory.ctypes.data),
-            make_transport(self._config.transport, instance),
-            ZmqLinks(spec.address) if spec.address else ZmqLinks(),
-            instance=instance,
-            group=f"{spec.side}-{instance}",
+            role="prefill" if spec.side == "source" else "decode",
+            backend=self._config.transport,
+            host=listening.host,
+            port=listening.port,
             settings=SETTINGS,
         )
-        self._manager.start()
         self._free = deque(range(self._config.slots))
-        self._chance = random.Random(instance)
+        self._chance = random.Random(self._manager.instance)
         self._peers: list[str] = []
 
     def describe(self) -> dict[str, str]:

@@ -15,10 +15,18 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
+from kvbaton.control.address import Address
 from kvbaton.control.base import Links
+from kvbaton.control.zmq import ZmqLinks
+from kvbaton.discovery import make_membership
+from kvbaton.discovery.placement import group_of
+from kvbaton.discovery.registry import Coordinates as RegistryCoordinates
+from kvbaton.discovery.registry import Route, Sizes, check_inside
 from kvbaton.errors import AbortedError, ConfigError, KVBatonError, LocalProtocolError, OverloadedError
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.protocol.core import Core
@@ -39,7 +47,11 @@ from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.commands import Command, Fence
 from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
+from kvbaton.transports import make_transport
 from kvbaton.transports.base import Transport
+
+if TYPE_CHECKING:
+    from kvbaton.discovery.membership import Membership
 
 __all__ = [
     "ALWAYS_READY",
@@ -59,6 +71,10 @@ __all__ = [
 Span = Grant
 
 MAX_ROOM = (1 << 63) - 1
+
+#: The side of its rooms that a rank is on: prefill sends, decode receives.
+RankRole = Literal["prefill", "decode", "both"]
+_OPENS: dict[RankRole, tuple[Role, ...]] = {"prefill": ("source",), "decode": ("target",), "both": ("source", "target")}
 
 
 def ALWAYS_READY() -> bool:  # noqa: N802 - used like a constant
@@ -216,12 +232,16 @@ class KVReceiver(_Side):
 class KVManager:
     """One rank's end of all its transfers. A context manager; ``close`` is idempotent.
 
+    :meth:`open` makes the parts by name; here they are given.
+
     Args:
         layout: this rank's memory; validated and registered here.
         transport: the data plane, not used by anybody else; closed with the manager, also where making it fails.
         links: the control links, likewise.
         instance: names this process; the same as the transport's.
         group: names the engine instance that this rank belongs to; ``group_size`` ranks share it.
+        role: which side of rooms may be opened here.
+        registry: the registry's client; started and closed with the manager.
         coordinates: this rank's place in the group.
         settings: deadlines and bounds.
         window: most in flight towards one peer.
@@ -240,6 +260,8 @@ class KVManager:
         group: str,
         group_size: int = 1,
         coordinates: Coordinates | None = None,
+        role: RankRole = "both",
+        registry: Membership | None = None,
         settings: Settings | None = None,
         window: Window | None = None,
         wakeup: threading.Event | None = None,
@@ -248,14 +270,19 @@ class KVManager:
     ) -> None:
         self.layout = layout
         self.instance = instance
+        self.role: RankRole = role
         self.clock = clock
         self.wakeup = wakeup if wakeup is not None else threading.Event()
         self._links = links
-        self._transport = transport
+        self._registry = registry
         self._settings = settings if settings is not None else Settings()
         with ExitStack() as given:  # what is ours from now on is closed, should this fail
             given.callback(links.close)
             given.callback(transport.close)
+            if registry is not None:
+                given.callback(registry.close)
+            if role not in _OPENS:
+                raise ConfigError(f"role: {role!r} is unknown; use one of: {', '.join(_OPENS)}")
             layout.validate()
             transport.register(layout.regions)
             identity = Identity(
@@ -280,10 +307,97 @@ class KVManager:
         self._lock = threading.Lock()
         self._sides: dict[tuple[Role, int], _Side] = {}
         self._finished: deque[Finished] | None = deque() if collect_finished else None
-        self._closed = False
         self.outcomes: Counter[str] = Counter()
 
-    def __enter__(self) -> KVManager:
+    @classmethod
+    def open(
+        cls,
+        layout: CacheLayout,
+        *,
+        role: RankRole,
+        backend: str = "nixl",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise: str = "",
+        registry: str = "",
+        secret: str | None = None,
+        instance: str = "",
+        group: str = "",
+        sizes: Sizes | None = None,
+        coordinates: Coordinates | None = None,
+        settings: Settings | None = None,
+        wakeup: threading.Event | None = None,
+        collect_finished: bool = False,
+    ) -> Self:
+        """A started manager over ZeroMQ links and the data plane ``backend``.
+
+        Args:
+            layout: this rank's memory.
+            role: the side of its rooms; ``both`` for an engine that prefills and decodes.
+            backend: ``nixl``, or ``memory`` for processes of one host.
+            host: IP address where the control links listen. Targets dial sources: only prefill needs one that others
+                reach, and with it ``secret``.
+            port: their port; 0: any.
+            advertise: IP address that peers dial, where ``host`` is every interface or is translated.
+            registry: ``HOST:PORT`` of the bootstrap registry: a prefill rank registers there, and the first of its
+                group serves it; :meth:`lookup` asks it. Without one you carry :attr:`address` to the peers. Needs
+                aiohttp.
+            secret: shared by all ranks; control messages are then encrypted and the registry asks for a token.
+            instance: names this process; default: a fresh id.
+            group: names the engine instance, alike on its ranks and new at each launch; default for one rank: a fresh
+                id.
+            sizes, coordinates: how many ranks the engine has, and which of them this is.
+            settings, wakeup, collect_finished: as the constructor takes them.
+
+        Raises ConfigError for an argument that cannot be, a port in use, or a package that is missing; LayoutError for
+        the layout; TransportError where the data plane does not come up.
+        """
+        sizes = sizes if sizes is not None else Sizes()
+        place = coordinates if coordinates is not None else Coordinates()
+        where = RegistryCoordinates(dp=place.dp, pp=place.pp, cp=place.cp, tp=place.tp)
+        check_inside(where, sizes)
+        if sizes.ranks > 1 and not group:
+            raise ConfigError(f"group: name the engine instance that the {sizes.ranks} ranks belong to, alike on each")
+        group, instance = group or new_instance(), instance or new_instance()
+        with ExitStack() as made:
+            links = ZmqLinks(str(Address(host, port)), secret=secret, advertise=advertise)
+            made.callback(links.close)
+            membership = None
+            if registry:
+                route = Route(
+                    instance=instance,
+                    group=group,
+                    address=links.address,
+                    layout_digest=layout.digest(),
+                    http_port=0,
+                    coordinates=where,
+                    sizes=sizes,
+                )
+                membership = make_membership(registry, None if role == "decode" else route, secret)
+                made.callback(membership.close)
+            transport = make_transport(backend, instance)
+            made.pop_all()  # the manager closes them from here on, whether it comes about or not
+        manager = cls(
+            layout,
+            transport,
+            links,
+            instance=instance,
+            group=group_of(group, place.dp, sizes.dp),
+            group_size=sizes.ranks // sizes.dp,
+            coordinates=place,
+            role=role,
+            registry=membership,
+            settings=settings,
+            wakeup=wakeup,
+            collect_finished=collect_finished,
+        )
+        with ExitStack() as failed:
+            failed.callback(manager.close)
+            manager.start()
+            failed.pop_all()
+        return manager
+
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -291,9 +405,13 @@ class KVManager:
         self.close()
 
     def start(self) -> None:
-        """Start the driver thread. Raises LocalProtocolError once the manager is closed."""
-        if self._closed:
+        """Start the driver thread; a manager that runs goes on. Raises LocalProtocolError once it is closed."""
+        if self._driver.closing:
             raise LocalProtocolError("the manager is closed; make a new one")
+        if self._driver.started:
+            return
+        if self._registry is not None:
+            self._registry.start()
         self._driver.start()
 
     def close(self, reason: str = "shutdown") -> None:
@@ -303,13 +421,37 @@ class KVManager:
         said or its end has proven that nothing is under way: destroying the transport proves it for our own writes
         alone. The listening address is free at once.
         """
-        self._closed = True
+        if self._registry is not None:
+            self._registry.close()
         self._driver.close(reason)
 
     @property
     def address(self) -> str:
         """Where targets dial this rank."""
         return self._links.address
+
+    @property
+    def registered(self) -> bool:
+        """Whether the registry knows this rank; true where it need not. Raises what trying again cannot cure: another
+        secret (AuthenticationError), an instance that was replaced (LocalProtocolError)."""
+        return self._registry is None or self._registry.registered
+
+    def lookup(self, room: int, *, registry: str = "", dp_rank: int | None = None) -> Future[tuple[str, ...]]:
+        """Ask the registry which control addresses prefill ``room``; the answer is :meth:`receiver`'s ``sources``.
+
+        Args:
+            registry: ``HOST:PORT`` of another one than the manager was opened with.
+            dp_rank: the data-parallel rank that the request names.
+
+        The future raises RegistryError, AuthenticationError or ConfigError; ``close`` cancels it.
+
+        Raises:
+            ConfigError: the manager has no registry's client, or ``registry`` is no address.
+            OverloadedError: too many lookups are under way.
+        """
+        if self._registry is None:
+            raise ConfigError("this manager has no registry to ask: open it with registry='HOST:PORT'")
+        return self._registry.sources(room, registry=registry, dp_rank=dp_rank)
 
     def sender(self, room: int) -> KVSender:
         """Begin to send a room.
@@ -403,6 +545,8 @@ class KVManager:
     def _add(self, side: _Side) -> None:
         if not 0 <= side.room <= MAX_ROOM:
             raise ConfigError(f"room {side.room} is outside 0..2^63-1")
+        if side.role not in _OPENS[self.role]:
+            raise LocalProtocolError(f"a rank in role {self.role} opens no {side.role} of a room", room=side.room)
         with self._lock:
             if (side.role, side.room) in self._sides:
                 raise LocalProtocolError(f"room {side.room} is live already: rooms must be unique", room=side.room)
@@ -411,7 +555,7 @@ class KVManager:
             self._sides[side.role, side.room] = side
 
     def _command(self, event: Event, fence: Fence | None = None, *, even_if_closed: bool = False) -> None:
-        if self._closed:
+        if self._driver.closing:
             if even_if_closed:
                 return
             raise LocalProtocolError("the manager is closed")

@@ -44,7 +44,7 @@ def test_a_peer_that_cannot_be_prepared_is_refused_by_name(
     make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     source, target = make_rank("prefill", fill=1), make_rank("decode")
-    raised = breaking(source.manager._transport, name, monkeypatch, times=1)
+    raised = breaking(source.transport, name, monkeypatch, times=1)
     sender = source.manager.sender(77)
     receiver = target.manager.receiver(77, [source.manager.address])
     receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
@@ -61,7 +61,7 @@ def test_a_write_that_falls_over_ends_its_room_and_no_other(
 ) -> None:
     source, target = make_rank("prefill", fill=1), make_rank("decode")
     sender, receiver = begin(source, target)
-    raised = breaking(source.manager._transport, name, monkeypatch, times=1)
+    raised = breaking(source.transport, name, monkeypatch, times=1)
     sender.submit(WHOLE, last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert raised() == 1
@@ -79,8 +79,8 @@ def test_a_fence_that_falls_over_is_tried_again_until_the_pages_are_free(
     monkeypatch.setattr("kvbaton.runtime.dataplane.FENCE_AGAIN_SECONDS", 0.02)
     source, target = make_rank("prefill", fill=1), make_rank("decode")
     sender, receiver = begin(source, target)
-    breaking(source.manager._transport, "post", monkeypatch, times=1)
-    fences = breaking(source.manager._transport, "fence", monkeypatch, times=3)
+    breaking(source.transport, "post", monkeypatch, times=1)
+    fences = breaking(source.transport, "fence", monkeypatch, times=3)
     sender.submit(WHOLE, last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
     assert fences() == 3
@@ -140,7 +140,7 @@ def test_peers_write_to_a_rank_whose_agent_was_replaced(make_rank: MakeRank) -> 
     """A fence may cost the agent. Peers that knew the old one got NIXL_ERR_BACKEND for ever after."""
     source, target = make_rank("prefill", fill=1), make_rank("both")
     expect_a_room_to_go_through(source, target)
-    transport: Any = target.manager._transport
+    transport: Any = target.transport
     target.manager._driver.ask(lambda _core, _now: transport._replace_agent())
     target.wait_until(lambda: target.manager.counters().get("agents_replaced") == 1, "the core is told")
     expect_a_room_to_go_through(source, target)

@@ -150,7 +150,7 @@ def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank) -
     """They end with the agent, whatever became of them."""
     source, target = make_rank("prefill", fill=10), make_rank("decode")
     sender, _ = begin(source, target)
-    transport: Any = source.manager._transport
+    transport: Any = source.transport
     poll = transport.poll
     transport.poll = lambda handle: poll(handle) and WriteState.PENDING
     sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)

@@ -16,13 +16,12 @@ import numpy as np
 
 from kvbaton.bench.leanest import Entries, Leanest
 from kvbaton.bench.scenario import Scenario, buffer
-from kvbaton.control.zmq import ZmqLinks
+from kvbaton.discovery.registry import Sizes
 from kvbaton.errors import ExpiredError, KVBatonError
 from kvbaton.layout import CacheLayout, Coordinates
-from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, Span
 from kvbaton.plan.pair import pair_plan
 from kvbaton.protocol.settings import Settings
-from kvbaton.transports import make_transport
 
 TIMEOUT_SECONDS = 120.0
 
@@ -50,19 +49,16 @@ class BenchRank:
         self._layout = scenario.layout(self._memory.ctypes.data, self._tp, spec.rank)
         self._pages = scenario.pages_of(spec.side)
         self._other_pages = scenario.pages_of("target" if spec.side == "source" else "source")
-        instance = new_instance()
-        self._manager = KVManager(
+        self._manager = KVManager.open(
             self._layout,
-            make_transport(spec.transport, instance),
-            ZmqLinks(),
-            instance=instance,
+            role="prefill" if spec.side == "source" else "decode",
+            backend=spec.transport,
             group=spec.side,
-            group_size=self._tp,
+            sizes=Sizes(tp=self._tp),
             coordinates=Coordinates(tp=spec.rank),
             settings=Settings(staging=scenario.staging),
         )
-        self._manager.start()
-        self._leanest = Leanest(f"raw-{instance}", self._layout.regions[0])
+        self._leanest = Leanest(f"raw-{self._manager.instance}", self._layout.regions[0])
         self._raw_rooms: list[dict[str, Entries]] = []
         self._raw_peers: list[str] = []
         self._expected_notifications = 0

@@ -39,6 +39,11 @@ def checked_rank(rank: int, size: int, field: str) -> int:
     return rank
 
 
+def group_of(launch: str, dp_rank: int, dp_size: int) -> str:
+    """The name of the ranks that serve a room together: an engine's own, or that of one of its data-parallel ranks."""
+    return launch if dp_size == 1 else f"{launch}.dp{dp_rank}"
+
+
 class Placements:
     """Rooms that a prefill group has taken, and the rank of each."""
 

@@ -77,6 +77,15 @@ class Sizes(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return [Coordinates(dp=dp, pp=pp, cp=cp, tp=tp) for dp, pp, cp, tp in itertools.product(*axes)]
 
 
+def check_inside(where: Coordinates, sizes: Sizes) -> None:
+    """Raises ConfigError for coordinates that a group of these sizes does not have."""
+    for axis in ("dp", "pp", "cp", "tp"):
+        if getattr(where, axis) >= getattr(sizes, axis):
+            raise ConfigError(
+                f"coordinates.{axis}: {getattr(where, axis)} is outside sizes.{axis} {getattr(sizes, axis)}"
+            )
+
+
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One rank as it registers itself. ``group`` should be minted per launch of a group, so a restart is a new one.
 
@@ -198,11 +207,7 @@ class Registry:
         sizes, where = route.sizes, route.coordinates
         if sizes.ranks > MAX_RANKS:
             raise ConfigError(f"sizes: {sizes.ranks} ranks; a group has at most {MAX_RANKS}")
-        for axis in ("dp", "pp", "cp", "tp"):
-            if getattr(where, axis) >= getattr(sizes, axis):
-                raise ConfigError(
-                    f"coordinates.{axis}: {getattr(where, axis)} is outside sizes.{axis} {getattr(sizes, axis)}"
-                )
+        check_inside(where, sizes)
         if not 0 < int(route.address.rpartition(":")[2]) <= 65535:
             raise ConfigError(f"address: {route.address} has no usable port")
         if route.instance in self._replaced:

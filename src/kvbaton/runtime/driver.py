@@ -82,7 +82,7 @@ class Driver:
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
-        self._guard = Guard(self.counters, lambda: self._thread.ident is not None)
+        self._guard = Guard(self.counters, lambda: self.started)
         self._events: deque[Event] = deque()
         self._data = DataPlane(
             transport,
@@ -103,6 +103,15 @@ class Driver:
     def evidence(self) -> dict[str, str]:
         """How bytes were seen to travel, by peer."""
         return self._data.evidence
+
+    @property
+    def started(self) -> bool:
+        return self._thread.ident is not None
+
+    @property
+    def closing(self) -> bool:
+        """It has been told to close: nothing new may begin."""
+        return self._closing_at is not None
 
     def start(self) -> None:
         self._thread.start()
@@ -151,7 +160,7 @@ class Driver:
     def close(self, reason: str) -> None:
         """Fail what is live, settle, say goodbye, release everything. Idempotent."""
         self.stop(reason)
-        if self._thread.ident is not None:
+        if self.started:
             self._parted.wait()
         else:  # never started: rooms that were begun end all the same, and nothing stays open
             self._take_commands()

@@ -1,8 +1,7 @@
 """Puts together what a server's engine stands on: model, pools, manager, scheduler, and the other ranks of its group.
 
 Order up: model, followers, collective, pools, manager, scheduler. Order down: scheduler, followers, manager, and only
-then the pools' memory. :func:`build_manager` is the one place that knows which transport and which links a name stands
-for.
+then the pools' memory.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbaton.control.address import Address
-from kvbaton.control.zmq import ZmqLinks
 from kvbaton.discovery.registry import Route, Sizes
-from kvbaton.errors import ConfigError, KVBatonError
+from kvbaton.errors import ConfigError
 from kvbaton.manager import KVManager, new_instance
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.collective import Collective
@@ -43,7 +41,6 @@ from kvbaton.serving.server.ranks import Closable, Processes, fork_each
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica
 from kvbaton.serving.server.stack import Stack
-from kvbaton.transports import make_transport
 
 if TYPE_CHECKING:
     from kvbaton.serving.server.launch import ServeConfig
@@ -86,30 +83,26 @@ def _resolved(host: str) -> Address:
 def build_manager(
     config: ServeConfig, pools: Pools, rank: Rank, *, secret: str | None, wakeup: threading.Event | None = None
 ) -> KVManager:
-    """The hand-off manager of one rank: transport by ``config.backend``, links where :func:`link_hosts` says.
-
-    With ``secret`` the links are authenticated. The caller starts and closes the manager. Raises ConfigError.
+    """The hand-off manager of one rank, started: its links listen where :func:`link_hosts` says. The server registers
+    its ranks by itself, all at once. Raises ConfigError.
     """
     shard = rank.shard
     host, advertise = link_hosts(config)
-    port = config.control_port + rank.number if config.control_port else 0
-    links = ZmqLinks(str(Address(host, port)), secret=secret, advertise=advertise)
-    try:
-        transport = make_transport(config.backend, rank.instance)
-        return KVManager(
-            pools.layout,
-            transport,
-            links,
-            instance=rank.instance,
-            group=rank.group,
-            group_size=shard.ranks,
-            coordinates=rank.coordinates(shard),
-            settings=config.settings(),
-            wakeup=wakeup,
-        )
-    except KVBatonError:
-        links.close()
-        raise
+    return KVManager.open(
+        pools.layout,
+        role="decode" if config.mode == "decode" else "prefill",
+        backend=config.backend,
+        host=host,
+        port=config.control_port + rank.number if config.control_port else 0,
+        advertise=advertise,
+        secret=secret,
+        instance=rank.instance,
+        group=rank.launch,
+        sizes=Sizes(dp=rank.dp_size, pp=shard.pp_size, tp=shard.tp_size),
+        coordinates=rank.coordinates(shard),
+        settings=config.settings(),
+        wakeup=wakeup,
+    )
 
 
 def load(config: ServeConfig, rank: Rank) -> LoadedModel:
@@ -143,7 +136,6 @@ def build(
     if config.mode != "null":
         manager = build_manager(config, pools, rank, secret=secret, wakeup=group.wakeup if group else None)
         closing.callback(manager.close)
-        manager.start()
     if group is not None and processes is not None:
         for member in group.members:
             member.await_ready(READY_SECONDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvbaton.discovery.placement import group_of
 from kvbaton.discovery.registry import Coordinates as Place
 from kvbaton.layout import Coordinates
 from kvbaton.manager import new_instance
@@ -29,7 +30,7 @@ class Rank:
     @property
     def group(self) -> str:
         """The ranks that serve a room together."""
-        return self.launch if self.dp_size == 1 else f"{self.launch}.dp{self.dp_rank}"
+        return group_of(self.launch, self.dp_rank, self.dp_size)
 
     @property
     def alone(self) -> bool:
