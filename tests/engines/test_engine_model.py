@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from engine_kit import EOS, MAX_POSITIONS, VOCABULARY, make_pools, make_prompt
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3NextConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvbaton.cli.main import main
+from kvbaton.cli.program import FAILED
 from kvbaton.errors import CapacityError, ConfigError, InternalError
+from kvbaton.plan import layout_file
+from kvbaton.plan.identity import model_differences
+from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.geometry import CACHE_LAYERS, probe_geometry
 from kvbaton.serving.engine.limits import limits_of
-from kvbaton.serving.engine.model import LoadedModel, fingerprint, load_model, locate_model
+from kvbaton.serving.engine.model import LoadedModel, load_model, locate_model
 from kvbaton.serving.engine.pool import Holding
 from kvbaton.serving.engine.prompt import PromptRun, chunk_stop
 from kvbaton.serving.engine.request import Request, Sampling
@@ -31,16 +37,59 @@ def test_a_model_says_what_it_is(any_model: LoadedModel) -> None:
     assert any_model.tokenizer.decode([]) == ""
 
 
-def test_fingerprint_follows_config_and_weights(model_directories: dict[str, Path], tmp_path: Path) -> None:
-    original, copy = model_directories["qwen3"], tmp_path / "copy"
-    shutil.copytree(original, copy)
-    assert fingerprint(copy) == fingerprint(original) != fingerprint(model_directories["llama"])
+@pytest.fixture
+def copy(model_directories: dict[str, Path], tmp_path: Path) -> Path:
+    """A checkpoint to be changed."""
+    return Path(shutil.copytree(model_directories["qwen3"], tmp_path / "copy"))
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(dict(reversed((json.loads(file.read_text()) | changes).items()))))
+
+
+def fields_that_differ(one: Path, other: Path) -> list[str]:
+    ours, theirs = (load_model(str(path)).fingerprint for path in (one, other))
+    return [field for field, _, _ in model_differences(ours, theirs)]
+
+
+def test_a_config_that_another_version_has_saved_again_is_the_same_model(
+    model_directories: dict[str, Path], copy: Path
+) -> None:
+    """It was refused, with two hashes."""
+    edit_config(copy, transformers_version="5.99.0", use_cache=False, eos_token_id=3, architectures=["Qwen3Model"])
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
-    assert fingerprint(copy) == fingerprint(original)
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    assert fingerprint(copy) != fingerprint(original)
+    theta = config.pop("rope_parameters", {}).get("rope_theta", 10_000.0)
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": theta}))  # as older versions spell it
+    assert fields_that_differ(model_directories["qwen3"], copy) == []
+
+
+def test_a_config_that_changes_numbers_is_refused_by_the_fields_name(
+    model_directories: dict[str, Path], copy: Path
+) -> None:
+    edit_config(copy, rms_norm_eps=0.5)
+    assert fields_that_differ(model_directories["qwen3"], copy) == ["rms_norm_eps"]
+
+
+def test_negated_projections_are_another_model(
+    model_directories: dict[str, Path], copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers of the model alone stay as they were, its cache is another: a pair of both answered fluently and
+    wrong, with HTTP 200. ``check`` said that they are compatible, since files were sampled at their ends."""
+    tensors = load_file(copy / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layers.0.self_attn.v_proj" in name or "layers.0.self_attn.o_proj" in name:
+            tensors[name] = -tensor
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert fields_that_differ(model_directories["qwen3"], copy) == ["weights"]
+    for side, directory in (("prefill", model_directories["qwen3"]), ("decode", copy)):
+        model = load_model(str(directory))
+        layout = make_pools(model, pages=8).layout
+        (tmp_path / f"{side}.json").write_bytes(layout_file.encode([RankLayout(layout=layout)]))
+    assert main(["check", str(tmp_path / "prefill.json"), str(tmp_path / "decode.json")], {}) == FAILED
+    said = capsys.readouterr().out
+    assert "model.weights" in said
+    assert "incompatible: 1 difference" in said
 
 
 def test_what_does_not_exist_is_a_config_error(tmp_path: Path, model_directories: dict[str, Path]) -> None:

@@ -132,6 +132,39 @@ def test_a_hit_moves_only_what_follows(family: str, page_size: int, loaded_model
         assert both.decode.stats().pages_free == both.pages
 
 
+def free_leaves(tree: PrefixCache) -> dict[int, int]:
+    """Last use by page, of everything that may be evicted, by walking the whole tree."""
+    waiting, found = list(tree._root.children.values()), {}
+    while waiting:
+        node = waiting.pop()
+        waiting += node.children.values()
+        if not node.children and not node.locks:
+            found[node.page] = node.used
+    return found
+
+
+@given(st.lists(st.tuples(st.sampled_from(["use", "use", "release", "evict"]), st.integers(0, 1 << 20)), max_size=120))
+def test_what_is_evicted_is_always_a_leaf_that_was_used_least_recently(steps: list[tuple[str, int]]) -> None:
+    tree, held, pages = PrefixCache(1), list[Prefix](), iter(range(10_000))
+    for what, number in steps:
+        if what == "use":
+            tokens = random.Random(number).choices(range(3), k=1 + number % 5)
+            prefix = tree.match(tokens)
+            tree.extend(prefix, tokens, [next(pages) for _ in tokens])
+            held.append(prefix)
+        elif what == "release" and held:
+            tree.release(held.pop(number % len(held)))
+        elif what == "evict":
+            leaves = free_leaves(tree)
+            evicted = tree.evict(1)
+            assert bool(evicted) == bool(leaves)
+            assert [leaves[page] for page in evicted] == [min(leaves.values(), default=0)] * len(evicted)
+    for prefix in held:
+        tree.release(prefix)
+    tree.evict(10_000)
+    assert (len(tree), tree.evictable) == (0, 0)
+
+
 def test_a_full_pool_evicts_what_nobody_uses(model: LoadedModel) -> None:
     with sharing(model, pages=14) as both:
         for room in range(12):

@@ -143,7 +143,8 @@ class Staging(Struct, frozen=True, array_like=True):
 
 
 class CacheLayout(Struct, frozen=True):
-    """All pools of one rank. ``model`` fingerprints the weights: caches of two models never mix.
+    """All pools of one rank. ``model`` identifies weights and configuration: caches of two models never mix (any text;
+    a JSON object lets a verdict name the field that differs, see ``plan.identity``).
 
     ``staging`` is memory through which small pieces may travel together (see ``staging``); none: always directly.
     """

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import CacheLayout, Plane, Pool
+from kvbaton.plan.identity import model_differences
 from kvbaton.plan.pair import coverage_gaps, pair_plan
 
 #: Page sizes pair where one divides the other or where they share at least so many tokens.
@@ -33,10 +34,9 @@ _POOL_FIELDS = (
 def differences(source: CacheLayout, target: CacheLayout) -> list[IncompatibleError]:
     """All reasons why ``source`` cannot write for ``target``; empty if it can. ``ours`` is the source's value."""
     found = []
-    if source.model != target.model:
-        found.append(
-            _difference("model", source.model, target.model, "both sides must serve the same weights and configuration")
-        )
+    for field, ours, theirs in model_differences(source.model, target.model):
+        name = f"model.{field}" if field else "model"
+        found.append(_difference(name, ours, theirs, "both sides must serve the same weights and configuration"))
     theirs = {pool.name: pool for pool in target.pools}
     for pool in source.pools:
         if pool.name in theirs:

@@ -1,17 +1,17 @@
-"""A causal language model from disk: weights, tokenizer, cache geometry and a fingerprint of all of it.
+"""A causal language model from disk: weights, tokenizer, cache geometry, and what identifies it.
 
-Rules: whatever the name given (a directory, a bundled model, a hub id), it becomes a local directory first, and the
-fingerprint is taken over that directory, so that two ranks agree on it exactly when their files agree. What the model
-caches is probed on the whole network, before it is cut for this rank.
+Rules: whatever the name given (a directory, a bundled model, a hub id), it becomes a local directory first. Its weights
+are identified while they load (see ``weights``), so that two ranks agree exactly when their tensors agree. What the
+model caches is probed on the whole network, before it is cut for this rank.
 
 This file must not know of pools, schedulers or peers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from kvbaton.errors import ConfigError
+from kvbaton.plan import identity
 from kvbaton.serving.engine.geometry import DTYPES, Geometry, probe_geometry
 from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.weights import weights_digest
 from kvbaton.serving.models import builtin
 
-#: Bytes hashed at the head and at the tail of a weight file: the header of safetensors lies in the head.
-FINGERPRINT_BYTES = 1 << 16
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+#: Fields of a config that change no number of a cache, or are given to a server by other means.
+NOT_NUMBERS = frozenset(
+    {
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "tokenizer_class", "problem_type"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "id2label", "label2id"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"),
+        *("attention_dropout", "hidden_dropout", "resid_pdrop", "initializer_range", "router_aux_loss_coef"),
+    }
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """A model that is ready to run, or the ``shard`` of one; ``geometry`` is that of the whole model. ``tokenizer`` is
-    None where the directory has none (text is then empty)."""
+    None where the directory has none (text is then empty). ``fingerprint`` is the ``model`` of its layouts."""
 
     name: str
     path: Path
@@ -46,7 +54,7 @@ class LoadedModel:
     shard: Shard = field(default_factory=Shard)
 
     def __repr__(self) -> str:
-        return f"LoadedModel({self.name} {self.fingerprint[:12]} {self.geometry})"
+        return f"LoadedModel({self.name} {self.geometry})"
 
 
 def load_model(
@@ -65,12 +73,14 @@ def load_model(
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} holds no config.json; give the directory that save_pretrained() wrote")
     transformers_logging.disable_progress_bar()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"the model in {path} does not load: {error}") from error
+    with ThreadPoolExecutor(1, "kvbaton-weights") as beside:  # both read the same pages of the files
+        weights = beside.submit(weights_digest, path)
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"the model in {path} does not load: {error}") from error
     network = network.to(device).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -81,7 +91,7 @@ def load_model(
         network=network,
         tokenizer=tokenizer,
         geometry=probe_geometry(network, dtype),
-        fingerprint=fingerprint(path),
+        fingerprint=identity.encode({"weights": weights.result(), **_numbers(network.config)}),
         eos_tokens=_eos_tokens(network, tokenizer),
     )
 
@@ -137,18 +147,16 @@ def _eos_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset() if found is None else frozenset([found])
 
 
-def fingerprint(path: Path) -> str:
-    """Hex digest over the model's config (values, not spelling) and its weight files (name, size, head, tail)."""
-    digest = hashlib.blake2b(digest_size=16)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(path.iterdir()):
-        if file.suffix not in WEIGHT_SUFFIXES:
+def _numbers(config: Any) -> dict[str, object]:
+    """What of a config changes the numbers in a cache, flat, with the defaults that its class fills in."""
+    return dict(_flat("", config.get_text_config(decoder=True).to_dict()))
+
+
+def _flat(prefix: str, fields: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    for name, value in fields.items():
+        if name in NOT_NUMBERS or name.startswith("_"):
             continue
-        size = file.stat().st_size
-        digest.update(f"\0{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(FINGERPRINT_BYTES))
-            stream.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(stream.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", {str(key): inner for key, inner in value.items()})
+        else:
+            yield f"{prefix}{name}", value

@@ -46,6 +46,10 @@ class PrefixCache:
         self._page_size = page_size
         self._root = Node((), -1, None)
         self._clock = itertools.count(1)
+        self._size = 0
+        #: Leaves that nobody used when they came in, by last use; what has changed since is passed over.
+        self._leaves: list[tuple[int, int, Node]] = []
+        self._serial = itertools.count()
         #: Pages in the tree that nobody uses.
         self.evictable = 0
         #: Requests that were admitted by way of it, and their tokens that were found here, since the start.
@@ -76,6 +80,7 @@ class PrefixCache:
                 return
             fresh = Node(key, pages[number], node)
             node.children[key] = fresh
+            self._size += 1
             self.evictable += 1
             self._lock(fresh)
             prefix.nodes.append(fresh)
@@ -88,27 +93,37 @@ class PrefixCache:
             node.used = now
             node.locks -= 1
             self.evictable += node.locks == 0
+            self._note_leaf(node)
         prefix.nodes.clear()
 
     def evict(self, count: int) -> list[int]:
-        """At most ``count`` pages, taken out of the tree: leaves that nobody uses, least recently used first."""
-        order = itertools.count()
-        leaves = [(node.used, next(order), node) for node in self._walk(self._root) if _free_leaf(node)]
-        heapq.heapify(leaves)
+        """At most ``count`` pages, taken out of the tree: leaves that nobody uses, least recently used first. What it
+        costs depends on the pages that it takes, not on those that are there."""
         pages: list[int] = []
-        while leaves and len(pages) < count:
-            _, _, node = heapq.heappop(leaves)
+        while self._leaves and len(pages) < count:
+            used, _, node = heapq.heappop(self._leaves)
             parent = node.parent
-            assert parent is not None  # noqa: S101 - the root is no leaf that can be evicted
+            if parent is None or node.used != used or not _free_leaf(node):
+                continue
             del parent.children[node.tokens]
+            node.parent = None
+            self._size -= 1
             self.evictable -= 1
             pages.append(node.page)
-            if parent is not self._root and _free_leaf(parent):
-                heapq.heappush(leaves, (parent.used, next(order), parent))
+            self._note_leaf(parent)
         return pages
 
+    def _note_leaf(self, node: Node) -> None:
+        """A node that may be evicted from now on, if it is a leaf that nobody uses."""
+        if node.parent is None or not _free_leaf(node):
+            return
+        heapq.heappush(self._leaves, (node.used, next(self._serial), node))
+        if len(self._leaves) > 2 * self._size + 64:  # most are out of date
+            self._leaves = [entry for entry in self._leaves if entry[0] == entry[2].used and _free_leaf(entry[2])]
+            heapq.heapify(self._leaves)
+
     def __len__(self) -> int:
-        return sum(1 for _ in self._walk(self._root))
+        return self._size
 
     def _keys(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, ...]]:
         size = self._page_size
@@ -118,13 +133,6 @@ class PrefixCache:
     def _lock(self, node: Node) -> None:
         self.evictable -= node.locks == 0
         node.locks += 1
-
-    def _walk(self, root: Node) -> Iterator[Node]:
-        waiting = list(root.children.values())
-        while waiting:
-            node = waiting.pop()
-            yield node
-            waiting += node.children.values()
 
     def __repr__(self) -> str:
         return f"PrefixCache({len(self)} pages, {self.evictable} of them evictable, {self.hit_tokens} tokens hit)"
