@@ -1,4 +1,4 @@
-"""``python -m lab docs``: what is generated in docs/; nobody edits it by hand."""
+"""``python -m lab docs``: what is generated in the documents; nobody edits it by hand."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lab.docs import flags, mutants, protocol
+from lab.docs import flags, mutants, protocol, readme
 
 #: page → its text with its generated parts as they should be, of its text as it is.
 GENERATED: dict[Path, Callable[[str], str]] = {
     flags.PAGE: flags.rewritten,
     protocol.PAGE: protocol.rewritten,
     mutants.PAGE: mutants.rewritten,
+    readme.PAGE: readme.rewritten,
 }
 
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         if page == wanted:
             continue
         if options.check:
-            print(f"docs/{path.name} is out of date\nhint: make docs", file=sys.stderr)
+            print(f"{path.name} is out of date\nhint: make docs", file=sys.stderr)
             code = 1
         else:
             path.write_text(wanted, encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvbaton.errors import ConfigError
@@ -16,6 +18,9 @@ TRANSPORTS = ("nixl", "memory")
 def make_transport(name: str, instance: str) -> Transport:
     """Make the data plane ``name`` for the process ``instance``; only that one is imported.
 
+    ``MODULE:CLASS`` names one of your own: a class of :class:`~kvbaton.transports.base.Transport` that takes the
+    instance.
+
     Raises ConfigError for an unknown name and TransportError when the data plane does not come up.
     """
     if name == "nixl":
@@ -26,4 +31,11 @@ def make_transport(name: str, instance: str) -> Transport:
         from kvbaton.transports.memory import MemoryTransport
 
         return MemoryTransport(instance)
-    raise ConfigError(f"transfer backend {name!r} is unknown; use one of: {', '.join(TRANSPORTS)}")
+    module, colon, kind = name.partition(":")
+    if not colon:
+        raise ConfigError(f"transfer backend {name!r} is unknown; use one of: {', '.join(TRANSPORTS)}, or MODULE:CLASS")
+    try:
+        plug_in: Callable[[str], Transport] = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"transfer backend {name!r} cannot be imported: {error}") from error
+    return plug_in(instance)
