@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What `make update` installs of torch; `TORCH=torch` takes the newest.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
+.PHONY: update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -32,6 +34,34 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Other versions, each in a virtual environment of its own. torch stays at the constraints' version but in `update`:
+# another one may be a build for GPUs, of gigabytes.
+TESTS := -m pytest -n 2 --dist worksteal
+
+latest:                ## all tests with the newest versions that pyproject.toml allows
+	mkdir -p build && grep '^torch==' constraints.txt > build/latest.txt
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/pip install --quiet --disable-pip-version-check --constraint build/latest.txt torch
+	.venv-latest/bin/pip install --quiet --disable-pip-version-check --constraint build/latest.txt -e '.[serve,cu12,dev]'
+	.venv-latest/bin/python $(TESTS)
+
+oldest:                ## all tests with the lowest versions that pyproject.toml declares
+	mkdir -p build && $(PYTHON) lab/floors.py > build/oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint build/oldest.txt torch
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint build/oldest.txt -e '.[serve,cu12,dev]'
+	.venv-oldest/bin/python $(TESTS)
+
+update:                ## resolve constraints.txt anew: installs the newest, runs everything, and only then writes it
+	$(PYTHON) -m venv --clear .venv-update
+	.venv-update/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-update/bin/pip install --quiet --disable-pip-version-check -e '.[serve,cu12,dev,plot]'
+	.venv-update/bin/ruff check . && .venv-update/bin/ruff format --check . && .venv-update/bin/mypy
+	.venv-update/bin/python $(TESTS)
+	head -1 constraints.txt > build/constraints.txt
+	.venv-update/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 properties: setup      ## 10,000 random layouts and topologies against an independent numpy reshard (minutes)
 	KVBATON_PROPERTY_CASES=10000 $(BIN)/python -m pytest tests/property
@@ -71,4 +101,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .mypy_cache .ruff_cache .pytest_cache .hypothesis

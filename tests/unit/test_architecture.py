@@ -47,7 +47,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
     "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
     "aiohttp": ("kvbaton.discovery.client", "kvbaton.discovery.server", "kvbaton.serving", "kvbaton.cli", "lab"),
-    "prometheus_client": ("kvbaton.serving.server", "kvbaton.runtime"),
+    "prometheus_client": ("kvbaton.serving.server",),
     "matplotlib": ("kvbaton.bench.plot",),
 }
 

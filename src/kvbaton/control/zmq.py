@@ -57,6 +57,8 @@ HANDSHAKE_SECONDS = 5.0
 CONNECT_SECONDS = 3.0
 RECONNECT_FIRST_SECONDS = 0.05
 RECONNECT_LONGEST_SECONDS = 1.0
+#: How long to wait until an address that is given up is free.
+UNBIND_SECONDS = 1.0
 #: A new link that is not UP after this time is probed.
 PROBE_AFTER_SECONDS = 0.05
 #: What CURVE adds to a message before libzmq measures it (33 bytes in libzmq 4.3), and some room.
@@ -382,10 +384,16 @@ class ZmqLinks(Links):
         }
 
     def stop_listening(self) -> None:
-        if not self._context.closed and not self._router.closed:
-            self._watch.remove(_ROUTER)
-            self._router.close(linger=0)
-            self._accepted = _Accepted()
+        if self._context.closed or self._router.closed:
+            return
+        self._watch.remove(_ROUTER)
+        self._accepted = _Accepted()
+        closed = self._router.get_monitor_socket(zmq.EVENT_CLOSED)
+        self._router.unbind(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        closed.poll(_milliseconds(UNBIND_SECONDS))  # ZeroMQ closes it on a thread of its own
+        self._router.disable_monitor()
+        closed.close(linger=0)
+        self._router.close(linger=0)
 
     def close(self) -> None:
         if self._context.closed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -27,18 +28,20 @@ from kvbaton.errors import ExpiredError, KVBatonError, PeerLostError
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
 LOG_LINES = 15
+#: Where ports are looked for: the system's own begin at 32768.
+PORTS = (12_000, 32_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports of loopback that nobody uses now, all different, and below those that the system hands out by itself: a
+    connection of somebody else must not take one before its server has started."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 @dataclass(eq=False)

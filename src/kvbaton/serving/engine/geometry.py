@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 
 from kvbaton.errors import ConfigError
 from kvbaton.layout import PoolKind
+from kvbaton.serving.engine.versions import cache_argument
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -146,7 +147,7 @@ def probe_geometry(network: Any, dtype: str) -> Geometry:
         raise ConfigError(f"{kind} does not say max_position_embeddings, so requests cannot be checked against it")
     with torch.inference_mode():
         probe = torch.zeros((1, min(PROBE_TOKENS, max_positions)), dtype=torch.long, device=network.device)
-        network(input_ids=probe, past_key_values=cache, use_cache=True)
+        network(input_ids=probe, use_cache=True, **{cache_argument(network): cache})
     holds = tuple(CACHE_LAYERS[type(layer)] for layer in cache.layers)
     pools = [_full_pool(cache, holds, kind), _window_pool(cache, holds, kind), _index_pool(cache, holds, kind)]
     states = tuple(_states(cache, holds, kind))

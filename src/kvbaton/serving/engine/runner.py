@@ -21,6 +21,7 @@ from kvbaton.serving.engine.collective import Collective
 from kvbaton.serving.engine.geometry import DTYPES
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Copies, Holding, Pools
+from kvbaton.serving.engine.versions import cache_argument
 
 Announce = Callable[[list[list[int]], list[Extent]], None]
 
@@ -110,7 +111,7 @@ class ModelRunner:
         common = {
             "attention_mask": view.mask,
             "position_ids": view.positions,
-            "past_key_values": self._cache,
+            cache_argument(self._network): self._cache,
             "use_cache": True,
         }
         if shard.first:
