@@ -6,12 +6,12 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
+.PHONY: wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
 
-test: setup lint types unit  ## everything that must hold before a change lands
+test: setup lint types unit wheel  ## everything that must hold before a change lands
 
 setup: $(READY)
 
@@ -62,6 +62,9 @@ update:                ## resolve constraints.txt anew: installs the newest, run
 	head -1 constraints.txt > build/constraints.txt
 	.venv-update/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
+
+wheel: setup           ## build the wheel, install it in an empty environment, run the first example there (20 s)
+	$(BIN)/python -m lab wheel
 
 properties: setup      ## 10,000 random layouts and topologies against an independent numpy reshard (minutes)
 	KVBATON_PROPERTY_CASES=10000 $(BIN)/python -m pytest tests/property

@@ -24,6 +24,7 @@ LAB = Program(
         "mutants": ("lab.commands.mutants", "plant the bugs of the field, and write which seed finds each"),
         "docs": ("lab.commands.docs", "write what is generated in docs/, or check that it is up to date"),
         "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),
+        "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )
