@@ -31,7 +31,7 @@ from lab.soak.config import LAYERS, PAGES, TOKENS, Side, SoakConfig
 HALT = "halt"
 #: A batch in which nothing ends for so long is stuck.
 STUCK_SECONDS = 60.0
-SETTINGS = Settings(heartbeat_seconds=1.0, announce_seconds=2.0, bootstrap_seconds=30.0, transfer_seconds=30.0)
+SETTINGS = Settings(heartbeat_interval=1.0, announce_seconds=2.0, bootstrap_timeout=30.0, waiting_timeout=30.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,9 +50,9 @@ from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank
 
 SMALL = Settings(
-    handshake_seconds=4.0,
-    bootstrap_seconds=20.0,
-    transfer_seconds=30.0,
+    handshake_timeout=4.0,
+    bootstrap_timeout=20.0,
+    waiting_timeout=30.0,
     announce_seconds=15.0,
     settle_seconds=5.0,
     rooms=48,

@@ -17,7 +17,7 @@ from kvbaton.serving.demo.show import Answer, Question, ask, ask_all, concurrent
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, Server
 
-HEARTBEAT_WINDOW = Settings().silence_seconds + Settings().heartbeat_seconds
+HEARTBEAT_WINDOW = Settings().silence_seconds + Settings().heartbeat_interval
 LONG = Question(title="long", prompt=make_prompts(1, seed=3, pairs=(200, 200))[0].prompt, max_tokens=8)
 
 

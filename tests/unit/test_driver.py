@@ -93,7 +93,7 @@ def test_deadlines_pass_where_no_message_can_be_read(
     make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what fails in every turn does not fill the log."""
-    settings = Settings(transfer_seconds=1.0, heartbeat_seconds=100.0)
+    settings = Settings(waiting_timeout=1.0, heartbeat_interval=100.0)
     source, target = make_rank("prefill", fill=1), make_rank("decode", settings=settings)
     _, receiver = begin(source, target)
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):

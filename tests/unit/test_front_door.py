@@ -191,7 +191,7 @@ def test_a_rank_opens_its_own_side_of_rooms_only(open_rank: Callable[..., Rank])
         open_rank("prefill").manager.receiver(1, ["tcp://127.0.0.1:1"])
     with pytest.raises(LocalProtocolError, match="role decode opens no source"):
         open_rank("decode").manager.sender(1)
-    both = open_rank("both", settings=Settings(bootstrap_seconds=1.0)).manager
+    both = open_rank("both", settings=Settings(bootstrap_timeout=1.0)).manager
     both.sender(1)
     both.receiver(1, ["tcp://127.0.0.1:1"])
 

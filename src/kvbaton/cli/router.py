@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from kvbaton.cli.settings import add_log_level, port, positive, seconds
+from kvbaton.cli.settings import add_log_level, config_of, port, positive, seconds
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
@@ -56,21 +56,16 @@ async def _route(options: argparse.Namespace) -> None:
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
     prefill = [parse_worker("prefill", values) for values in options.prefill or ()]
     decode = [parse_worker("decode", values) for values in options.decode or ()]
-    config = RouterConfig(
-        workers=(*prefill, *decode),
-        request_timeout_seconds=options.request_timeout_secs,
-        probe_interval_seconds=options.health_check_interval_secs,
-        probe_path=options.health_check_endpoint,
-        max_requests=options.max_concurrent_requests,
-        secret=read_secret(options.secret_file) if options.secret_file is not None else None,
-    )
+    options.workers = (*prefill, *decode)
+    options.secret = read_secret(options.secret_file) if options.secret_file is not None else None
+    config = config_of(RouterConfig, options)
     with reserve(options.host, options.port) as bound:
         router = Router(config)
         await run_server(
             router.app,
             router.gate,
             bound,
-            grace_seconds=options.grace_period_secs,
+            grace_period_secs=options.grace_period_secs,
             listening=lambda chosen: _announce(options.host, chosen),
         )
 

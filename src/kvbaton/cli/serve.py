@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from kvbaton.cli.settings import add_log_level, natural, port, positive, seconds, transfer_costs
+from kvbaton.cli.settings import add_log_level, config_of, natural, port, positive, seconds, transfer_costs
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.discovery.placement import LoadBalance
 from kvbaton.errors import ConfigError
@@ -126,41 +126,8 @@ def run(options: argparse.Namespace) -> int:
         from kvbaton.serving.server.launch import ServeConfig, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
-    config = ServeConfig(
-        model=options.model,
-        served_model_name=options.served_model_name,
-        host=options.host,
-        port=options.port,
-        mode=options.disaggregation_mode,
-        backend=options.disaggregation_transfer_backend,
-        bootstrap_host=options.disaggregation_bootstrap_host,
-        bootstrap_port=options.disaggregation_bootstrap_port,
-        bootstrap_allow=tuple(options.disaggregation_bootstrap_allow or ()),
-        page_size=options.page_size,
-        max_total_tokens=options.max_total_tokens,
-        chunked_prefill_size=options.chunked_prefill_size,
-        max_running_requests=options.max_running_requests,
-        dtype=options.dtype,
-        device=options.device,
-        tensor_parallel_size=options.tensor_parallel_size,
-        pipeline_parallel_size=options.pipeline_parallel_size,
-        data_parallel_size=options.data_parallel_size,
-        load_balance_method=options.load_balance_method,
-        decode_radix_cache=options.disaggregation_decode_enable_radix_cache,
-        secret_file=options.secret_file,
-        torch_threads=options.torch_threads,
-        grace_seconds=options.grace_period_secs,
-        control_port=options.disaggregation_control_port,
-        control_advertise=options.disaggregation_control_advertise,
-        handshake_seconds=options.disaggregation_handshake_timeout,
-        bootstrap_seconds=options.disaggregation_bootstrap_timeout,
-        waiting_seconds=options.disaggregation_waiting_timeout,
-        heartbeat_seconds=options.disaggregation_heartbeat_interval,
-        staging=options.staging,
-        staging_mib=options.staging_mib,
-        staging_slot_bytes=options.staging_slot_bytes,
-        costs=transfer_costs(options.transfer_costs),
-    )
+    options.transfer_costs = transfer_costs(options.transfer_costs)
+    config = config_of(ServeConfig, options)
     serve(config, listening=lambda bound: _announce(options.host, bound, options.disaggregation_mode))
     return 0
 

@@ -9,17 +9,20 @@ on/off.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from kvbaton.errors import ConfigError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 
+T = TypeVar("T")
 PREFIX = "KVBATON_"
 LOG_FORMAT = "[%(asctime)s] %(levelname)s %(name)s: %(message)s"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -76,6 +79,17 @@ def describe(options: argparse.Namespace, parser: argparse.ArgumentParser, used:
             origin = f" ({variable})" if variable in used else ""
             parts.append(f"{action.dest}={getattr(options, action.dest)}{origin}")
     return " ".join(parts)
+
+
+def config_of(kind: type[T], options: argparse.Namespace) -> T:
+    """A dataclass whose fields are called as their flags are, but for the ``disaggregation`` in front of some; a flag
+    that was left out and has no default leaves that of the field."""
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = getattr(options, field.name, getattr(options, f"disaggregation_{field.name}", None))
+        if value is not None:
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:

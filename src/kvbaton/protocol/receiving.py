@@ -29,7 +29,7 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
         token_count=incoming.token_count,
         grants=incoming.grants,
         parts=incoming.parts,
-        ttl_seconds=t.wire.settings.transfer_seconds,
+        ttl_seconds=t.wire.settings.waiting_timeout,
         staging=tuple(StagingGrant(part, lease.slots) for part, lease in incoming.leases.items()),
     )
     t.wire.send(t, message)
@@ -38,7 +38,7 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
 
 def opened(t: Transfer, now: float, _: object) -> None:
     t.enter(State.OPENED)
-    t.set_deadline(now, t.wire.settings.transfer_seconds)
+    t.set_deadline(now, t.wire.settings.waiting_timeout)
     t.retry_pause = t.wire.settings.retry_most_seconds
     t.retry_later(now)
 
@@ -108,7 +108,7 @@ def give_up_opened(t: Transfer, now: float, detail: object) -> None:
 def expire_opened(t: Transfer, now: float, _: object) -> None:
     waited_for = "acknowledge the room" if t.state is State.OPENING else "deliver"
     t.error = ExpiredError(
-        f"the prefill rank did not {waited_for} within {t.wire.settings.transfer_seconds:g} s",
+        f"the prefill rank did not {waited_for} within {t.wire.settings.waiting_timeout:g} s",
         peer=t.peer,
         room=t.key.room,
     )

@@ -137,7 +137,7 @@ class Rooms:
         self._failed_before_open.pop(event.room, None)
         room.has_sender = True
         self._around.tell(event.room, "sender opened")
-        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_seconds)
+        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_timeout)
         self._touch(room)
 
     def on_open(self, session: Session, message: Open) -> None:
@@ -224,7 +224,7 @@ class Rooms:
     def on_receiver_opened(self, event: ReceiverOpened) -> None:
         room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources)
         self._around.tell(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
-        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_seconds)
+        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_timeout)
         for address in event.sources:
             self._peers.dial(address)
             session = self._peers.at(address)
@@ -386,7 +386,7 @@ class Rooms:
             self.fail(room, error)
 
     def _bootstrap_error(self, room: Room) -> KVBatonError:
-        seconds = self._around.settings.bootstrap_seconds
+        seconds = self._around.settings.bootstrap_timeout
         return ExpiredError(
             f"not started within {seconds:g} s, it waited for {self.waits_for(room)}; check that the other half got "
             "the request too, and send it again",

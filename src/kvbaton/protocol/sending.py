@@ -35,7 +35,7 @@ def send_chunk(t: Transfer, now: float, detail: object) -> None:
     outgoing = t.as_source()
     if t.state is State.WAITING:
         t.enter(State.SENDING)
-    t.set_deadline(now, t.wire.settings.transfer_seconds)
+    t.set_deadline(now, t.wire.settings.waiting_timeout)
     try:
         for index, part in enumerate(outgoing.pair.parts):
             post_part(t, index, part, chunk)
@@ -131,7 +131,7 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
 def write_settled(t: Transfer, now: float, detail: object) -> None:
     t.as_source().outstanding.discard(WriteId(expect(detail, int)))
     if t.state is State.SENDING:
-        t.set_deadline(now, t.wire.settings.transfer_seconds)
+        t.set_deadline(now, t.wire.settings.waiting_timeout)
         conclude_if_settled(t, now)
     elif not t.as_source().outstanding:
         drained_here(t, now)
@@ -184,7 +184,7 @@ def give_up_source(t: Transfer, now: float, detail: object) -> None:
 
 def expire_source(t: Transfer, now: float, _: object) -> None:
     waited_for = "no chunk was submitted" if t.state is State.WAITING else "the writes made no progress"
-    seconds = t.wire.settings.transfer_seconds
+    seconds = t.wire.settings.waiting_timeout
     fail_sending(t, now, ExpiredError(f"{waited_for} for {seconds:g} s", peer=t.peer, room=t.key.room))
 
 

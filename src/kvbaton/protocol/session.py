@@ -139,7 +139,7 @@ class Session:
         self._enter(SessionState.GREETING, now)
         self._retry_pause = self.desk.settings.retry_seconds
         self.greeting = self.desk.mint_greeting()
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
         self._send_hello(now)
 
     def greet_again(self, now: float) -> None:
@@ -167,7 +167,7 @@ class Session:
             self._refuse(error, now)
             return
         self._enter(SessionState.JUDGING, now)
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
         self.desk.set_session_timer(self, "retry", now + self._retry_pause)
 
     # ---- source: be greeted, prepare --------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Session:
             self._refuse(error, now)
             return
         self._enter(SessionState.PREPARING, now)
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
         self.desk.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair, self.staged))
 
     def prepared(self, now: float) -> None:
@@ -300,14 +300,14 @@ class Session:
         its memory again only then. Reaching for the dead costs UCX a descriptor each time."""
         self._enter(SessionState.PREPARING, now)
         self._awaits_life = True
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
         self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
 
     def prepare_again(self, now: float) -> None:
         """The peer is alive: make its memory reachable again."""
         if self.hello is not None and self.pair is not None:
             self._enter(SessionState.PREPARING, now)
-            self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_seconds)
+            self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
             self.desk.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair, self.staged))
 
     def heard(self, now: float) -> None:
@@ -346,7 +346,7 @@ class Session:
             else:
                 self.bury(self.error, now)
         elif name == "deadline":
-            self.lose(_unanswered(settings.handshake_seconds, self.name), now)
+            self.lose(_unanswered(settings.handshake_timeout, self.name), now)
         elif name == "heartbeat":
             if self.state is SessionState.READY and now - self.heard_at >= settings.silence_seconds:
                 silence = now - self.heard_at
@@ -356,7 +356,7 @@ class Session:
                 self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
             else:
                 self._say_hello()
-            self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_seconds)
+            self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_interval)
 
     def _enter(self, state: SessionState, now: float) -> None:
         self.desk.cancel_session_timers(self)
@@ -366,7 +366,7 @@ class Session:
         if state is SessionState.READY:
             self.error = None
         if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
-            self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_seconds)
+            self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_interval)
         if state in (SessionState.LOST, SessionState.REFUSED):
             self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
         self.desk.session_changed(self)

@@ -14,12 +14,12 @@ class Settings:
     """All durations in seconds.
 
     Args:
-        handshake_seconds: a dialled peer must have answered and agreed by then.
-        bootstrap_seconds: both sides of a room must have met by then.
-        transfer_seconds: an opened room must make progress, and end, by then.
+        handshake_timeout: a dialled peer must have answered and agreed by then.
+        bootstrap_timeout: both sides of a room must have met by then.
+        waiting_timeout: an opened room must make progress, and end, by then.
         announce_seconds: how long an outcome is repeated to a peer that does not acknowledge it.
         settle_seconds: how long a failed source waits for its own writes before it cuts the peer off.
-        heartbeat_seconds: pause between pings; ``heartbeat_misses`` silent ones mean the peer is lost.
+        heartbeat_interval: pause between pings; ``heartbeat_misses`` silent ones mean the peer is lost.
         retry_seconds: first pause before a message is repeated; doubles up to ``retry_most_seconds``.
         quarantine_seconds: after how long pages that no proof has freed are freed by policy and counted; None: never.
         rooms: most live rooms for each role; more are refused as overloaded.
@@ -32,12 +32,12 @@ class Settings:
         write_bytes, write_entries: a chunk is posted in pieces of at most so many bytes and descriptors.
     """
 
-    handshake_seconds: float = 10.0
-    bootstrap_seconds: float = 120.0
-    transfer_seconds: float = 300.0
+    handshake_timeout: float = 10.0
+    bootstrap_timeout: float = 120.0
+    waiting_timeout: float = 300.0
     announce_seconds: float = 60.0
     settle_seconds: float = 10.0
-    heartbeat_seconds: float = 5.0
+    heartbeat_interval: float = 5.0
     heartbeat_misses: int = 2
     retry_seconds: float = 0.5
     retry_most_seconds: float = 5.0
@@ -62,4 +62,4 @@ class Settings:
     @property
     def silence_seconds(self) -> float:
         """Silence after which a peer is lost."""
-        return self.heartbeat_seconds * self.heartbeat_misses
+        return self.heartbeat_interval * self.heartbeat_misses

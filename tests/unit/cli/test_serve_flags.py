@@ -36,9 +36,9 @@ def test_deadlines_by_flag_and_by_variable_are_the_same(served: list[ServeConfig
     assert main(["serve", "--model", "m"], variables) == 0
     for config in served:
         settings = config.settings()
-        assert settings.handshake_seconds == 1.5
-        assert settings.bootstrap_seconds == 2.5
-        assert settings.transfer_seconds == 3.5
+        assert settings.handshake_timeout == 1.5
+        assert settings.bootstrap_timeout == 2.5
+        assert settings.waiting_timeout == 3.5
         assert settings.silence_seconds == 9.0
 
 

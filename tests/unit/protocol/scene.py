@@ -29,7 +29,7 @@ from kvbaton.testing.world import Network, Rank, World
 
 ROOM = 7
 ENDED = (KVPoll.Failed, KVPoll.Success)
-QUICK = Settings(bootstrap_seconds=20.0, transfer_seconds=30.0, announce_seconds=15.0, settle_seconds=5.0)
+QUICK = Settings(bootstrap_timeout=20.0, waiting_timeout=30.0, announce_seconds=15.0, settle_seconds=5.0)
 
 #: Cells of the transition table that the tests of this directory have reached, as the cores counted them.
 REACHED: Counter[str] = Counter()

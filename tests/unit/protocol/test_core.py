@@ -399,9 +399,9 @@ def test_the_first_transfer_of_a_peer_is_never_taken_for_a_forgotten_one() -> No
 def test_a_sender_that_nobody_opens_expires() -> None:
     scene = Scene()
     scene.open_senders()
-    scene.world.run(until=QUICK.bootstrap_seconds - 0.1)
+    scene.world.run(until=QUICK.bootstrap_timeout - 0.1)
     assert scene.status("source").poll is KVPoll.Bootstrapping
-    scene.world.run(until=QUICK.bootstrap_seconds)
+    scene.world.run(until=QUICK.bootstrap_timeout)
     error = scene.status("source").error
     assert error is not None
     assert error.code == "expired"
@@ -413,7 +413,7 @@ def test_a_receiver_whose_source_never_answers_is_told_so() -> None:
     scene = Scene()
     scene.world.network = lambda _from, _to, _message: 0
     scene.open_receivers()
-    scene.world.run(until=QUICK.handshake_seconds)
+    scene.world.run(until=QUICK.handshake_timeout)
     error = scene.status("target").error
     assert error is not None
     assert error.code == "peer_lost"
@@ -423,7 +423,7 @@ def test_a_receiver_whose_source_never_answers_is_told_so() -> None:
 def test_a_receiver_that_is_never_granted_pages_expires() -> None:
     scene = Scene()
     scene.open_receivers()
-    scene.world.run(until=QUICK.bootstrap_seconds)
+    scene.world.run(until=QUICK.bootstrap_timeout)
     error = scene.status("target").error
     assert error is not None
     assert error.code == "expired"
@@ -436,7 +436,7 @@ def test_an_open_that_is_never_acknowledged_expires_and_drains() -> None:
     scene = Scene()
     scene.world.network = dropping(Open)
     scene.start()
-    scene.world.run(until=QUICK.transfer_seconds)
+    scene.world.run(until=QUICK.waiting_timeout)
     error = scene.status("target").error
     assert error is not None
     assert error.code == "expired"
@@ -529,7 +529,7 @@ def test_a_source_that_expires_says_what_it_waited_for(writes: int, told: str) -
     if writes:
         scene.submit_all()
     scene.world.network = dropping(Abort)  # the target gives up as well, and must not be heard first
-    scene.world.run(until=QUICK.transfer_seconds + 0.5)
+    scene.world.run(until=QUICK.waiting_timeout + 0.5)
     assert told in str(scene.status("source").error)
 
 
@@ -539,16 +539,16 @@ def test_the_next_deadline_is_the_earliest_of_all() -> None:
     assert core.next_deadline() is None
     scene.world.now = 100.0
     scene.source.do(SenderOpened(1))
-    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_timeout
     scene.world.now = 101.0
     scene.source.do(SenderOpened(2))
-    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_timeout
     scene.source.do(TimePassed())
-    assert core.next_deadline() == 100.0 + QUICK.bootstrap_seconds
-    scene.world.run(until=100.0 + QUICK.bootstrap_seconds)
+    assert core.next_deadline() == 100.0 + QUICK.bootstrap_timeout
+    scene.world.run(until=100.0 + QUICK.bootstrap_timeout)
     assert scene.status("source", 1).poll is KVPoll.Failed
     assert scene.status("source", 2).poll is KVPoll.Bootstrapping
-    assert core.next_deadline() == 101.0 + QUICK.bootstrap_seconds
+    assert core.next_deadline() == 101.0 + QUICK.bootstrap_timeout
     scene.world.run(until=200.0)
     assert core.next_deadline() is None
 

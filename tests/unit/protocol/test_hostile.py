@@ -270,7 +270,7 @@ def test_greetings_that_come_to_nothing_are_forgotten() -> None:
             LinkId(1000 + number),
         )
     assert len(scene.source.core.sessions()) == 50
-    scene.world.run(until=QUICK.handshake_seconds + QUICK.silence_seconds + QUICK.announce_seconds + 10)
+    scene.world.run(until=QUICK.handshake_timeout + QUICK.silence_seconds + QUICK.announce_seconds + 10)
     assert scene.source.core.sessions() == []
 
 

@@ -43,7 +43,7 @@ def test_a_sender_that_comes_while_its_failed_room_is_still_announced_fails_too(
     scene.publish()
     scene.world.run()
     scene.world.network = dropping(Close, Abort)
-    scene.world.run(until=QUICK.transfer_seconds + 0.5)  # no chunk was submitted: the source gives up and says so
+    scene.world.run(until=QUICK.waiting_timeout + 0.5)  # no chunk was submitted: the source gives up and says so
     scene.open_senders()
     scene.world.run(until=scene.world.now + 120.0)
     assert scene.status("source").poll is KVPoll.Failed, scene.explain()
@@ -191,7 +191,7 @@ def test_a_peer_whose_first_greeting_went_unanswered_is_greeted_again() -> None:
     scene = Scene()
     scene.world.network = lambda _from, _to, _message: 0
     scene.start()
-    scene.world.run(until=QUICK.handshake_seconds + 1.0)
+    scene.world.run(until=QUICK.handshake_timeout + 1.0)
     assert scene.status("target").poll is KVPoll.Failed
     scene.world.network = lambda _from, _to, _message: 1
     scene.world.run(until=scene.world.now + 60.0)

@@ -110,11 +110,11 @@ def test_a_target_that_waits_for_a_verdict_greets_again_until_its_deadline() -> 
     world.network = dropping(Verdict)
     meet(world, source, target)
     assert states(target) == ["judging"]
-    world.run(until=QUICK.handshake_seconds - 0.1)
+    world.run(until=QUICK.handshake_timeout - 0.1)
     hellos = [at for at, sender, _, m in world.trace if isinstance(m, Hello) and sender == "d0"]
     assert hellos == [0.0, 1.0, 2.0, 4.0, 8.0]
     assert target.status("target", 1).poll is KVPoll.Bootstrapping
-    world.run(until=QUICK.handshake_seconds)
+    world.run(until=QUICK.handshake_timeout)
     assert "no answer within 10 s to the handshake" in error_of(target).message
 
 
@@ -140,9 +140,9 @@ def test_a_source_that_cannot_prepare_in_time_loses_the_peer(again: str) -> None
         source.core.handle(MessageArrived(LinkId(99), encode(Pong(sender="i-d0", receiver="i-p0"))), 20.0)
     begun = 3.0 if again == "first" else 20.0
     assert states(source) == ["preparing"]
-    world.run(until=begun + QUICK.handshake_seconds - 0.1)
+    world.run(until=begun + QUICK.handshake_timeout - 0.1)
     assert states(source) == ["preparing"]
-    world.run(until=begun + QUICK.handshake_seconds)
+    world.run(until=begun + QUICK.handshake_timeout)
     assert states(source) == ["lost"]
 
 

@@ -16,4 +16,4 @@ def test_a_duration_or_bound_that_is_not_positive_is_named(wrong: dict[str, floa
 
 
 def test_a_peer_is_lost_after_its_missed_heartbeats() -> None:
-    assert Settings(heartbeat_seconds=3.0, heartbeat_misses=4).silence_seconds == 12.0
+    assert Settings(heartbeat_interval=3.0, heartbeat_misses=4).silence_seconds == 12.0

@@ -158,9 +158,9 @@ def test_every_live_state_has_a_deadline_or_an_owner(state: State) -> None:
     rank.core.check_invariants()
     assert rank.core.next_deadline() is not None
     scene.world.network = lambda _from, _to, _message: 1
-    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.world.run(until=scene.world.now + 4 * QUICK.waiting_timeout)
     scene.source.release_writes()
-    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.world.run(until=scene.world.now + 4 * QUICK.waiting_timeout)
     scene.expect_over()
 
 
@@ -170,7 +170,7 @@ def test_a_state_survives_a_peer_that_dies(state: State) -> None:
     name, path = PATHS[state]
     path(scene)
     scene.world.kill(scene.target if name == "p0" else scene.source)
-    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.world.run(until=scene.world.now + 4 * QUICK.waiting_timeout)
     scene.expect_over()
 
 
@@ -314,9 +314,9 @@ def test_whatever_happens_in_whatever_state_both_ends_come_to_an_end(state: Stat
     for rank in scene.ranks:
         rank.core.check_invariants()
     scene.world.network = lambda _from, _to, _message: 1
-    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.world.run(until=scene.world.now + 4 * QUICK.waiting_timeout)
     scene.source.release_writes()
-    scene.world.run(until=scene.world.now + 4 * QUICK.transfer_seconds)
+    scene.world.run(until=scene.world.now + 4 * QUICK.waiting_timeout)
     scene.expect_over()
     for rank in scene.ranks:
         for status in rank.statuses.values() if rank.alive else ():

@@ -44,7 +44,7 @@ from lab.docs.protocol import derive
 from unit.protocol.scene import PAIR, QUICK, SHAPES, Fault, Scene, Shape, dropping, holding
 
 STEPS = {(a, b) for edge in derive() for a, b in zip(edge.path, edge.path[1:], strict=False)}
-LONG = 3 * (QUICK.transfer_seconds + QUICK.bootstrap_seconds)
+LONG = 3 * (QUICK.waiting_timeout + QUICK.bootstrap_timeout)
 
 
 # ---- scripts: what the engines do -----------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_a_target_that_falls_silent_while_we_settle_is_cut_off_at_once() -> None
     bring_to(scene, "all chunks")
     scene.abort("source")
     scene.world.network = lambda _from, _to, _message: 0
-    scene.world.run(until=scene.world.now + QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    scene.world.run(until=scene.world.now + QUICK.silence_seconds + QUICK.heartbeat_interval)
     assert not scene.source.held
     assert not scene.status("source").leased
     scene.world.network = lambda _from, _to, _message: 1
@@ -580,7 +580,7 @@ def test_a_failure_is_no_longer_announced_to_a_target_that_is_lost() -> None:
     scene.world.network = lambda _from, _to, _message: 0
     scene.abort("source")
     assert scene.source.core.live_rooms == 1
-    scene.world.run(until=QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    scene.world.run(until=QUICK.silence_seconds + QUICK.heartbeat_interval)
     assert scene.source.core.live_rooms == 0
 
 
@@ -588,14 +588,14 @@ def test_every_write_that_settles_gives_the_others_their_time_again() -> None:
     scene = Scene(holding(PAIR))
     bring_to(scene, "all chunks")
     scene.world.network = dropping(Abort)  # the target counts from the acknowledgement, and must not be heard first
-    settled_at = QUICK.transfer_seconds - 1.0
+    settled_at = QUICK.waiting_timeout - 1.0
     scene.world.run(until=settled_at)
     write = scene.source.held.pop()
     scene.world.land(scene.source, write)
     scene.source.do(WriteSettled(write.write))
-    scene.world.run(until=settled_at + QUICK.transfer_seconds - 0.1)
+    scene.world.run(until=settled_at + QUICK.waiting_timeout - 0.1)
     assert scene.status("source").poll is KVPoll.Transferring
-    scene.world.run(until=settled_at + QUICK.transfer_seconds)
+    scene.world.run(until=settled_at + QUICK.waiting_timeout)
     assert "the writes made no progress for 30 s" in str(scene.status("source").error)
 
 
@@ -731,7 +731,7 @@ def test_a_silent_target_is_lost_then_fenced(phase: str) -> None:
     silent_at = scene.world.now
     scene.world.run(until=silent_at + QUICK.silence_seconds - 0.1)
     assert scene.status("source").poll is not KVPoll.Failed
-    scene.world.run(until=silent_at + QUICK.silence_seconds + QUICK.heartbeat_seconds)
+    scene.world.run(until=silent_at + QUICK.silence_seconds + QUICK.heartbeat_interval)
     assert scene.status("source").poll is KVPoll.Failed
     assert scene.status("source").error.code == "peer_lost"  # type: ignore[union-attr]
     assert not scene.status("source").leased
@@ -758,7 +758,7 @@ def test_no_time_frees_pages_while_the_network_is_down(phase: str) -> None:
 
 
 def test_a_policy_may_free_pages_by_time_and_is_counted() -> None:
-    settings = Settings(transfer_seconds=30.0, quarantine_seconds=40.0)
+    settings = Settings(waiting_timeout=30.0, quarantine_seconds=40.0)
     scene = Scene(settings=settings)
     scene.start()
     scene.world.network = lambda _from, _to, _message: 0

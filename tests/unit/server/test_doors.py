@@ -139,7 +139,9 @@ def test_the_router_shows_its_token_to_workers_and_nothing_of_the_client():
 @asynccontextmanager
 async def serving_router(worker: str, secret: str | None) -> AsyncIterator[tuple[str, aiohttp.ClientSession]]:
     config = RouterConfig(
-        workers=(Worker("prefill", worker, 8998), Worker("decode", worker)), probe_interval_seconds=60.0, secret=secret
+        workers=(Worker("prefill", worker, 8998), Worker("decode", worker)),
+        health_check_interval_secs=60.0,
+        secret=secret,
     )
     assert secret is None or secret not in repr(config)
     router = Router(config)

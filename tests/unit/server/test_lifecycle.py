@@ -18,7 +18,7 @@ from kvbaton.serving.testing.http import run
 class Served:
     """A server whose one route waits until it is told to go on."""
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_period_secs: float) -> None:
         self.gate = Gate(10)
         self.inside = asyncio.Event()
         self.go_on = asyncio.Event()
@@ -29,7 +29,7 @@ class Served:
         app.router.add_get("/health", self._health)
         bound = lifecycle.reserve("127.0.0.1", 0)
         self.task = asyncio.create_task(
-            lifecycle.run(app, self.gate, bound, grace_seconds=grace_seconds, listening=self._port.set_result)
+            lifecycle.run(app, self.gate, bound, grace_period_secs=grace_period_secs, listening=self._port.set_result)
         )
 
     async def url(self) -> str:
@@ -57,7 +57,7 @@ async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
 @pytest.mark.parametrize("number", lifecycle.SIGNALS)
 def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number):
     async def test() -> None:
-        served = Served(grace_seconds=10)
+        served = Served(grace_period_secs=10)
         url = await served.url()
         async with aiohttp.ClientSession() as session:
             working = asyncio.create_task(get(session, f"{url}/work"))
@@ -79,7 +79,7 @@ def test_what_outlives_the_grace_period_or_a_second_signal_is_cancelled(signals,
     monkeypatch.setattr(lifecycle, "CLEANUP_SECONDS", 0.05)
 
     async def test() -> None:
-        served = Served(grace_seconds=0.05 if signals == 1 else 1000)
+        served = Served(grace_period_secs=0.05 if signals == 1 else 1000)
         url = await served.url()
         async with aiohttp.ClientSession() as session:
             working = asyncio.create_task(get(session, f"{url}/work"))

@@ -154,7 +154,7 @@ async def routed(prefills: list[Backend], decodes: list[Backend], **config: obje
             *(Worker("prefill", urls[backend], 8998) for backend in prefills),
             *(Worker("decode", urls[backend]) for backend in decodes),
         )
-        router = Router(RouterConfig(workers=workers, **{"probe_interval_seconds": 60.0, **config}))
+        router = Router(RouterConfig(workers=workers, **{"health_check_interval_secs": 60.0, **config}))
         url = await closing.enter_async_context(serving(router.app))
         await router.workers.probe_all()
         session = await closing.enter_async_context(aiohttp.ClientSession())
@@ -425,7 +425,7 @@ def test_a_worker_that_is_down_is_skipped_and_comes_back_by_itself():
                 Worker("prefill", f"http://127.0.0.1:{port}"),
                 Worker("decode", decode_url),
             )
-            router = Router(RouterConfig(workers=workers, probe_interval_seconds=0.01))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=0.01))
             url = await closing.enter_async_context(serving(router.app))
             session = await closing.enter_async_context(aiohttp.ClientSession())
             setup = Setup(router, session, url, {})
@@ -454,7 +454,7 @@ def test_the_first_request_after_a_restart_does_not_wait_for_a_probe():
         port = _free_port()
         async with serving(Backend(answer).app) as decode_url:
             workers = (Worker("prefill", f"http://127.0.0.1:{port}"), Worker("decode", decode_url))
-            router = Router(RouterConfig(workers=workers, probe_interval_seconds=3600.0))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=3600.0))
             async with serving(router.app) as url, aiohttp.ClientSession() as session:
                 setup = Setup(router, session, url, {})
                 error = (await setup.post(503))["error"]
@@ -518,7 +518,7 @@ def test_a_request_that_takes_too_long_is_504_or_an_error_event():
             return await hang(request, body)
 
         prefill, decode = Backend(answer), Backend(hang)
-        async with routed([prefill], [decode], request_timeout_seconds=0.1) as setup:
+        async with routed([prefill], [decode], request_timeout_secs=0.1) as setup:
             assert (await setup.post(504))["error"]["code"] == "expired"
             await decode.cancelled.wait()
             decode.behave = begin
@@ -580,7 +580,7 @@ def test_merged_routes_and_aborting():
 def test_requests_at_once_are_bounded():
     async def test() -> None:
         decode = Backend(hang)
-        async with routed([Backend(answer)], [decode], max_requests=1) as setup:
+        async with routed([Backend(answer)], [decode], max_concurrent_requests=1) as setup:
             asking = asyncio.create_task(setup.session.post(f"{setup.url}/v1/completions", json={"prompt": "x"}))
             await decode.arrived.wait()
             assert (await setup.post(503))["error"]["code"] == "overloaded"

@@ -91,7 +91,7 @@ def build_manager(
     return KVManager.open(
         pools.layout,
         role="decode" if config.mode == "decode" else "prefill",
-        backend=config.backend,
+        backend=config.transfer_backend,
         host=host,
         port=config.control_port + rank.number if config.control_port else 0,
         advertise=advertise,
@@ -268,7 +268,7 @@ def _scheduler(
     limits = SchedulerConfig(
         chunked_prefill_size=config.chunked_prefill_size,
         max_batch=config.max_running_requests,
-        prefix_cache=config.decode_radix_cache,
+        prefix_cache=config.decode_enable_radix_cache,
     )
     runner = ModelRunner(model, pools)
     if group is not None:

@@ -45,7 +45,7 @@ class ApiConfig:
         max_positions: tokens of prompt and answer together that the model can see; bounds a chat's default answer.
         pool_tokens: tokens that the pool holds, in pages of ``page_size``; bounds it too. 0: no bound.
         bootstrap_allow: registries that a decode server may ask.
-        bootstrap_seconds: how long it asks there for a room that the prefill server has not seen yet.
+        bootstrap_timeout: how long it asks there for a room that the prefill server has not seen yet.
         data_parallel_size, load_balance: how many ranks there are to choose from, and how rooms are spread over them.
         max_requests: requests answered at once.
     """
@@ -56,7 +56,7 @@ class ApiConfig:
     page_size: int = 1
     mode: Mode = "null"
     bootstrap_allow: AllowList = field(default_factory=AllowList)
-    bootstrap_seconds: float = 120.0
+    bootstrap_timeout: float = 120.0
     data_parallel_size: int = 1
     load_balance: LoadBalance = "total_requests"
     max_requests: int = 1024
@@ -166,7 +166,7 @@ class Intake:
                 *registry,
                 request.bootstrap_room,
                 named=request.disagg_prefill_dp_rank,
-                patience_seconds=self._config.bootstrap_seconds,
+                patience_seconds=self._config.bootstrap_timeout,
             )
         except AuthenticationError as error:  # our secret is wrong there: not the client's doing
             raise RegistryError(

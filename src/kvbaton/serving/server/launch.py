@@ -64,7 +64,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 30000
     mode: Mode = "null"
-    backend: Literal["nixl", "memory"] = "nixl"
+    transfer_backend: Literal["nixl", "memory"] = "nixl"
     bootstrap_host: str = ""
     bootstrap_port: int = 8998
     bootstrap_allow: tuple[str, ...] = ()
@@ -78,30 +78,30 @@ class ServeConfig:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     load_balance_method: LoadBalance | Literal["auto"] = "auto"
-    decode_radix_cache: bool = False
+    decode_enable_radix_cache: bool = False
     secret_file: Path | None = None
     torch_threads: int | None = None
-    grace_seconds: float = 30.0
+    grace_period_secs: float = 30.0
     control_port: int = 0
     control_advertise: str = ""
-    handshake_seconds: float = _DEFAULTS.handshake_seconds
-    bootstrap_seconds: float = _DEFAULTS.bootstrap_seconds
-    waiting_seconds: float = _DEFAULTS.transfer_seconds
-    heartbeat_seconds: float = _DEFAULTS.heartbeat_seconds
+    handshake_timeout: float = _DEFAULTS.handshake_timeout
+    bootstrap_timeout: float = _DEFAULTS.bootstrap_timeout
+    waiting_timeout: float = _DEFAULTS.waiting_timeout
+    heartbeat_interval: float = _DEFAULTS.heartbeat_interval
     staging: StagingPolicy = _DEFAULTS.staging
     staging_mib: int | None = None
     staging_slot_bytes: int = 0
-    costs: Costs = DEFAULT_COSTS
+    transfer_costs: Costs = DEFAULT_COSTS
 
     def settings(self) -> Settings:
         """The protocol's deadlines, and how it chooses between staging and direct writes."""
         return Settings(
-            handshake_seconds=self.handshake_seconds,
-            bootstrap_seconds=self.bootstrap_seconds,
-            transfer_seconds=self.waiting_seconds,
-            heartbeat_seconds=self.heartbeat_seconds,
+            handshake_timeout=self.handshake_timeout,
+            bootstrap_timeout=self.bootstrap_timeout,
+            waiting_timeout=self.waiting_timeout,
+            heartbeat_interval=self.heartbeat_interval,
             staging=self.staging,
-            costs=self.costs,
+            costs=self.transfer_costs,
         )
 
     @property
@@ -128,7 +128,7 @@ class ServeConfig:
         return self.bootstrap_host or self.host
 
     def __post_init__(self) -> None:
-        if self.decode_radix_cache and self.mode != "decode":
+        if self.decode_enable_radix_cache and self.mode != "decode":
             raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
         if self.load_balance_method == "follow_bootstrap_room" and self.mode != "prefill":
             raise ConfigError("--load-balance-method follow_bootstrap_room is for --disaggregation-mode prefill")
@@ -217,7 +217,7 @@ class _Server:
                 await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
             listening(port_of(port))
             await signals.stop.wait()
-            if not await drain(api.gate, grace_seconds=self._config.grace_seconds, hurry=signals.hurry):
+            if not await drain(api.gate, grace_period_secs=self._config.grace_period_secs, hurry=signals.hurry):
                 self._replica.end_all(DrainingError(STOPPING))  # so that each client hears of it
                 await api.gate.emptied(CLEANUP_SECONDS)
         if self._failure is not None:
@@ -236,7 +236,7 @@ class _Server:
                 page_size=config.page_size,
                 mode=config.mode,
                 bootstrap_allow=self._allow,
-                bootstrap_seconds=config.bootstrap_seconds,
+                bootstrap_timeout=config.bootstrap_timeout,
                 data_parallel_size=config.data_parallel_size,
                 load_balance=config.load_balance,
             ),
@@ -287,7 +287,7 @@ class _Server:
         }
         handoffs = self._replica.handoffs()
         if handoffs is not None:
-            facts["handoff"] = {"backend": config.backend, **msgspec.to_builtins(handoffs)}
+            facts["handoff"] = {"backend": config.transfer_backend, **msgspec.to_builtins(handoffs)}
         return facts
 
     @asynccontextmanager

@@ -136,12 +136,12 @@ class Signals:
         self.stop.set()
 
 
-async def drain(gate: Gate, *, grace_seconds: float, hurry: asyncio.Event) -> bool:
+async def drain(gate: Gate, *, grace_period_secs: float, hurry: asyncio.Event) -> bool:
     """Shut the gate and wait for it to empty. False if requests were left when the grace period ended."""
     gate.shut()
     if gate.inside:
-        _log.info("stopping; %d requests have %g s to finish", gate.inside, grace_seconds)
-    emptied = asyncio.create_task(gate.emptied(grace_seconds))
+        _log.info("stopping; %d requests have %g s to finish", gate.inside, grace_period_secs)
+    emptied = asyncio.create_task(gate.emptied(grace_period_secs))
     hurried = asyncio.create_task(hurry.wait())
     await asyncio.wait({emptied, hurried}, return_when=asyncio.FIRST_COMPLETED)
     for task in (emptied, hurried):
@@ -157,7 +157,7 @@ async def run(
     gate: Gate,
     bound: socket.socket,
     *,
-    grace_seconds: float,
+    grace_period_secs: float,
     listening: Callable[[int], None] = lambda _port: None,
 ) -> None:
     """Serve one application until a signal, then drain. ``listening`` is told the port."""
@@ -166,7 +166,7 @@ async def run(
         try:
             listening(port_of(bound))
             await signals.stop.wait()
-            await drain(gate, grace_seconds=grace_seconds, hurry=signals.hurry)
+            await drain(gate, grace_period_secs=grace_period_secs, hurry=signals.hurry)
         finally:
             await runner.cleanup()
 

@@ -49,10 +49,10 @@ class RouterConfig:
     """Settings of one router; ``workers`` as :func:`kvbaton.serving.server.workers.parse_worker` makes them."""
 
     workers: tuple[Worker, ...]
-    request_timeout_seconds: float = 1800.0
-    probe_interval_seconds: float = 1.0
-    probe_path: str = "/ready"
-    max_requests: int = 1024
+    request_timeout_secs: float = 1800.0
+    health_check_interval_secs: float = 1.0
+    health_check_endpoint: str = "/ready"
+    max_concurrent_requests: int = 1024
     secret: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=2 * config.max_requests + 4 * len(config.workers)),
+            connector=aiohttp.TCPConnector(limit=2 * config.max_concurrent_requests + 4 * len(config.workers)),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECONDS),
             read_bufsize=READ_BUFFER_BYTES,
             trust_env=False,
@@ -73,8 +73,8 @@ class Router:
         )
         self._story_headers = bearer(config.secret, "story")
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
-        self.workers = Workers(config.workers, self._session, probe_path=config.probe_path)
-        self.gate = Gate(config.max_requests)
+        self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_check_endpoint)
+        self.gate = Gate(config.max_concurrent_requests)
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
@@ -98,7 +98,7 @@ class Router:
         return app
 
     async def _running(self, _app: web.Application) -> AsyncIterator[None]:
-        probes = asyncio.create_task(self.workers.probe_forever(self._config.probe_interval_seconds))
+        probes = asyncio.create_task(self.workers.probe_forever(self._config.health_check_interval_secs))
         try:
             yield
         finally:
@@ -156,7 +156,7 @@ class Router:
         out: web.StreamResponse | None = None
         try:
             async with (
-                asyncio.timeout(self._config.request_timeout_seconds),
+                asyncio.timeout(self._config.request_timeout_secs),
                 Legs(self._session, http.path, fields, pair, self._headers) as legs,
             ):
                 answer = await legs.answer()
@@ -172,7 +172,7 @@ class Router:
                 return out
         except TimeoutError:
             error = ExpiredError(
-                f"no complete answer within {self._config.request_timeout_seconds:g} s "
+                f"no complete answer within {self._config.request_timeout_secs:g} s "
                 f"from {pair.prefill} and {pair.decode}",
                 room=pair.room,
             )

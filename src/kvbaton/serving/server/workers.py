@@ -92,12 +92,12 @@ class Workers:
         workers: Sequence[Worker],
         session: aiohttp.ClientSession,
         *,
-        probe_path: str = "/ready",
+        health_check_endpoint: str = "/ready",
         probe_timeout_seconds: float = 2.0,
     ) -> None:
         self._workers = tuple(workers)
         self._session = session
-        self._probe_path = probe_path
+        self._probe_path = health_check_endpoint
         self._timeout = aiohttp.ClientTimeout(total=probe_timeout_seconds)
         self._round: asyncio.Task[None] | None = None
         self._turns: dict[str, int] = {"prefill": 0, "decode": 0}

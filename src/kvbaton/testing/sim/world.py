@@ -84,9 +84,9 @@ class World:
         self.clockwork = Clockwork(scenario.seed, tracing=tracing)
         tuning = scenario.tuning
         self.settings = Settings(
-            handshake_seconds=8.0,
-            bootstrap_seconds=20.0,
-            transfer_seconds=30.0,
+            handshake_timeout=8.0,
+            bootstrap_timeout=20.0,
+            waiting_timeout=30.0,
             announce_seconds=15.0,
             settle_seconds=5.0,
             write_bytes=tuning.write_bytes,
@@ -144,7 +144,7 @@ class World:
         rates = [clock.rate for g in (*self.scenario.sources, *self.scenario.targets) for clock in g.clocks]
         late = sum(f.count * (f.seconds + 60.0) for f in self.scenario.faults if isinstance(f, WriteFault))
         chunks = max((len(r.chunks) for r in self.scenario.requests), default=1)
-        waits = self.settings.bootstrap_seconds + (3 + chunks) * self.settings.transfer_seconds
+        waits = self.settings.bootstrap_timeout + (3 + chunks) * self.settings.waiting_timeout
         slowest = max((r.chunk_every * chunks + r.ready_after for r in self.scenario.requests), default=0.0)
         return (waits + slowest + late + self.settings.announce_seconds) / min(rates, default=1.0)
 
@@ -282,7 +282,7 @@ class World:
     def _rest(self) -> None:
         """Long enough for whoever lives to find its peers again, and to forget those that it does not."""
         settings = self.settings
-        recovery = 2 * (settings.silence_seconds + settings.handshake_seconds) + settings.announce_seconds
+        recovery = 2 * (settings.silence_seconds + settings.handshake_timeout) + settings.announce_seconds
         slowest = min((c.rate for g in (*self.scenario.sources, *self.scenario.targets) for c in g.clocks), default=1.0)
         until = self.clockwork.now + recovery / slowest
         while self.clockwork.now < until and self.clockwork.next is not None:
