@@ -20,8 +20,7 @@ from pathlib import Path
 from kvbaton.errors import ExpiredError, KVBatonError
 from kvbaton.protocol.messages import AnyMessage, Close, Done, Hello, Open
 from kvbaton.serving.fleet import Server
-from lab.chaos.client import Outcome
-from lab.chaos.door import Direction
+from lab.chaos.client import ClientOutcome
 from lab.chaos.fault import (
     FILES_SECONDS,
     PARTITION_SECONDS,
@@ -32,6 +31,7 @@ from lab.chaos.fault import (
     Spec,
     Victim,
 )
+from lab.chaos.proxy import Direction
 from lab.chaos.scene import LONG, RECOVERY_SECONDS, SHORT, Scene, open_files
 
 FULL_DISK = Path("/dev/full")
@@ -49,7 +49,7 @@ _STRIKE_FIRST = (Fault.MUTE, Fault.REGISTRY, Fault.FILES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
+class CellResult:
     """What a cell found. ``seconds``: from the fault to the client's outcome; ``failures``: empty when all held."""
 
     spec: Spec
@@ -66,7 +66,7 @@ class Result:
 
 
 @dataclass
-class Cell:
+class FaultCell:
     """One run of one cell in a scene that is at rest."""
 
     scene: Scene
@@ -80,10 +80,10 @@ class Cell:
     def victim(self) -> Server:
         return self.scene.server(self.spec.victim)
 
-    async def run(self) -> Result:
+    async def run(self) -> CellResult:
         await self._prepare()
         processes = self._survivors()
-        asking: asyncio.Task[Outcome] | None = None
+        asking: asyncio.Task[ClientOutcome] | None = None
         if not self._strikes_first:
             asking = await self._bring_to_phase()
         struck_at = time.monotonic()
@@ -95,7 +95,7 @@ class Cell:
             if server.process is None or not server.running or server.process.pid != pid:
                 self.failures.append(f"{server.name} did not survive:\n{server.last_words()}")
         await self._serve_again()
-        return Result(
+        return CellResult(
             spec=self.spec,
             outcome=outcome.label,
             message=outcome.message,
@@ -137,7 +137,7 @@ class Cell:
         servers = [*scene.fleet.prefills, *scene.fleet.decodes, scene.fleet.router]
         return {s: s.process.pid for s in servers if s not in dying and s.process is not None}
 
-    async def _bring_to_phase(self) -> asyncio.Task[Outcome]:
+    async def _bring_to_phase(self) -> asyncio.Task[ClientOutcome]:
         self.scene.control.watch = self._on_message
         asking = asyncio.create_task(self.scene.ask(LONG))
         watching = asyncio.create_task(self._watch_chunks())
@@ -255,10 +255,10 @@ class Cell:
 
     @asynccontextmanager
     async def _mute(self) -> AsyncIterator[None]:
-        door = self.scene.control if self.spec.victim is Victim.LINK else self.scene.registry
-        door.silence()
+        proxy = self.scene.control if self.spec.victim is Victim.LINK else self.scene.registry
+        proxy.silence()
         yield
-        door.drop()
+        proxy.drop()
 
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[None]:
@@ -312,7 +312,7 @@ class Cell:
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
-    def _judge(self, outcome: Outcome) -> None:
+    def _judge(self, outcome: ClientOutcome) -> None:
         if outcome.kind in ("untyped", "late"):
             self.failures.append(f"the client got neither an answer nor a typed error: {outcome}")
         if self.scene.is_corrupt(LONG, outcome):

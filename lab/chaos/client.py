@@ -16,7 +16,7 @@ Kind = Literal["answer", "error", "untyped", "late"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class ClientOutcome:
     """What a client got. ``error``: a typed one (``code`` and a message); ``untyped``: anything else that is no answer;
     ``late``: nothing within the deadline."""
 
@@ -31,7 +31,7 @@ class Outcome:
         return self.code if self.kind == "error" else self.kind
 
 
-async def request(http: aiohttp.ClientSession, url: str, question: Question, *, limit_seconds: float) -> Outcome:
+async def request(http: aiohttp.ClientSession, url: str, question: Question, *, limit_seconds: float) -> ClientOutcome:
     """Ask once."""
     timeout = aiohttp.ClientTimeout(total=limit_seconds)
     body = BytesIO(msgspec.json.encode(question.body()))
@@ -39,23 +39,23 @@ async def request(http: aiohttp.ClientSession, url: str, question: Question, *, 
         async with http.post(f"{url}/v1/completions", data=body, timeout=timeout) as response:
             payload = await response.read()
     except TimeoutError:
-        return Outcome(kind="late", message=f"no answer within {limit_seconds:g} s", ended_at=time.monotonic())
+        return ClientOutcome(kind="late", message=f"no answer within {limit_seconds:g} s", ended_at=time.monotonic())
     except (aiohttp.ClientError, OSError) as error:
-        return Outcome(kind="untyped", message=repr(error), ended_at=time.monotonic())
+        return ClientOutcome(kind="untyped", message=repr(error), ended_at=time.monotonic())
     return _read(response.status, payload)
 
 
-def _read(status: int, payload: bytes) -> Outcome:
+def _read(status: int, payload: bytes) -> ClientOutcome:
     now = time.monotonic()
     try:
         answer = msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
         if status == 200:
             choices = msgspec.json.decode(answer["choices"], type=list[dict[str, msgspec.Raw]])
             tokens = msgspec.json.decode(choices[0]["token_ids"], type=tuple[int, ...])
-            return Outcome(kind="answer", tokens=tokens, ended_at=now)
+            return ClientOutcome(kind="answer", tokens=tokens, ended_at=now)
         error = msgspec.json.decode(answer["error"], type=dict[str, str | None])
         code, message = error["code"] or "", error["message"] or ""
     except (msgspec.MsgspecError, KeyError, IndexError) as error:
-        return Outcome(kind="untyped", message=f"HTTP {status}: {error}: {payload[:200]!r}", ended_at=now)
+        return ClientOutcome(kind="untyped", message=f"HTTP {status}: {error}: {payload[:200]!r}", ended_at=now)
     typed = bool(code and message) and code not in ("http", "internal", "error")
-    return Outcome(kind="error" if typed else "untyped", code=code, message=message, ended_at=now)
+    return ClientOutcome(kind="error" if typed else "untyped", code=code, message=message, ended_at=now)

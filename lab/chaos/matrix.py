@@ -8,17 +8,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from kvbaton.errors import KVBatonError
-from lab.chaos.cell import Cell, Result
+from lab.chaos.cell import CellResult, FaultCell
 from lab.chaos.fault import Spec
 from lab.chaos.scene import Scene, expected_answers
 
-Progress = Callable[[Spec, Result | None], None]
+Progress = Callable[[Spec, CellResult | None], None]
 
 
-async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress) -> list[Result]:
+async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress) -> list[CellResult]:
     """Results in the order of ``specs``; ``progress`` hears of each before (None) and after."""
     expected = await expected_answers(directory)
-    results: list[Result] = []
+    results: list[CellResult] = []
     for network, cells in itertools.groupby(specs, lambda spec: spec.network):
         scene: Scene | None = None
         async with AsyncExitStack() as closing:
@@ -28,9 +28,9 @@ async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress)
                     if scene is None:
                         await closing.aclose()
                         scene = await closing.enter_async_context(Scene(directory, expected, network=network))
-                    result = await Cell(scene, spec).run()
+                    result = await FaultCell(scene, spec).run()
                 except KVBatonError as error:
-                    result = Result(spec=spec, outcome="broken", failures=(f"{type(error).__name__}: {error}",))
+                    result = CellResult(spec=spec, outcome="broken", failures=(f"{type(error).__name__}: {error}",))
                 if not result.ok:
                     scene = None
                 results.append(result)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvbaton.errors import ConfigError
-from lab.chaos.cell import Result
+from lab.chaos.cell import CellResult
 from lab.chaos.fault import Phase
 from lab.docs.page import split
 
@@ -15,7 +15,7 @@ END = "<!-- kvbaton chaos: end -->"
 HEADINGS = ("fault", "victim", *(phase.value for phase in Phase))
 
 
-def rows(results: Sequence[Result]) -> list[list[str]]:
+def rows(results: Sequence[CellResult]) -> list[list[str]]:
     """One row per fault, network and victim, one column per phase."""
     table: dict[tuple[str, str], dict[Phase, str]] = {}
     for result in results:
@@ -25,13 +25,13 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
     return [[*key, *(cells.get(phase, "") for phase in Phase)] for key, cells in table.items()]
 
 
-def cell(result: Result) -> str:
+def cell(result: CellResult) -> str:
     mark = "✓" if result.ok else "✗"
     quarantine = " Q" if result.quarantined else ""
     return f"{mark} {result.outcome} {result.seconds:.1f} s{quarantine}"
 
 
-def slowest(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+def slowest(results: Sequence[CellResult]) -> dict[str, dict[str, float]]:
     """By fault: the most seconds to a typed error, and to being served again once the fault was over."""
     found: dict[str, dict[str, float]] = {}
     for result in results:
@@ -43,7 +43,7 @@ def slowest(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     return found
 
 
-def as_data(results: Sequence[Result]) -> dict[str, object]:
+def as_data(results: Sequence[CellResult]) -> dict[str, object]:
     return {
         "ok": all(result.ok for result in results),
         "cells": [
@@ -66,7 +66,7 @@ def as_data(results: Sequence[Result]) -> dict[str, object]:
     }
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[CellResult]) -> str:
     green = sum(result.ok for result in results)
     lines = [f"{green} of {len(results)} cells green.", "", *_table(HEADINGS, rows(results)), ""]
     worst = [
@@ -95,7 +95,7 @@ def around_markers(path: Path) -> tuple[str, str]:
     return before, after
 
 
-def write_into(path: Path, results: Sequence[Result]) -> None:
+def write_into(path: Path, results: Sequence[CellResult]) -> None:
     """Replace what stands between the markers of a Markdown file. Raises ConfigError where there are none."""
     before, after = around_markers(path)
     path.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")

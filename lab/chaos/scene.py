@@ -1,4 +1,4 @@
-"""The fleet of the matrix: one prefill, one decode, a router, doors in between, and what every answer must be.
+"""The fleet of the matrix: one prefill, one decode, a router, proxies in between, and what every answer must be.
 
 Deadlines are those of production divided by about five, so that a matrix takes minutes: a peer is lost after 2 s of
 silence, a handshake fails after 3 s, a client waits 15 s.
@@ -21,9 +21,9 @@ from kvbaton.errors import ExpiredError, PeerLostError, TransferFailedError
 from kvbaton.serving.demo.show import Question, ask
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, Server, free_ports
-from lab.chaos.client import Outcome, request
-from lab.chaos.door import Door
+from lab.chaos.client import ClientOutcome, request
 from lab.chaos.fault import Victim
+from lab.chaos.proxy import TcpProxy
 
 HEARTBEAT_SECONDS = 1.0
 HANDSHAKE_SECONDS = 3.0
@@ -81,7 +81,7 @@ class Scene:
     """See the module. An async context manager; all servers are ready inside."""
 
     def __init__(self, directory: Path, expected: Expected, *, network: str = "shm") -> None:
-        control, control_door, registry_door = free_ports(3)
+        control, control_proxy, registry_proxy = free_ports(3)
         self.expected = expected
         self.fleet = Fleet(
             directory,
@@ -89,14 +89,14 @@ class Scene:
             extra=SERVE,
             prefill_extra=(
                 *("--disaggregation-control-port", str(control)),
-                *("--disaggregation-control-advertise", f"tcp://127.0.0.1:{control_door}"),
+                *("--disaggregation-control-advertise", f"tcp://127.0.0.1:{control_proxy}"),
             ),
             router_extra=ROUTER,
-            registry_doors=(registry_door,),
+            registry_proxies=(registry_proxy,),
             environment={"UCX_TLS": "tcp"} if network == "tcp" else {},
         )
-        self.control = Door(control_door, control, inspect=True)
-        self.registry = Door(registry_door, self.fleet.registry_ports[0], inspect=False)
+        self.control = TcpProxy(control_proxy, control, inspect=True)
+        self.registry = TcpProxy(registry_proxy, self.fleet.registry_ports[0], inspect=False)
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Scene:
@@ -119,10 +119,10 @@ class Scene:
     def peer(self, victim: Victim) -> Server:
         return self.fleet.decodes[0] if victim is Victim.PREFILL else self.fleet.prefills[0]
 
-    async def ask(self, question: Question, limit_seconds: float = CLIENT_SECONDS + SLACK_SECONDS) -> Outcome:
+    async def ask(self, question: Question, limit_seconds: float = CLIENT_SECONDS + SLACK_SECONDS) -> ClientOutcome:
         return await request(self.fleet.http, self.fleet.router.url, question, limit_seconds=limit_seconds)
 
-    def is_corrupt(self, question: Question, outcome: Outcome) -> bool:
+    def is_corrupt(self, question: Question, outcome: ClientOutcome) -> bool:
         """Whether tokens were served that the single process does not give."""
         return outcome.kind == "answer" and outcome.tokens != self.expected[question.title]
 

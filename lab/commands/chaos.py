@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lab.chaos.cell import Result
+    from lab.chaos.cell import CellResult
     from lab.chaos.fault import Spec
 
 MESSAGE_CHARACTERS = 110
@@ -87,7 +87,7 @@ def _chosen(options: argparse.Namespace) -> list[Spec]:
     ]
 
 
-async def _run(specs: Sequence[Spec], directory: Path, console: Console) -> list[Result]:
+async def _run(specs: Sequence[Spec], directory: Path, console: Console) -> list[CellResult]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lab.chaos.matrix import run_matrix
@@ -97,7 +97,7 @@ async def _run(specs: Sequence[Spec], directory: Path, console: Console) -> list
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(specs))
 
-        def tell(spec: Spec, result: Result | None) -> None:
+        def tell(spec: Spec, result: CellResult | None) -> None:
             if result is None:
                 progress.update(task, description=str(spec))
                 return
@@ -109,7 +109,7 @@ async def _run(specs: Sequence[Spec], directory: Path, console: Console) -> list
         return await run_matrix(specs, directory, tell)
 
 
-def _tell(results: Sequence[Result], options: argparse.Namespace) -> int:
+def _tell(results: Sequence[CellResult], options: argparse.Namespace) -> int:
     from lab.chaos.report import as_data, write_into
 
     if options.write is not None:
@@ -121,7 +121,7 @@ def _tell(results: Sequence[Result], options: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in results) else 1
 
 
-def _print(results: Sequence[Result]) -> None:
+def _print(results: Sequence[CellResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lab.training.recall import HELD_OUT_PROMPTS, Settings, held_out_accuracy, save, train
+    from lab.training.recall import HELD_OUT_PROMPTS, TrainingSettings, held_out_accuracy, save, train
 
     words = vars(options)
-    settings = Settings(**{name: words[name] for name in Settings.__dataclass_fields__})
+    settings = TrainingSettings(**{name: words[name] for name in TrainingSettings.__dataclass_fields__})
     for moment, model, tokenizer in train(settings):
         save(model, tokenizer, settings.out)
         accuracy = held_out_accuracy(settings.out)

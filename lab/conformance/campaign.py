@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvbaton.errors import ConfigError, KVBatonError
-from lab.conformance.cells import TOPOLOGIES, Cell, Judge, Topology
+from lab.conformance.cells import TOPOLOGIES, Cell, CellJudge, PairTopology
 from lab.conformance.families import FAMILIES, write_model
 from lab.conformance.servers import Servers, Zygote
 from lab.conformance.shape import Shape
@@ -23,7 +23,7 @@ QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 SINGLE = Shape()
 
-Plan = Sequence[tuple[str, Sequence[Topology]]]
+Plan = Sequence[tuple[str, Sequence[PairTopology]]]
 
 
 def choose(families: Sequence[str], topologies: Sequence[str], *, quick: bool) -> Plan:
@@ -55,7 +55,7 @@ async def run(plan: Plan, directory: Path, told: Callable[[Cell], None]) -> list
 async def _family(
     family: str,
     kv_heads: int | None,
-    topologies: Sequence[Topology],
+    topologies: Sequence[PairTopology],
     servers: Servers,
     directory: Path,
     told: Callable[[Cell], None],
@@ -68,7 +68,7 @@ async def _family(
     try:
         await asyncio.to_thread(write_model, family, model, kv_heads=kv_heads)
         await servers.start([SINGLE, *(shape for t in topologies for shape in (t.source, t.target))], model)
-        judge = Judge(family, servers, servers.server(SINGLE, model))
+        judge = CellJudge(family, servers, servers.server(SINGLE, model))
     except (KVBatonError, OSError, ValueError) as error:
         seconds = round(time.monotonic() - started, 3)
         cells = [
@@ -90,7 +90,7 @@ async def _family(
     return cells
 
 
-def _variant(family: str, topology: Topology) -> int | None:
+def _variant(family: str, topology: PairTopology) -> int | None:
     """The number of KV heads that a family's checkpoint must have for a topology, None for its own."""
     own = FAMILIES[family][1].get("num_key_value_heads", 1)
     latent = "kv_lora_rank" in FAMILIES[family][1]
@@ -99,5 +99,5 @@ def _variant(family: str, topology: Topology) -> int | None:
     return topology.kv_heads
 
 
-def _variants(family: str, topologies: Sequence[Topology]) -> list[int | None]:
+def _variants(family: str, topologies: Sequence[PairTopology]) -> list[int | None]:
     return list(dict.fromkeys(_variant(family, topology) for topology in topologies))

@@ -19,7 +19,7 @@ import msgspec
 
 from kvbaton.errors import KVBatonError
 from lab.conformance.families import WINDOW_ONLY
-from lab.conformance.servers import Answer, Server, Servers
+from lab.conformance.servers import ForkedServer, PairAnswer, Servers
 from lab.conformance.shape import Shape
 
 #: Prompt lengths of a cell: one token, pages and a token more, chunks, several windows.
@@ -34,7 +34,7 @@ MAX_REASON = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Topology:
+class PairTopology:
     """Two shapes that hand over. ``held``: how much of a prompt decode has already, None where it keeps nothing.
     ``kv_heads``: heads that the model must have at most, so that ranks share them."""
 
@@ -61,23 +61,23 @@ def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False, staged
     return Shape("decode", tensor, 1, page_size, radix, staged, data=data)
 
 
-TOPOLOGIES: tuple[Topology, ...] = (
-    Topology("TP 1→1", _source(), _target()),
-    Topology("TP 2→1", _source(2), _target()),
-    Topology("TP 1→2", _source(), _target(2)),
-    Topology("TP 2→1, staged", _source(2, staged=True), _target(staged=True)),
-    Topology("TP 4→1", _source(4), _target()),
-    Topology("TP 2→4", _source(2), _target(4)),
-    Topology("TP 4→2", _source(4), _target(2)),
-    Topology("TP 4→2, more ranks than KV heads", _source(4), _target(2), kv_heads=2),
-    Topology("PP 2→1", _source(pipeline=2), _target()),
-    Topology("DP 2→1", _source(data=2), _target()),
-    Topology("DP 1→2", _source(), _target(data=2)),
-    Topology("DP 2→2, TP 2→1, prefill chooses", _source(2, data=2, chooses=True), _target(data=2)),
-    Topology("page 16→64", _source(), _target(page_size=64)),
-    Topology("page 64→16", _source(page_size=64), _target()),
+TOPOLOGIES: tuple[PairTopology, ...] = (
+    PairTopology("TP 1→1", _source(), _target()),
+    PairTopology("TP 2→1", _source(2), _target()),
+    PairTopology("TP 1→2", _source(), _target(2)),
+    PairTopology("TP 2→1, staged", _source(2, staged=True), _target(staged=True)),
+    PairTopology("TP 4→1", _source(4), _target()),
+    PairTopology("TP 2→4", _source(2), _target(4)),
+    PairTopology("TP 4→2", _source(4), _target(2)),
+    PairTopology("TP 4→2, more ranks than KV heads", _source(4), _target(2), kv_heads=2),
+    PairTopology("PP 2→1", _source(pipeline=2), _target()),
+    PairTopology("DP 2→1", _source(data=2), _target()),
+    PairTopology("DP 1→2", _source(), _target(data=2)),
+    PairTopology("DP 2→2, TP 2→1, prefill chooses", _source(2, data=2, chooses=True), _target(data=2)),
+    PairTopology("page 16→64", _source(), _target(page_size=64)),
+    PairTopology("page 64→16", _source(page_size=64), _target()),
     *(
-        Topology(f"prefix hit {held}", _source(), _target(radix=True), held=held)
+        PairTopology(f"prefix hit {held}", _source(), _target(radix=True), held=held)
         for held in ("none", "partial", "full")
     ),
 )
@@ -95,17 +95,17 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Judge:
+class CellJudge:
     """Runs the cells of one checkpoint. ``reference`` answers alone."""
 
-    def __init__(self, family: str, servers: Servers, reference: Server) -> None:
+    def __init__(self, family: str, servers: Servers, reference: ForkedServer) -> None:
         self._family = family
         self._servers = servers
         self._reference = reference
-        self._expected: dict[tuple[int, ...], Answer] = {}
+        self._expected: dict[tuple[int, ...], PairAnswer] = {}
         self._whole_bytes = 0
 
-    async def run(self, topology: Topology, source: Server, target: Server) -> Cell:
+    async def run(self, topology: PairTopology, source: ForkedServer, target: ForkedServer) -> Cell:
         """One cell; whatever goes wrong is its reason."""
         started = time.monotonic()
         requests, moved = 0, 0
@@ -132,12 +132,12 @@ class Judge:
             reason=reason[:MAX_REASON],
         )
 
-    async def _expect(self, prompt: tuple[int, ...]) -> Answer:
+    async def _expect(self, prompt: tuple[int, ...]) -> PairAnswer:
         if prompt not in self._expected:
             self._expected[prompt] = await self._servers.single(self._reference, prompt, ANSWER_TOKENS)
         return self._expected[prompt]
 
-    def _prefix_complaint(self, topology: Topology, moved: int) -> str:
+    def _prefix_complaint(self, topology: PairTopology, moved: int) -> str:
         """A prefix that is held and moved all the same is no prefix cache; the window and states always move."""
         if topology.held == "none":
             self._whole_bytes = moved
@@ -147,7 +147,7 @@ class Judge:
         return ""
 
 
-def _prompts(family: str, topology: Topology) -> list[tuple[int, ...]]:
+def _prompts(family: str, topology: PairTopology) -> list[tuple[int, ...]]:
     source = random.Random(family)
     if topology.held is None:
         return [_draw(source, length) for length in LENGTHS]
@@ -159,7 +159,9 @@ def _draw(source: random.Random, length: int) -> tuple[int, ...]:
     return tuple(source.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length))
 
 
-def _first_difference(prompts: Sequence[Sequence[int]], answers: Sequence[Answer], expected: Sequence[Answer]) -> str:
+def _first_difference(
+    prompts: Sequence[Sequence[int]], answers: Sequence[PairAnswer], expected: Sequence[PairAnswer]
+) -> str:
     for prompt, answer, right in zip(prompts, answers, expected, strict=True):
         if answer.tokens != right.tokens:
             return f"a prompt of {len(prompt)} tokens gives {answer.tokens}, the single process {right.tokens}"

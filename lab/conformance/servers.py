@@ -33,7 +33,7 @@ LOG_LINES = 15
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PairAnswer:
     """The tokens of one prompt, and the bytes that its hand-off moved."""
 
     tokens: tuple[int, ...]
@@ -76,7 +76,7 @@ class Zygote:
         return int(line)
 
 
-class Server:
+class ForkedServer:
     """One server: a process, and the ranks that it forks itself."""
 
     def __init__(self, shape: Shape, model: Path, log: Path) -> None:
@@ -126,7 +126,7 @@ class Servers:
     def __init__(self, zygote: Zygote, directory: Path) -> None:
         self._zygote = zygote
         self._directory = directory
-        self._servers: dict[tuple[Shape, Path], Server] = {}
+        self._servers: dict[tuple[Shape, Path], ForkedServer] = {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Servers:
@@ -147,11 +147,11 @@ class Servers:
         new = [shape for shape in dict.fromkeys(shapes) if (shape, model) not in self._servers]
         for shape in new:
             log = self._directory / f"{model.name}-{len(self._servers)}-{shape.mode}.log"
-            server = self._servers[shape, model] = Server(shape, model, log)
+            server = self._servers[shape, model] = ForkedServer(shape, model, log)
             await server.start(self._zygote)
         await asyncio.gather(*(self._ready(self._servers[shape, model]) for shape in new))
 
-    async def _ready(self, server: Server) -> None:
+    async def _ready(self, server: ForkedServer) -> None:
         deadline = time.monotonic() + READY_SECONDS
         while server.running and time.monotonic() < deadline:
             with contextlib.suppress(aiohttp.ClientError, OSError):
@@ -166,17 +166,17 @@ class Servers:
             raise KVBatonError("Servers are used as an async context manager")
         return self._session
 
-    def server(self, shape: Shape, model: Path) -> Server:
+    def server(self, shape: Shape, model: Path) -> ForkedServer:
         """A running server. Raises PeerLostError with its last words where it has ended."""
         server = self._servers[shape, model]
         if not server.running:
             raise PeerLostError(f"{shape} has ended:\n{server.last_words()}")
         return server
 
-    async def single(self, server: Server, prompt: Sequence[int], count: int) -> Answer:
+    async def single(self, server: ForkedServer, prompt: Sequence[int], count: int) -> PairAnswer:
         return _answer(await self._post(server, _body(prompt, count)))
 
-    async def pair(self, source: Server, target: Server, prompt: Sequence[int], count: int) -> Answer:
+    async def pair(self, source: ForkedServer, target: ForkedServer, prompt: Sequence[int], count: int) -> PairAnswer:
         """Both legs of one request, as a router sends them."""
         body = _body(prompt, count)
         body |= {
@@ -189,7 +189,7 @@ class Servers:
             raise KVBatonError(f"prefill says {_answer(first).tokens}, decode {_answer(answer).tokens}")
         return _answer(answer)
 
-    async def staged_writes(self, server: Server) -> int:
+    async def staged_writes(self, server: ForkedServer) -> int:
         """Staged writes that the first rank of a server has posted."""
         try:
             async with self._http.get(f"{server.url}/get_server_info") as response:
@@ -198,7 +198,7 @@ class Servers:
             raise PeerLostError(f"{server.shape}: {error}\n{server.last_words()}") from error
         return int(info["handoff"]["counters"].get("writes_staged", 0))
 
-    async def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, server: ForkedServer, body: dict[str, Any]) -> dict[str, Any]:
         try:
             async with self._http.post(f"{server.url}/v1/completions", json=body) as response:
                 data = await response.read()
@@ -222,6 +222,6 @@ def _body(prompt: Sequence[int], count: int) -> dict[str, Any]:
     }
 
 
-def _answer(data: dict[str, Any]) -> Answer:
+def _answer(data: dict[str, Any]) -> PairAnswer:
     handoff = data.get("handoff") or {}
-    return Answer(tuple(data["choices"][0]["token_ids"]), int(handoff.get("bytes", 0)))
+    return PairAnswer(tuple(data["choices"][0]["token_ids"]), int(handoff.get("bytes", 0)))

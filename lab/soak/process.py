@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from kvbaton.errors import ExpiredError, TransferFailedError, TransportError
-from lab.soak.rank import HALT, RankSpec, serve
+from lab.soak.rank import HALT, SoakRankSpec, serve
 
 TIMEOUT_SECONDS = 120.0
 
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 120.0
 class RankProcess:
     """A rank that was started; ``tell`` and ``hear``, or ``ask`` for both."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: SoakRankSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self.spec = spec
         self._pipe: Connection

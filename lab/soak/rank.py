@@ -35,7 +35,7 @@ SETTINGS = Settings(heartbeat_interval=1.0, announce_seconds=2.0, bootstrap_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankSpec:
+class SoakRankSpec:
     """Which rank a process is. ``address``: where it listens; empty: any port of loopback."""
 
     side: Side
@@ -56,7 +56,7 @@ class _Live:
 class SoakRank:
     """See the module."""
 
-    def __init__(self, spec: RankSpec, pipe: Connection) -> None:
+    def __init__(self, spec: SoakRankSpec, pipe: Connection) -> None:
         self._spec = spec
         self._config = spec.config
         self._pipe = pipe
@@ -170,7 +170,7 @@ class SoakRank:
         return leased
 
 
-def serve(spec: RankSpec, pipe: Connection) -> None:
+def serve(spec: SoakRankSpec, pipe: Connection) -> None:
     """Main of a rank's process: obey until told to stop. Errors go back on the pipe."""
     rank = SoakRank(spec, pipe)
     pipe.send(("ok", rank.describe()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from lab.soak.config import SIDES, Side, SoakConfig
 from lab.soak.process import RankProcess
-from lab.soak.rank import RankSpec
+from lab.soak.rank import SoakRankSpec
 
 #: How long rooms and sessions of dead peers may take to leave the survivor's tables at the end of a half.
 REST_SECONDS = 30.0
@@ -49,8 +49,8 @@ class _Pair:
     def __init__(self, config: SoakConfig, survivor: Side) -> None:
         self._config = config
         self._peer_side: Side = "target" if survivor == "source" else "source"
-        self.survivor = RankProcess(RankSpec(side=survivor, address="", config=config))
-        self.peer = RankProcess(RankSpec(side=self._peer_side, address="", config=config))
+        self.survivor = RankProcess(SoakRankSpec(side=survivor, address="", config=config))
+        self.peer = RankProcess(SoakRankSpec(side=self._peer_side, address="", config=config))
         self._introduce()
 
     def _introduce(self) -> None:
@@ -63,7 +63,7 @@ class _Pair:
         """A new peer where the dead one was."""
         address = self.peer.address
         self.peer.kill()
-        self.peer = RankProcess(RankSpec(side=self._peer_side, address=address, config=self._config))
+        self.peer = RankProcess(SoakRankSpec(side=self._peer_side, address=address, config=self._config))
         self._introduce()
 
     def kill(self) -> None:

@@ -52,7 +52,7 @@ HELD_OUT_PROMPTS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """What the command line may change."""
 
     out: Path
@@ -147,7 +147,7 @@ class Lists:
 class Rate:
     """The learning rate: a linear rise, held until ``start_decay``, then half a cosine down to zero."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrainingSettings) -> None:
         self._settings = settings
         self._decay_start: int | None = None
 
@@ -218,7 +218,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     named.write_text(json.dumps(json.loads(named.read_text()) | {"tokenizer_class": TOKENIZER_CLASS}, indent=2) + "\n")
 
 
-def train(settings: Settings) -> Iterator[tuple[str, Qwen3ForCausalLM, PreTrainedTokenizerFast]]:
+def train(settings: TrainingSettings) -> Iterator[tuple[str, Qwen3ForCausalLM, PreTrainedTokenizerFast]]:
     """Train, printing progress; yields the model when it starts the last lesson and when it is done."""
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer()

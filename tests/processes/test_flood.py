@@ -19,7 +19,7 @@ import pytest
 
 from kvbaton.control.address import Address
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.demo.show import Answer, ask, concurrent_questions
+from kvbaton.serving.demo.show import DemoAnswer, ask, concurrent_questions
 from kvbaton.serving.fleet import Fleet, Server
 
 FULL = os.environ.get("KVBATON_FLOOD") == "full"
@@ -41,7 +41,7 @@ class Honest:
     """Requests that go on all the while: how long each took."""
 
     fleet: Fleet
-    expected: list[Answer]
+    expected: list[DemoAnswer]
     seconds: list[float] = field(default_factory=list)
 
     async def ask_until(self, done: asyncio.Event) -> None:
@@ -105,7 +105,7 @@ async def all_floods(fleet: Fleet) -> dict[str, Any]:
     }
 
 
-async def during(fleet: Fleet, expected: list[Answer], work: Any) -> tuple[Honest, Any]:
+async def during(fleet: Fleet, expected: list[DemoAnswer], work: Any) -> tuple[Honest, Any]:
     """Honest requests while ``work`` goes on."""
     honest, done = Honest(fleet, expected), asyncio.Event()
     asking = asyncio.create_task(honest.ask_until(done))

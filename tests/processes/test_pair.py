@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.demo.show import Answer, Question, ask, ask_all, concurrent_questions, edge_questions, stream
+from kvbaton.serving.demo.show import DemoAnswer, Question, ask, ask_all, concurrent_questions, edge_questions, stream
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, Server
 
@@ -62,9 +62,9 @@ def test_clients_that_hang_up_at_random_harm_nobody(fleet: Fleet, runner: asynci
     questions = concurrent_questions(200)
     impatient = {i for i in range(200) if rng.random() < 0.3}
 
-    async def scenario() -> dict[int, Answer]:
+    async def scenario() -> dict[int, DemoAnswer]:
         slots = asyncio.Semaphore(32)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, DemoAnswer] = {}
 
         async def one(number: int) -> None:
             async with slots:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvbaton.bench.scenario import HEADS, Scenario, buffer
+from kvbaton.bench.scenario import HEADS, BenchScenario, buffer
 from kvbaton.bench.transfer import TransferBench
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
 from kvbaton.plan.costs import Costs
@@ -49,7 +49,7 @@ def calibrate(progress: Progress) -> Costs:
 
 def _room_seconds(*, item_bytes: int, pages: int, contiguous: bool = False) -> tuple[float, int]:
     """Seconds of one leanest room, and its descriptors when pages are shuffled."""
-    scenario = Scenario(
+    scenario = BenchScenario(
         layers=4,
         pages=pages,
         item_bytes=item_bytes,
@@ -110,7 +110,7 @@ def _staged_fixed(copy: float, piece: float) -> float:
     """What a staged room costs beyond its copies, against a direct one."""
     seconds = {}
     for policy in ("never", "always"):
-        scenario = Scenario(
+        scenario = BenchScenario(
             layers=2,
             pages=1,
             item_bytes=HEADS * PAGE_SIZE * 16,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvbaton.bench.leanest import Entries, Leanest
-from kvbaton.bench.scenario import Scenario, buffer
+from kvbaton.bench.scenario import BenchScenario, buffer
 from kvbaton.discovery.registry import Sizes
 from kvbaton.errors import ExpiredError, KVBatonError
 from kvbaton.layout import CacheLayout, Coordinates
@@ -27,19 +27,19 @@ TIMEOUT_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankSpec:
+class BenchRankSpec:
     """Which rank a process is."""
 
     side: Literal["source", "target"]
     rank: int
-    scenario: Scenario
+    scenario: BenchScenario
     transport: str
 
 
 class BenchRank:
     """See the module. Every public method is a command; its result goes back on the pipe."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: BenchRankSpec) -> None:
         scenario = spec.scenario
         self._spec = spec
         self._scenario = scenario
@@ -219,7 +219,7 @@ class BenchRank:
         return leased
 
 
-def serve(spec: RankSpec, pipe: Connection) -> None:
+def serve(spec: BenchRankSpec, pipe: Connection) -> None:
     """Main of a rank's process: obey until told to stop. Errors go back on the pipe."""
     rank = BenchRank(spec)
     pipe.send(("ok", rank.describe()))

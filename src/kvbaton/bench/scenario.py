@@ -19,7 +19,7 @@ SLOT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scenario:
+class BenchScenario:
     """One benchmark. A room is ``pages`` pages in each of ``layers`` layers, K and V, ``item_bytes`` bytes apiece.
 
     ``item_bytes`` is what one page of one layer's K (or V) takes over all tensor-parallel ranks together.

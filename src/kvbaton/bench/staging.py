@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kvbaton.bench.scenario import HEADS, Scenario
+from kvbaton.bench.scenario import HEADS, BenchScenario
 from kvbaton.bench.transfer import TransferBench
 from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import pair_plan
@@ -45,9 +45,9 @@ class Point:
         return picked / min(self.staged_seconds, self.direct_seconds)
 
 
-def scenario(run_bytes: int, pages: int, rounds: int) -> Scenario:
+def scenario(run_bytes: int, pages: int, rounds: int) -> BenchScenario:
     """TP 4 to 1, tokens outermost: a token of a layer falls into pieces of ``run_bytes``."""
-    return Scenario(
+    return BenchScenario(
         name=f"{run_bytes} B runs, {pages} pages",
         layers=LAYERS,
         pages=pages,

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from kvbaton.bench.rank import TIMEOUT_SECONDS, RankSpec, serve
-from kvbaton.bench.scenario import Scenario
+from kvbaton.bench.rank import TIMEOUT_SECONDS, BenchRankSpec, serve
+from kvbaton.bench.scenario import BenchScenario
 from kvbaton.errors import ExpiredError, TransportError
 
 CONTESTANTS = ("memcpy", "raw", "leanest", "kvbaton")
@@ -21,10 +21,10 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
+class BenchResult:
     """Figures of one scenario. ``seconds`` holds every round of every contestant; a ratio compares medians."""
 
-    scenario: Scenario
+    scenario: BenchScenario
     seconds: dict[str, list[float]]
     verified_bytes: int
     idle_cpu: dict[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Result:
 class _Rank:
     """The parent's end of one rank's process."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: BenchRankSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = f"{spec.side} {spec.rank}"
         self._pipe: Connection
@@ -87,14 +87,14 @@ class _Rank:
 class TransferBench:
     """All ranks of one scenario. A context manager; leaving it ends every process."""
 
-    def __init__(self, scenario: Scenario, transport: str = "nixl") -> None:
+    def __init__(self, scenario: BenchScenario, transport: str = "nixl") -> None:
         self.scenario = scenario
         self._sources = [
-            _Rank(RankSpec(side="source", rank=r, scenario=scenario, transport=transport))
+            _Rank(BenchRankSpec(side="source", rank=r, scenario=scenario, transport=transport))
             for r in range(scenario.source_tp)
         ]
         self._targets = [
-            _Rank(RankSpec(side="target", rank=r, scenario=scenario, transport=transport))
+            _Rank(BenchRankSpec(side="target", rank=r, scenario=scenario, transport=transport))
             for r in range(scenario.target_tp)
         ]
 
@@ -113,7 +113,7 @@ class TransferBench:
                 rank.ask("stop")
             rank.end()
 
-    def run(self, progress: Progress, *, idle: bool = False, only: Sequence[str] = ()) -> Result:
+    def run(self, progress: Progress, *, idle: bool = False, only: Sequence[str] = ()) -> BenchResult:
         """One warm-up of everything, then ``rounds`` rounds in which the contestants (or ``only`` some) take turns."""
         seconds: dict[str, list[float]] = {name: [] for name in only or self._contestants()}
         verified = 0
@@ -132,7 +132,7 @@ class TransferBench:
             for rank in ranks:
                 rank.tell("idle_cpu", IDLE_SECONDS)
             idle_cpu = {rank.name: rank.hear()[1] for rank in ranks}
-        return Result(
+        return BenchResult(
             scenario=self.scenario,
             seconds=seconds,
             verified_bytes=verified,

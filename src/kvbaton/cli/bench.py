@@ -17,9 +17,9 @@ from kvbaton.errors import ConfigError
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from kvbaton.bench.scenario import Scenario
+    from kvbaton.bench.scenario import BenchScenario
     from kvbaton.bench.staging import Point
-    from kvbaton.bench.transfer import Result
+    from kvbaton.bench.transfer import BenchResult
 
 MIB = 1 << 20
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         from kvbaton.bench.transfer import TransferBench
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
-    results: list[Result] = []
+    results: list[BenchResult] = []
     console = Console(stderr=True)
     for scenario in _scenarios(options):
         with (
@@ -149,12 +149,12 @@ def _show(status: Status, name: str, text: str) -> None:
     status.update(f"{name}: {text}")
 
 
-def _scenarios(options: argparse.Namespace) -> Sequence[Scenario]:
-    from kvbaton.bench.scenario import Scenario
+def _scenarios(options: argparse.Namespace) -> Sequence[BenchScenario]:
+    from kvbaton.bench.scenario import BenchScenario
 
     if not options.suite:
         return [
-            Scenario(
+            BenchScenario(
                 layers=options.layers,
                 pages=options.pages,
                 item_bytes=options.item_bytes,
@@ -169,15 +169,15 @@ def _scenarios(options: argparse.Namespace) -> Sequence[Scenario]:
         ]
     rounds, seed = options.rounds, options.seed
     return [
-        Scenario(name="64 rooms, shuffled", rounds=rounds, seed=seed),
-        Scenario(name="64 rooms, contiguous", order="contiguous", rounds=rounds, seed=seed),
-        Scenario(name="one small room", pages=2, rooms=1, concurrency=1, rounds=max(rounds, 50), seed=seed),
-        Scenario(name="TP 2 to 1", source_tp=2, rooms=16, rounds=rounds, seed=seed),
-        Scenario(name="TP 1 to 2", target_tp=2, rooms=16, rounds=rounds, seed=seed),
+        BenchScenario(name="64 rooms, shuffled", rounds=rounds, seed=seed),
+        BenchScenario(name="64 rooms, contiguous", order="contiguous", rounds=rounds, seed=seed),
+        BenchScenario(name="one small room", pages=2, rooms=1, concurrency=1, rounds=max(rounds, 50), seed=seed),
+        BenchScenario(name="TP 2 to 1", source_tp=2, rooms=16, rounds=rounds, seed=seed),
+        BenchScenario(name="TP 1 to 2", target_tp=2, rooms=16, rounds=rounds, seed=seed),
     ]
 
 
-def _data(result: Result) -> dict[str, object]:
+def _data(result: BenchResult) -> dict[str, object]:
     return {
         "scenario": result.scenario.name,
         "layers": result.scenario.layers,
@@ -198,7 +198,7 @@ def _data(result: Result) -> dict[str, object]:
     }
 
 
-def _print(results: Sequence[Result]) -> None:
+def _print(results: Sequence[BenchResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -14,7 +14,7 @@ from kvbaton.cli.settings import positive
 from kvbaton.errors import ConfigError
 from kvbaton.explain.model import ELEMENT_BYTES, read_model
 from kvbaton.explain.picture import draw, page, size
-from kvbaton.explain.topology import Explanation, Flow, Side, explain, totals
+from kvbaton.explain.topology import Explanation, Flow, GroupSettings, explain, totals
 from kvbaton.serving.models import builtin
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    source = Side.parse(options.source, page_size=options.page_size)
-    target = Side.parse(options.target, page_size=options.page_size)
+    source = GroupSettings.parse(options.source, page_size=options.page_size)
+    target = GroupSettings.parse(options.target, page_size=options.page_size)
     model = read_model(_directory(options.model), dtype=options.dtype)
     explanation = explain(model, source, target, tokens=options.tokens)
     if options.svg is not None:

@@ -20,7 +20,7 @@ _SPACING = 1 << 46
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class GroupSettings:
     """How one side cuts the model."""
 
     tp: int = 1
@@ -30,7 +30,7 @@ class Side:
     fusion: Fusion = "none"
 
     @classmethod
-    def parse(cls, text: str, *, page_size: int) -> Side:
+    def parse(cls, text: str, *, page_size: int) -> GroupSettings:
         """From ``tp=4,pp=2,page=64,order=NHD,fusion=page``, each optional. Raises ConfigError."""
         given: dict[str, object] = {"page_size": page_size}
         choices = {"order": get_args(InteriorOrder), "fusion": get_args(Fusion)}
@@ -99,8 +99,8 @@ class Explanation:
 
     model: ModelCache
     tokens: int
-    source_side: Side
-    target_side: Side
+    source_side: GroupSettings
+    target_side: GroupSettings
     sources: tuple[RankOnPaper, ...]
     targets: tuple[RankOnPaper, ...]
     flows: tuple[Flow, ...]
@@ -119,7 +119,7 @@ class Explanation:
         return tuple(flow for flow in self.flows if (flow.source, flow.target) == (source, target))
 
 
-def explain(model: ModelCache, source: Side, target: Side, *, tokens: int = 1024) -> Explanation:
+def explain(model: ModelCache, source: GroupSettings, target: GroupSettings, *, tokens: int = 1024) -> Explanation:
     """The plan between two groups for a prompt of ``tokens`` tokens.
 
     Raises LayoutError where a side cannot hold the model, IncompatibleError (the first difference) where the sides do
@@ -145,7 +145,7 @@ def explain(model: ModelCache, source: Side, target: Side, *, tokens: int = 1024
     )
 
 
-def ranks_of(model: ModelCache, cut: Side, *, tokens: int, side: str) -> tuple[RankOnPaper, ...]:
+def ranks_of(model: ModelCache, cut: GroupSettings, *, tokens: int, side: str) -> tuple[RankOnPaper, ...]:
     """The ranks of one side, stage by stage."""
     layers = len(model.kinds)
     if cut.pp > layers:

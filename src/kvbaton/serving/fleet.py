@@ -113,8 +113,8 @@ class Fleet:
     """Some prefill and decode servers, a router, and, if asked for, the single process that they are compared with.
 
     An async context manager. ``extra`` is added to every ``serve`` command line, ``prefill_extra`` to those of prefill,
-    ``router_extra`` to the router's. ``registry_doors``: ports where decode finds the prefills' registries, if a proxy
-    stands in front of them.
+    ``router_extra`` to the router's. ``registry_proxies``: ports where decode finds the prefills' registries, if a
+    proxy stands in front of them.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Fleet:
         extra: Sequence[str] = (),
         prefill_extra: Sequence[str] = (),
         router_extra: Sequence[str] = (),
-        registry_doors: Sequence[int] = (),
+        registry_proxies: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         ports = iter(free_ports(2 * prefills + decodes + 2))
@@ -150,7 +150,7 @@ class Fleet:
             mode = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", bootstrap)
             server = serve(f"prefill-{i}", *mode, *prefill_extra)
             self.prefills.append(server)
-            pairs += ["--prefill", server.url, str(registry_doors[i]) if registry_doors else bootstrap]
+            pairs += ["--prefill", server.url, str(registry_proxies[i]) if registry_proxies else bootstrap]
             self.registry_ports.append(int(bootstrap))
         for i in range(decodes):
             server = serve(f"decode-{i}", "--disaggregation-mode", "decode")

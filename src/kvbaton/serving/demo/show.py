@@ -42,7 +42,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class DemoAnswer:
     """What came back. ``error`` is empty when tokens did."""
 
     text: str = ""
@@ -58,8 +58,8 @@ class Compared:
     """A question, its answer by way of prefill and decode, and the single process's."""
 
     question: Question
-    answer: Answer
-    reference: Answer
+    answer: DemoAnswer
+    reference: DemoAnswer
 
     @property
     def equal(self) -> bool:
@@ -87,15 +87,15 @@ def concurrent_questions(count: int) -> list[Question]:
     ]
 
 
-async def ask(http: aiohttp.ClientSession, url: str, question: Question) -> Answer:
+async def ask(http: aiohttp.ClientSession, url: str, question: Question) -> DemoAnswer:
     """One answer, whole."""
     async with http.post(f"{url}/v1/completions", data=_payload(question.body())) as response:
         payload = await response.read()
     if response.status != 200:
-        return Answer(error=f"HTTP {response.status}: {payload.decode(errors='replace')}")
+        return DemoAnswer(error=f"HTTP {response.status}: {payload.decode(errors='replace')}")
     answer = msgspec.json.decode(payload)
     choice, handoff = answer["choices"][0], answer.get("handoff") or {}
-    return Answer(
+    return DemoAnswer(
         text=choice["text"],
         tokens=tuple(choice["token_ids"]),
         bytes=handoff.get("bytes", 0),
@@ -104,7 +104,7 @@ async def ask(http: aiohttp.ClientSession, url: str, question: Question) -> Answ
     )
 
 
-async def ask_all(http: aiohttp.ClientSession, url: str, questions: Sequence[Question]) -> list[Answer]:
+async def ask_all(http: aiohttp.ClientSession, url: str, questions: Sequence[Question]) -> list[DemoAnswer]:
     """All at once."""
     return list(await asyncio.gather(*(ask(http, url, question) for question in questions)))
 

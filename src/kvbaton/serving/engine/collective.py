@@ -20,14 +20,14 @@ PATIENCE = timedelta(minutes=2)
 
 
 class Collective:
-    """One rank's end. ``meeting`` is a file that does not exist yet and that all ranks can write."""
+    """One rank's end. ``rendezvous`` is a file that does not exist yet and that all ranks can write."""
 
-    def __init__(self, shard: Shard, meeting: Path, device: str) -> None:
+    def __init__(self, shard: Shard, rendezvous: Path, device: str) -> None:
         self._shard = shard
         self._device = device
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",
-            init_method=f"file://{meeting}",
+            init_method=f"file://{rendezvous}",
             rank=shard.rank,
             world_size=shard.ranks,
             timeout=PATIENCE,

@@ -196,24 +196,26 @@ def _gather(
     """Fork the followers and meet them."""
     place = Path(tempfile.mkdtemp(prefix="kvbaton-group-"))
     closing.callback(shutil.rmtree, place, ignore_errors=True)
-    meeting = place / "meeting"
+    rendezvous = place / "rendezvous"
 
     def live(shard: Shard, pipe: Connection) -> None:
-        _follow(config, dataclasses.replace(rank, instance=new_instance(), shard=shard), secret, model, pipe, meeting)
+        _follow(
+            config, dataclasses.replace(rank, instance=new_instance(), shard=shard), secret, model, pipe, rendezvous
+        )
 
     followers = [shard for shard in rank.shard.all() if shard.rank != rank.shard.rank]
     processes, pipes = fork_each(followers, live, leave=leave)
     group = Group([Member(shard.rank, pipe) for shard, pipe in zip(followers, pipes, strict=True)])
-    collective = Collective(rank.shard, meeting, _device(config, rank))
+    collective = Collective(rank.shard, rendezvous, _device(config, rank))
     closing.callback(collective.close)
     return group, processes, collective
 
 
 def _follow(
-    config: ServeConfig, rank: Rank, secret: str | None, model: LoadedModel, pipe: Connection, meeting: Path
+    config: ServeConfig, rank: Rank, secret: str | None, model: LoadedModel, pipe: Connection, rendezvous: Path
 ) -> None:
     """The life of a follower."""
-    collective = Collective(rank.shard, meeting, _device(config, rank))
+    collective = Collective(rank.shard, rendezvous, _device(config, rank))
     part = _own_part(config, model, rank, collective)
     pools = _pools(config, part, rank)
     runner = ModelRunner(part, pools, collective=collective)

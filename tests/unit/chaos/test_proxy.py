@@ -13,30 +13,30 @@ from kvbaton.control.zmq import ZmqLinks
 from kvbaton.protocol.messages import Ping, Pong, encode
 from kvbaton.serving.fleet import free_ports
 from kvbaton.serving.testing.http import run
-from lab.chaos.door import Door
 from lab.chaos.frames import Frames
+from lab.chaos.proxy import TcpProxy
 
 PING = Ping(sender="a", receiver="b")
 PONG = Pong(sender="b", receiver="a")
 
 
 class Ends:
-    """A listening end, a door before it, and an end that dials the door; polled, never blocking."""
+    """A listening end, a proxy before it, and an end that dials the proxy; polled, never blocking."""
 
     def __init__(self) -> None:
         self.listener = ZmqLinks()
         self.dialler = ZmqLinks()
         (self.port,) = free_ports(1)
-        self.door = Door(self.port, Address.parse(self.listener.address).port, inspect=True)
+        self.proxy = TcpProxy(self.port, Address.parse(self.listener.address).port, inspect=True)
         self.seen: dict[str, list[Arrived | Changed]] = {"listener": [], "dialler": []}
 
     async def __aenter__(self) -> Ends:
-        await self.door.__aenter__()
+        await self.proxy.__aenter__()
         self.link = self.dialler.dial(f"tcp://127.0.0.1:{self.port}")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.door.__aexit__()
+        await self.proxy.__aexit__()
         self.listener.close()
         self.dialler.close()
 
@@ -71,18 +71,18 @@ def test_a_message_can_be_held_then_released_or_lost() -> None:
         async with Ends() as ends:
             await ends.until("dialler", LinkChange.UP)
             held: list[object] = []
-            ends.door.watch = lambda direction, message: not held and not held.append((direction, message))
+            ends.proxy.watch = lambda direction, message: not held and not held.append((direction, message))
             ends.dialler.send(ends.link, encode(PING))
             with pytest.raises(AssertionError, match="never came"):
                 await ends.until("listener", encode(PING), 0.3)
             assert held == [("in", PING)]
-            ends.door.release()
+            ends.proxy.release()
             await ends.until("listener", encode(PING))
             held.clear()
             ends.dialler.send(ends.link, encode(PING))
             with pytest.raises(AssertionError, match="never came"):
                 await ends.until("listener", encode(PING), 0.3)
-            ends.door.drop()
+            ends.proxy.drop()
             await ends.until("dialler", LinkChange.DOWN)
             await ends.until("dialler", LinkChange.UP)
             with pytest.raises(AssertionError, match="never came"):

@@ -1,6 +1,6 @@
 """A TCP proxy in front of one port, which can be shut, silenced, cut and told to stop at a certain message.
 
-Rules: it is as alive as what stands behind it: once that refuses connections, so does the door, until it accepts
+Rules: it is as alive as what stands behind it: once that refuses connections, so does the proxy, until it accepts
 again. While held or silent nothing passes in either direction and nothing is lost; ``drop`` closes all connections with
 what they held. New connections are accepted while silent: that is what a partition looks like from one side, and a peer
 that never speaks from the other.
@@ -26,7 +26,7 @@ READ_BYTES = 256 << 10
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Door:
+class TcpProxy:
     """Listens at ``port`` of loopback, leads to ``behind``. An async context manager.
 
     ``inspect``: the stream is unencrypted ZMTP, and :attr:`watch` hears of each message before it passes; where it
@@ -45,7 +45,7 @@ class Door:
         self._writers: set[asyncio.StreamWriter] = set()
         self._follower: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Door:
+    async def __aenter__(self) -> TcpProxy:
         self._passing.set()
         self._follower = asyncio.create_task(self._follow())
         return self
@@ -85,7 +85,7 @@ class Door:
         self._shut = False
 
     async def _follow(self) -> None:
-        """Listen while somebody lives behind the door."""
+        """Listen while somebody lives behind the proxy."""
         while True:
             if self._server is None and not self._shut and await self._alive():
                 with contextlib.suppress(OSError):  # the port is still held by a connection that ends
@@ -117,7 +117,7 @@ class Door:
             await self._passing.wait()
             await self._join(reader, writer)
         except (OSError, asyncio.CancelledError):
-            pass  # a connection that ends is what doors are for
+            pass  # a connection that ends is what a proxy is for
         finally:
             self._pipes.discard(task)
             self._writers.discard(writer)
