@@ -59,7 +59,7 @@ update:                ## resolve constraints.txt anew: installs the newest, run
 	.venv-update/bin/pip install --quiet --disable-pip-version-check -e '.[serve,cu12,dev,plot]'
 	.venv-update/bin/ruff check . && .venv-update/bin/ruff format --check . && .venv-update/bin/mypy
 	.venv-update/bin/python $(TESTS)
-	head -1 constraints.txt > build/constraints.txt
+	mkdir -p build && head -1 constraints.txt > build/constraints.txt
 	.venv-update/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
