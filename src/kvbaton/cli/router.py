@@ -13,26 +13,47 @@ from kvbaton.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pd-disaggregation", action="store_true", help="accepted for familiarity: the only mode")
+    parser.add_argument(
+        "--pd-disaggregation", action="store_true", help="accepted for compatibility: this router has no other mode"
+    )
     parser.add_argument(
         "--prefill",
         nargs="+",
         action="append",
         metavar=("URL", "BOOTSTRAP_PORT"),
-        help="a prefill server and its registry's port (8998 if left out), repeatable",
+        help="URL of a prefill server and the port of its registry (8998 if left out), repeatable",
     )
-    parser.add_argument("--decode", nargs=1, action="append", metavar="URL", help="a decode server, repeatable")
-    parser.add_argument("--policy", choices=("round_robin",), default="round_robin", help="whose turn it is")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
-    parser.add_argument("--port", type=port, default=8000, help="where to listen")
-    parser.add_argument("--request-timeout-secs", type=seconds, default=1800.0, help="limit of one request")
-    parser.add_argument("--health-check-interval-secs", type=seconds, default=1.0, help="pause between probes")
-    parser.add_argument("--health-check-endpoint", default="/ready", help="what a probe asks a worker for")
-    parser.add_argument("--max-concurrent-requests", type=positive, default=1024, help="requests answered at once")
+    parser.add_argument("--decode", nargs=1, action="append", metavar="URL", help="URL of a decode server, repeatable")
     parser.add_argument(
-        "--secret-file", type=Path, default=None, help="shared secret of the servers; needed where they have one"
+        "--policy", choices=("round_robin",), default="round_robin", help="how a server of each role is chosen"
     )
-    parser.add_argument("--grace-period-secs", type=seconds, default=30.0, help="time to finish after SIGTERM")
+    parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
+    parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
+    parser.add_argument(
+        "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
+    )
+    parser.add_argument(
+        "--health-check-interval-secs", type=seconds, default=1.0, help="seconds between health checks of a server"
+    )
+    parser.add_argument("--health-check-endpoint", default="/ready", help="route of a health check")
+    parser.add_argument(
+        "--max-concurrent-requests",
+        type=positive,
+        default=1024,
+        help="most requests at a time; further ones are refused",
+    )
+    parser.add_argument(
+        "--secret-file",
+        type=Path,
+        default=None,
+        help="file with the shared secret of the servers; required where they have one",
+    )
+    parser.add_argument(
+        "--grace-period-secs",
+        type=seconds,
+        default=30.0,
+        help="seconds that running requests may take to finish after SIGTERM",
+    )
     add_log_level(parser)
 
 

@@ -17,106 +17,151 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", "--model-path", required=True, help="a directory, a bundled model, or a hub id")
-    model.add_argument("--served-model-name", default="", help="the name clients use; empty: that of --model")
+    model.add_argument("--model", "--model-path", required=True, help="directory, hub id or bundled name of the model")
+    model.add_argument("--served-model-name", default="", help="model name in the API; empty: that of --model")
     model.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and cache"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="element type of weights and KV cache",
     )
-    model.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where weights and cache live")
+    model.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of weights and KV cache")
     model.add_argument(
-        "--tensor-parallel-size", "--tp-size", type=positive, default=1, help="ranks that share each layer"
+        "--tensor-parallel-size",
+        "--tp-size",
+        type=positive,
+        default=1,
+        help="tensor-parallel ranks: they share each layer",
     )
     model.add_argument(
-        "--pipeline-parallel-size", "--pp-size", type=positive, default=1, help="stages that share the layers"
+        "--pipeline-parallel-size", "--pp-size", type=positive, default=1, help="pipeline stages: they share the layers"
     )
     model.add_argument(
-        "--data-parallel-size", "--dp-size", type=positive, default=1, help="copies of all that, each with its own pool"
+        "--data-parallel-size",
+        "--dp-size",
+        type=positive,
+        default=1,
+        help="data-parallel replicas of the engine behind this port, each with a KV pool of its own",
     )
     model.add_argument(
         "--load-balance-method",
         choices=("auto", *get_args(LoadBalance)),
         default="auto",
-        help="which copy a request goes to: the room modulo their number, each in turn, or the one with the fewest "
-        "requests; auto: the first on prefill, else the last",
+        help="how a request is given to a replica: by its room modulo their number, in turn, or to the one with the "
+        "fewest requests; auto: follow_bootstrap_room on prefill, else total_requests",
     )
-    model.add_argument("--torch-threads", type=positive, default=None, help="threads of one forward pass")
+    model.add_argument("--torch-threads", type=positive, default=None, help="CPU threads of one forward pass")
     http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="where to listen")
-    http.add_argument("--port", type=port, default=30000, help="where to listen")
-    http.add_argument("--grace-period-secs", type=seconds, default=30.0, help="time to finish requests after SIGTERM")
+    http.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
+    http.add_argument("--port", type=port, default=30000, help="port of the HTTP server; 0: any free one")
+    http.add_argument(
+        "--grace-period-secs",
+        type=seconds,
+        default=30.0,
+        help="seconds that running requests may take to finish after SIGTERM",
+    )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--page-size", type=positive, default=16, help="tokens per page")
-    engine.add_argument("--max-total-tokens", type=positive, default=16384, help="tokens that the whole pool holds")
-    engine.add_argument("--chunked-prefill-size", type=positive, default=512, help="prompt tokens per forward pass")
-    engine.add_argument("--max-running-requests", type=positive, default=32, help="requests in one batch")
+    engine.add_argument("--page-size", type=positive, default=16, help="tokens of a page of the KV pool")
+    engine.add_argument("--max-total-tokens", type=positive, default=16384, help="capacity of the KV pool in tokens")
+    engine.add_argument(
+        "--chunked-prefill-size", type=positive, default=512, help="most prompt tokens of one forward pass"
+    )
+    engine.add_argument("--max-running-requests", type=positive, default=32, help="most requests in one batch")
     pd = parser.add_argument_group("disaggregation")
-    pd.add_argument("--disaggregation-mode", choices=("null", "prefill", "decode"), default="null", help="which half")
     pd.add_argument(
-        "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="how bytes travel"
+        "--disaggregation-mode",
+        choices=("null", "prefill", "decode"),
+        default="null",
+        help="role of this server; null: it prefills and decodes by itself",
     )
     pd.add_argument(
-        "--disaggregation-bootstrap-host", default="", help="where prefill's registry listens; empty: --host"
+        "--disaggregation-transfer-backend",
+        choices=("nixl", "memory"),
+        default="nixl",
+        help="data plane of the hand-off; memory: between processes of one host",
     )
-    pd.add_argument("--disaggregation-bootstrap-port", type=port, default=8998, help="where prefill's registry listens")
+    pd.add_argument(
+        "--disaggregation-bootstrap-host",
+        default="",
+        help="address that prefill's registry and control links listen on; empty: --host",
+    )
+    pd.add_argument("--disaggregation-bootstrap-port", type=port, default=8998, help="port of prefill's registry")
     pd.add_argument(
         "--disaggregation-bootstrap-allow",
         action="append",
         metavar="HOST[:PORT]",
-        help="a registry that decode may ask, repeatable (default: loopback only)",
+        help="registry that decode may look prefill ranks up in, repeatable (default: those on loopback)",
     )
     pd.add_argument(
-        "--disaggregation-control-port", type=port, default=0, help="where this rank takes control links; 0: any"
+        "--disaggregation-control-port",
+        type=port,
+        default=0,
+        help="port of the control links; rank r listens r ports above it; 0: any free one",
     )
     pd.add_argument(
         "--disaggregation-control-advertise",
         default="",
         metavar="tcp://IP:PORT",
-        help="where decode finds this rank's control port, if that is not where it listens (--host 0.0.0.0, address "
-        "translation); port 0: as bound",
+        help="address of the control links as decode reaches it, if they listen on another (--host 0.0.0.0, address "
+        "translation); port 0: the one that is bound",
     )
     pd.add_argument(
-        "--disaggregation-handshake-timeout", type=seconds, default=10.0, help="a dialled peer has answered by then"
+        "--disaggregation-handshake-timeout",
+        type=seconds,
+        default=10.0,
+        help="seconds until a dialled peer must have completed the handshake",
     )
     pd.add_argument(
-        "--disaggregation-bootstrap-timeout", type=seconds, default=120.0, help="both halves have met by then"
+        "--disaggregation-bootstrap-timeout",
+        type=seconds,
+        default=120.0,
+        help="seconds until both sides must have opened a room",
     )
     pd.add_argument(
-        "--disaggregation-waiting-timeout", type=seconds, default=300.0, help="longest wait of a room for progress"
+        "--disaggregation-waiting-timeout",
+        type=seconds,
+        default=300.0,
+        help="seconds that an open room may go without progress",
     )
     pd.add_argument(
-        "--disaggregation-heartbeat-interval", type=seconds, default=5.0, help="two silent ones: the peer is lost"
+        "--disaggregation-heartbeat-interval",
+        type=seconds,
+        default=5.0,
+        help="seconds between heartbeats; a peer that misses two is lost",
     )
     pd.add_argument(
         "--disaggregation-decode-enable-radix-cache",
         action="store_true",
-        help="decode keeps prefixes and asks only for what follows them",
+        help="keep a prefix cache on decode; only what follows the prefix is transferred",
     )
     pd.add_argument(
         "--staging",
         choices=("auto", "always", "never"),
         default="auto",
-        help="whether small pieces travel together through a buffer: where that costs less, always, or never",
+        help="gather small blocks into one write through a staging buffer: by the cost model, always, or never",
     )
     pd.add_argument(
         "--staging-mib",
         type=natural,
         default=None,
-        help="that buffer's size on each rank; 0: none (default: 64, and at least one slot)",
+        help="size of the staging buffer of each rank in MiB; 0: none (default: 64, and at least one slot)",
     )
     pd.add_argument(
         "--staging-slot-bytes",
         type=natural,
         default=0,
-        help="what travels at once, alike on both sides; 0: the largest page or state, and at least 4 MiB",
+        help="size of a staging slot, equal on both sides; 0: the largest page or state, and at least 4 MiB",
     )
     pd.add_argument(
         "--transfer-costs",
         type=Path,
         default=None,
         metavar="FILE",
-        help="what --staging auto reckons with, from `kvbaton bench calibrate`; none: the defaults",
+        help="cost model of --staging auto, written by `kvbaton bench calibrate`; none: the default one",
     )
-    pd.add_argument("--secret-file", type=Path, default=None, help="shared secret; needed beyond loopback")
+    pd.add_argument(
+        "--secret-file", type=Path, default=None, help="file with the shared secret; required beyond loopback"
+    )
     add_log_level(parser)
 
 

@@ -158,8 +158,11 @@ class _Progress:
     """A bar on stderr, where there is somebody to look at it."""
 
     def __init__(self, seeds: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"sim needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
 
         console = Console(stderr=True)
         self._progress = Progress(

@@ -20,7 +20,9 @@ def make_membership(registry: str, route: Route | None, secret: str | None) -> M
     try:
         from kvbaton.discovery.membership import Membership
     except ModuleNotFoundError as error:
-        hint = "pip install aiohttp, or carry the manager's address to its peers by yourself"
-        raise ConfigError(f"registry={registry!r} needs aiohttp: {error}", hint=hint) from error
+        raise ConfigError(
+            f"registry={registry!r} needs aiohttp ({error}): pip install aiohttp, or hand the manager's address to its "
+            f"peers by yourself"
+        ) from error
     serve = route is not None and route.coordinates == Coordinates()
     return Membership(registry, route=route, serve=serve, secret=secret)

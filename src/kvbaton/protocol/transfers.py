@@ -33,7 +33,7 @@ TransferAddress = tuple[str, Role, TransferKey]
 
 
 class Transfers:
-    """See the module. ``on_change`` hears of every transfer that something happened to."""
+    """See the module. ``on_change`` is called with each transfer that an event was handed to."""
 
     def __init__(self, around: Surroundings, peers: Peers, on_change: Callable[[Transfer], None]) -> None:
         self._around = around

@@ -34,7 +34,5 @@ def load() -> ModuleType:
         except ImportError as error:
             if not (isinstance(error, ModuleNotFoundError) and error.name == name):
                 reasons.append(f"{name}: {error}")
-    raise ConfigError(
-        f"NIXL cannot be imported ({'; '.join(reasons)})" if reasons else "NIXL is not installed",
-        hint="pip install 'kvbaton[cu12]' (CUDA 12) or 'kvbaton[cu13]' (CUDA 13)",
-    )
+    what = f"NIXL cannot be imported ({'; '.join(reasons)})" if reasons else "NIXL is not installed"
+    raise ConfigError(f"{what}: pip install 'kvbaton[cu12]' for CUDA 12, 'kvbaton[cu13]' for CUDA 13")

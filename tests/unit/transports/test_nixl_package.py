@@ -76,13 +76,11 @@ def test_where_the_meta_package_finds_nothing_the_first_wheel_that_can_be_import
 
 @pytest.mark.usefixtures("install")
 def test_without_any_the_error_says_what_to_install() -> None:
-    with pytest.raises(ConfigError, match="NIXL is not installed") as caught:
+    with pytest.raises(ConfigError, match=r"NIXL is not installed: pip install 'kvbaton\[cu12\]' for CUDA 12"):
         nixl_package.load()
-    assert caught.value.hint == "pip install 'kvbaton[cu12]' (CUDA 12) or 'kvbaton[cu13]' (CUDA 13)"
 
 
 def test_what_is_installed_but_broken_is_named_with_its_reason(install: Install) -> None:
     install("nixl_cu12", api="raise ImportError('libucp.so.0: cannot open shared object file')")
-    with pytest.raises(ConfigError, match=r"nixl_cu12: libucp\.so\.0: cannot open") as caught:
+    with pytest.raises(ConfigError, match=r"nixl_cu12: libucp\.so\.0: cannot open .*'kvbaton\[cu13\]'"):
         nixl_package.load()
-    assert "kvbaton[cu12]" in caught.value.hint
