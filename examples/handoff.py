@@ -39,7 +39,7 @@ def prefill(pipe: Connection, backend: str) -> None:
         sender = manager.sender(ROOM)
         wait_until(manager, lambda: sender.poll() is not KVPoll.Bootstrapping)  # decode has published its pages
         sender.submit([Span("kv", 0, TOKENS, pages)], last=True, ready=ALWAYS_READY)
-        wait_until(manager, lambda: sender.concluded)  # from here on the pages may be freed
+        wait_until(manager, lambda: sender.released)  # from here on the pages may be freed
 
 
 if __name__ == "__main__":
@@ -53,6 +53,6 @@ if __name__ == "__main__":
         address, expected = pipe.recv()
         receiver = manager.receiver(ROOM, [address])
         receiver.publish([Span("kv", 0, TOKENS, pages)], token_count=TOKENS)
-        wait_until(manager, lambda: receiver.concluded)
+        wait_until(manager, lambda: receiver.released)
         print(receiver.poll().name, receiver.error or f"{receiver.bytes:,} bytes, {backend}")
     sys.exit(0 if np.array_equal(cache[:, :, pages], expected) else "the pages differ")

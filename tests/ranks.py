@@ -87,5 +87,5 @@ def begin(source: RankHarness, target: RankHarness, room: int | None = None) -> 
 
 
 def finish(source: RankHarness, target: RankHarness, sender: KVSender, receiver: KVReceiver) -> None:
-    source.wait_until(lambda: sender.concluded, "the sender ends")
-    target.wait_until(lambda: receiver.concluded, "the receiver ends")
+    source.wait_until(lambda: sender.released, "the sender ends")
+    target.wait_until(lambda: receiver.released, "the receiver ends")

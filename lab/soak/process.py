@@ -23,7 +23,7 @@ class RankProcess:
         self._process = context.Process(target=serve, args=(spec, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self.address = str(self.hear()["address"])
+        self.address = str(self.recv()["address"])
 
     def tell(self, command: str, *arguments: object) -> None:
         self._pipe.send((command, arguments))
@@ -35,7 +35,7 @@ class RankProcess:
     def answers_within(self, seconds: float) -> bool:
         return self._pipe.poll(seconds)
 
-    def hear(self) -> Any:
+    def recv(self) -> Any:
         if not self._pipe.poll(TIMEOUT_SECONDS):
             raise ExpiredError(f"the {self.spec.side} did not answer within {TIMEOUT_SECONDS:g} s")
         try:
@@ -49,7 +49,7 @@ class RankProcess:
 
     def ask(self, command: str, *arguments: object) -> Any:
         self.tell(command, *arguments)
-        return self.hear()
+        return self.recv()
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone. Idempotent."""

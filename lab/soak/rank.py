@@ -102,7 +102,7 @@ class SoakRank:
             before = ended.total()
             for number, room in list(live.items()):
                 self._advance(number, room)
-                if room.side.concluded:
+                if room.side.released:
                     ended[self._outcome(number, room)] += 1
                     self._free.append(room.slot)
                     del live[number]

@@ -89,13 +89,13 @@ def run_half(config: SoakConfig, survivor: Side, first: int, count: int, progres
                 pair.survivor.answers_within(chance.uniform(0.1, 0.8) * batch_seconds)  # somewhere within the batch
                 pair.peer.kill()
                 pair.survivor.halt()
-                half.outcomes.update(pair.survivor.hear())
+                half.outcomes.update(pair.survivor.recv())
                 pair.restart()
                 half.restarts += 1
                 due = time.monotonic() + config.restart_seconds
             else:
-                half.outcomes.update(pair.survivor.hear())
-                half.peer_outcomes.update(pair.peer.hear())
+                half.outcomes.update(pair.survivor.recv())
+                half.peer_outcomes.update(pair.peer.recv())
                 batch_seconds = time.monotonic() - begun
             sizes = pair.survivor.ask("sample")
             half.samples.append(Sample(room - first + size, time.monotonic() - started, half.restarts, sizes))

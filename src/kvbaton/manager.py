@@ -116,7 +116,7 @@ class _Side:
         self._status = RoomStatus()
         self._started_at = manager.clock()
         self._ended_at: float | None = None
-        self._pledged = False
+        self._handed_over = False
 
     def poll(self) -> KVPoll:
         """State of the room. Failed and Success never change any more."""
@@ -130,7 +130,7 @@ class _Side:
     @property
     def leased(self) -> bool:
         """A write may still touch this room's units, or will: they must not be freed."""
-        return self._status.leased or (self._pledged and not self._ended)
+        return self._status.leased or (self._handed_over and not self._ended)
 
     @property
     def _ended(self) -> bool:
@@ -147,7 +147,7 @@ class _Side:
         return (self._ended_at if self._ended_at is not None else self._manager.clock()) - self._started_at
 
     @property
-    def concluded(self) -> bool:
+    def released(self) -> bool:
         """Failed or Success, and no unit is leased: everything may be freed."""
         return self._ended and not self._status.leased
 
@@ -200,7 +200,7 @@ class KVSender(_Side):
             raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
         chunk = Chunk(spans=tuple(spans), last=last)
         check_grants(chunk.spans, self._manager.layout, distinct=False)
-        self._pledged, self._complete = True, last
+        self._handed_over, self._complete = True, last
         self._manager._command(ChunkSubmitted(self.room, chunk), ready)
 
 
@@ -220,11 +220,11 @@ class KVReceiver(_Side):
             LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
             LocalProtocolError: units were published already, or the manager is closed.
         """
-        if self._pledged:
+        if self._handed_over:
             raise LocalProtocolError(f"units were published for room {self.room} already", room=self.room)
         grants = tuple(spans)
         check_grants(grants, self._manager.layout)
-        self._pledged = True
+        self._handed_over = True
         self._started_at = self._manager.clock()
         self._manager._command(GrantsPublished(self.room, grants, token_count))
 
@@ -573,7 +573,7 @@ class KVManager:
         side._status = report.status
         if ended and not ended_before:
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
-        if side.concluded:
+        if side.released:
             with self._lock:
                 self._sides.pop((report.role, report.room), None)
             if self._finished is not None:

@@ -34,7 +34,7 @@ class End:
         return self.state
 
     @property
-    def concluded(self) -> bool:
+    def released(self) -> bool:
         return self.state in (KVPoll.Failed, KVPoll.Success) and not self.leased
 
     def publish(self, spans: Sequence[Span], *, token_count: int) -> None:

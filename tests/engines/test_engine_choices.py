@@ -14,7 +14,6 @@ from test_engine_handoff import CONFIG, Pair, pair
 
 from kvbaton.errors import AbortedError, CapacityError, RemoteProtocolError
 from kvbaton.serving.engine.decode import Decode
-from kvbaton.serving.engine.fork import Fork, missing_pages, most_choices, take_fork
 from kvbaton.serving.engine.generation import Generation
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.request import Request, Sampling
@@ -27,6 +26,7 @@ from kvbaton.serving.engine.sampling import (
     seed_of_choice,
 )
 from kvbaton.serving.engine.scheduler import SchedulerConfig
+from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group, missing_pages, most_choices
 from kvbaton.serving.engine.unified import unified_scheduler
 
 #: A prompt within a page, one that fills its pages, several chunks and a part of a page.
@@ -227,29 +227,29 @@ def test_forks_take_all_or_nothing_and_give_all_back(
 ) -> None:
     rng = random.Random(seed)
     pools = make_pools(loaded_models["gpt_oss"], pages=24, aux_slots=6, page_size=8, chunk_tokens=8)
-    live: list[tuple[Fork, list]] = []
+    live: list[tuple[SequenceGroup, list]] = []
     for prompt, answer, choices in asked:
         tokens = prompt + answer - 1
         if pools.pages_for(tokens) > 24 or choices > most_choices(pools, prompt, tokens):
             continue
         used, missing = pools.pages_used, missing_pages(pools, prompt, tokens, choices)
-        fork = take_fork(pools, prompt, tokens, choices)
-        if fork is None:
+        sequences = allocate_group(pools, prompt, tokens, choices)
+        if sequences is None:
             assert pools.pages_used == used
             assert live, "an empty pool has room for what most_choices allows"
         else:
             assert missing == 0
-            own = [set(holding.pages[fork.common :]) for holding in fork.holdings]
+            own = [set(block_table.pages[sequences.common :]) for block_table in sequences.block_tables]
             assert sum(map(len, own)) == len(set().union(*own))
-            assert len({holding.pages[: fork.common] for holding in fork.holdings}) == 1
-            live.append((fork, list(fork.holdings)))
+            assert len({block_table.pages[: sequences.common] for block_table in sequences.block_tables}) == 1
+            live.append((sequences, list(sequences.block_tables)))
         if live and rng.random() < 0.5:
-            fork, holdings = rng.choice(live)
-            fork.end(pools, holdings.pop(rng.randrange(len(holdings))))
+            sequences, block_tables = rng.choice(live)
+            sequences.end(pools, block_tables.pop(rng.randrange(len(block_tables))))
             live = [each for each in live if each[1]]
-    for fork, holdings in live:
-        for holding in holdings:
-            fork.end(pools, holding)
+    for sequences, block_tables in live:
+        for block_table in block_tables:
+            sequences.end(pools, block_table)
     assert (pools.pages_used, pools.pages_free) == (0, 24 + pools.rings.units if pools.rings else 24)
 
 

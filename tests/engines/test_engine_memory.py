@@ -47,28 +47,28 @@ GEOMETRY = Geometry(
 
 def test_allocator_gives_all_or_nothing() -> None:
     pages = Allocator(5, "page")
-    first = pages.take(3)
+    first = pages.allocate(3)
     assert first is not None
-    assert pages.take(3) is None
-    assert (pages.free, pages.used) == (2, 3)
-    pages.give_back(first)
-    assert (pages.free, pages.used) == (5, 0)
-    assert sorted(pages.take(5) or ()) == [0, 1, 2, 3, 4]
-    assert pages.take(0) == ()
+    assert pages.allocate(3) is None
+    assert (pages.available, pages.used) == (2, 3)
+    pages.free(first)
+    assert (pages.available, pages.used) == (5, 0)
+    assert sorted(pages.allocate(5) or ()) == [0, 1, 2, 3, 4]
+    assert pages.allocate(0) == ()
 
 
 def test_allocator_refuses_what_never_fits_and_what_is_not_out() -> None:
     pages = Allocator(4, "page")
     with pytest.raises(CapacityError, match="never fit"):
-        pages.take(5)
-    taken = pages.take(2) or ()
+        pages.allocate(5)
+    taken = pages.allocate(2) or ()
     for wrong in ((3,), (taken[0], taken[0]), (taken[0], 99), (-1,)):
         with pytest.raises(InternalError, match="not out"):
-            pages.give_back(wrong)
+            pages.free(wrong)
         assert pages.used == 2
-    pages.give_back(taken)
+    pages.free(taken)
     with pytest.raises(InternalError):
-        pages.give_back(taken)
+        pages.free(taken)
     with pytest.raises(ConfigError):
         Allocator(0, "slot")
 
@@ -78,11 +78,11 @@ def test_allocator_never_gives_a_unit_twice(script: list[int]) -> None:
     pages, held = Allocator(9, "page"), []
     for count in script:
         if count < 0 and held:
-            pages.give_back(held.pop(0))
-        elif count >= 0 and (taken := pages.take(count)) is not None:
+            pages.free(held.pop(0))
+        elif count >= 0 and (taken := pages.allocate(count)) is not None:
             held.append(taken)
         out = [unit for units in held for unit in units]
-        assert len(set(out)) == len(out) == pages.used == 9 - pages.free
+        assert len(set(out)) == len(out) == pages.used == 9 - pages.available
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
@@ -120,29 +120,32 @@ def test_a_holding_is_all_or_nothing(each_family: LoadedModel) -> None:
     pools = make_pools(each_family, pages=6, aux_slots=3, chunk_tokens=1)
     allocators = [a for a in (pools.pages, pools.rings, pools.state_slots) if a is not None]
     held = []
-    while (holding := pools.take(33)) is not None:
-        held.append(holding)
+    while (block_table := pools.allocate(33)) is not None:
+        held.append(block_table)
     assert 0 < len(held) <= 3
     used = [allocator.used for allocator in allocators]
-    assert pools.take(33) is None
+    assert pools.allocate(33) is None
     assert [allocator.used for allocator in allocators] == used
-    for holding in held:
-        pools.give_back(holding)
+    for block_table in held:
+        pools.free(block_table)
     assert [allocator.used for allocator in allocators] == [0] * len(allocators)
 
 
 def test_spans_of_a_window_follow_its_ring(loaded_models: LoadedModels) -> None:
     pools = make_pools(loaded_models["gpt_oss"], pages=20, chunk_tokens=16)
-    holding = pools.take(200)
-    assert holding is not None
-    assert (len(holding.pages), len(holding.ring)) == (13, 4)  # 31 tokens of the window, 16 of a chunk, unaligned
-    full, window = pools.spans(holding, 16, 100)
-    assert full == Span("kv", 16, 100, holding.pages[1:7])
-    assert window == Span("swa", 16, 100, tuple(holding.ring[page % 4] for page in range(1, 7)))
-    full, window = pools.wanted(holding, 64, 100)
-    assert full == Span("kv", 64, 100, holding.pages[4:7])
-    assert window == Span("swa", 64, 100, tuple(holding.ring[page % 4] for page in range(4, 7)))
-    assert pools.spans(holding, 16, 16) == []
+    block_table = pools.allocate(200)
+    assert block_table is not None
+    assert (len(block_table.pages), len(block_table.ring)) == (
+        13,
+        4,
+    )  # 31 tokens of the window, 16 of a chunk, unaligned
+    full, window = pools.spans(block_table, 16, 100)
+    assert full == Span("kv", 16, 100, block_table.pages[1:7])
+    assert window == Span("swa", 16, 100, tuple(block_table.ring[page % 4] for page in range(1, 7)))
+    full, window = pools.wanted(block_table, 64, 100)
+    assert full == Span("kv", 64, 100, block_table.pages[4:7])
+    assert window == Span("swa", 64, 100, tuple(block_table.ring[page % 4] for page in range(4, 7)))
+    assert pools.spans(block_table, 16, 16) == []
 
 
 def test_an_aux_row_is_zeroed_when_it_is_given_out(model: LoadedModel) -> None:
@@ -151,7 +154,7 @@ def test_an_aux_row_is_zeroed_when_it_is_given_out(model: LoadedModel) -> None:
     assert slot == 0
     pools.row(slot)[:] = b"x" * aux_row.ROW_BYTES
     assert pools.take_slot() is None
-    pools.slots.give_back([slot])
+    pools.slots.free([slot])
     assert bytes(pools.row(pools.take_slot() or 0)) == bytes(aux_row.ROW_BYTES)
 
 

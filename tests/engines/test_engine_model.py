@@ -22,7 +22,7 @@ from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.geometry import CACHE_LAYERS, probe_geometry
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel, load_model, locate_model
-from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.prompt import PromptRun, chunk_stop
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.runner import ModelRunner, Step
@@ -146,7 +146,7 @@ def test_an_unknown_cache_layer_is_refused_by_name(
 def test_chunks_compute_what_one_pass_computes(any_model: LoadedModel, order: str) -> None:
     pools = make_pools(any_model, order=order)
     runner, prompt = ModelRunner(any_model, pools), make_prompt(90)
-    run = PromptRun(prompt, pools.take(90))
+    run = PromptRun(prompt, pools.allocate(90))
     while not run.finished:
         logits = run.advance(runner, 40, pools.page_size)
         with torch.inference_mode():
@@ -159,9 +159,9 @@ def test_a_batch_computes_what_single_requests_compute(any_model: LoadedModel) -
     runner = ModelRunner(any_model, pools)
     steps = []
     for i, length in enumerate((1, 15, 16, 17, 100)):
-        prompt, holding = make_prompt(length, i), pools.take(length + 1)
-        runner.prefill_chunk(prompt, 0, holding)
-        steps.append(Step(i, length, holding))
+        prompt, block_table = make_prompt(length, i), pools.allocate(length + 1)
+        runner.prefill_chunk(prompt, 0, block_table)
+        steps.append(Step(i, length, block_table))
     together = runner.decode(steps)
     for step, row in zip(steps, together, strict=True):
         torch.testing.assert_close(runner.decode([step])[0], row, rtol=1e-4, atol=1e-4)
@@ -172,13 +172,13 @@ def test_bfloat16_runs(model_directories: dict[str, Path]) -> None:
     pools = make_pools(model)
     assert pools.layout.pool("kv").dtype == "bfloat16"
     assert pools.layout.pool("kv").planes[0].item_bytes == 32
-    logits = ModelRunner(model, pools).prefill_chunk((1, 2, 3), 0, pools.take(3))
+    logits = ModelRunner(model, pools).prefill_chunk((1, 2, 3), 0, pools.allocate(3))
     assert logits.shape == (1, VOCABULARY)
 
 
 def test_what_torch_raises_is_an_internal_error(model: LoadedModel) -> None:
     with pytest.raises(InternalError, match="the model failed"):
-        ModelRunner(model, make_pools(model)).prefill_chunk((VOCABULARY + 1,), 0, Holding((0,)))
+        ModelRunner(model, make_pools(model)).prefill_chunk((VOCABULARY + 1,), 0, BlockTable((0,)))
 
 
 def test_chunks_end_on_pages() -> None:

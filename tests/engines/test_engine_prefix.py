@@ -67,26 +67,26 @@ def test_no_page_is_lost_or_given_twice(script: list[tuple[int, int]], seed: int
             prefix, pages, tokens = live.pop(rng.randrange(len(live)))
             tree.extend(prefix, tokens, pages)
             kept = set(prefix.pages)
-            pool.give_back([page for page in pages if page not in kept])
+            pool.free([page for page in pages if page not in kept])
             tree.release(prefix)
             continue
         tokens = [rng.randrange(2) for _ in range(size)]
         prefix = tree.match(tokens)
         need = -(-size // PAGE) - len(prefix.nodes)
-        if pool.free < need:
-            pool.give_back(tree.evict(need - pool.free))
-        if pool.free < need:
+        if pool.available < need:
+            pool.free(tree.evict(need - pool.available))
+        if pool.available < need:
             tree.release(prefix)
             continue
-        live.append((prefix, (*prefix.pages, *(pool.take(need) or ())), tokens))
+        live.append((prefix, (*prefix.pages, *(pool.allocate(need) or ())), tokens))
         own = [page for prefix, pages, _ in live for page in pages[len(prefix.nodes) :]]
         assert len(set(own)) == len(own)
         assert pool.used == len(own) + len(tree)
     for prefix, pages, _ in live:
-        pool.give_back(pages[len(prefix.nodes) :])
+        pool.free(pages[len(prefix.nodes) :])
         tree.release(prefix)
     assert tree.evictable == len(tree) == pool.used
-    pool.give_back(tree.evict(99))
+    pool.free(tree.evict(99))
     assert pool.used == len(tree) == 0
 
 

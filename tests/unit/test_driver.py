@@ -48,7 +48,7 @@ def test_a_peer_that_cannot_be_prepared_is_refused_by_name(
     sender = source.manager.sender(77)
     receiver = target.manager.receiver(77, [source.manager.address])
     receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
-    target.wait_until(lambda: receiver.concluded, "the receiver ends")
+    target.wait_until(lambda: receiver.released, "the receiver ends")
     assert raised() == 1
     assert f"preparing a peer failed: RuntimeError('{name} fell over')" in str(receiver.error)
     sender.abort("nobody comes")

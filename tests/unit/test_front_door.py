@@ -82,7 +82,7 @@ def hand_over(source: Rank, target: Rank, room: int, addresses: list[str]) -> No
     receiver.publish([Span("kv", 0, 10, (5, 3, 1))], token_count=10)
     eventually(lambda: sender.poll() is KVPoll.WaitingForInput, "decode opens the room")
     sender.submit([Span("kv", 0, 10, (4, 6, 2))], last=True, ready=ALWAYS_READY)
-    eventually(lambda: sender.concluded and receiver.concluded, "the room ends")
+    eventually(lambda: sender.released and receiver.released, "the room ends")
     assert (sender.poll(), receiver.poll()) == (KVPoll.Success, KVPoll.Success), (sender.error, receiver.error)
 
 

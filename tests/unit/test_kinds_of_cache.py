@@ -61,7 +61,7 @@ class Managers:
     def expect_success(self, senders: list[KVSender], receivers: list[KVReceiver]) -> None:
         sides = [*zip(self.sources, senders, strict=True), *zip(self.targets, receivers, strict=True)]
         for manager, side in sides:
-            wait_until(manager, lambda side=side: side.concluded)  # type: ignore[misc]
+            wait_until(manager, lambda side=side: side.released)  # type: ignore[misc]
             assert side.poll() is KVPoll.Success, (side, side.error)
 
 

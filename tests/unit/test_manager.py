@@ -103,9 +103,9 @@ def test_a_sender_that_comes_late_learns_why_its_room_failed(make_rank: MakeRank
     receiver.publish([Span("kv", 0, 40, (5, 3, 1))], token_count=40)
     target.wait_until(lambda: receiver.poll() is KVPoll.WaitingForInput, "the source knows the room")
     receiver.abort("gave up early")
-    target.wait_until(lambda: receiver.concluded, "the abort is drained")
+    target.wait_until(lambda: receiver.released, "the abort is drained")
     sender = source.manager.sender(room)
-    source.wait_until(lambda: sender.concluded, "the sender learns of it")
+    source.wait_until(lambda: sender.released, "the sender learns of it")
     assert "gave up early" in str(sender.error)
 
 
@@ -118,7 +118,7 @@ def test_a_failed_room_is_in_quarantine_until_the_source_says_that_nothing_is_un
     target.wait_until(lambda: receiver.poll() is KVPoll.Failed, "the failure is told at once")
     assert (target.manager.quarantined_rooms, target.manager.leased_rooms) == (1, 1)
     target.network.heal(source.manager.address)
-    target.wait_until(lambda: receiver.concluded, "the source has answered")
+    target.wait_until(lambda: receiver.released, "the source has answered")
     assert target.manager.quarantined_rooms == 0
 
 
@@ -140,7 +140,7 @@ def test_a_closed_manager_keeps_leased_what_may_still_be_written_until_that_is_p
     if ending == "the source has died":
         source.manager.close()
     target.network.heal(source.manager.address)
-    target.wait_until(lambda: receiver.concluded, "the proof")
+    target.wait_until(lambda: receiver.released, "the proof")
     assert target.manager.leased_rooms == 0
     target.manager.close()
 
@@ -156,7 +156,7 @@ def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank) -
     sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     source.wait_until(lambda: sender.poll() is KVPoll.Transferring, "the write is out")
     source.manager.close()
-    assert sender.concluded
+    assert sender.released
     assert source.manager.leased_rooms == 0
 
 
@@ -194,7 +194,7 @@ def test_closing_fails_what_is_live_and_tells_the_peer(make_rank: MakeRank) -> N
     source, target = make_rank("prefill", fill=6), make_rank("decode")
     sender, receiver = begin(source, target)
     source.manager.close()
-    target.wait_until(lambda: receiver.concluded, "the target hears of it")
+    target.wait_until(lambda: receiver.released, "the target hears of it")
     assert sender.poll() is receiver.poll() is KVPoll.Failed
     assert "closing" in str(receiver.error) or "closed" in str(receiver.error)
 
@@ -202,7 +202,7 @@ def test_closing_fails_what_is_live_and_tells_the_peer(make_rank: MakeRank) -> N
 def test_a_source_that_nobody_listens_for_is_named(make_rank: MakeRank) -> None:
     target = make_rank("decode")
     receiver = target.manager.receiver(9, ["memory://nobody"])
-    target.wait_until(lambda: receiver.concluded, "the dial is refused")
+    target.wait_until(lambda: receiver.released, "the dial is refused")
     assert "nobody listens at memory://nobody" in str(receiver.error)
 
 
@@ -255,7 +255,7 @@ def test_a_manager_that_was_never_started_closes_and_ends_its_rooms(make_rank: M
     manager.close()
     manager.close()
     assert sender.poll() is KVPoll.Failed
-    assert sender.concluded
+    assert sender.released
     with pytest.raises(LocalProtocolError, match="closed"):
         manager.start()
 

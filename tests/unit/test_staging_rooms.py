@@ -12,8 +12,8 @@ from kvbaton.control.memory import Network
 from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, kv_pool, pool_bytes
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.protocol.settings import Settings
+from kvbaton.serving.server.local_replica import handoffs_of
 from kvbaton.serving.server.rank import Rank as ServerRank
-from kvbaton.serving.server.stack import handoffs_of
 from kvbaton.transports import make_transport
 
 LAYERS, PAGES, PAGE, HEADS, HEAD_BYTES = 2, 64, 16, 4, 32
@@ -87,7 +87,7 @@ class Room:
     def expect_success(self) -> None:
         ring = self._ring
         for rank, side in ((ring.target, self.receiver), *zip(ring.sources, self.senders, strict=True)):
-            rank.wait_until(lambda side=side: side.concluded, f"the end of {side}")  # type: ignore[misc]
+            rank.wait_until(lambda side=side: side.released, f"the end of {side}")  # type: ignore[misc]
             assert side.poll() is KVPoll.Success, (side, side.error)
         wanted = np.concatenate([rank.tokens(self.source_pages) for rank in ring.sources], axis=3)
         np.testing.assert_array_equal(ring.target.tokens(self.target_pages), wanted)
@@ -187,7 +187,7 @@ def test_a_staged_room_that_is_given_up_gives_its_slots_back(make_ring: Callable
     rank.wait_until(lambda: room.senders[0].poll() is not KVPoll.Bootstrapping, "both sides have met")
     room.receiver.abort("not wanted any more")
     for one, side in ((ring.target, room.receiver), *zip(ring.sources, room.senders, strict=True)):
-        one.wait_until(lambda side=side: side.concluded, f"the end of {side}")  # type: ignore[misc]
+        one.wait_until(lambda side=side: side.released, f"the end of {side}")  # type: ignore[misc]
         assert side.poll() is KVPoll.Failed
     ring.expect_nothing_held()
 
@@ -205,7 +205,7 @@ def test_what_arrived_but_cannot_be_copied_is_never_served(
         patch.setattr("kvbaton.runtime.staging.scatter", fails)
         room = Room(ring, 1)
         room.submit()
-        ring.target.wait_until(lambda: room.receiver.concluded, "the end")
+        ring.target.wait_until(lambda: room.receiver.released, "the end")
         assert room.receiver.poll() is KVPoll.Failed
         assert "illegal memory access" in str(room.receiver.error)
     assert "illegal memory access" in caplog.text

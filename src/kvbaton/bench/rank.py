@@ -143,7 +143,7 @@ class BenchRank:
                     sender.submit([Span("kv", 0, self._scenario.tokens, pages)], last=True, ready=ALWAYS_READY)
                     del unsent[room]
             for room, sender in list(senders.items()):
-                if sender.concluded:
+                if sender.released:
                     if sender.error is not None:
                         raise sender.error
                     del senders[room]
@@ -164,7 +164,7 @@ class BenchRank:
         while waiting or running:
             self._manager.wakeup.clear()
             for i, receiver in list(running.items()):
-                if receiver.concluded:
+                if receiver.released:
                     if receiver.error is not None:
                         raise receiver.error
                     del running[i]

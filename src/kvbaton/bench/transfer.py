@@ -61,7 +61,7 @@ class _Rank:
     def tell(self, command: str, *arguments: object) -> None:
         self._pipe.send((command, arguments))
 
-    def hear(self) -> tuple[str, Any]:
+    def recv(self) -> tuple[str, Any]:
         if not self._pipe.poll(TIMEOUT_SECONDS):
             raise ExpiredError(f"benchmark rank {self.name} did not answer within {TIMEOUT_SECONDS:g} s")
         try:
@@ -74,7 +74,7 @@ class _Rank:
 
     def ask(self, command: str, *arguments: object) -> Any:
         self.tell(command, *arguments)
-        return self.hear()[1]
+        return self.recv()[1]
 
     def end(self) -> None:
         self._process.join(5.0)
@@ -100,7 +100,7 @@ class TransferBench:
 
     def __enter__(self) -> TransferBench:
         for rank in (*self._sources, *self._targets):
-            rank.described = rank.hear()[1]
+            rank.described = rank.recv()[1]
         for source in self._sources:
             source.ask("connect", [target.described for target in self._targets])
         for target in self._targets:
@@ -131,7 +131,7 @@ class TransferBench:
             ranks = (*self._sources, *self._targets)
             for rank in ranks:
                 rank.tell("idle_cpu", IDLE_SECONDS)
-            idle_cpu = {rank.name: rank.hear()[1] for rank in ranks}
+            idle_cpu = {rank.name: rank.recv()[1] for rank in ranks}
         return BenchResult(
             scenario=self.scenario,
             seconds=seconds,
@@ -154,15 +154,15 @@ class TransferBench:
                 source.tell("kvbaton_send")
             for target in self._targets:
                 target.tell("kvbaton_receive", addresses)
-            elapsed = max(target.hear()[1] for target in self._targets)
+            elapsed = max(target.recv()[1] for target in self._targets)
         else:
             for source in self._sources:
                 source.tell(f"{name}_send")
             for target in self._targets:
                 target.tell(f"{name}_receive")
-            elapsed = max(target.hear()[1] for target in self._targets)
+            elapsed = max(target.recv()[1] for target in self._targets)
         for source in self._sources:
-            source.hear()
+            source.recv()
         return float(elapsed)
 
     def _verify(self) -> int:

@@ -84,7 +84,7 @@ async def _route(options: argparse.Namespace) -> None:
         router = Router(config)
         await run_server(
             router.app,
-            router.gate,
+            router.admission,
             bound,
             grace_period_secs=options.grace_period_secs,
             listening=lambda chosen: _announce(options.host, chosen),

@@ -60,7 +60,7 @@ def _secret_key(secret: str, person: bytes) -> bytes:
     return z85.encode(hashlib.blake2b(secret.encode(), digest_size=32, person=person).digest())
 
 
-class Gate:
+class ZapHandler:
     """Answers libzmq's questions whether a client key may come in. Polled by its owner, no thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: CurveKeys) -> None:

@@ -34,7 +34,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvbaton.control.address import Address
 from kvbaton.control.base import MAX_MESSAGE_BYTES, Arrived, Changed, LinkChange, LinkId, Links
-from kvbaton.control.curve import CurveKeys, Gate
+from kvbaton.control.curve import CurveKeys, ZapHandler
 from kvbaton.control.probe import Finding, Probe
 from kvbaton.control.watch import Watch
 from kvbaton.errors import ConfigError, OverloadedError
@@ -159,7 +159,7 @@ class ZmqLinks(Links):
         self._context: zmq.Context[_Socket] = zmq.Context()
         self._context.max_sockets = 4 * MAX_DIALLED
         self._watch: Watch[tuple[_Kind, LinkId]] = Watch()
-        self._gate = Gate(self._context, self._keys) if self._keys else None
+        self._gate = ZapHandler(self._context, self._keys) if self._keys else None
         self._router = self._new_socket(zmq.ROUTER, here)
         try:
             self._listen(here)

@@ -40,10 +40,10 @@ class SourceRoom:
     def over(self) -> bool:
         """Nothing is left to do or to say: the record can go."""
         closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
-        return closed and (self.concluded or not self.has_sender)
+        return closed and (self.released or not self.has_sender)
 
     @property
-    def concluded(self) -> bool:
+    def released(self) -> bool:
         return self.status().poll in (KVPoll.Failed, KVPoll.Success)
 
     def status(self) -> RoomStatus:

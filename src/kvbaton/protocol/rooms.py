@@ -130,7 +130,7 @@ class Rooms:
 
     def on_sender_opened(self, event: SenderOpened) -> None:
         room = self._sources.get(event.room)
-        if room is None or (room.has_sender and room.concluded):  # the old record only has to announce its outcome
+        if room is None or (room.has_sender and room.released):  # the old record only has to announce its outcome
             room = self._sources[event.room] = SourceRoom(room=event.room)
             unmet = self._failed_before_sender.pop(event.room, None)
             room.error = unmet.error if unmet is not None else None

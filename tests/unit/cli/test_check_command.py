@@ -32,7 +32,7 @@ from kvbaton.layout import (
 )
 from kvbaton.plan.layout_file import RankLayout, decode, encode
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.intake import ApiConfig
+from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.testing.engine import ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

@@ -307,7 +307,7 @@ class Scene:
     def expect_failed(self, room: int = 0) -> None:
         """Every living rank failed with an error that names a cause, and nobody holds anything.
 
-        But for bystanders: they owe nothing, and may have concluded before the others failed.
+        But for bystanders: they owe nothing, and may have released before the others failed.
         """
         room = room or self.room
         for rank in self.ranks:

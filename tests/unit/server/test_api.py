@@ -21,8 +21,8 @@ from kvbaton.serving.server import failure
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import MAX_BODY_BYTES, ApiServer
 from kvbaton.serving.server.failure import DrainingError, status_of
-from kvbaton.serving.server.intake import INLINE_CHARACTERS, ApiConfig
 from kvbaton.serving.server.openai import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS
+from kvbaton.serving.server.request_parsing import INLINE_CHARACTERS, ApiConfig
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
 from kvbaton.serving.testing.http import run, serving
 
@@ -351,7 +351,7 @@ def test_a_client_that_goes_away_aborts_its_request(stream, started):
                     await asking
             await client.engine.until(lambda: client.engine.aborted == ["r"])
             assert not client.engine.live
-            assert await client.server.gate.emptied(5)
+            assert await client.server.admission.emptied(5)
             assert await client.metric('kvbaton_requests_total{outcome="client_gone",route="/v1/completions"}') == 1
 
     run(test())
@@ -557,14 +557,14 @@ def test_draining_refuses_new_requests_and_lets_running_ones_finish():
         async with api(lambda _request: spell("a", finish_reason=None)) as client:
             asking = asyncio.create_task(client.post(prompt="x", rid="r"))
             await client.engine.until(lambda: client.engine.live == {"r"})
-            client.server.gate.shut()
+            client.server.admission.shut()
             assert "stopping" in (await client.get("/ready", 503))["reason"]
             await client.get("/health")
             assert (await client.post(status=503, prompt="x"))["error"]["code"] == "draining"
-            assert not await client.server.gate.emptied(0)
+            assert not await client.server.admission.emptied(0)
             client.engine.emit("r", Output(tokens=(98,), text="b", finish_reason="stop"))
             assert (await asking)["choices"][0]["text"] == "ab"
-            assert await client.server.gate.emptied(5)
+            assert await client.server.admission.emptied(5)
 
     run(test())
 

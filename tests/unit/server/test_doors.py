@@ -23,9 +23,9 @@ from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import Bodies
 from kvbaton.serving.server.connections import Connections, affordable
-from kvbaton.serving.server.intake import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
 from kvbaton.serving.server.launch import ServeConfig, serve
 from kvbaton.serving.server.openapi import document
+from kvbaton.serving.server.request_parsing import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
 from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
@@ -414,7 +414,7 @@ def test_busy_connections_are_never_closed_and_idle_ones_after_silent_ones():
     async def test() -> None:
         connections = Connections(most=2, head_seconds=10.0, clock=lambda: 0.0)
         busy, idle, silent = Fake(), Fake(), Fake()
-        gate = asyncio.Event()
+        admission = asyncio.Event()
 
         class Request:
             def __init__(self, protocol: Fake) -> None:
@@ -424,7 +424,7 @@ def test_busy_connections_are_never_closed_and_idle_ones_after_silent_ones():
             return web.Response()
 
         async def slowly(_http: object) -> web.Response:
-            await gate.wait()
+            await admission.wait()
             return web.Response()
 
         await connections.watch(Request(idle), at_once)  # type: ignore[arg-type]
@@ -436,7 +436,7 @@ def test_busy_connections_are_never_closed_and_idle_ones_after_silent_ones():
         connections.sweep([busy, idle, *more])
         assert not busy.closed
         assert all(one.closed for one in more)
-        gate.set()
+        admission.set()
         await task
 
     run(test())

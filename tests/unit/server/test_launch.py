@@ -11,8 +11,8 @@ from kvbaton.errors import ConfigError
 from kvbaton.manager import Span
 from kvbaton.serving.server.build import link_hosts
 from kvbaton.serving.server.launch import ServeConfig, serve
+from kvbaton.serving.server.local_replica import handoffs_of
 from kvbaton.serving.server.rank import Rank
-from kvbaton.serving.server.stack import handoffs_of
 
 SOMEWHERE = "tcp://10.0.0.1:7000"
 
@@ -64,5 +64,5 @@ def test_a_rank_exports_its_rooms_and_staging_slots(make_rank: MakeRank) -> None
     told = {gauge.name: gauge.value for gauge in handoffs_of(target.manager, Rank(), "auto").gauges()}
     assert told == {"kvbaton_rooms_live": 1, "kvbaton_rooms_leased": 1, "kvbaton_rooms_quarantined": 0}
     receiver.abort("enough")
-    target.wait_until(lambda: receiver.concluded, "the room ends")
+    target.wait_until(lambda: receiver.released, "the room ends")
     assert not any(gauge.value for gauge in handoffs_of(target.manager, Rank(), "auto").gauges())

@@ -10,8 +10,8 @@ from aiohttp import web
 
 from kvbaton.errors import ConfigError, OverloadedError
 from kvbaton.serving.server import lifecycle
+from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.failure import DrainingError, errors
-from kvbaton.serving.server.gate import Gate
 from kvbaton.serving.testing.http import run
 
 
@@ -19,8 +19,8 @@ class Served:
     """A server whose one route waits until it is told to go on."""
 
     def __init__(self, grace_period_secs: float) -> None:
-        self.gate = Gate(10)
-        self.inside = asyncio.Event()
+        self.admission = AdmissionLimit(10)
+        self.in_flight = asyncio.Event()
         self.go_on = asyncio.Event()
         self.cancelled = asyncio.Event()
         self._port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -29,15 +29,17 @@ class Served:
         app.router.add_get("/health", self._health)
         bound = lifecycle.reserve("127.0.0.1", 0)
         self.task = asyncio.create_task(
-            lifecycle.run(app, self.gate, bound, grace_period_secs=grace_period_secs, listening=self._port.set_result)
+            lifecycle.run(
+                app, self.admission, bound, grace_period_secs=grace_period_secs, listening=self._port.set_result
+            )
         )
 
     async def url(self) -> str:
         return f"http://127.0.0.1:{await self._port}"
 
     async def _work(self, _request: web.Request) -> web.Response:
-        with self.gate.entered():
-            self.inside.set()
+        with self.admission.entered():
+            self.in_flight.set()
             try:
                 await self.go_on.wait()
             except asyncio.CancelledError:
@@ -61,9 +63,9 @@ def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number):
         url = await served.url()
         async with aiohttp.ClientSession() as session:
             working = asyncio.create_task(get(session, f"{url}/work"))
-            await served.inside.wait()
+            await served.in_flight.wait()
             os.kill(os.getpid(), number)
-            while not served.gate.is_shut:
+            while not served.admission.is_shut:
                 await asyncio.sleep(0)
             assert (await get(session, f"{url}/work"))[0] == 503
             assert await get(session, f"{url}/health") == (200, "alive")
@@ -83,10 +85,10 @@ def test_what_outlives_the_grace_period_or_a_second_signal_is_cancelled(signals,
         url = await served.url()
         async with aiohttp.ClientSession() as session:
             working = asyncio.create_task(get(session, f"{url}/work"))
-            await served.inside.wait()
+            await served.in_flight.wait()
             for _ in range(signals):
                 os.kill(os.getpid(), signal.SIGTERM)
-                while not served.gate.is_shut:
+                while not served.admission.is_shut:
                     await asyncio.sleep(0)
             await served.task
             assert served.cancelled.is_set()
@@ -98,16 +100,16 @@ def test_what_outlives_the_grace_period_or_a_second_signal_is_cancelled(signals,
 
 def test_a_gate_counts_and_refuses():
     async def test() -> None:
-        gate = Gate(2)
-        with gate.entered(), gate.entered():
-            assert gate.inside == 2
-            with pytest.raises(OverloadedError), gate.entered():
+        admission = AdmissionLimit(2)
+        with admission.entered(), admission.entered():
+            assert admission.in_flight == 2
+            with pytest.raises(OverloadedError), admission.entered():
                 pass
-            assert not await gate.emptied(0)
-        assert gate.inside == 0
-        assert await gate.emptied(1)
-        gate.shut()
-        with pytest.raises(DrainingError), gate.entered():
+            assert not await admission.emptied(0)
+        assert admission.in_flight == 0
+        assert await admission.emptied(1)
+        admission.shut()
+        with pytest.raises(DrainingError), admission.entered():
             pass
 
     run(test())

@@ -1,4 +1,4 @@
-"""The router between real servers on loopback: both legs, their failures, and workers that come and go."""
+"""The router between real servers on loopback: both call, their failures, and workers that come and go."""
 
 import asyncio
 import json
@@ -16,9 +16,9 @@ from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.intake import ApiConfig
-from kvbaton.serving.server.legs import mint_room, strip
+from kvbaton.serving.server.calls import mint_room, strip
 from kvbaton.serving.server.lifecycle import listen, port_of, reserve
+from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.server.router import MAX_BODY_BYTES, Router, RouterConfig, second_rid
 from kvbaton.serving.server.workers import Worker, Workers, parse_worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
@@ -272,7 +272,7 @@ def test_a_client_that_goes_away_ends_both_legs(streamed):
             asking.cancel()
             await prefill.cancelled.wait()
             await decode.cancelled.wait()
-            assert await setup.router.gate.emptied(5)
+            assert await setup.router.admission.emptied(5)
 
     run(test())
 
@@ -292,7 +292,7 @@ def test_a_client_that_goes_away_within_a_stream_ends_the_decode_leg():
             assert await response.content.readuntil(b"\n\n") == EVENTS[0]
             response.close()
             await decode.cancelled.wait()
-            assert await setup.router.gate.emptied(5)
+            assert await setup.router.admission.emptied(5)
             assert await setup.metric('kvbaton_requests_total{outcome="client_gone",route="/v1/completions"}') == 1
 
     run(test())
@@ -481,7 +481,7 @@ def test_readiness_follows_the_workers():
             decode.ready = 200
             await setup.router.workers.probe_all()
             await setup.get("/ready")
-            setup.router.gate.shut()
+            setup.router.admission.shut()
             assert (await setup.get("/ready", 503))["reason"] == "the router is stopping"
             assert (await setup.post(503))["error"]["code"] == "draining"
 

@@ -12,7 +12,7 @@ import pytest
 from kvbaton.cli.main import main
 from kvbaton.manager import Moment
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.intake import ApiConfig
+from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell

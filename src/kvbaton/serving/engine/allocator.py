@@ -19,7 +19,7 @@ class Allocator:
         self._taken = bytearray(units)
 
     @property
-    def free(self) -> int:
+    def available(self) -> int:
         return len(self._free)
 
     @property
@@ -36,7 +36,7 @@ class Allocator:
             raise CapacityError(f"{count} {self._noun}s never fit a pool of {self._units}")
         return count > len(self._free)
 
-    def take(self, count: int) -> tuple[int, ...] | None:
+    def allocate(self, count: int) -> tuple[int, ...] | None:
         """``count`` ids, or None where there are not that many free now. CapacityError where there never can be."""
         if self.too_full(count):
             return None
@@ -45,7 +45,7 @@ class Allocator:
             self._taken[unit] = 1
         return taken
 
-    def give_back(self, units: Sequence[int]) -> None:
+    def free(self, units: Sequence[int]) -> None:
         """Return ids. InternalError, with nothing changed, where one of them is not out."""
         distinct = set(units)
         wrong = [unit for unit in distinct if not (0 <= unit < self._units and self._taken[unit])]
@@ -56,4 +56,4 @@ class Allocator:
             self._free.append(unit)
 
     def __repr__(self) -> str:
-        return f"Allocator({self._noun}: {self.used} used, {self.free} free)"
+        return f"Allocator({self._noun}: {self.used} used, {self.available} free)"

@@ -25,14 +25,14 @@ from transformers.cache_utils import (
 
 from kvbaton.serving.engine.geometry import Holds
 from kvbaton.serving.engine.memory import PagedMemory, StateMemory
-from kvbaton.serving.engine.pool import Holding, Pools
+from kvbaton.serving.engine.pool import BlockTable, Pools
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
     """One request in a batch: its units, how many of its tokens are cached, and how many this pass adds."""
 
-    holding: Holding
+    block_table: BlockTable
     cached: int
     added: int
 
@@ -92,9 +92,11 @@ class View:
             positions=positions,
             cached=cached,
             mask=(columns >= 0).long() if uneven else None,
-            full=_lines([e.holding.pages for e in extents], positions, columns, pools) if pools.pages else None,
-            window=_lines([e.holding.ring for e in extents], positions, columns[:, -kept:], pools) if window else None,
-            states=torch.tensor([extent.holding.state for extent in extents], device=device),
+            full=_lines([e.block_table.pages for e in extents], positions, columns, pools) if pools.pages else None,
+            window=_lines([e.block_table.ring for e in extents], positions, columns[:, -kept:], pools)
+            if window
+            else None,
+            states=torch.tensor([extent.block_table.state for extent in extents], device=device),
         )
 
 

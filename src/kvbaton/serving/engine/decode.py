@@ -17,13 +17,12 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvbaton.engines.port import Manager, Receiver
 from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
-from kvbaton.manager import KVManager, KVPoll, KVReceiver, Span
+from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.batch import ContinuousBatch
-from kvbaton.serving.engine.fork import Fork, missing_pages, take_fork
 from kvbaton.serving.engine.generation import Generation, generations
-from kvbaton.serving.engine.group import GroupManager, GroupSide
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import Limits, limits_of
 from kvbaton.serving.engine.model import LoadedModel
@@ -33,16 +32,17 @@ from kvbaton.serving.engine.request import Handoff, Output, Request
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import Pick
 from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group, missing_pages
 
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One prompt whose cache is expected in the first holding of ``fork``, its aux row in ``slot``."""
+    """One prompt whose cache is expected in the first block_table of ``sequences``, its aux row in ``slot``."""
 
     job: Job
     room: int
-    receiver: KVReceiver | GroupSide
-    fork: Fork
+    receiver: Receiver
+    sequences: SequenceGroup
     slot: int
     prefix: Prefix
 
@@ -54,7 +54,7 @@ class Decode(Role):
         self,
         model: LoadedModel,
         pools: Pools,
-        manager: KVManager | GroupManager,
+        manager: Manager,
         runner: ModelRunner,
         limits: Limits,
         config: SchedulerConfig,
@@ -62,7 +62,7 @@ class Decode(Role):
         self._model = model
         self._pools = pools
         self._prefixes = PrefixCache(pools.page_size) if config.prefix_cache and pools.pages is not None else None
-        self._held: dict[Job, tuple[Fork, Prefix]] = {}
+        self._held: dict[Job, tuple[SequenceGroup, Prefix]] = {}
         self._manager = manager
         self._limits = limits
         self._runner = runner
@@ -94,7 +94,7 @@ class Decode(Role):
     def _admit(self) -> bool:
         """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
         admitted = False
-        while self._waiting and self._pools.slots.free:
+        while self._waiting and self._pools.slots.available:
             taken = self._take(self._waiting[0].request)
             if taken is None:
                 break
@@ -102,31 +102,31 @@ class Decode(Role):
             admitted = True
         return admitted
 
-    def _take(self, request: Request) -> tuple[Fork, Prefix] | None:
+    def _take(self, request: Request) -> tuple[SequenceGroup, Prefix] | None:
         """Units for all that the request may ever cache; pages of its prefix are shared, others evicted if need be."""
         size = len(request.prompt_tokens), self._limits.cached_tokens(request), request.sampling.choices
         if self._prefixes is None:
-            fork = take_fork(self._pools, *size)
-            return None if fork is None else (fork, Prefix())
+            sequences = allocate_group(self._pools, *size)
+            return None if sequences is None else (sequences, Prefix())
         prefix = self._prefixes.match(request.prompt_tokens)
         missing = missing_pages(self._pools, *size, shared=len(prefix.nodes))
         if 0 < missing <= self._prefixes.evictable and self._pools.pages is not None:
-            self._pools.pages.give_back(self._prefixes.evict(missing))
-        fork = take_fork(self._pools, *size, shared=prefix.pages)
-        if fork is None:
+            self._pools.pages.free(self._prefixes.evict(missing))
+        sequences = allocate_group(self._pools, *size, shared=prefix.pages)
+        if sequences is None:
             self._prefixes.release(prefix)
             return None
         self._prefixes.lookups += 1
         self._prefixes.hit_tokens += len(prefix.nodes) * self._pools.page_size
-        return fork, prefix
+        return sequences, prefix
 
-    def _give_back(self, fork: Fork, prefix: Prefix) -> None:
+    def _give_back(self, sequences: SequenceGroup, prefix: Prefix) -> None:
         """What is in the tree stays there, unlocked; the rest goes back."""
-        fork.give_back(self._pools, keep=frozenset(prefix.pages))
+        sequences.free(self._pools, keep=frozenset(prefix.pages))
         if self._prefixes is not None:
             self._prefixes.release(prefix)
 
-    def _expect(self, job: Job, fork: Fork, prefix: Prefix) -> None:
+    def _expect(self, job: Job, sequences: SequenceGroup, prefix: Prefix) -> None:
         """Publish the units of the prompt and an aux row to the sources."""
         request, slot = job.request, self._pools.take_slot()
         assert slot is not None  # noqa: S101 - admission saw a free one
@@ -136,14 +136,14 @@ class Decode(Role):
                 raise LocalProtocolError("a decode request has no room")
             receiver = self._manager.receiver(request.room, request.sources)
         except KVBatonError as error:  # no peer has heard of the pages
-            self._give_back(fork, prefix)
-            self._pools.slots.give_back([slot])
+            self._give_back(sequences, prefix)
+            self._pools.slots.free([slot])
             job.fail(error)
             return
-        arrival = _Arrival(job, request.room, receiver, fork, slot, prefix)
+        arrival = _Arrival(job, request.room, receiver, sequences, slot, prefix)
         self._transfers.append(arrival)
         held = len(prefix.nodes) * self._pools.page_size
-        spans = [*self._pools.wanted(fork.first, held, count), Span("aux", 0, 0, (slot,))]
+        spans = [*self._pools.wanted(sequences.first, held, count), Span("aux", 0, 0, (slot,))]
         try:
             receiver.publish(spans, token_count=count)
         except KVBatonError as error:
@@ -157,7 +157,7 @@ class Decode(Role):
                 error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
                 self._end(arrival, Output(error=error), error)
                 worked = True
-            elif poll == KVPoll.Success and arrival.receiver.concluded:
+            elif poll == KVPoll.Success and arrival.receiver.released:
                 self._begin(arrival)
                 worked = True
         return worked
@@ -165,20 +165,20 @@ class Decode(Role):
     def _begin(self, arrival: _Arrival) -> None:
         """Everything is here: check the aux row, serve the first tokens, join the batch."""
         self._transfers.remove(arrival)
-        fork, prompt = arrival.fork, arrival.job.request.prompt_tokens
+        sequences, prompt = arrival.sequences, arrival.job.request.prompt_tokens
         try:
             row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
             firsts = self._firsts(row, arrival.job.request)
-            self._runner.copy(fork.copies(self._pools, len(prompt)))
-            choices = generations(arrival.job, self._model, fork.holdings, row.seed)
+            self._runner.copy(sequences.copies(self._pools, len(prompt)))
+            choices = generations(arrival.job, self._model, sequences.block_tables, row.seed)
         except KVBatonError as error:
             self._release(arrival)
             arrival.job.fail(error)
             return
-        self._pools.slots.give_back([arrival.slot])
+        self._pools.slots.free([arrival.slot])
         if self._prefixes is not None:
-            self._prefixes.extend(arrival.prefix, prompt, fork.first.pages)
-        self._held[arrival.job] = (fork, arrival.prefix)
+            self._prefixes.extend(arrival.prefix, prompt, sequences.first.pages)
+        self._held[arrival.job] = (sequences, arrival.prefix)
         self._batch.join(
             choices,
             firsts,
@@ -215,25 +215,25 @@ class Decode(Role):
         arrival.job.emit(last)
 
     def _reap(self) -> bool:
-        settled = [arrival for arrival in self._draining if arrival.receiver.concluded]
+        settled = [arrival for arrival in self._draining if arrival.receiver.released]
         for arrival in settled:
             self._draining.remove(arrival)
             self._release(arrival)
         return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
-        self._give_back(arrival.fork, arrival.prefix)
-        self._pools.slots.give_back([arrival.slot])
+        self._give_back(arrival.sequences, arrival.prefix)
+        self._pools.slots.free([arrival.slot])
 
     def _retire(self, generation: Generation) -> None:
         """An answer has ended: what it has cached may serve another."""
-        fork, prefix = self._held[generation.job]
-        last = fork.open == 1
+        sequences, prefix = self._held[generation.job]
+        last = sequences.open == 1
         own = prefix if last else Prefix(list(prefix.nodes))
         # until the last one ends, common pages that are somebody else's in the tree must not come in: nobody locks them
-        if self._prefixes is not None and (last or len(prefix.nodes) >= fork.common):
-            self._prefixes.extend(own, generation.cached_tokens, generation.holding.pages)
-        fork.end(self._pools, generation.holding, keep=frozenset(own.pages))
+        if self._prefixes is not None and (last or len(prefix.nodes) >= sequences.common):
+            self._prefixes.extend(own, generation.cached_tokens, generation.block_table.pages)
+        sequences.end(self._pools, generation.block_table, keep=frozenset(own.pages))
         if last:
             del self._held[generation.job]
         if self._prefixes is not None:
@@ -249,7 +249,7 @@ class Decode(Role):
         return Stats(
             pages_free=self._pools.pages_free + spare,
             pages_used=self._pools.pages_used - spare,
-            pages_leased=sum(a.fork.first.count for a in holders if a.receiver.leased),
+            pages_leased=sum(a.sequences.first.count for a in holders if a.receiver.leased),
             slots_used=self._pools.slots.used,
             running=self._batch.running,
             queues={
@@ -266,7 +266,7 @@ class Decode(Role):
 def decode_scheduler(
     model: LoadedModel,
     pools: Pools,
-    manager: KVManager | GroupManager,
+    manager: Manager,
     config: SchedulerConfig | None = None,
     *,
     runner: ModelRunner | None = None,

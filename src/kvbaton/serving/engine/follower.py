@@ -18,26 +18,26 @@ from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender
 from kvbaton.serving.engine import orders
 from kvbaton.serving.engine.cache import Extent
 from kvbaton.serving.engine.pipe import Pipe
-from kvbaton.serving.engine.pool import Holding, Pools
+from kvbaton.serving.engine.pool import BlockTable, Pools
 from kvbaton.serving.engine.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Side:
+class _FollowerRoom:
     """A sender or receiver of this rank, what was last reported of it, and what kept it from being made."""
 
     end: KVSender | KVReceiver | None
-    reported: orders.Fares | None = None
+    reported: orders.RankStatus | None = None
     error: KVBatonError | None = None
 
-    def fares(self, number: int) -> orders.Fares:
+    def status(self, number: int) -> orders.RankStatus:
         end = self.end
         if end is None or self.error is not None:
             leased = end.leased if end is not None else False
-            return orders.Fares(number, KVPoll.Failed, leased, error=self.error or _UNKNOWN)
-        return orders.Fares(
+            return orders.RankStatus(number, KVPoll.Failed, leased, error=self.error or _UNKNOWN)
+        return orders.RankStatus(
             number,
             end.poll(),
             end.leased,
@@ -49,7 +49,7 @@ class _Side:
 
     @property
     def over(self) -> bool:
-        return self.end is None or self.end.concluded
+        return self.end is None or self.end.released
 
 
 _UNKNOWN = InternalError("a room could not be opened on this rank")
@@ -64,7 +64,7 @@ class Follower:
         self._pools = pools
         self._manager = manager
         self._wakeup = manager.wakeup if manager is not None else threading.Event()
-        self._sides: dict[int, _Side] = {}
+        self._sides: dict[int, _FollowerRoom] = {}
         self._stopping = False
         self._reporter = threading.Thread(target=self._report_forever, name="kvbaton-report", daemon=True)
 
@@ -110,7 +110,7 @@ class Follower:
 
     def _compute(self, order: orders.Forward) -> None:
         extents = [
-            Extent(Holding(request.pages, request.ring, request.state), request.cached, len(request.tokens))
+            Extent(BlockTable(request.pages, request.ring, request.state), request.cached, len(request.tokens))
             for request in order.requests
         ]
         try:
@@ -133,9 +133,9 @@ class Follower:
                 manager.sender(order.room) if order.role == "source" else manager.receiver(order.room, order.sources)
             )
         except KVBatonError as error:
-            self._sides[order.side] = _Side(None, error=error)
+            self._sides[order.side] = _FollowerRoom(None, error=error)
         else:
-            self._sides[order.side] = _Side(end)
+            self._sides[order.side] = _FollowerRoom(end)
         self._wakeup.set()
 
     def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.Submit | orders.Fail) -> None:
@@ -156,10 +156,10 @@ class Follower:
                 self._wakeup.clear()
                 for number, side in list(self._sides.items()):
                     over = side.over  # asked first: what is over does not change any more
-                    fares = side.fares(number)
-                    if fares != side.reported:
-                        side.reported = fares
-                        self._pipe.send(fares)
+                    status = side.status(number)
+                    if status != side.reported:
+                        side.reported = status
+                        self._pipe.send(status)
                     if over:
                         self._sides.pop(number, None)
         except InternalError as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.model import LoadedModel
-from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.request import Handoff, Output
 from kvbaton.serving.engine.runner import Step
 from kvbaton.serving.engine.sampling import Draw, Pick, seed_of_choice
@@ -17,13 +17,13 @@ from kvbaton.serving.engine.text import TextStream
 
 
 class Generation:
-    """``holding`` has everything but the newest token, which the next step computes. ``seed`` is the request's in use,
+    """``block_table`` has everything but the newest token, which the next step computes. ``seed`` is the one in use,
     ``index`` the choice's number."""
 
-    def __init__(self, job: Job, model: LoadedModel, holding: Holding, seed: int, index: int = 0) -> None:
+    def __init__(self, job: Job, model: LoadedModel, block_table: BlockTable, seed: int, index: int = 0) -> None:
         request, sampling = job.request, job.request.sampling
         self.job = job
-        self.holding = holding
+        self.block_table = block_table
         self._index = index
         self._seed = seed_of_choice(seed, index)
         self._tokens = list(request.prompt_tokens)
@@ -43,11 +43,11 @@ class Generation:
 
     def step(self) -> Step:
         """What the model must compute before the next token can be picked."""
-        return Step(self._newest, self._position, self.holding)
+        return Step(self._newest, self._position, self.block_table)
 
     @property
     def cached_tokens(self) -> Sequence[int]:
-        """The tokens that ``holding`` has: all but the newest."""
+        """The tokens that ``block_table`` has: all but the newest."""
         return self._tokens[: self._position]
 
     def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
@@ -71,6 +71,6 @@ class Generation:
         return f"Generation({self.job!r} choice {self._index} at position {self._position})"
 
 
-def generations(job: Job, model: LoadedModel, holdings: Sequence[Holding], seed: int) -> list[Generation]:
+def generations(job: Job, model: LoadedModel, block_tables: Sequence[BlockTable], seed: int) -> list[Generation]:
     """One for each choice of a request. Raises InternalError (no text for the prompt's last tokens)."""
-    return [Generation(job, model, holding, seed, index) for index, holding in enumerate(holdings)]
+    return [Generation(job, model, block_table, seed, index) for index, block_table in enumerate(block_tables)]

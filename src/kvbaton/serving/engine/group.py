@@ -56,7 +56,7 @@ class Group:
         self.on_lost: Callable[[KVBatonError], None] = lambda _error: None
         self.lost: KVBatonError | None = None
         self.wakeup = threading.Event()
-        self._sides: dict[int, GroupSide] = {}
+        self._sides: dict[int, GroupRoom] = {}
         self._numbers = itertools.count(1)
         self._closing = False
         self._threads = [
@@ -78,7 +78,7 @@ class Group:
     def announce(self, tokens: list[list[int]], extents: list[Extent]) -> None:
         """Have every follower take part in the forward pass that the leader begins now."""
         requests = tuple(
-            orders.Request(tuple(row), e.holding.pages, e.holding.ring, e.holding.state, e.cached)
+            orders.Request(tuple(row), e.block_table.pages, e.block_table.ring, e.block_table.state, e.cached)
             for row, e in zip(tokens, extents, strict=True)
         )
         self.order(orders.Forward(requests))
@@ -87,7 +87,7 @@ class Group:
         """Have every follower copy the same units."""
         self.order(orders.Copy(copies))
 
-    def enter(self, side: GroupSide) -> int:
+    def enter(self, side: GroupRoom) -> int:
         number = next(self._numbers)
         self._sides[number] = side
         return number
@@ -116,10 +116,10 @@ class Group:
         """Thread of one follower."""
         while True:
             report = member.pipe.recv()
-            if isinstance(report, orders.Fares):
+            if isinstance(report, orders.RankStatus):
                 side = self._sides.get(report.side)
                 if side is not None:
-                    side.heard(member.rank, report)
+                    side.on_status(member.rank, report)
                     self.wakeup.set()
                 continue
             if not self._closing:
@@ -134,24 +134,24 @@ class Group:
             self.wakeup.set()
 
 
-class GroupSide:
-    """A sender or receiver of all ranks at once; offers what ``KVSender`` and ``KVReceiver`` offer."""
+class GroupRoom:
+    """What senders and receivers of all ranks at once share; see :mod:`kvbaton.engines.port`."""
 
     def __init__(self, group: Group, local: KVSender | KVReceiver, pools: Pools) -> None:
         self.room = local.room
         self._group = group
         self._local = local
         self._pools = pools
-        self._pledged = False
-        self._others: dict[int, orders.Fares] = {}
+        self._handed_over = False
+        self._others: dict[int, orders.RankStatus] = {}
         self._number = group.enter(self)
         for member in group.members:
-            self._others[member.rank] = orders.Fares(self._number, KVPoll.Bootstrapping)
+            self._others[member.rank] = orders.RankStatus(self._number, KVPoll.Bootstrapping)
 
     def begin(self, role: Role, sources: Sequence[str]) -> None:
         self._group.order(orders.Begin(self._number, role, self.room, tuple(sources)))
 
-    def heard(self, rank: int, report: orders.Fares) -> None:
+    def on_status(self, rank: int, report: orders.RankStatus) -> None:
         """On the thread of a follower."""
         self._others[rank] = report
 
@@ -171,26 +171,21 @@ class GroupSide:
     def leased(self) -> bool:
         return self._local.leased or any(self._leased_on(other) for other in self._others.values())
 
-    def _leased_on(self, other: orders.Fares) -> bool:
+    def _leased_on(self, other: orders.RankStatus) -> bool:
         ended = other.poll in (KVPoll.Failed, KVPoll.Success)
-        return self._group.lost is None and (other.leased or (self._pledged and not ended))
+        return self._group.lost is None and (other.leased or (self._handed_over and not ended))
 
     @property
-    def concluded(self) -> bool:
+    def released(self) -> bool:
         """Ended on every rank, and no unit is leased on any: a rank that failed does not end the others by itself."""
         ended = {KVPoll.Failed, KVPoll.Success}
         others = self._group.lost is not None or all(
             other.poll in ended and not other.leased for other in self._others.values()
         )
-        if others and self._local.concluded:
+        if others and self._local.released:
             self._group.leave(self._number)
             return True
         return False
-
-    @property
-    def prefix_len(self) -> int:
-        local = self._local.prefix_len if isinstance(self._local, KVSender) else 0
-        return min([local, *(other.prefix_len for other in self._others.values())])
 
     @property
     def bytes(self) -> int:
@@ -204,19 +199,6 @@ class GroupSide:
     def exposed_seconds(self) -> float:
         return max([self._local.exposed_seconds, *(other.exposed_seconds for other in self._others.values())])
 
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
-        assert isinstance(self._local, KVSender)  # noqa: S101 - made by GroupManager.sender
-        rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
-        self._pledged = True
-        self._group.order(orders.Submit(self._number, tuple(spans), last, rows))
-        self._local.submit(self._pools.here(spans), last=last, ready=ready)
-
-    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
-        assert isinstance(self._local, KVReceiver)  # noqa: S101 - made by GroupManager.receiver
-        self._pledged = True
-        self._group.order(orders.Publish(self._number, tuple(spans), token_count))
-        self._local.publish(self._pools.here(spans), token_count=token_count)
-
     def fail(self, error: KVBatonError) -> None:
         try:
             self._group.order(orders.Fail(self._number, error))
@@ -228,11 +210,42 @@ class GroupSide:
         self.fail(AbortedError(reason, room=self.room))
 
     def __repr__(self) -> str:
-        return f"<GroupSide room {self.room}: {self.poll().name}, here {self._local!r}>"
+        return f"<{type(self).__name__} room {self.room}: {self.poll().name}, here {self._local!r}>"
+
+
+class GroupSender(GroupRoom):
+    """A sender of all ranks at once."""
+
+    def __init__(self, group: Group, local: KVSender, pools: Pools) -> None:
+        super().__init__(group, local, pools)
+        self._sender = local
+
+    @property
+    def prefix_len(self) -> int:
+        return min([self._sender.prefix_len, *(other.prefix_len for other in self._others.values())])
+
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
+        rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
+        self._handed_over = True
+        self._group.order(orders.Submit(self._number, tuple(spans), last, rows))
+        self._sender.submit(self._pools.here(spans), last=last, ready=ready)
+
+
+class GroupReceiver(GroupRoom):
+    """A receiver of all ranks at once."""
+
+    def __init__(self, group: Group, local: KVReceiver, pools: Pools) -> None:
+        super().__init__(group, local, pools)
+        self._receiver = local
+
+    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
+        self._handed_over = True
+        self._group.order(orders.Publish(self._number, tuple(spans), token_count))
+        self._receiver.publish(self._pools.here(spans), token_count=token_count)
 
 
 class GroupManager:
-    """What a scheduler needs of a KVManager, over all ranks."""
+    """A :class:`kvbaton.engines.port.Manager` over all ranks."""
 
     def __init__(self, manager: KVManager, group: Group, pools: Pools) -> None:
         self.wakeup = group.wakeup
@@ -240,12 +253,12 @@ class GroupManager:
         self._group = group
         self._pools = pools
 
-    def sender(self, room: int) -> GroupSide:
-        side = GroupSide(self._group, self._manager.sender(room), self._pools)
-        side.begin("source", ())
-        return side
+    def sender(self, room: int) -> GroupSender:
+        sender = GroupSender(self._group, self._manager.sender(room), self._pools)
+        sender.begin("source", ())
+        return sender
 
-    def receiver(self, room: int, sources: Sequence[str]) -> GroupSide:
-        side = GroupSide(self._group, self._manager.receiver(room, sources), self._pools)
-        side.begin("target", sources)
-        return side
+    def receiver(self, room: int, sources: Sequence[str]) -> GroupReceiver:
+        receiver = GroupReceiver(self._group, self._manager.receiver(room, sources), self._pools)
+        receiver.begin("target", sources)
+        return receiver

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from kvbaton.errors import CapacityError, ConfigError
 from kvbaton.manager import MAX_ROOM
-from kvbaton.serving.engine.fork import most_choices
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
+from kvbaton.serving.engine.sequence_group import most_choices
 
 #: Most stop strings, and characters of each: they are searched for at every token.
 MAX_STOPS = 16

@@ -78,8 +78,8 @@ class Ready(Struct, frozen=True, tag="ready"):
     layout: CacheLayout | None = None
 
 
-class Fares(Struct, frozen=True, tag="fares"):
-    """How a follower's side fares: what a KVSender or KVReceiver would say."""
+class RankStatus(Struct, frozen=True, tag="status"):
+    """How a follower's side status: what a KVSender or KVReceiver would say."""
 
     side: int
     poll: KVPoll
@@ -91,4 +91,4 @@ class Fares(Struct, frozen=True, tag="fares"):
 
 
 Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop
-Report = Ready | Fares | Died
+Report = Ready | RankStatus | Died

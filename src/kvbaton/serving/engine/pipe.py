@@ -105,7 +105,7 @@ class Pipe(Generic[_T]):
                 raise InternalError(f"{self.who} is gone: {self._broken or 'its pipe is closed'}")
             self._queued.append(frame)
             self._queued_bytes += len(frame)
-            if self._writer is None:  # not before: the pipe may have been made before a fork
+            if self._writer is None:  # not before: the pipe may have been made before a sequences
                 self._writer = threading.Thread(target=self._write, name="kvbaton-pipe", daemon=True)
                 self._writer.start()
             self._changed.notify_all()

@@ -1,8 +1,8 @@
 """All pools of an engine's rank, the layout that describes them, and who holds which unit.
 
-Rules: a request's units are given out all or none, as one :class:`Holding`. Units are not cleared: nobody reads a token
-or a state that it has not written, or been sent. All ranks of a group have the same number of units, so that one
-holding names the same tokens on each of them.
+Rules: a request's units are allocated all or none, as one :class:`BlockTable`. Units are not cleared: nobody reads a
+token or a state that it has not written, or been sent. All ranks of a group have the same number of units, so that one
+block table names the same tokens on each of them.
 
 Pools that keep every token (``kv``, ``mla``, ``index``) share page numbers. A sliding window (``swa``) has pages of
 its own, and a request holds a ring of them: absolute page p lies in the ring's page p modulo its length.
@@ -36,7 +36,7 @@ from kvbaton.serving.engine.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class BlockTable:
     """The units of one request: page i holds tokens from ``i * page_size`` on; see the module for ``ring``."""
 
     pages: tuple[int, ...] = ()
@@ -114,7 +114,7 @@ class Pools:
 
     @property
     def pages_free(self) -> int:
-        return sum(allocator.free for allocator in self._paged_allocators())
+        return sum(allocator.available for allocator in self._paged_allocators())
 
     @property
     def pages_used(self) -> int:
@@ -135,10 +135,10 @@ class Pools:
         """Pages of the window pool: a ring for every request, and never more than the whole pool."""
         return min(self._config.pages, self._config.aux_slots * self._ring_pages(self._config.chunk_tokens))
 
-    def take(self, tokens: int, *, shared: tuple[int, ...] = ()) -> Holding | None:
+    def allocate(self, tokens: int, *, shared: tuple[int, ...] = ()) -> BlockTable | None:
         """Units for a request of ``tokens`` tokens, or None while any pool is too full.
 
-        ``shared`` are pages that somebody holds already; they become the first of the holding.
+        ``shared`` are pages that somebody holds already; they become the first of the block_table.
         """
         count = self.pages_for(tokens)
         takes = (
@@ -148,17 +148,17 @@ class Pools:
         )
         if any(allocator is not None and allocator.too_full(wanted) for allocator, wanted in takes):
             return None
-        pages, ring, state = (allocator.take(wanted) or () if allocator else () for allocator, wanted in takes)
-        return Holding((*shared, *pages), ring, state[0] if state else 0)
+        pages, ring, state = (allocator.allocate(wanted) or () if allocator else () for allocator, wanted in takes)
+        return BlockTable((*shared, *pages), ring, state[0] if state else 0)
 
-    def give_back(self, holding: Holding, *, keep: frozenset[int] = frozenset()) -> None:
+    def free(self, block_table: BlockTable, *, keep: frozenset[int] = frozenset()) -> None:
         """Return what :meth:`take` gave, but for the pages to ``keep``."""
         if self.pages is not None:
-            self.pages.give_back([page for page in holding.pages if page not in keep])
+            self.pages.free([page for page in block_table.pages if page not in keep])
         if self.rings is not None:
-            self.rings.give_back(holding.ring)
+            self.rings.free(block_table.ring)
         if self.state_slots is not None:
-            self.state_slots.give_back([holding.state])
+            self.state_slots.free([block_table.state])
 
     def copy(self, copies: Copies) -> None:
         """Copy units within this rank's memory. Nothing may write to them meanwhile."""
@@ -167,19 +167,19 @@ class Pools:
         if self.states is not None:
             copy_units(self.states.tensors.values(), copies.states)
 
-    def spans(self, holding: Holding, start: int, stop: int) -> list[Span]:
+    def spans(self, block_table: BlockTable, start: int, stop: int) -> list[Span]:
         """Tokens ``[start, stop)`` in every paged pool of the model. What a ring has lost meanwhile is in it, too."""
         first, last = start // self.page_size, self.pages_for(stop)
         found = []
         for pool in self.geometry.paged:
             if start >= stop:
                 break
-            ring = holding.ring
+            ring = block_table.ring
             units = tuple(ring[page % len(ring)] for page in range(first, last)) if pool.window else ()
-            found.append(Span(pool.name, start, stop, units or holding.pages[first:last]))
+            found.append(Span(pool.name, start, stop, units or block_table.pages[first:last]))
         return found
 
-    def wanted(self, holding: Holding, held: int, stop: int) -> list[Span]:
+    def wanted(self, block_table: BlockTable, held: int, stop: int) -> list[Span]:
         """What a target asks for, of a prompt of ``stop`` tokens of which it has ``held``: all else, of a window pool
         the pages that the window touches, and the states."""
         found = []
@@ -188,11 +188,11 @@ class Pools:
                 found.append(Span(pool.name, stop, stop, ()))
                 continue
             begin = window_range(stop, pool.window, target_page=self.page_size).start if pool.window else held
-            found += [span for span in self.spans(holding, begin, stop) if span.pool == pool.name]
-        return [*found, *self.state_spans(holding)]
+            found += [span for span in self.spans(block_table, begin, stop) if span.pool == pool.name]
+        return [*found, *self.state_spans(block_table)]
 
-    def state_spans(self, holding: Holding) -> list[Span]:
-        return [Span("state", 0, 0, (holding.state,))] if self.geometry.states else []
+    def state_spans(self, block_table: BlockTable) -> list[Span]:
+        return [Span("state", 0, 0, (block_table.state,))] if self.geometry.states else []
 
     def here(self, spans: Sequence[Span]) -> list[Span]:
         """Those of ``spans`` whose pools this rank has."""
@@ -201,7 +201,7 @@ class Pools:
 
     def take_slot(self) -> int | None:
         """A zeroed aux row, or None while all are out."""
-        slot = self.slots.take(1)
+        slot = self.slots.allocate(1)
         if slot is None:
             return None
         self.row(slot[0])[:] = bytes(ROW_BYTES)

@@ -12,14 +12,14 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from kvbaton.engines.port import Manager, Sender
 from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
-from kvbaton.manager import KVManager, KVPoll, KVSender, Span
+from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
-from kvbaton.serving.engine.group import GroupManager, GroupSide
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel
-from kvbaton.serving.engine.pool import Holding, Pools
+from kvbaton.serving.engine.pool import BlockTable, Pools
 from kvbaton.serving.engine.prompt import PromptRun
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
@@ -33,8 +33,8 @@ class _Handoff:
 
     job: Job
     room: int
-    sender: KVSender | GroupSide
-    holding: Holding | None = None
+    sender: Sender
+    block_table: BlockTable | None = None
     slot: int | None = None
     sent: int = 0
     firsts: list[Pick] = field(default_factory=list)
@@ -43,9 +43,7 @@ class _Handoff:
 class Prefill(Role):
     """Queues: ``bootstrap`` waits for targets, ``ready`` for pages; then one computes, some are in flight, draining."""
 
-    def __init__(
-        self, pools: Pools, manager: KVManager | GroupManager, runner: ModelRunner, config: SchedulerConfig
-    ) -> None:
+    def __init__(self, pools: Pools, manager: Manager, runner: ModelRunner, config: SchedulerConfig) -> None:
         self._pools = pools
         self._manager = manager
         self._chunk_tokens = config.chunked_prefill_size
@@ -104,18 +102,18 @@ class Prefill(Role):
         return bool(granted)
 
     def _admit(self) -> bool:
-        if self._computing is not None or not self._ready or not self._pools.slots.free:
+        if self._computing is not None or not self._ready or not self._pools.slots.available:
             return False
         handoff = self._ready[0]
         prompt = handoff.job.request.prompt_tokens
-        holding = self._pools.take(len(prompt))
-        if holding is None:
+        block_table = self._pools.allocate(len(prompt))
+        if block_table is None:
             return False
         self._ready.pop(0)
-        handoff.holding = holding
+        handoff.block_table = block_table
         handoff.slot = self._pools.take_slot()
         handoff.sent = handoff.sender.prefix_len
-        self._computing = (handoff, PromptRun(prompt, holding))
+        self._computing = (handoff, PromptRun(prompt, block_table))
         return True
 
     def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
@@ -125,7 +123,7 @@ class Prefill(Role):
             spans = self._unsent(handoff, run)
             if run.finished:
                 handoff.firsts = self._first_tokens(handoff, logits)
-                spans += [*self._pools.state_spans(run.holding), self._write_aux(handoff)]
+                spans += [*self._pools.state_spans(run.block_table), self._write_aux(handoff)]
             if spans:
                 handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
         except KVBatonError as error:
@@ -139,7 +137,7 @@ class Prefill(Role):
     def _unsent(self, handoff: _Handoff, run: PromptRun) -> list[Span]:
         """The spans of what is computed but neither sent nor held by the targets, if there is any."""
         start, handoff.sent = handoff.sent, max(handoff.sent, run.computed)
-        return self._pools.spans(run.holding, start, run.computed)
+        return self._pools.spans(run.block_table, start, run.computed)
 
     def _first_tokens(self, handoff: _Handoff, logits: object) -> list[Pick]:
         request = handoff.job.request
@@ -162,7 +160,7 @@ class Prefill(Role):
 
     def _conclude(self) -> bool:
         """Tell the caller of what has arrived whole."""
-        arrived = [h for h in self._inflight if h.sender.concluded and h.sender.poll() == KVPoll.Success]
+        arrived = [h for h in self._inflight if h.sender.released and h.sender.poll() == KVPoll.Success]
         for handoff in arrived:
             self._inflight.remove(handoff)
             self._release(handoff)
@@ -194,17 +192,17 @@ class Prefill(Role):
         handoff.job.emit(last)
 
     def _reap(self) -> bool:
-        settled = [handoff for handoff in self._draining if handoff.sender.concluded]
+        settled = [handoff for handoff in self._draining if handoff.sender.released]
         for handoff in settled:
             self._draining.remove(handoff)
             self._release(handoff)
         return bool(settled)
 
     def _release(self, handoff: _Handoff) -> None:
-        if handoff.holding is not None:
-            self._pools.give_back(handoff.holding)
+        if handoff.block_table is not None:
+            self._pools.free(handoff.block_table)
         if handoff.slot is not None:
-            self._pools.slots.give_back([handoff.slot])
+            self._pools.slots.free([handoff.slot])
 
     @property
     def busy(self) -> bool:
@@ -215,7 +213,7 @@ class Prefill(Role):
         return Stats(
             pages_free=self._pools.pages_free,
             pages_used=self._pools.pages_used,
-            pages_leased=sum(h.holding.count for h in holders if h.holding is not None and h.sender.leased),
+            pages_leased=sum(h.block_table.count for h in holders if h.block_table is not None and h.sender.leased),
             slots_used=self._pools.slots.used,
             running=int(self._computing is not None),
             queues={
@@ -230,7 +228,7 @@ class Prefill(Role):
 def prefill_scheduler(
     model: LoadedModel,
     pools: Pools,
-    manager: KVManager | GroupManager,
+    manager: Manager,
     config: SchedulerConfig | None = None,
     *,
     runner: ModelRunner | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvbaton.serving.engine.pool import Holding
+from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.runner import ModelRunner
 
 
@@ -20,11 +20,11 @@ def chunk_stop(start: int, total: int, chunk_tokens: int, page_size: int) -> int
 
 
 class PromptRun:
-    """``computed`` tokens of ``tokens`` lie in ``holding``."""
+    """``computed`` tokens of ``tokens`` lie in ``block_table``."""
 
-    def __init__(self, tokens: Sequence[int], holding: Holding) -> None:
+    def __init__(self, tokens: Sequence[int], block_table: BlockTable) -> None:
         self.tokens = tokens
-        self.holding = holding
+        self.block_table = block_table
         self.computed = 0
 
     @property
@@ -34,7 +34,7 @@ class PromptRun:
     def advance(self, runner: ModelRunner, chunk_tokens: int, page_size: int) -> Any:
         """Compute the next chunk. Returns the logits [1, vocabulary] after its last token. Raises InternalError."""
         stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
-        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.holding)
+        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.block_table)
         self.computed = stop
         return logits
 

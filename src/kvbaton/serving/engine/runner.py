@@ -20,7 +20,7 @@ from kvbaton.serving.engine.cache import Extent, PagedCache, View
 from kvbaton.serving.engine.collective import Collective
 from kvbaton.serving.engine.geometry import DTYPES
 from kvbaton.serving.engine.model import LoadedModel
-from kvbaton.serving.engine.pool import Copies, Holding, Pools
+from kvbaton.serving.engine.pool import BlockTable, Copies, Pools
 from kvbaton.serving.engine.versions import cache_argument
 
 Announce = Callable[[list[list[int]], list[Extent]], None]
@@ -32,7 +32,7 @@ class Step:
 
     token: int
     position: int
-    holding: Holding
+    block_table: BlockTable
 
 
 class ModelRunner:
@@ -61,16 +61,16 @@ class ModelRunner:
         self._device = torch.device(pools.device)
         self._cache = PagedCache(pools)
 
-    def prefill_chunk(self, tokens: Sequence[int], start: int, holding: Holding) -> Any:
-        """Compute ``tokens`` at positions ``start`` on, the cache of all before being in ``holding``.
+    def prefill_chunk(self, tokens: Sequence[int], start: int, block_table: BlockTable) -> Any:
+        """Compute ``tokens`` at positions ``start`` on, the cache of all before being in ``block_table``.
 
         Returns the logits [1, vocabulary] that follow the last one.
         """
-        return self._lead([list(tokens)], [Extent(holding, start, len(tokens))])
+        return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))])
 
     def decode(self, batch: Sequence[Step]) -> Any:
         """Compute one token of each request. Returns logits [len(batch), vocabulary]."""
-        return self._lead([[step.token] for step in batch], [Extent(s.holding, s.position, 1) for s in batch])
+        return self._lead([[step.token] for step in batch], [Extent(s.block_table, s.position, 1) for s in batch])
 
     def copy(self, copies: Copies) -> None:
         """Copy units of the pools, on every rank of the group. Raises InternalError."""

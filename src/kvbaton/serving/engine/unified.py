@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from kvbaton.errors import KVBatonError
 from kvbaton.serving.engine.batch import ContinuousBatch
-from kvbaton.serving.engine.fork import Fork, take_fork
 from kvbaton.serving.engine.generation import Generation, generations
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.limits import Limits, limits_of
@@ -23,13 +22,14 @@ from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import first_tokens, seed_of
 from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
     job: Job
     run: PromptRun
-    fork: Fork
+    sequences: SequenceGroup
 
 
 class Unified(Role):
@@ -45,7 +45,7 @@ class Unified(Role):
         self._runner = runner
         self._waiting: deque[Job] = deque()
         self._prompt: _Prompt | None = None
-        self._forks: dict[Job, Fork] = {}
+        self._forks: dict[Job, SequenceGroup] = {}
         self._batch = ContinuousBatch(self._runner, self._release, config.max_batch)
 
     def add(self, job: Job) -> None:
@@ -74,36 +74,36 @@ class Unified(Role):
             return None
         job = self._waiting[0]
         prompt, tokens = job.request.prompt_tokens, self._limits.cached_tokens(job.request)
-        fork = take_fork(self._pools, len(prompt), tokens, job.request.sampling.choices)
-        if fork is None:
+        sequences = allocate_group(self._pools, len(prompt), tokens, job.request.sampling.choices)
+        if sequences is None:
             return None
         self._waiting.popleft()
-        return _Prompt(job, PromptRun(prompt, fork.first), fork)
+        return _Prompt(job, PromptRun(prompt, sequences.first), sequences)
 
     def _compute(self, prompt: _Prompt) -> None:
         try:
             logits = prompt.run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
             if not prompt.run.finished:
                 return
-            self._runner.copy(prompt.fork.copies(self._pools, prompt.run.computed))
-            choices = generations(prompt.job, self._model, prompt.fork.holdings, seed_of(prompt.job.request))
+            self._runner.copy(prompt.sequences.copies(self._pools, prompt.run.computed))
+            choices = generations(prompt.job, self._model, prompt.sequences.block_tables, seed_of(prompt.job.request))
             firsts = first_tokens(logits, [choice.draw() for choice in choices])
         except KVBatonError as error:
             self._drop_prompt(prompt, Output(error=error))
             return
         self._prompt = None
-        self._forks[prompt.job] = prompt.fork
+        self._forks[prompt.job] = prompt.sequences
         self._batch.join(choices, firsts)
 
     def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
         self._prompt = None
-        prompt.fork.give_back(self._pools)
+        prompt.sequences.free(self._pools)
         prompt.job.emit(last)
 
     def _release(self, generation: Generation) -> None:
-        fork = self._forks[generation.job]
-        fork.end(self._pools, generation.holding)
-        if not fork.open:
+        sequences = self._forks[generation.job]
+        sequences.end(self._pools, generation.block_table)
+        if not sequences.open:
             del self._forks[generation.job]
 
     @property

@@ -36,12 +36,11 @@ from kvbaton.manager import Moment
 from kvbaton.plan.layout_file import RankLayout, encode
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server import openapi, story
+from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.serving.server.failure import body_of, errors
-from kvbaton.serving.server.gate import Gate
-from kvbaton.serving.server.intake import Accepted, ApiConfig, Intake
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import (
     DONE,
@@ -52,6 +51,7 @@ from kvbaton.serving.server.openai import (
     parse,
 )
 from kvbaton.serving.server.operators import require_operator
+from kvbaton.serving.server.request_parsing import Accepted, ApiConfig, Intake
 
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
@@ -95,7 +95,7 @@ class ApiServer:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
-        self.gate = Gate(config.max_requests)
+        self.admission = AdmissionLimit(config.max_requests)
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(lambda: _engine_gauges(engine))
@@ -129,7 +129,7 @@ class ApiServer:
     async def _answer(self, http: web.Request, kind: type[CompletionRequest] | type[ChatRequest]) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
-                with self.gate.entered():
+                with self.admission.entered():
                     async with self._bodies.read(http) as body:
                         accepted = await self._intake.accept(parse(body, kind), from_router=self._from_router(http))
                     return await self._run(http, accepted, timer)
@@ -204,7 +204,7 @@ class ApiServer:
     def _not_ready(self) -> str:
         if self._engine.failure is not None:
             return self._engine.failure.message
-        return "the server is stopping" if self.gate.is_shut else self._readiness()
+        return "the server is stopping" if self.admission.is_shut else self._readiness()
 
     async def _models(self, _http: web.Request) -> web.Response:
         card = {
@@ -236,7 +236,7 @@ class ApiServer:
             "disaggregation_mode": self._config.mode,
             "max_model_len": self._config.max_positions,
             "ready": not self._not_ready(),
-            "requests": self.gate.inside,
+            "requests": self.admission.in_flight,
         }
         return _json(body | await asyncio.to_thread(lambda: {"stats": self._engine.stats(), **self._info()}))
 

@@ -24,7 +24,6 @@ from kvbaton.errors import ConfigError
 from kvbaton.manager import KVManager, new_instance
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.collective import Collective
-from kvbaton.serving.engine.cutting import check_fits, cut
 from kvbaton.serving.engine.decode import decode_scheduler
 from kvbaton.serving.engine.follower import Follower
 from kvbaton.serving.engine.group import READY_SECONDS, Group, GroupManager, Member
@@ -35,12 +34,13 @@ from kvbaton.serving.engine.prefill import prefill_scheduler
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.sharding import check_fits, shard_network
 from kvbaton.serving.engine.unified import unified_scheduler
+from kvbaton.serving.server.local_replica import LocalReplica
 from kvbaton.serving.server.rank import Rank
 from kvbaton.serving.server.ranks import Closable, Processes, fork_each
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica
-from kvbaton.serving.server.stack import Stack
 
 if TYPE_CHECKING:
     from kvbaton.serving.server.launch import ServeConfig
@@ -120,7 +120,7 @@ def build(
     closing: ExitStack,
     *,
     leave: Iterable[Closable | None],
-) -> Stack:
+) -> LocalReplica:
     """Everything, started; ``closing`` ends it in order. ``leave``: what followers must not keep. Raises KVBatonError.
 
     ``model`` is cut to this rank's part.
@@ -145,7 +145,7 @@ def build(
     scheduler = _scheduler(config, model, pools, manager, group, collective)
     closing.callback(_close_scheduler, scheduler)
     scheduler.start()
-    return Stack(
+    return LocalReplica(
         scheduler=scheduler,
         manager=manager,
         group=group,
@@ -165,12 +165,12 @@ def start_replicas(
     *,
     leave: Iterable[Closable | None],
 ) -> list[RemoteReplica]:
-    """Every data-parallel rank, each in a process that builds its own stack. Raises KVBatonError."""
+    """Every data-parallel rank, each in a process that builds its own replica. Raises KVBatonError."""
 
     def live(rank: Rank, pipe: Connection) -> None:
         with ExitStack() as ending:
-            stack = build(config, rank, model, secret, ending, leave=(pipe,))
-            ReplicaProcess(pipe, stack).run()
+            replica = build(config, rank, model, secret, ending, leave=(pipe,))
+            ReplicaProcess(pipe, replica).run()
 
     ranks = [dataclasses.replace(first, instance=new_instance(), dp_rank=number) for number in range(first.dp_size)]
     processes, pipes = fork_each(ranks, live, leave=leave)
@@ -229,7 +229,7 @@ def _follow(
 def _own_part(config: ServeConfig, model: LoadedModel, rank: Rank, collective: Collective | None) -> LoadedModel:
     """This rank's share of the network, on its device."""
     if collective is not None:
-        cut(model.network, rank.shard, collective.add_up)
+        shard_network(model.network, rank.shard, collective.add_up)
     if not rank.alone:  # the model was loaded with one thread, to be forked
         use_threads(config.torch_threads or 1)
     network = model.network.to(_device(config, rank))

@@ -37,12 +37,12 @@ from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
 from kvbaton.serving.server.failure import DrainingError
-from kvbaton.serving.server.intake import ApiConfig, Mode
 from kvbaton.serving.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
 from kvbaton.serving.server.metrics import Gauge
 from kvbaton.serving.server.rank import Rank
 from kvbaton.serving.server.replica import Replica
 from kvbaton.serving.server.replicas import Replicas
+from kvbaton.serving.server.request_parsing import ApiConfig, Mode
 from kvbaton.serving.server.tokens import ServerTokenizer
 
 WITHDRAW_SECONDS = 2.0
@@ -217,9 +217,9 @@ class _Server:
                 await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
             listening(port_of(port))
             await signals.stop.wait()
-            if not await drain(api.gate, grace_period_secs=self._config.grace_period_secs, hurry=signals.hurry):
+            if not await drain(api.admission, grace_period_secs=self._config.grace_period_secs, hurry=signals.hurry):
                 self._replica.end_all(DrainingError(STOPPING))  # so that each client hears of it
-                await api.gate.emptied(CLEANUP_SECONDS)
+                await api.admission.emptied(CLEANUP_SECONDS)
         if self._failure is not None:
             raise self._failure.again()
 

@@ -21,8 +21,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from kvbaton.errors import ConfigError
+from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.connections import KEEPALIVE_SECONDS, Connections, Handler, raise_file_limit
-from kvbaton.serving.server.gate import Gate
 
 #: Connections that wait to be accepted.
 BACKLOG = 1024
@@ -136,25 +136,25 @@ class Signals:
         self.stop.set()
 
 
-async def drain(gate: Gate, *, grace_period_secs: float, hurry: asyncio.Event) -> bool:
+async def drain(admission: AdmissionLimit, *, grace_period_secs: float, hurry: asyncio.Event) -> bool:
     """Shut the gate and wait for it to empty. False if requests were left when the grace period ended."""
-    gate.shut()
-    if gate.inside:
-        _log.info("stopping; %d requests have %g s to finish", gate.inside, grace_period_secs)
-    emptied = asyncio.create_task(gate.emptied(grace_period_secs))
+    admission.shut()
+    if admission.in_flight:
+        _log.info("stopping; %d requests have %g s to finish", admission.in_flight, grace_period_secs)
+    emptied = asyncio.create_task(admission.emptied(grace_period_secs))
     hurried = asyncio.create_task(hurry.wait())
     await asyncio.wait({emptied, hurried}, return_when=asyncio.FIRST_COMPLETED)
     for task in (emptied, hurried):
         task.cancel()
     await asyncio.gather(emptied, hurried, return_exceptions=True)
-    if gate.inside:
-        _log.warning("the grace period is over; %d requests are ended", gate.inside)
-    return gate.inside == 0
+    if admission.in_flight:
+        _log.warning("the grace period is over; %d requests are ended", admission.in_flight)
+    return admission.in_flight == 0
 
 
 async def run(
     app: web.Application,
-    gate: Gate,
+    admission: AdmissionLimit,
     bound: socket.socket,
     *,
     grace_period_secs: float,
@@ -166,7 +166,7 @@ async def run(
         try:
             listening(port_of(bound))
             await signals.stop.wait()
-            await drain(gate, grace_period_secs=grace_period_secs, hurry=signals.hurry)
+            await drain(admission, grace_period_secs=grace_period_secs, hurry=signals.hurry)
         finally:
             await runner.cleanup()
 

@@ -1,5 +1,5 @@
-"""What a server has behind its HTTP: an engine with its hand-offs, here (see ``stack``) or in other processes (see
-``replicas``).
+"""What a server has behind its HTTP: an engine with its hand-offs, here (see ``local_replica``) or in other processes
+(see ``replicas``).
 
 This file must not know of processes, models or transports.
 """

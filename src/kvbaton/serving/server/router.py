@@ -5,7 +5,7 @@ Rules:
 - Workers take turns. A pair that fails because one of its workers is gone or draining is replaced once, with a new
   room, if another worker is usable; every other failure is the client's answer, with the worker's name in it.
 - Topology is ours: ``bootstrap_*`` in a client's request is dropped.
-- A client that goes away ends both legs. Whatever fails after the first byte of a stream is an ``error`` event, and
+- A client that goes away ends both call. Whatever fails after the first byte of a stream is an ``error`` event, and
   the stream ends without ``[DONE]``.
 
 This file must not know of tokens, models or pages.
@@ -27,10 +27,10 @@ from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
 from kvbaton.serving.server import openapi, story
+from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
+from kvbaton.serving.server.calls import CallFailed, Pair, PrefillDecodeCall, mint_room, strip
 from kvbaton.serving.server.failure import body_of, errors
-from kvbaton.serving.server.gate import Gate
-from kvbaton.serving.server.legs import LegFailed, Legs, Pair, mint_room, strip
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
@@ -74,7 +74,7 @@ class Router:
         self._story_headers = bearer(config.secret, "story")
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
         self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_check_endpoint)
-        self.gate = Gate(config.max_concurrent_requests)
+        self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
@@ -112,10 +112,10 @@ class Router:
     async def _route(self, http: web.Request) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
-                with self.gate.entered():
+                with self.admission.entered():
                     async with self._bodies.read(http) as body:
                         return await self._attempts(http, _fields(body), timer)
-            except LegFailed as failure:
+            except CallFailed as failure:
                 timer.outcome = failure.detail.code
                 return _json(failure.body, status=failure.status, headers=failure.headers)
             except KVBatonError as error:
@@ -131,7 +131,7 @@ class Router:
         pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), mint_room())
         try:
             return await self._attempt(http, fields, pair, timer)
-        except LegFailed as failure:
+        except CallFailed as failure:
             other = self._another(pair, failure)
             if other is None:
                 raise
@@ -139,7 +139,7 @@ class Router:
         fields["rid"] = _encoded(second_rid(msgspec.json.decode(fields["rid"])))  # the first may not have ended yet
         return await self._attempt(http, fields, other, timer)
 
-    def _another(self, pair: Pair, failure: LegFailed) -> Pair | None:
+    def _another(self, pair: Pair, failure: CallFailed) -> Pair | None:
         """The pair to try after a failure, if there is one."""
         if not failure.again:
             return None
@@ -157,18 +157,18 @@ class Router:
         try:
             async with (
                 asyncio.timeout(self._config.request_timeout_secs),
-                Legs(self._session, http.path, fields, pair, self._headers) as legs,
+                PrefillDecodeCall(self._session, http.path, fields, pair, self._headers) as call,
             ):
-                answer = await legs.answer()
+                answer = await call.answer()
                 headers = {"Content-Type": answer.headers.get("Content-Type", ""), "X-KVBaton-Room": str(pair.room)}
                 if not headers["Content-Type"].startswith("text/event-stream"):
-                    return await self._whole(answer, pair, headers, legs, timer)
+                    return await self._whole(answer, pair, headers, call, timer)
                 timer.first_token()  # decode sends the head of a stream together with it
                 out = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
                 await out.prepare(http)
                 timer.outcome = await self._relay(answer, pair, out)
                 await out.write_eof()
-                await legs.settle()
+                await call.settle()
                 return out
         except TimeoutError:
             error = ExpiredError(
@@ -184,14 +184,19 @@ class Router:
             return out
 
     async def _whole(
-        self, answer: aiohttp.ClientResponse, pair: Pair, headers: dict[str, str], legs: Legs, timer: RequestTimer
+        self,
+        answer: aiohttp.ClientResponse,
+        pair: Pair,
+        headers: dict[str, str],
+        call: PrefillDecodeCall,
+        timer: RequestTimer,
     ) -> web.Response:
         body = bytearray()
         while piece := await self._piece(answer, pair):
             body += piece
             if len(body) > MAX_ANSWER_BYTES:
                 raise InternalError(f"{pair.decode} answered more than {MAX_ANSWER_BYTES} bytes", room=pair.room)
-        await legs.settle()
+        await call.settle()
         timer.outcome = "ok"
         return web.Response(body=bytes(body), headers=headers)
 
@@ -253,7 +258,7 @@ class Router:
             "version": __version__,
             "policy": "round_robin",
             "ready": not self._not_ready(),
-            "requests": self.gate.inside,
+            "requests": self.admission.in_flight,
         }
         for role in ROLES:
             body[role] = [
@@ -302,7 +307,7 @@ class Router:
         return _json({"rid": rid})
 
     def _not_ready(self) -> str:
-        if self.gate.is_shut:
+        if self.admission.is_shut:
             return "the router is stopping"
         missing = [role for role in ROLES if not self.workers.usable(role)]
         return f"no {' and no '.join(missing)} server takes requests" if missing else ""
@@ -323,7 +328,7 @@ class Router:
             Gauge("kvbaton_router_worker_usable", text, float(w.usable), {"role": w.role, "worker": w.url})
             for w in self.workers.all
         ]
-        return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.gate.inside)]
+        return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
 
 
 def _fields(payload: bytes) -> dict[str, msgspec.Raw]:

@@ -1,6 +1,6 @@
 """Simulated engines: what a scheduler does with rooms, units and its own clock. One per process.
 
-Engines are honest and greedy: a unit is freed in the moment in which the facade says ``concluded``, and given to the
+Engines are honest and greedy: a unit is freed in the moment in which the facade says ``released``, and given to the
 next room at once, the last freed one first, so that whatever still touches it is caught.
 """
 
@@ -132,7 +132,7 @@ class Job(ABC):
         """The room may have changed: go on, or let go."""
         if self.over or self.side is None:
             return
-        if self.side.concluded:
+        if self.side.released:
             self.end()
         else:
             self.go_on()
@@ -151,7 +151,7 @@ class Job(ABC):
         """Concluded: every unit is free from this moment on."""
         self.over = True
         judge = self.process.world.judge
-        judge.concluded(self)
+        judge.released(self)
         freed = self.process.engine.allocator.give_back(self.tenancy)
         self.process.clockwork.tell(self.process.name, f"engine: {self} over, frees {len(freed)} units")
         judge.freed(self, freed)

@@ -178,9 +178,9 @@ class Judge:
             if not job.wrong([number]) and self._delivered.setdefault(number, group) != group:
                 raise self._violated("delivered twice", f"{job} and group {self._delivered[number]} got one content")
 
-    def concluded(self, job: Job) -> None:
+    def released(self, job: Job) -> None:
         if job.outcome is None:
-            raise self._violated("ended unseen", f"{job} is concluded, but no end was reported")
+            raise self._violated("ended unseen", f"{job} is released, but no end was reported")
         if job.outcome is KVPoll.Success:
             self._check_bytes(job)
 

@@ -39,7 +39,7 @@ CLIENT_FIELDS = ("disagg_prefill_dp_rank",)
 Fields = Mapping[str, msgspec.Raw]
 
 
-class LegFailed(Exception):
+class CallFailed(Exception):
     """One leg failed before decode answered.
 
     Args:
@@ -91,7 +91,7 @@ def strip(fields: Fields) -> dict[str, msgspec.Raw]:
     }
 
 
-class Legs:
+class PrefillDecodeCall:
     """Both legs of one attempt. Use as an async context manager: leaving it closes both.
 
     ``headers`` go to the workers, with ours; nothing of the client's headers does.
@@ -114,11 +114,11 @@ class Legs:
         self._decode: asyncio.Task[aiohttp.ClientResponse] | None = None
         self._answered = False
 
-    async def __aenter__(self) -> Legs:
+    async def __aenter__(self) -> PrefillDecodeCall:
         return self
 
     async def answer(self) -> aiohttp.ClientResponse:
-        """Send both; decode's answer, status 200, its body still to be read. Raises LegFailed, from either leg."""
+        """Send both; decode's answer, status 200, its body still to be read. Raises CallFailed, from either leg."""
         self._prefill = asyncio.create_task(self._run_prefill())
         self._decode = asyncio.create_task(self._open(self._pair.decode, self._body({})))
         waiting: set[asyncio.Task[None] | asyncio.Task[aiohttp.ClientResponse]] = {self._prefill, self._decode}
@@ -171,7 +171,7 @@ class Legs:
         return msgspec.json.encode({**self._fields, **overrides, **bootstrap})
 
     async def _open(self, worker: Worker, body: bytes) -> aiohttp.ClientResponse:
-        """A leg up to the head of its answer; the answer is a success. Raises LegFailed."""
+        """A leg up to the head of its answer; the answer is a success. Raises CallFailed."""
         try:
             response = await self._session.post(
                 worker.url + self._path, data=BytesIO(body), headers=self._headers, allow_redirects=False
@@ -188,13 +188,13 @@ class Legs:
         raise _refused(worker, response.status, payload)
 
 
-def _unreachable(worker: Worker, error: Exception, room: int) -> LegFailed:
+def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
     message = f"the server cannot be reached or went away ({cause_of(error)}); send the request again [room {room}]"
     detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
-    return LegFailed(worker, 503, detail, again=True)
+    return CallFailed(worker, 503, detail, again=True)
 
 
-def _refused(worker: Worker, status: int, payload: bytes) -> LegFailed:
+def _refused(worker: Worker, status: int, payload: bytes) -> CallFailed:
     try:
         detail = msgspec.json.decode(payload, type=ErrorBody).error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -203,4 +203,4 @@ def _refused(worker: Worker, status: int, payload: bytes) -> LegFailed:
         status < 400 or status == 401
     ):  # a redirect: no worker of ours; a secret that is not ours: not the client's doing
         status = 502
-    return LegFailed(worker, status, detail, again=detail.code == DRAINING)
+    return CallFailed(worker, status, detail, again=detail.code == DRAINING)

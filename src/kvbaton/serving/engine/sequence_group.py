@@ -1,9 +1,9 @@
-"""The units of one request: a holding for each of its choices, which share the whole pages of the prompt.
+"""The units of one request: a block_table for each of its choices, which share the whole pages of the prompt.
 
 Rules: the units of all choices are taken at once or not at all, so that no request waits for another while it holds
-half of what it needs. The prompt is computed in, or sent into, the first holding. What a choice will write to lies in
-units of its own: a page that the prompt fills in part, a window's ring and a state are copied before the first step
-(:meth:`Fork.copies`). A page that is shared is only read, and goes back with the last of the choices.
+half of what it needs. The prompt is computed in, or sent into, the first block table. What a choice will write to lies
+in units of its own: a page that the prompt fills in part, a window's ring and a state are copied before the first step
+(:meth:`SequenceGroup.copies`). A page that is shared is only read, and goes back with the last of the choices.
 
 This file must not know of requests, models or peers.
 """
@@ -12,29 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbaton.serving.engine.pool import Copies, Holding, Pools
+from kvbaton.serving.engine.pool import BlockTable, Copies, Pools
 
 #: Choices that need nothing of their own.
 UNBOUNDED = 1 << 30
 
 
-class Fork:
-    """``holdings[i]`` is choice i's; the first ``common`` pages are the same in all of them."""
+class SequenceGroup:
+    """``block_tables[i]`` is choice i's; the first ``common`` pages are the same in all of them."""
 
-    def __init__(self, holdings: Sequence[Holding], common: int) -> None:
-        self.holdings = tuple(holdings)
+    def __init__(self, block_tables: Sequence[BlockTable], common: int) -> None:
+        self.block_tables = tuple(block_tables)
         self.common = common
         #: Choices that have not ended.
-        self.open = len(self.holdings)
+        self.open = len(self.block_tables)
 
     @property
-    def first(self) -> Holding:
-        return self.holdings[0]
+    def first(self) -> BlockTable:
+        return self.block_tables[0]
 
     def copies(self, pools: Pools, prompt: int) -> Copies:
         """What the other choices need of the first one's own units, once the ``prompt`` tokens lie in those."""
         first, last = self.first, pools.pages_for(prompt)
-        others = self.holdings[1:]
+        others = self.block_tables[1:]
         return Copies(
             pages=tuple(
                 pair for other in others for pair in _pairs(first.pages, other.pages, slice(self.common, last))
@@ -43,46 +43,48 @@ class Fork:
             states=tuple((first.state, other.state) for other in others) if pools.geometry.states else (),
         )
 
-    def end(self, pools: Pools, holding: Holding, *, keep: frozenset[int] = frozenset()) -> None:
+    def end(self, pools: Pools, block_table: BlockTable, *, keep: frozenset[int] = frozenset()) -> None:
         """Give back what only this choice still needs, but for the pages to ``keep``."""
         self.open -= 1
-        shared = frozenset(holding.pages[: self.common]) if self.open else frozenset()
-        pools.give_back(holding, keep=keep | shared)
+        shared = frozenset(block_table.pages[: self.common]) if self.open else frozenset()
+        pools.free(block_table, keep=keep | shared)
 
-    def give_back(self, pools: Pools, *, keep: frozenset[int] = frozenset()) -> None:
+    def free(self, pools: Pools, *, keep: frozenset[int] = frozenset()) -> None:
         """End every choice, where none has ended yet."""
-        for holding in self.holdings:
-            self.end(pools, holding, keep=keep)
+        for block_table in self.block_tables:
+            self.end(pools, block_table, keep=keep)
 
     def __repr__(self) -> str:
-        return f"Fork({self.open} of {len(self.holdings)} choices open, {self.common} common pages)"
+        return f"SequenceGroup({self.open} of {len(self.block_tables)} choices open, {self.common} common pages)"
 
 
-def take_fork(pools: Pools, prompt: int, tokens: int, choices: int, *, shared: tuple[int, ...] = ()) -> Fork | None:
+def allocate_group(
+    pools: Pools, prompt: int, tokens: int, choices: int, *, shared: tuple[int, ...] = ()
+) -> SequenceGroup | None:
     """Units for ``choices`` answers of ``tokens`` tokens each, prompt and answer, or None while any pool is too full.
 
-    ``shared`` are pages that somebody holds already; they become the first of each holding.
+    ``shared`` are pages that somebody holds already; they become the first of each block_table.
     """
-    taken: list[Holding] = []
+    taken: list[BlockTable] = []
     common = len(shared)
     while len(taken) < choices:
-        holding = pools.take(tokens, shared=taken[0].pages[:common] if taken else shared)
-        if holding is None:
+        block_table = pools.allocate(tokens, shared=taken[0].pages[:common] if taken else shared)
+        if block_table is None:
             if taken:
-                Fork(taken, common).give_back(pools, keep=frozenset(shared))
+                SequenceGroup(taken, common).free(pools, keep=frozenset(shared))
             return None
-        taken.append(holding)
-        common = _common(pools, prompt, len(holding.pages)) if choices > 1 else common
-    return Fork(taken, common)
+        taken.append(block_table)
+        common = _common(pools, prompt, len(block_table.pages)) if choices > 1 else common
+    return SequenceGroup(taken, common)
 
 
 def missing_pages(pools: Pools, prompt: int, tokens: int, choices: int, *, shared: int = 0) -> int:
-    """Pages that are too few in the pool for such a fork."""
+    """Pages that are too few in the pool for such a sequences."""
     if pools.pages is None:
         return 0
     count = pools.pages_for(tokens)
     needed = count - shared + (choices - 1) * (count - _common(pools, prompt, count))
-    return max(0, needed - pools.pages.free)
+    return max(0, needed - pools.pages.available)
 
 
 def most_choices(pools: Pools, prompt: int, tokens: int) -> int:

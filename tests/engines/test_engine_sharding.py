@@ -16,11 +16,11 @@ from engine_kit import LoadedModels, make_prompt
 
 from kvbaton.errors import ConfigError, InternalError, PeerLostError
 from kvbaton.manager import KVPoll, Span
-from kvbaton.serving.engine.cutting import check_fits, cut
-from kvbaton.serving.engine.orders import Fares, Order, Report, Submit
+from kvbaton.serving.engine.orders import Order, RankStatus, Report, Submit
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.polls import combine
 from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.sharding import check_fits, shard_network
 from lab.conformance.families import FAMILIES
 
 
@@ -53,7 +53,7 @@ def test_a_cut_network_computes_the_same(family: str, ranks: int, loaded_models:
     networks = []
     for rank in range(ranks):
         network = copy.deepcopy(whole.network)
-        cut(network, Shard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
+        shard_network(network, Shard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
         networks.append(network)
 
     def compute(network: Any) -> Any:
@@ -102,9 +102,9 @@ def test_orders_and_errors_go_there_and_back() -> None:
     leader.send(order)
     assert follower.recv() == order
     error = PeerLostError("gone", peer="rank 1", hint="wait").in_room(5, "Transferring")
-    follower.send(Fares(7, KVPoll.Failed, True, error=error))
+    follower.send(RankStatus(7, KVPoll.Failed, True, error=error))
     back = leader.recv()
-    assert isinstance(back, Fares)
+    assert isinstance(back, RankStatus)
     assert (back.side, back.poll, back.leased, str(back.error)) == (7, KVPoll.Failed, True, str(error))
     assert (type(back.error), back.error and back.error.hint) == (PeerLostError, "wait")
     follower.close()

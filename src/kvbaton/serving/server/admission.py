@@ -13,19 +13,19 @@ from kvbaton.errors import OverloadedError
 from kvbaton.serving.server.failure import DrainingError
 
 
-class Gate:
+class AdmissionLimit:
     """Lets at most ``limit`` requests in at once."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._inside = 0
+        self._in_flight = 0
         self._shut = False
         self._empty = asyncio.Event()
         self._empty.set()
 
     @property
-    def inside(self) -> int:
-        return self._inside
+    def in_flight(self) -> int:
+        return self._in_flight
 
     @property
     def is_shut(self) -> bool:
@@ -36,15 +36,15 @@ class Gate:
         """Be inside for the length of the block. Raises DrainingError or OverloadedError."""
         if self._shut:
             raise DrainingError("this server is stopping and takes no new requests; send them to another one")
-        if self._inside >= self._limit:
+        if self._in_flight >= self._limit:
             raise OverloadedError(f"{self._limit} requests are being answered already; try again later")
-        self._inside += 1
+        self._in_flight += 1
         self._empty.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if self._inside == 0:
+            self._in_flight -= 1
+            if self._in_flight == 0:
                 self._empty.set()
 
     def shut(self) -> None:
@@ -61,4 +61,4 @@ class Gate:
         return True
 
     def __repr__(self) -> str:
-        return f"<Gate {self._inside} of {self._limit} inside{', shut' if self._shut else ''}>"
+        return f"<AdmissionLimit {self._in_flight} of {self._limit} inside{', shut' if self._shut else ''}>"

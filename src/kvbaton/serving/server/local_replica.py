@@ -21,7 +21,7 @@ from kvbaton.serving.server.replica import Handoffs, StagingUse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
+class LocalReplica:
     """A running engine and what it stands on: the :class:`Replica` of this process."""
 
     scheduler: Scheduler

@@ -62,7 +62,7 @@ def check_fits(network: Any, geometry: Geometry, shard: Shard) -> None:
         raise ConfigError(f"--tensor-parallel-size {shard.tp_size}: {error.message}") from error
 
 
-def cut(network: Any, shard: Shard, add_up: Sum) -> None:
+def shard_network(network: Any, shard: Shard, add_up: Sum) -> None:
     """Keep only this rank's share, in place. ``add_up`` sums a tensor over the ranks of a stage, in place."""
     if shard.pp_size > 1:
         _cut_layers(network, shard)

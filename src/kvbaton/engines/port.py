@@ -1,0 +1,93 @@
+"""The facade as an engine sees it: what a scheduler needs, whoever stands behind it.
+
+:class:`kvbaton.manager.KVManager` is one rank's; the embedded engine has another one over a group of ranks. An adapter
+or a scheduler that is typed with these works with both.
+
+A room on either side goes through :class:`KVPoll` in order, or ends as Failed. Units belong to the room from ``submit``
+or ``publish`` until ``released``: it has ended *and* no write can touch them any more. A failure is told at once, the
+release comes on proof. Nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvbaton.errors import KVBatonError
+from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.messages import Grant
+
+Fence = Callable[[], bool]
+
+
+class Room(Protocol):
+    """What both sides have."""
+
+    room: int
+
+    def poll(self) -> KVPoll:
+        """Failed and Success never change any more."""
+
+    @property
+    def error(self) -> KVBatonError | None:
+        """The first root cause, once ``poll()`` is Failed."""
+
+    @property
+    def leased(self) -> bool:
+        """A write may still touch this room's units, or will."""
+
+    @property
+    def released(self) -> bool:
+        """Ended, and nothing is leased: everything may be freed."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this room moves."""
+
+    @property
+    def handoff_seconds(self) -> float:
+        """From ``publish`` (receiver) or creation (sender) to the outcome, or to now."""
+
+    @property
+    def exposed_seconds(self) -> float:
+        """From the last chunk's submission to its last byte having settled."""
+
+    def fail(self, error: KVBatonError) -> None:
+        """End the room on both sides, with ``error`` as the cause. Does nothing once it has ended."""
+
+    def abort(self, reason: str) -> None:
+        """Give the room up on both sides. Does nothing once it has ended."""
+
+
+class Sender(Room, Protocol):
+    """The prefill side of one room."""
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens that every target holds already, known from WaitingForInput on."""
+
+    def submit(self, spans: Sequence[Grant], *, last: bool, ready: Fence) -> None:
+        """Hand over a chunk, in token order; nothing is read before ``ready()`` is true."""
+
+
+class Receiver(Room, Protocol):
+    """The decode side of one room."""
+
+    def publish(self, spans: Sequence[Grant], *, token_count: int) -> None:
+        """Grant units to the sources for a prompt of ``token_count`` tokens."""
+
+
+class Manager(Protocol):
+    """One rank's end of all its rooms, or a group's."""
+
+    @property
+    def wakeup(self) -> threading.Event:
+        """Set whenever a room's state changes; an engine loop may sleep on it."""
+
+    def sender(self, room: int) -> Sender:
+        """Begin to send a room. Raises LocalProtocolError, OverloadedError."""
+
+    def receiver(self, room: int, sources: Sequence[str]) -> Receiver:
+        """Begin to receive a room from the source ranks at these addresses. Raises LocalProtocolError,
+        OverloadedError, ConfigError."""
