@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbaton.errors import AbortedError, KVBatonError, PeerLostError, TransportError
-from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
+from kvbaton.layout import CacheLayout, Coordinates, Region, kv_pool, pool_bytes
 from kvbaton.plan.pair import PairPlan, pair_plan
+from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import Chunk, WriteId
 from kvbaton.protocol.grants import parts_of
@@ -35,6 +36,7 @@ from kvbaton.protocol.messages import (
     Query,
     TransferKey,
 )
+from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
 from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
@@ -62,27 +64,21 @@ class Edge:
         return self.path[-1]
 
 
-class Recorder:
-    """A transfer's surroundings that only note which states it leaves."""
-
-    instance = "us"
+class Recorder(Context):
+    """A context that only notes which states a transfer leaves."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        super().__init__(US, settings)
         self.left: list[State] = []
-        self._writes = 100
 
     def send(self, transfer: Transfer, message: AnyMessage) -> None: ...
     def emit(self, effect: Effect) -> None: ...
-    def set_timer(self, transfer: Transfer, name: str, when: float) -> None: ...
-    def tell(self, room: int, text: str) -> None: ...
+    def set_timer(self, owner: object, name: str, when: float) -> None: ...
+    def record(self, room: int, text: str) -> None: ...
 
-    def cancel_timers(self, transfer: Transfer) -> None:
-        self.left.append(transfer.state)
-
-    def mint_write(self, _transfer: Transfer) -> WriteId:
-        self._writes += 1
-        return WriteId(self._writes)
+    def cancel_timers(self, owner: object) -> None:
+        if isinstance(owner, Transfer):
+            self.left.append(owner.state)
 
 
 def derive() -> list[Edge]:
@@ -120,7 +116,16 @@ def _pair() -> tuple[PairPlan, Grant]:
 PAIR, GRANT = _pair()
 NO_PAIR = PairPlan(parts=(), digest="")
 PARTS = parts_of(PAIR, (GRANT,))
-WRITE = WriteId(1)
+WRITE = WriteId(1_000)
+US = Identity(
+    instance="us",
+    group="us",
+    group_size=1,
+    coordinates=Coordinates(),
+    layout=CacheLayout("m", (), ()),
+    agent_metadata=b"",
+    transport="none",
+)
 
 
 def _transfers(state: State, on: On) -> Iterator[Callable[[Recorder], Transfer]]:
@@ -135,19 +140,19 @@ def _transfers(state: State, on: On) -> Iterator[Callable[[Recorder], Transfer]]
             yield partial(_fresh_source, state=state, outgoing=outgoing)
 
 
-def _fresh_source(wire: Recorder, state: State, outgoing: dict[str, Any]) -> Transfer:
-    return _source(wire, state, Outgoing(**outgoing))
+def _fresh_source(context: Recorder, state: State, outgoing: dict[str, Any]) -> Transfer:
+    return _source(context, state, Outgoing(**outgoing))
 
 
-def _target(wire: Recorder, state: State, parts: tuple[PartBytes, ...]) -> Transfer:
-    transfer = Transfer(KEY, "source", wire, incoming=Incoming(grants=(GRANT,), parts=parts, token_count=TOKENS))
+def _target(context: Recorder, state: State, parts: tuple[PartBytes, ...]) -> Transfer:
+    transfer = Transfer(KEY, "source", context, incoming=Incoming(grants=(GRANT,), parts=parts, token_count=TOKENS))
     transfer.state = state
     transfer.error = AbortedError("given up") if state in (State.DRAINING, State.QUIESCING) else None
     return transfer
 
 
-def _source(wire: Recorder, state: State, outgoing: Outgoing) -> Transfer:
-    transfer = Transfer(KEY, "target", wire, outgoing=outgoing)
+def _source(context: Recorder, state: State, outgoing: Outgoing) -> Transfer:
+    transfer = Transfer(KEY, "target", context, outgoing=outgoing)
     transfer.state = state
     transfer.error = AbortedError("given up") if state in (State.SETTLING, State.FAILING) else None
     return transfer

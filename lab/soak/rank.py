@@ -109,7 +109,7 @@ class SoakRank:
                     deadline = time.monotonic() + STUCK_SECONDS
             if ended.total() == before and live and not self._manager.wakeup.wait(0.2) and time.monotonic() > deadline:
                 number = next(iter(live))
-                raise ExpiredError(f"{len(live)} rooms are stuck: {self._manager.story(number)}")
+                raise ExpiredError(f"{len(live)} rooms are stuck: {self._manager.trace(number)}")
         return dict(ended)
 
     def _begin(self, number: int, live: dict[int, _Live]) -> None:

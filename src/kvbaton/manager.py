@@ -60,8 +60,8 @@ __all__ = [
     "KVPoll",
     "KVReceiver",
     "KVSender",
-    "Moment",
     "Span",
+    "TraceEvent",
     "new_instance",
 ]
 
@@ -88,7 +88,7 @@ def new_instance() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TraceEvent:
     """One line of a room's story, as old as ``seconds_ago`` when it was asked for: durations can be compared between
     machines, instants can not."""
 
@@ -515,21 +515,21 @@ class KVManager:
         """Everything that was counted, by name."""
         return {**self._core.counters, **self._driver.counters, **self.outcomes}
 
-    def story(self, room: int) -> list[str]:
+    def trace(self, room: int) -> list[str]:
         """What happened to a room and what it waits for now, one line each, times in seconds since the first."""
         moments = self.timeline(room)
         start = moments[0].seconds_ago if moments else 0.0
         return [f"+{start - moment.seconds_ago:.6f} {moment.text}" for moment in moments]
 
-    def timeline(self, room: int) -> list[Moment]:
+    def timeline(self, room: int) -> list[TraceEvent]:
         """The same as data, oldest first; what it waits for now is the last, of age 0. Waits for the driver's thread.
 
         Raises ExpiredError when that does not answer.
         """
 
-        def look(core: Core, now: float) -> list[Moment]:
-            past = [Moment(now - line.at, line.text) for line in core.told(room)]
-            return [*past, *(Moment(0.0, text) for text in core.state_of(room))]
+        def look(core: Core, now: float) -> list[TraceEvent]:
+            past = [TraceEvent(now - line.at, line.text) for line in core.trace(room)]
+            return [*past, *(TraceEvent(0.0, text) for text in core.state_of(room))]
 
         return self._driver.ask(look)
 

@@ -41,8 +41,8 @@ from kvbaton.protocol.messages import (
     Ping,
     Pong,
     Query,
-    Stranger,
     TransferKey,
+    UnknownPeer,
     Verdict,
     encode,
 )
@@ -200,8 +200,8 @@ class Siege:
             return self._hello(random, sender, victim)
         if kind in (Ping, Pong):
             return kind(sender=sender, receiver=receiver)
-        if kind is Stranger:
-            return Stranger(sender=sender, receiver=random.choice([receiver, ""]))
+        if kind is UnknownPeer:
+            return UnknownPeer(sender=sender, receiver=random.choice([receiver, ""]))
         if kind is Goodbye:
             return Goodbye(sender=sender, receiver=receiver, reason=self._text(random))
         if kind is Verdict:
@@ -256,7 +256,7 @@ class Siege:
             agent_metadata=random.randbytes(random.randint(0, 8)),
             transport="world" if random.randint(0, 9) else "other",
             answers=random.choice(["", victim.core.instance, "i-nobody"]) if random.randint(0, 2) else "",
-            greeting=random.choice(INTEGERS),
+            hello_sequence=random.choice(INTEGERS),
         )
 
     def _layout(self, random: Random, layout: CacheLayout) -> CacheLayout:
@@ -352,7 +352,7 @@ class Siege:
 
 KINDS: tuple[Any, ...] = (
     *(Hello, Hello, Hello, Open, Open, Open, Verdict, Verdict),
-    *(Ping, Pong, Stranger, Goodbye, Opened, Done, Close, Failed, Abort, Drained, Query, Forgotten),
+    *(Ping, Pong, UnknownPeer, Goodbye, Opened, Done, Close, Failed, Abort, Drained, Query, Forgotten),
 )
 
 

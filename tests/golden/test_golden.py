@@ -34,8 +34,8 @@ from kvbaton.protocol.messages import (
     Pong,
     Query,
     StagingGrant,
-    Stranger,
     TransferKey,
+    UnknownPeer,
     Verdict,
     decode,
     encode,
@@ -69,7 +69,7 @@ MESSAGES: dict[str, AnyMessage] = {
     ),
     "ping": Ping(**HEAD),
     "pong": Pong(**HEAD),
-    "stranger": Stranger(**HEAD),
+    "stranger": UnknownPeer(**HEAD),
     "goodbye": Goodbye(**HEAD, reason="r"),
     "open": Open(
         **HEAD,

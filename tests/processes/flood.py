@@ -126,7 +126,7 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
             socket.sndtimeo = 1000
             socket.connect(address)
 
-        def greet(layout: Any, metadata: bytes, name: str) -> Hello:
+        def say_hello(layout: Any, metadata: bytes, name: str) -> Hello:
             return Hello(
                 sender=name,
                 version=1,
@@ -139,7 +139,7 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
             )
 
         empty = msgspec.convert({"model": "", "regions": (), "pools": ()}, type(_any_layout()))
-        link.send(encode(greet(empty, b"", "i-spy")))
+        link.send(encode(say_hello(empty, b"", "i-spy")))
         theirs = next_of(link, Hello).layout
         buffers = [np.zeros(region.length, dtype=np.uint8) for region in theirs.regions]
         regions = tuple(
@@ -148,7 +148,7 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
         ours = msgspec.structs.replace(theirs, regions=regions)
         with make_transport(backend, "i-flood") as transport:
             transport.register(regions)
-            link.send(encode(greet(ours, transport.metadata(), "i-flood")))
+            link.send(encode(say_hello(ours, transport.metadata(), "i-flood")))
             hello, verdict = next_of(link, Hello), next_of(link, Verdict)
             while verdict.receiver != "i-flood":
                 verdict = next_of(link, Verdict)

@@ -143,7 +143,7 @@ def test_floods_keep_nobody_from_an_answer(
             print("\n" + json.dumps(report, indent=1))
     floods = report["floods"]
     assert floods["rooms"]["greeted"] == 1, floods
-    assert floods["rooms"]["Stranger"] <= 16 + 4 * 60, "strangers are answered now and then only"
+    assert floods["rooms"]["UnknownPeer"] <= 16 + 4 * 60, "strangers are answered now and then only"
     assert 0 < floods["rooms"]["Opened"] <= Settings().rooms_per_peer
     if FULL:
         assert floods["rooms"]["overloaded"] > 0, floods

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from kvbaton.plan import pair as plan
-from kvbaton.protocol import peers, receiving, room, rooms, sending, table, transfer, transfers
+from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, transfer, transfers
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import AbortRequested
@@ -199,13 +199,13 @@ def deadline_checked_before_the_inbox(patches: Patches) -> None:
 
 @mutant("a source that fails does not tell its targets (sglang#36033)")
 def failure_not_announced(patches: Patches) -> None:
-    original = transfers.Transfers.send
+    original = context.Context.send
 
     def send(self: Any, t: Any, message: Any) -> None:
         if not isinstance(message, Failed):
             original(self, t, message)
 
-    patches.set(transfers.Transfers, "send", send)
+    patches.set(context.Context, "send", send)
 
 
 @mutant("a room that is open already is opened again by another request (sglang#40125)", shown_by=257)
@@ -380,4 +380,4 @@ class _Slots(list[int]):
     shown_by=587,
 )
 def refused_open_forgotten(patches: Patches) -> None:
-    patches.set(transfers.Transfers, "entomb", lambda _self, _session, _key, _error: None)
+    patches.set(transfers.Transfers, "record_tombstone", lambda _self, _session, _key, _error: None)

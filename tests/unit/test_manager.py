@@ -206,12 +206,12 @@ def test_a_source_that_nobody_listens_for_is_named(make_rank: MakeRank) -> None:
     assert "nobody listens at memory://nobody" in str(receiver.error)
 
 
-def test_a_finished_room_leaves_a_story_and_no_lease(make_rank: MakeRank) -> None:
+def test_a_finished_room_leaves_a_trace_and_no_lease(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=7), make_rank("decode")
     sender, receiver = begin(source, target)
     sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
     finish(source, target, sender, receiver)
-    assert source.manager.story(sender.room)[-1].endswith("closed")
+    assert source.manager.trace(sender.room)[-1].endswith("closed")
     assert target.manager.leased_rooms == 0
 
 
@@ -288,7 +288,7 @@ def test_a_question_that_raises_is_answered_with_what_it_raised(
     def broken(_room: int) -> list[object]:
         raise error
 
-    monkeypatch.setattr(rank.manager._core, "told", broken)
+    monkeypatch.setattr(rank.manager._core, "trace", broken)
     with pytest.raises(type(error), match=str(error)):
         rank.manager.timeline(7)
     assert "driver_errors" not in rank.manager.counters()

@@ -148,7 +148,7 @@ class BenchRank:
                         raise sender.error
                     del senders[room]
             if senders and not self._manager.wakeup.wait(1.0) and time.monotonic() > deadline:
-                raise ExpiredError(f"{len(senders)} rooms are not sent: {self._manager.story(next(iter(senders)))}")
+                raise ExpiredError(f"{len(senders)} rooms are not sent: {self._manager.trace(next(iter(senders)))}")
         return self._scenario.rooms
 
     def kvbaton_receive(self, addresses: list[str]) -> float:

@@ -14,6 +14,7 @@ from typing import cast
 from kvbaton.control.base import LinkId
 from kvbaton.errors import InternalError, MessageError, PeerLostError, RemoteProtocolError, from_code
 from kvbaton.plan.staging import StagingPool
+from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import Effect
 from kvbaton.protocol.events import (
     AbortRequested,
@@ -53,17 +54,17 @@ from kvbaton.protocol.messages import (
     Pong,
     Query,
     Role,
-    Stranger,
+    UnknownPeer,
     Verdict,
     clip,
     decode,
 )
 from kvbaton.protocol.peers import Peers
+from kvbaton.protocol.room import SourceRoom, TargetRoom
 from kvbaton.protocol.rooms import Rooms
 from kvbaton.protocol.session import Identity, Session, SessionState
 from kvbaton.protocol.settings import Settings
-from kvbaton.protocol.story import Line
-from kvbaton.protocol.surroundings import Surroundings, Timed
+from kvbaton.protocol.trace import TraceLine
 from kvbaton.protocol.transfer import On, Transfer
 from kvbaton.protocol.transfers import Transfers
 
@@ -86,10 +87,11 @@ class Core:
     """See the module."""
 
     def __init__(self, identity: Identity, settings: Settings) -> None:
-        self._around = Surroundings(identity, settings)
-        self._peers = Peers(self._around, self._session_changed, self._session_needed)
-        self._transfers = Transfers(self._around, self._peers, self._transfer_changed)
-        self._rooms = Rooms(self._around, self._peers, self._transfers)
+        self._context = Context(identity, settings)
+        self._context.session_needed = self._session_needed
+        self._peers = Peers(self._context, self._session_changed)
+        self._transfers = Transfers(self._context, self._peers, self._transfer_changed)
+        self._rooms = Rooms(self._context, self._peers, self._transfers)
         self._handlers: dict[type, Callable[..., None]] = {
             Dialed: self._peers.on_dialed,
             DialFailed: self._on_dial_failed,
@@ -114,17 +116,17 @@ class Core:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Apply one event. Deadlines are judged by TimePassed alone, which the caller feeds when its inbox is empty."""
-        self._around.now = now
+        self._context.now = now
         self._handlers[type(event)](event)
         self._rooms.settle()
-        while isinstance(event, TimePassed) and (due := self._around.timers.pop_due(now)) is not None:
+        while isinstance(event, TimePassed) and (due := self._context.timers.pop_due(now)) is not None:
             self._on_timer(*due)
             self._rooms.settle()
-        return self._around.take_effects()
+        return self._context.take_effects()
 
     def next_deadline(self) -> float | None:
         """When to call ``handle(TimePassed(), …)`` at the latest, in seconds of the caller's clock."""
-        return self._around.timers.next()
+        return self._context.timers.next()
 
     def farewell(self, reason: str) -> list[Effect]:
         """Goodbyes; only true, and only allowed, when the core is quiet. Not to a peer that has not proven yet that its
@@ -134,22 +136,22 @@ class Core:
         for session in self._peers.all():
             if session.peer and not self._transfers.any_with(session):
                 goodbye = Goodbye(sender=self.instance, receiver=session.peer, reason=clip(reason))
-                self._around.send_on(session.link, goodbye)
-        return self._around.take_effects()
+                self._context.send_on(session.link, goodbye)
+        return self._context.take_effects()
 
     # ---- what may be known from outside -------------------------------------------------------------------------
 
     @property
     def identity(self) -> Identity:
-        return self._around.identity
+        return self._context.identity
 
     @property
     def instance(self) -> str:
-        return self._around.instance
+        return self._context.instance
 
     @property
     def counters(self) -> Counter[str]:
-        return self._around.counters
+        return self._context.counters
 
     @property
     def receiving(self) -> bool:
@@ -192,13 +194,13 @@ class Core:
         session = self._peers.of(peer, role)
         return session.pair.digest if session is not None and session.pair is not None else None
 
-    def story(self, room: int) -> list[Line]:
+    def trace_and_state(self, room: int) -> list[TraceLine]:
         """What happened to a room, and last what it waits for now."""
-        return [*self.told(room), *(Line(self._around.now, text) for text in self.state_of(room))]
+        return [*self.trace(room), *(TraceLine(self._context.now, text) for text in self.state_of(room))]
 
-    def told(self, room: int) -> list[Line]:
+    def trace(self, room: int) -> list[TraceLine]:
         """What happened to a room, as far as it is remembered."""
-        return self._around.story.of(room)
+        return self._context.trace.of(room)
 
     def state_of(self, room: int) -> list[str]:
         """What a room is and waits for now, one line for each role of this rank in it; none when it is over."""
@@ -213,10 +215,10 @@ class Core:
             **self._peers.sizes(),
             **self._transfers.sizes(),
             **self._rooms.sizes(),
-            "stories": len(self._around.story),
-            "links_answered_unasked": len(self._around.unasked),
-            "timers": len(self._around.timers),
-            "timer_entries": self._around.timers.entries,
+            "stories": len(self._context.trace),
+            "links_answered_unasked": len(self._context.unasked),
+            "timers": len(self._context.timers),
+            "timer_entries": self._context.timers.entries,
         }
 
     def check_invariants(self) -> None:
@@ -237,32 +239,32 @@ class Core:
         except RemoteProtocolError as error:
             self.counters["messages_forbidden"] += 1
             if error.room is not None:
-                self._around.tell(error.room, f"forbidden: {error}")
+                self._context.record(error.room, f"forbidden: {error}")
 
     def _route(self, link: LinkId, message: AnyMessage) -> None:
         if isinstance(message, Hello):
             self._peers.on_hello(link, message)
             return
-        now = self._around.now
+        now = self._context.now
         session = self._peers.on_link(link)
-        if isinstance(message, Stranger):
+        if isinstance(message, UnknownPeer):
             if session is not None and session.role == "target" and message.receiver in ("", self.instance):
-                session.greet_again(now)
+                session.say_hello_again(now)
             return
         if session is None or session.peer != message.sender or message.receiver != self.instance:
             self.counters["messages_from_strangers"] += 1
-            if self._around.unasked.take(link, now):
-                self._around.send_on(link, Stranger(sender=self.instance, receiver=message.sender))
+            if self._context.unasked.take(link, now):
+                self._context.send_on(link, UnknownPeer(sender=self.instance, receiver=message.sender))
             return
-        session.heard(now)
+        session.on_message(now)
         if isinstance(message, Ping):
-            self._around.send_on(link, Pong(sender=self.instance, receiver=message.sender))
+            self._context.send_on(link, Pong(sender=self.instance, receiver=message.sender))
         elif isinstance(message, Pong):
             pass
         elif isinstance(message, Verdict):
-            session.judged(message, now)
+            session.on_verdict(message, now)
         elif isinstance(message, Goodbye):
-            session.bury(PeerLostError(f"the peer has closed: {message.reason}", peer=session.name), now)
+            session.end(PeerLostError(f"the peer has closed: {message.reason}", peer=session.name), now)
         else:
             self._on_transfer_message(session, message)
 
@@ -305,10 +307,10 @@ class Core:
     def _transfer_changed(self, transfer: Transfer) -> None:
         self._rooms.transfer_changed(transfer)
 
-    def _on_timer(self, owner: Timed, name: str) -> None:
+    def _on_timer(self, owner: object, name: str) -> None:
         if isinstance(owner, Session):
-            owner.timer(name, self._around.now)
+            owner.timer(name, self._context.now)
         elif isinstance(owner, Transfer):
             self._transfers.step(owner, On.DEADLINE_REACHED if name == "deadline" else On.RETRY_DUE)
-        else:
+        elif isinstance(owner, SourceRoom | TargetRoom):
             self._rooms.expire(owner)

@@ -85,7 +85,7 @@ class Hello(Message, frozen=True, tag="hello"):
     answers: Text = ""  #: instance whose Hello this answers; empty when dialling
     #: Grows with every greeting of an instance, and ``receiver`` is whom it takes the other side for: a greeting that
     #: was recorded, or that was meant for another rank, moves no session to another link.
-    greeting: Count = 0
+    hello_sequence: Count = msgspec.field(default=0, name="greeting")
     receiver: Text = ""
 
 
@@ -112,7 +112,7 @@ class Pong(Message, frozen=True, tag="pong"):
     receiver: InstanceId
 
 
-class Stranger(Message, frozen=True, tag="stranger"):
+class UnknownPeer(Message, frozen=True, tag="stranger"):
     """The sender has no session with the receiver: greet again."""
 
     receiver: str
@@ -198,7 +198,7 @@ AnyMessage = (
     | Verdict
     | Ping
     | Pong
-    | Stranger
+    | UnknownPeer
     | Goodbye
     | Open
     | Opened

@@ -8,28 +8,21 @@ from dataclasses import replace
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import PeerLostError
-from kvbaton.protocol.effects import CloseLink, Dial, Effect, FencePeer
+from kvbaton.protocol.context import Context
+from kvbaton.protocol.effects import CloseLink, Dial, FencePeer
 from kvbaton.protocol.events import AgentReplaced, Dialed, DialFailed, LinkRefused, LinkUp, PeerPrepared, PeerUnprepared
-from kvbaton.protocol.messages import AnyMessage, Hello, Role
-from kvbaton.protocol.session import Identity, Session, SessionState
-from kvbaton.protocol.settings import Settings
-from kvbaton.protocol.surroundings import Surroundings
+from kvbaton.protocol.messages import Hello, Role
+from kvbaton.protocol.session import Session, SessionState
 
 
 class Peers:
-    """See the module.
+    """See the module. ``on_change`` is called for each state that a session enters, before anything else happens."""
 
-    Args:
-        on_change: called for each state that a session enters, before anything else happens.
-        is_needed: whether a room or a lease of ours depends on a session.
-    """
-
-    def __init__(
-        self, around: Surroundings, on_change: Callable[[Session], None], is_needed: Callable[[Session], bool]
-    ) -> None:
-        self._around = around
+    def __init__(self, context: Context, on_change: Callable[[Session], None]) -> None:
+        self._context = context
         self._on_change = on_change
-        self.is_needed = is_needed
+        context.session_changed = self._session_changed
+        context.session_link = self._link_of
         self._dialing: set[str] = set()
         self._by_link: dict[LinkId, Session] = {}
         self._by_address: dict[str, Session] = {}
@@ -47,6 +40,10 @@ class Peers:
 
     def of(self, instance: str, role: Role) -> Session | None:
         return self._by_instance.get((instance, role))
+
+    def _link_of(self, instance: str, role: Role) -> LinkId | None:
+        session = self.of(instance, role)
+        return session.link if session is not None else None
 
     def all(self) -> list[Session]:
         return list({id(s): s for s in (*self._by_link.values(), *self._by_instance.values())}.values())
@@ -66,15 +63,15 @@ class Peers:
         """Begin a session with whoever listens at ``address``, unless there is one."""
         if address not in self._by_address and address not in self._dialing:
             self._dialing.add(address)
-            self._around.emit(Dial(address))
+            self._context.emit(Dial(address))
 
     # ---- events -------------------------------------------------------------------------------------------------
 
     def on_dialed(self, event: Dialed) -> None:
         self._dialing.discard(event.address)
-        session = Session(self, event.link, "target", event.address, self._last_at.get(event.address, ""))
+        session = Session(self._context, event.link, "target", event.address, self._last_at.get(event.address, ""))
         self._by_link[event.link] = self._by_address[event.address] = session
-        session.greet(self._around.now)
+        session.say_hello(self._context.now)
 
     def on_dial_failed(self, event: DialFailed) -> None:
         self._dialing.discard(event.address)
@@ -82,77 +79,77 @@ class Peers:
     def on_link_up(self, event: LinkUp) -> None:
         session = self._by_link.get(event.link)
         if session is not None and session.role == "target":
-            session.greet_again(self._around.now)
+            session.say_hello_again(self._context.now)
 
     def on_link_refused(self, event: LinkRefused) -> None:
         session = self._by_link.get(event.link)
         if session is not None and session.role == "target":
-            session.bury(
+            session.end(
                 PeerLostError(
                     f"nobody listens at {session.address} any more: the prefill rank is gone, send the request again",
                     peer=session.name,
                 ),
-                self._around.now,
+                self._context.now,
             )
 
     def on_peer_prepared(self, event: PeerPrepared) -> None:
         session = self._by_instance.get((event.peer, "source"))
         if session is not None:
-            session.prepared(self._around.now)
+            session.prepared(self._context.now)
 
     def on_peer_unprepared(self, event: PeerUnprepared) -> None:
         session = self._by_instance.get((event.peer, "source"))
         if session is not None:
-            session.unprepared(event.error, self._around.now)
+            session.unprepared(event.error, self._context.now)
 
     def on_agent_replaced(self, event: AgentReplaced) -> None:
         """Sources that write to us reach our memory no more until they have our new metadata: say Hello again."""
-        self._around.identity = replace(self._around.identity, agent_metadata=event.metadata)
+        self._context.identity = replace(self._context.identity, agent_metadata=event.metadata)
         for session in self.all():
             if session.role == "target":
-                session.greet_again(self._around.now)
+                session.say_hello_again(self._context.now)
 
     def on_hello(self, link: LinkId, hello: Hello) -> None:
         session = self._by_link.get(link)
         if session is not None and session.role == "target":
             self._on_answer(session, hello)
         elif hello.answers:
-            self._around.counters["messages_from_strangers"] += 1
+            self._context.counters["messages_from_strangers"] += 1
         else:
-            self._on_greeting(link, session, hello)
+            self._on_target_hello(link, session, hello)
 
     def _on_answer(self, session: Session, hello: Hello) -> None:
-        if hello.answers != self._around.instance:
-            self._around.counters["messages_from_strangers"] += 1
+        if hello.answers != self._context.instance:
+            self._context.counters["messages_from_strangers"] += 1
             return
         known = self._by_instance.get((hello.sender, "target"))
         if known is not None and known is not session and known.state is SessionState.READY:
-            self._around.counters["messages_replayed"] += 1  # a rank has one address: this one repeats what it heard
+            self._context.counters["messages_replayed"] += 1  # a rank has one address: this one repeats what it heard
             return
         if session.hello is not None and session.peer != hello.sender:
-            successor = Session(self, session.link, "target", session.address)
+            successor = Session(self._context, session.link, "target", session.address)
             self._by_link[session.link] = self._by_address[session.address] = successor
-            session.bury(
+            session.end(
                 PeerLostError(
                     f"the prefill rank was replaced by {hello.sender} at its address: send the request again",
                     peer=session.name,
                 ),
-                self._around.now,
+                self._context.now,
             )
             session = successor
         self._last_at[session.address] = hello.sender
-        if len(self._last_at) > self._around.settings.sessions:
+        if len(self._last_at) > self._context.settings.sessions:
             self._last_at.popitem(last=False)
-        session.answered(hello, self._around.now)
+        session.answered(hello, self._context.now)
 
-    def _on_greeting(self, link: LinkId, session: Session | None, hello: Hello) -> None:
+    def _on_target_hello(self, link: LinkId, session: Session | None, hello: Hello) -> None:
         known = self._by_instance.get((hello.sender, "source"))
         moves = known is not None and known.link != link
         if hello.sender in self._replaced or (known is not None and moves and not self._may_move(known, hello)):
-            self._around.counters["messages_replayed"] += 1
+            self._context.counters["messages_replayed"] += 1
             return
-        if not self._around.unasked.take(link, self._around.now):
-            self._around.counters["messages_unanswered"] += 1
+        if not self._context.unasked.take(link, self._context.now):
+            self._context.counters["messages_unanswered"] += 1
             return
         if known is not None and moves:
             self._by_link.pop(known.link, None)
@@ -160,29 +157,29 @@ class Peers:
             self._by_link[link] = known
             session = known
         if session is not None and session.peer != hello.sender:
-            session.bury(PeerLostError(f"replaced by {hello.sender} on its link", peer=session.name), self._around.now)
+            session.end(PeerLostError(f"replaced by {hello.sender} on its link", peer=session.name), self._context.now)
             session = None
         if session is None:
             self._lose_predecessor(hello)
-            if len(self._by_link) >= self._around.settings.sessions and not self._make_way():
-                self._around.counters["sessions_refused"] += 1
+            if len(self._by_link) >= self._context.settings.sessions and not self._make_way():
+                self._context.counters["sessions_refused"] += 1
                 return
-            session = Session(self, link, "source")
+            session = Session(self._context, link, "source")
             self._by_link[link] = self._by_instance[hello.sender, "source"] = session
-        session.heard(self._around.now)
-        session.greeted(hello, self._around.now)
+        session.on_message(self._context.now)
+        session.on_hello(hello, self._context.now)
 
     def _may_move(self, known: Session, hello: Hello) -> bool:
         """Whether a greeting from another link is of the peer itself: newer than the last one, and meant for us."""
-        meant = hello.receiver == self._around.instance or known.state is SessionState.LOST
-        return hello.greeting > known.greeting and meant
+        meant = hello.receiver == self._context.instance or known.state is SessionState.LOST
+        return hello.hello_sequence > known.hello_sequence and meant
 
     def _make_way(self) -> bool:
         """The table is full: whoever has been greeting, refused or lost for longest goes. False if all are ready."""
         waiting = (SessionState.PREPARING, SessionState.REFUSED, SessionState.LOST)
         oldest = next((s for s in self._by_link.values() if s.role == "source" and s.state in waiting), None)
         if oldest is not None:
-            oldest.bury(PeerLostError("made way for another peer", peer=oldest.name), self._around.now)
+            oldest.end(PeerLostError("made way for another peer", peer=oldest.name), self._context.now)
         return oldest is not None
 
     def _lose_predecessor(self, hello: Hello) -> None:
@@ -191,42 +188,19 @@ class Peers:
         for (_, role), other in list(self._by_instance.items()):
             if role == "source" and other.hello and (other.hello.group, other.hello.coordinates) == place:
                 self._replaced[other.peer] = None  # its greetings, late or recorded, count no more
-                if len(self._replaced) > self._around.settings.sessions:
+                if len(self._replaced) > self._context.settings.sessions:
                     self._replaced.popitem(last=False)
-                other.lose(PeerLostError(f"replaced by {hello.sender}", peer=other.name), self._around.now)
+                other.lose(PeerLostError(f"replaced by {hello.sender}", peer=other.name), self._context.now)
 
     def fenced(self, instance: str) -> None:
         """Our writes towards a peer were cut off. If it lives, it will be reachable again."""
         session = self.of(instance, "source")
         if session is not None and session.state is SessionState.READY:
-            session.cut_off(self._around.now)
+            session.cut_off(self._context.now)
 
-    # ---- surroundings of sessions (Desk) --------------------------------------------------------------------------
+    # ---- states of sessions ---------------------------------------------------------------------------------------
 
-    @property
-    def identity(self) -> Identity:
-        return self._around.identity
-
-    @property
-    def settings(self) -> Settings:
-        return self._around.settings
-
-    def emit(self, effect: Effect) -> None:
-        self._around.emit(effect)
-
-    def send_on(self, link: LinkId, message: AnyMessage) -> None:
-        self._around.send_on(link, message)
-
-    def mint_greeting(self) -> int:
-        return next(self._around.serial)
-
-    def set_session_timer(self, session: Session, name: str, when: float) -> None:
-        self._around.timers.set(session, name, when)
-
-    def cancel_session_timers(self, session: Session) -> None:
-        self._around.timers.cancel(session, "deadline", "retry", "heartbeat", "forget")
-
-    def session_changed(self, session: Session) -> None:
+    def _session_changed(self, session: Session) -> None:
         if session.state is SessionState.READY:
             self._by_instance[session.peer, session.role] = session
         if session.state is SessionState.GONE:
@@ -234,14 +208,14 @@ class Peers:
         self._on_change(session)
 
     def _drop(self, session: Session) -> None:
-        self.cancel_session_timers(session)
+        self._context.cancel_timers(session)
         if self._by_link.get(session.link) is session:
             del self._by_link[session.link]
             if session.role == "target":
-                self._around.emit(CloseLink(session.link))
+                self._context.emit(CloseLink(session.link))
         if self._by_address.get(session.address) is session:
             del self._by_address[session.address]
         if self._by_instance.get((session.peer, session.role)) is session:
             del self._by_instance[session.peer, session.role]
         if session.role == "source" and session.peer:
-            self._around.emit(FencePeer(session.peer))
+            self._context.emit(FencePeer(session.peer))

@@ -23,28 +23,28 @@ from kvbaton.protocol.transfer import State, Transfer, describe, expect
 def send_open(t: Transfer, now: float, _: object = None) -> None:
     incoming = t.as_target()
     message = Open(
-        sender=t.wire.instance,
+        sender=t.context.instance,
         receiver=t.peer,
         key=t.key,
         token_count=incoming.token_count,
         grants=incoming.grants,
         parts=incoming.parts,
-        ttl_seconds=t.wire.settings.waiting_timeout,
+        ttl_seconds=t.context.settings.waiting_timeout,
         staging=tuple(StagingGrant(part, lease.slots) for part, lease in incoming.leases.items()),
     )
-    t.wire.send(t, message)
+    t.context.send(t, message)
     t.retry_later(now)
 
 
 def opened(t: Transfer, now: float, _: object) -> None:
     t.enter(State.OPENED)
-    t.set_deadline(now, t.wire.settings.waiting_timeout)
-    t.retry_pause = t.wire.settings.retry_most_seconds
+    t.set_deadline(now, t.context.settings.waiting_timeout)
+    t.retry_pause = t.context.settings.retry_most_seconds
     t.retry_later(now)
 
 
 def query(t: Transfer, now: float, _: object) -> None:
-    t.wire.send(t, Query(sender=t.wire.instance, receiver=t.peer, key=t.key))
+    t.context.send(t, Query(sender=t.context.instance, receiver=t.peer, key=t.key))
     t.retry_later(now)
 
 
@@ -75,7 +75,7 @@ def scatter(t: Transfer) -> None:
         blocks = part.blocks(grant.token_start, grant.token_stop)
         for number, _, run in lease.staged.runs(blocks, lease.first):
             entries = part.target_entries(run, units, first_page)
-            t.wire.emit(Scatter(t.key.room, lease.staged, lease.slots[number], len(run), entries))
+            t.context.emit(Scatter(t.key.room, lease.staged, lease.slots[number], len(run), entries))
 
 
 def close(t: Transfer, _now: float, _: object) -> None:
@@ -85,7 +85,7 @@ def close(t: Transfer, _now: float, _: object) -> None:
 
 
 def acknowledge_outcome(t: Transfer, _now: float, _: object) -> None:
-    t.wire.send(t, Close(sender=t.wire.instance, receiver=t.peer, key=t.key, success=t.error is None))
+    t.context.send(t, Close(sender=t.context.instance, receiver=t.peer, key=t.key, success=t.error is None))
 
 
 def source_failed(t: Transfer, now: float, detail: object) -> None:
@@ -108,7 +108,7 @@ def give_up_opened(t: Transfer, now: float, detail: object) -> None:
 def expire_opened(t: Transfer, now: float, _: object) -> None:
     waited_for = "acknowledge the room" if t.state is State.OPENING else "deliver"
     t.error = ExpiredError(
-        f"the prefill rank did not {waited_for} within {t.wire.settings.waiting_timeout:g} s",
+        f"the prefill rank did not {waited_for} within {t.context.settings.waiting_timeout:g} s",
         peer=t.peer,
         room=t.key.room,
     )
@@ -117,19 +117,19 @@ def expire_opened(t: Transfer, now: float, _: object) -> None:
 
 def drain(t: Transfer, now: float) -> None:
     t.enter(State.DRAINING)
-    t.retry_pause = t.wire.settings.retry_seconds
+    t.retry_pause = t.context.settings.retry_seconds
     if not t.as_target().parts:
-        t.set_deadline(now, t.wire.settings.announce_seconds)
-    elif t.wire.settings.quarantine_seconds is not None:
-        t.set_deadline(now, t.wire.settings.quarantine_seconds)
+        t.set_deadline(now, t.context.settings.announce_seconds)
+    elif t.context.settings.quarantine_seconds is not None:
+        t.set_deadline(now, t.context.settings.quarantine_seconds)
     send_abort(t, now, None)
 
 
 def send_abort(t: Transfer, now: float, _: object) -> None:
     error = t.error or InternalError("draining without a cause")
-    t.wire.send(
+    t.context.send(
         t,
-        Abort(sender=t.wire.instance, receiver=t.peer, key=t.key, code=error.code, reason=clip(error.message)),
+        Abort(sender=t.context.instance, receiver=t.peer, key=t.key, code=error.code, reason=clip(error.message)),
     )
     t.retry_later(now)
 
@@ -149,7 +149,7 @@ def drained(t: Transfer, _now: float, detail: object) -> None:
 def quiesce(t: Transfer) -> None:
     """The source can write no more, but was stopped by force: flush what is left on our side of the wire."""
     t.enter(State.QUIESCING)
-    t.wire.emit(Quiesce(t.peer))
+    t.context.emit(Quiesce(t.peer))
 
 
 def quiesced(t: Transfer, now: float, _: object) -> None:

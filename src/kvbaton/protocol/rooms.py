@@ -20,6 +20,7 @@ from kvbaton.errors import (
 )
 from kvbaton.plan.pair import PairPlan, PartId, check_coverage
 from kvbaton.plan.staging import StagingPool
+from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
@@ -34,7 +35,6 @@ from kvbaton.protocol.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, 
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.room import Room, SourceRoom, TargetRoom
 from kvbaton.protocol.session import Session, SessionState
-from kvbaton.protocol.surroundings import Surroundings
 from kvbaton.protocol.transfer import Incoming, Lease, On, Outgoing, State, Transfer
 from kvbaton.protocol.transfers import Transfers
 
@@ -63,14 +63,14 @@ class _Unmet:
 class Rooms:
     """See the module. Every change touches a room; ``settle`` then draws the conclusions and reports."""
 
-    def __init__(self, around: Surroundings, peers: Peers, transfers: Transfers) -> None:
-        self._around = around
+    def __init__(self, context: Context, peers: Peers, transfers: Transfers) -> None:
+        self._context = context
         self._peers = peers
         self._transfers = transfers
         self._sources: dict[int, SourceRoom] = {}
         self._targets: dict[int, TargetRoom] = {}
         self._touched: dict[int, Room] = {}
-        self.staging = StagingPool(around.identity.layout, around.settings.staging, around.settings.costs)
+        self.staging = StagingPool(context.identity.layout, context.settings.staging, context.settings.costs)
         self._homes: dict[Transfer, Room] = {}
         self._failed_before_sender: OrderedDict[int, _Unmet] = OrderedDict()
         self._failed_before_open: OrderedDict[int, _Unmet] = OrderedDict()
@@ -136,8 +136,8 @@ class Rooms:
             room.error = unmet.error if unmet is not None else None
         self._failed_before_open.pop(event.room, None)
         room.has_sender = True
-        self._around.tell(event.room, "sender opened")
-        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_timeout)
+        self._context.record(event.room, "sender opened")
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         self._touch(room)
 
     def on_open(self, session: Session, message: Open) -> None:
@@ -155,12 +155,14 @@ class Rooms:
                 )
             leases = check_staging(message.staging, session.staged, grants)
         except KVBatonError as error:
-            self._around.tell(key.room, f"{key} from {session.name} refused: {error}")
-            self._transfers.entomb(session, key, error)  # "drained" is a promise, for late copies of the Open as well
-            self._around.send_on(
+            self._context.record(key.room, f"{key} from {session.name} refused: {error}")
+            self._transfers.record_tombstone(
+                session, key, error
+            )  # "drained" is a promise, for late copies of the Open as well
+            self._context.send_on(
                 session.link,
                 Failed(
-                    sender=self._around.instance,
+                    sender=self._context.instance,
                     receiver=session.peer,
                     key=key,
                     code=error.code,
@@ -172,14 +174,14 @@ class Rooms:
         outgoing = Outgoing(
             pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count, leases=leases
         )
-        transfer = Transfer(key, session.peer, self._transfers, outgoing=outgoing)
+        transfer = Transfer(key, session.peer, self._context, outgoing=outgoing)
         self._sources[key.room] = room
         room.group, room.expected = session.hello.group, session.hello.group_size
         room.transfers[session.peer] = transfer
         self._homes[transfer] = room
         self._failed_before_sender.pop(key.room, None)
         self._failed_before_open.pop(key.room, None)
-        self._around.tell(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
+        self._context.record(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
         self._transfers.begin(transfer)
         if room.error is not None:
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
@@ -198,7 +200,7 @@ class Rooms:
                 unmet = failed.get(key.room)
                 if unmet is not None and unmet.refuses(session):
                     raise unmet.error.again()
-            if len(self._sources) >= self._around.settings.rooms:
+            if len(self._sources) >= self._context.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)
         if session.peer in room.transfers:
@@ -212,7 +214,7 @@ class Rooms:
         if room is None or room.error is not None:
             return
         room.chunks.append(event.chunk)
-        self._around.tell(
+        self._context.record(
             event.room, f"chunk to token {event.chunk.token_stop} submitted{', the last' if event.chunk.last else ''}"
         )
         for transfer in list(room.transfers.values()):
@@ -223,13 +225,13 @@ class Rooms:
 
     def on_receiver_opened(self, event: ReceiverOpened) -> None:
         room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources)
-        self._around.tell(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
-        self._around.timers.set(room, "deadline", self._around.now + self._around.settings.bootstrap_timeout)
+        self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         for address in event.sources:
             self._peers.dial(address)
             session = self._peers.at(address)
             if session is not None and session.refused_for_now:
-                session.greet_again(self._around.now)
+                session.say_hello_again(self._context.now)
             elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
                 self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
 
@@ -261,7 +263,7 @@ class Rooms:
         except (IncompatibleError, ConfigError) as error:
             self.fail(room, error)
             return
-        key = TransferKey(room.room, next(self._around.serial))
+        key = TransferKey(room.room, self._context.mint())
         for session, parts in zip(ready, manifests, strict=True):
             incoming = Incoming(
                 grants=room.grants,
@@ -269,12 +271,12 @@ class Rooms:
                 token_count=room.token_count,
                 leases=self._lease_staging(session, parts, room.grants),
             )
-            transfer = Transfer(key, session.peer, self._transfers, incoming=incoming)
+            transfer = Transfer(key, session.peer, self._context, incoming=incoming)
             room.transfers[session.peer] = transfer
             self._homes[transfer] = room
             self._transfers.begin(transfer)
-        self._around.timers.cancel(room, "deadline")
-        self._around.tell(room.room, f"{key} opened with {len(ready)} source ranks")
+        self._context.timers.cancel(room, "deadline")
+        self._context.record(room.room, f"{key} opened with {len(ready)} source ranks")
 
     def _lease_staging(
         self, session: Session, parts: tuple[PartBytes, ...], grants: tuple[Grant, ...]
@@ -305,9 +307,9 @@ class Rooms:
                 f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the address of every rank",
                 field="sources",
             )
-        check_coverage([hello.layout for hello in hellos], self._around.identity.layout)
+        check_coverage([hello.layout for hello in hellos], self._context.identity.layout)
         self._covered[instances] = None
-        if len(self._covered) > self._around.settings.sessions:
+        if len(self._covered) > self._context.settings.sessions:
             self._covered.popitem(last=False)
 
     def on_abort_requested(self, event: AbortRequested) -> None:
@@ -326,7 +328,7 @@ class Rooms:
         """First root cause wins; every transfer that still runs is given up with it."""
         if room.error is None:
             room.error = error.in_room(room.room, room.reported.poll.name)
-            self._around.tell(room.room, f"failed: {room.error}")
+            self._context.record(room.room, f"failed: {room.error}")
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
         self._touch(room)
@@ -344,7 +346,7 @@ class Rooms:
                     self.fail(room, failed)
                     continue
             if isinstance(room, SourceRoom) and room.opened:
-                self._around.timers.cancel(room, "deadline")
+                self._context.timers.cancel(room, "deadline")
             self._report(room)
             if room.over:
                 self._remove(room)
@@ -357,14 +359,14 @@ class Rooms:
         if status != room.reported:
             room.reported = status
             role: Role = "source" if isinstance(room, SourceRoom) else "target"
-            self._around.emit(Report(room.room, role, status))
+            self._context.emit(Report(room.room, role, status))
 
     def _is_current(self, room: Room) -> bool:
         """Whether this record is the one that its number stands for; an older one only ends what it owes."""
         return self._sources.get(room.room) is room or self._targets.get(room.room) is room
 
     def _remove(self, room: Room) -> None:
-        self._around.timers.cancel(room, "deadline")
+        self._context.timers.cancel(room, "deadline")
         for transfer in room.transfers.values():
             self._homes.pop(transfer, None)
         if not self._is_current(room):
@@ -386,7 +388,7 @@ class Rooms:
             self.fail(room, error)
 
     def _bootstrap_error(self, room: Room) -> KVBatonError:
-        seconds = self._around.settings.bootstrap_timeout
+        seconds = self._context.settings.bootstrap_timeout
         return ExpiredError(
             f"not started within {seconds:g} s, it waited for {self.waits_for(room)}; check that the other half got "
             "the request too, and send it again",

@@ -27,7 +27,7 @@ NO_ENTRIES = np.empty(0, dtype=np.int32)
 
 
 def acknowledge(t: Transfer, _now: float, _: object) -> None:
-    t.wire.send(t, Opened(sender=t.wire.instance, receiver=t.peer, key=t.key))
+    t.context.send(t, Opened(sender=t.context.instance, receiver=t.peer, key=t.key))
 
 
 def send_chunk(t: Transfer, now: float, detail: object) -> None:
@@ -35,7 +35,7 @@ def send_chunk(t: Transfer, now: float, detail: object) -> None:
     outgoing = t.as_source()
     if t.state is State.WAITING:
         t.enter(State.SENDING)
-    t.set_deadline(now, t.wire.settings.waiting_timeout)
+    t.set_deadline(now, t.context.settings.waiting_timeout)
     try:
         for index, part in enumerate(outgoing.pair.parts):
             post_part(t, index, part, chunk)
@@ -87,10 +87,10 @@ def post_direct(t: Transfer, index: int, part: PartPlan, blocks: range, span: Gr
         grant.token_start // part.target.unit_rows if part.paged else 0,
     )
     size = len(blocks) * part.block_bytes
-    settings = t.wire.settings
+    settings = t.context.settings
     pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
     for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
-        post(t, PostWrite(t.wire.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces))
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces))
 
 
 def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Grant) -> None:
@@ -102,12 +102,12 @@ def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Gran
         entries = part.source_entries(run, units, first_page)
         staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
         size = len(run) * part.block_bytes
-        post(t, PostWrite(t.wire.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged))
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged))
 
 
 def post(t: Transfer, write: PostWrite) -> None:
     t.as_source().outstanding.add(write.write)
-    t.wire.emit(write)
+    t.context.emit(write)
 
 
 def check_complete(t: Transfer, chunk: Chunk) -> None:
@@ -131,7 +131,7 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
 def write_settled(t: Transfer, now: float, detail: object) -> None:
     t.as_source().outstanding.discard(WriteId(expect(detail, int)))
     if t.state is State.SENDING:
-        t.set_deadline(now, t.wire.settings.waiting_timeout)
+        t.set_deadline(now, t.context.settings.waiting_timeout)
         conclude_if_settled(t, now)
     elif not t.as_source().outstanding:
         drained_here(t, now)
@@ -142,16 +142,16 @@ def conclude_if_settled(t: Transfer, now: float) -> None:
     if outgoing.last_submitted and not outgoing.outstanding:
         outgoing.exposed_seconds = max(0.0, now - outgoing.last_submitted_at)
         t.enter(State.DELIVERED)
-        t.set_deadline(now, t.wire.settings.announce_seconds)
+        t.set_deadline(now, t.context.settings.announce_seconds)
         send_done(t, now, None)
 
 
 def send_done(t: Transfer, now: float, _: object) -> None:
     outgoing = t.as_source()
-    t.wire.send(
+    t.context.send(
         t,
         Done(
-            sender=t.wire.instance,
+            sender=t.context.instance,
             receiver=t.peer,
             key=t.key,
             parts=outgoing.parts,
@@ -165,7 +165,7 @@ def send_done(t: Transfer, now: float, _: object) -> None:
 def write_broken(t: Transfer, now: float, detail: object) -> None:
     """The write stays outstanding: it may have put bytes on the wire. Only cutting the peer off settles it."""
     cause = expect(detail, KVBatonError)
-    t.wire.emit(FencePeer(t.peer))
+    t.context.emit(FencePeer(t.peer))
     if t.state is State.SENDING:
         fail_sending(
             t,
@@ -184,7 +184,7 @@ def give_up_source(t: Transfer, now: float, detail: object) -> None:
 
 def expire_source(t: Transfer, now: float, _: object) -> None:
     waited_for = "no chunk was submitted" if t.state is State.WAITING else "the writes made no progress"
-    seconds = t.wire.settings.waiting_timeout
+    seconds = t.context.settings.waiting_timeout
     fail_sending(t, now, ExpiredError(f"{waited_for} for {seconds:g} s", peer=t.peer, room=t.key.room))
 
 
@@ -196,8 +196,8 @@ def fail_sending(t: Transfer, now: float, error: KVBatonError) -> None:
     if not outgoing.outstanding:
         drained_here(t, now)
         return
-    t.wire.emit(CancelWrites(frozenset(outgoing.outstanding)))
-    t.set_deadline(now, t.wire.settings.settle_seconds)
+    t.context.emit(CancelWrites(frozenset(outgoing.outstanding)))
+    t.set_deadline(now, t.context.settings.settle_seconds)
     send_failed(t, now, None)
 
 
@@ -212,7 +212,7 @@ def note_abort(t: Transfer, _now: float, _: object) -> None:
 
 
 def cut_off(t: Transfer, _now: float, _: object) -> None:
-    t.wire.emit(FencePeer(t.peer))
+    t.context.emit(FencePeer(t.peer))
 
 
 def fenced(t: Transfer, now: float, _: object) -> None:
@@ -234,16 +234,16 @@ def drained_here(t: Transfer, now: float) -> None:
         send_drained(t, now, None)
         return
     t.enter(State.FAILING)
-    t.set_deadline(now, t.wire.settings.announce_seconds)
+    t.set_deadline(now, t.context.settings.announce_seconds)
     send_failed(t, now, None)
 
 
 def send_failed(t: Transfer, now: float, _: object) -> None:
     error = t.error or InternalError("failing without a cause")
-    t.wire.send(
+    t.context.send(
         t,
         Failed(
-            sender=t.wire.instance,
+            sender=t.context.instance,
             receiver=t.peer,
             key=t.key,
             code=error.code,
@@ -256,7 +256,7 @@ def send_failed(t: Transfer, now: float, _: object) -> None:
 
 
 def send_drained(t: Transfer, _now: float, _: object) -> None:
-    t.wire.send(t, Drained(sender=t.wire.instance, receiver=t.peer, key=t.key, fenced=t.as_source().fenced))
+    t.context.send(t, Drained(sender=t.context.instance, receiver=t.peer, key=t.key, fenced=t.as_source().fenced))
 
 
 def abort_delivered(t: Transfer, now: float, detail: object) -> None:
@@ -286,7 +286,7 @@ def closed_early(t: Transfer, now: float, _: object) -> None:
 
 
 def never_confirmed(t: Transfer, now: float, _: object) -> None:
-    seconds = t.wire.settings.announce_seconds
+    seconds = t.context.settings.announce_seconds
     t.error = ExpiredError(
         f"the decode rank did not confirm the delivery within {seconds:g} s", peer=t.peer, room=t.key.room
     )
@@ -298,7 +298,7 @@ def lose_target(t: Transfer, now: float, detail: object) -> None:
     t.error = t.error or expect(detail, KVBatonError)
     if t.as_source().outstanding:
         fail_sending(t, now, t.error)
-        t.wire.emit(FencePeer(t.peer))
+        t.context.emit(FencePeer(t.peer))
     else:
         finish(t, now, None)
 
@@ -313,4 +313,4 @@ def answer_late_open(t: Transfer, now: float, _: object) -> None:
         send_failed(t, now, None)
     else:
         send_done(t, now, None)
-    t.wire.cancel_timers(t)
+    t.context.cancel_timers(t)

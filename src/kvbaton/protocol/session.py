@@ -17,14 +17,13 @@ A session is directed: its *role* is what we are in it. The target dials; the so
 
 A session of a restarted peer is a new session: the instance id is minted when a process starts. The target of a LOST
 peer keeps pinging; a sign of life starts the greeting again. This module decides states and messages; what a change
-means for transfers is the core's business, told through :class:`Desk`.
+means for transfers is the core's business, told through ``Context.session_changed``.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
 
 from msgspec import structs
 
@@ -35,9 +34,9 @@ from kvbaton.plan.compatibility import differences
 from kvbaton.plan.pair import PairPlan, pair_plan
 from kvbaton.plan.staging import StagedPart, stage
 from kvbaton.plan.verify import check_bounds
-from kvbaton.protocol.effects import Effect, PreparePeer
-from kvbaton.protocol.messages import PROTOCOL_VERSION, AnyMessage, Hello, Ping, Role, Verdict, clip
-from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.context import Context
+from kvbaton.protocol.effects import PreparePeer
+from kvbaton.protocol.messages import PROTOCOL_VERSION, Hello, Ping, Role, Verdict, clip
 
 
 class SessionState(enum.Enum):
@@ -62,7 +61,7 @@ class Identity:
     agent_metadata: bytes
     transport: str
 
-    def hello(self, answers: str = "", greeting: int = 0, receiver: str = "") -> Hello:
+    def hello(self, answers: str = "", hello_sequence: int = 0, receiver: str = "") -> Hello:
         return Hello(
             sender=self.instance,
             version=PROTOCOL_VERSION,
@@ -73,32 +72,16 @@ class Identity:
             agent_metadata=self.agent_metadata,
             transport=self.transport,
             answers=answers,
-            greeting=greeting,
+            hello_sequence=hello_sequence,
             receiver=receiver,
         )
-
-
-class Desk(Protocol):
-    """A session's surroundings, provided by the core."""
-
-    @property
-    def identity(self) -> Identity: ...
-    @property
-    def settings(self) -> Settings: ...
-    def send_on(self, link: LinkId, message: AnyMessage) -> None: ...
-    def emit(self, effect: Effect) -> None: ...
-    def set_session_timer(self, session: Session, name: str, when: float) -> None: ...
-    def cancel_session_timers(self, session: Session) -> None: ...
-    def session_changed(self, session: Session) -> None: ...
-    def is_needed(self, session: Session) -> bool: ...
-    def mint_greeting(self) -> int: ...
 
 
 class Session:
     """See the module. ``error`` says why the session is REFUSED, LOST or GONE."""
 
-    def __init__(self, desk: Desk, link: LinkId, role: Role, address: str = "", expected: str = "") -> None:
-        self.desk = desk
+    def __init__(self, context: Context, link: LinkId, role: Role, address: str = "", expected: str = "") -> None:
+        self.context = context
         self.link = link
         self.role = role
         self.address = address
@@ -108,9 +91,9 @@ class Session:
         self.pair: PairPlan | None = None
         self.staged: tuple[StagedPart | None, ...] = ()
         self.error: KVBatonError | None = None
-        self.heard_at = 0.0
-        self.greeting = 0  # ours as a target, the latest that arrived as a source
-        self._retry_pause = desk.settings.retry_seconds
+        self.last_message_at = 0.0
+        self.hello_sequence = 0  # ours as a target, the latest that arrived as a source
+        self._retry_pause = context.settings.retry_seconds
         self._awaits_life = False
 
     def __repr__(self) -> str:
@@ -134,27 +117,27 @@ class Session:
 
     # ---- target: dial, greet, judge ---------------------------------------------------------------------------
 
-    def greet(self, now: float) -> None:
+    def say_hello(self, now: float) -> None:
         """Say Hello, for the first time or again after a loss."""
         self._enter(SessionState.GREETING, now)
-        self._retry_pause = self.desk.settings.retry_seconds
-        self.greeting = self.desk.mint_greeting()
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
+        self._retry_pause = self.context.settings.retry_seconds
+        self.hello_sequence = self.context.mint()
+        self.context.set_timer(self, "deadline", now + self.context.settings.handshake_timeout)
         self._send_hello(now)
 
-    def greet_again(self, now: float) -> None:
+    def say_hello_again(self, now: float) -> None:
         """The peer does not know us, or the link is new: another process may be behind it."""
         if self.state is not SessionState.GONE:
-            self.greet(now)
+            self.say_hello(now)
 
     def _send_hello(self, now: float) -> None:
         self._say_hello()
-        self.desk.set_session_timer(self, "retry", now + self._retry_pause)
-        self._retry_pause = min(2 * self._retry_pause, self.desk.settings.retry_most_seconds)
+        self.context.set_timer(self, "retry", now + self._retry_pause)
+        self._retry_pause = min(2 * self._retry_pause, self.context.settings.retry_most_seconds)
 
     def _say_hello(self) -> None:
-        hello = self.desk.identity.hello(greeting=self.greeting, receiver=self.peer or self.expected)
-        self.desk.send_on(self.link, hello)
+        hello = self.context.identity.hello(hello_sequence=self.hello_sequence, receiver=self.peer or self.expected)
+        self.context.send_on(self.link, hello)
 
     def answered(self, hello: Hello, now: float) -> None:
         """The peer's Hello in answer to ours. Another instance than before must be a new session."""
@@ -162,21 +145,21 @@ class Session:
             return
         self.hello = hello
         try:
-            self.pair = self._judge(hello, source=hello.layout, target=self.desk.identity.layout)
+            self.pair = self._check_peer(hello, source=hello.layout, target=self.context.identity.layout)
         except (IncompatibleError, LayoutError) as error:
             self._refuse(error, now)
             return
         self._enter(SessionState.JUDGING, now)
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
-        self.desk.set_session_timer(self, "retry", now + self._retry_pause)
+        self.context.set_timer(self, "deadline", now + self.context.settings.handshake_timeout)
+        self.context.set_timer(self, "retry", now + self._retry_pause)
 
     # ---- source: be greeted, prepare --------------------------------------------------------------------------
 
-    def greeted(self, hello: Hello, now: float) -> None:
+    def on_hello(self, hello: Hello, now: float) -> None:
         """A target's Hello: judge it, and prepare to write to it. A repeated Hello gets the same answer again, unless
         the target's agent was replaced since: then its memory is reached anew."""
-        newest = hello.greeting >= self.greeting
-        self.greeting = max(self.greeting, hello.greeting)
+        newest = hello.hello_sequence >= self.hello_sequence
+        self.hello_sequence = max(self.hello_sequence, hello.hello_sequence)
         if self.hello is not None:
             if newest and hello.agent_metadata != self.hello.agent_metadata:
                 self.hello = structs.replace(self.hello, agent_metadata=hello.agent_metadata)
@@ -188,13 +171,13 @@ class Session:
             return
         self.hello = hello
         try:
-            self.pair = self._judge(hello, source=self.desk.identity.layout, target=hello.layout)
+            self.pair = self._check_peer(hello, source=self.context.identity.layout, target=hello.layout)
         except (IncompatibleError, LayoutError) as error:
             self._refuse(error, now)
             return
         self._enter(SessionState.PREPARING, now)
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
-        self.desk.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair, self.staged))
+        self.context.set_timer(self, "deadline", now + self.context.settings.handshake_timeout)
+        self.context.emit(PreparePeer(hello.sender, hello.agent_metadata, self.pair, self.staged))
 
     def prepared(self, now: float) -> None:
         if self.state is SessionState.PREPARING:
@@ -206,13 +189,13 @@ class Session:
             self._refuse(TransportError(f"cannot reach the decode rank's memory: {error.message}", peer=self.peer), now)
 
     def _answer(self) -> None:
-        self.desk.send_on(self.link, self.desk.identity.hello(answers=self.peer))
+        self.context.send_on(self.link, self.context.identity.hello(answers=self.peer))
         self._send_verdict()
 
     # ---- both -------------------------------------------------------------------------------------------------
 
-    def _judge(self, hello: Hello, *, source: CacheLayout, target: CacheLayout) -> PairPlan:
-        ours = self.desk.identity
+    def _check_peer(self, hello: Hello, *, source: CacheLayout, target: CacheLayout) -> PairPlan:
+        ours = self.context.identity
         for field, mine, theirs in (
             ("version", PROTOCOL_VERSION, hello.version),
             ("transport", ours.transport, hello.transport),
@@ -250,12 +233,12 @@ class Session:
         digest = self.pair.digest if self.pair is not None else ""
         if error is None:
             verdict = Verdict(
-                sender=self.desk.identity.instance, receiver=self.peer, compatible=True, plan_digest=digest
+                sender=self.context.identity.instance, receiver=self.peer, compatible=True, plan_digest=digest
             )
         else:
             swapped = error if isinstance(error, IncompatibleError) else None
             verdict = Verdict(
-                sender=self.desk.identity.instance,
+                sender=self.context.identity.instance,
                 receiver=self.peer,
                 compatible=False,
                 code=error.code,
@@ -264,9 +247,9 @@ class Session:
                 ours=clip(swapped.ours) if swapped else "",
                 theirs=clip(swapped.theirs) if swapped else "",
             )
-        self.desk.send_on(self.link, verdict)
+        self.context.send_on(self.link, verdict)
 
-    def judged(self, verdict: Verdict, now: float) -> None:
+    def on_verdict(self, verdict: Verdict, now: float) -> None:
         """The peer's verdict. The target answers a good one with its own; both must have the same plan."""
         if self.pair is None or self.state not in (SessionState.JUDGING, SessionState.READY):
             return
@@ -300,25 +283,25 @@ class Session:
         its memory again only then. Reaching for the dead costs UCX a descriptor each time."""
         self._enter(SessionState.PREPARING, now)
         self._awaits_life = True
-        self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
-        self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
+        self.context.set_timer(self, "deadline", now + self.context.settings.handshake_timeout)
+        self.context.send_on(self.link, Ping(sender=self.context.identity.instance, receiver=self.peer))
 
     def prepare_again(self, now: float) -> None:
         """The peer is alive: make its memory reachable again."""
         if self.hello is not None and self.pair is not None:
             self._enter(SessionState.PREPARING, now)
-            self.desk.set_session_timer(self, "deadline", now + self.desk.settings.handshake_timeout)
-            self.desk.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair, self.staged))
+            self.context.set_timer(self, "deadline", now + self.context.settings.handshake_timeout)
+            self.context.emit(PreparePeer(self.hello.sender, self.hello.agent_metadata, self.pair, self.staged))
 
-    def heard(self, now: float) -> None:
+    def on_message(self, now: float) -> None:
         """Any message of the peer arrived."""
-        self.heard_at = now
+        self.last_message_at = now
         if self._awaits_life:
             self.prepare_again(now)
         if self.state is not SessionState.LOST:
             return
         if self.role == "target":
-            self.greet(now)
+            self.say_hello(now)
         else:
             self.prepare_again(now)
 
@@ -329,7 +312,7 @@ class Session:
         self.error = error
         self._enter(SessionState.LOST, now)
 
-    def bury(self, error: KVBatonError, now: float) -> None:
+    def end(self, error: KVBatonError, now: float) -> None:
         """Proof that no write of this instance can happen any more."""
         if self.state is SessionState.GONE:
             return
@@ -337,39 +320,39 @@ class Session:
         self._enter(SessionState.GONE, now)
 
     def timer(self, name: str, now: float) -> None:
-        settings = self.desk.settings
+        settings = self.context.settings
         if name == "retry":
             self._send_hello(now)
         elif name == "forget" and self.error is not None:
-            if self.role == "target" and self.desk.is_needed(self):
-                self.desk.set_session_timer(self, "forget", now + settings.announce_seconds)
+            if self.role == "target" and self.context.session_needed(self):
+                self.context.set_timer(self, "forget", now + settings.announce_seconds)
             else:
-                self.bury(self.error, now)
+                self.end(self.error, now)
         elif name == "deadline":
             self.lose(_unanswered(settings.handshake_timeout, self.name), now)
         elif name == "heartbeat":
-            if self.state is SessionState.READY and now - self.heard_at >= settings.silence_seconds:
-                silence = now - self.heard_at
+            if self.state is SessionState.READY and now - self.last_message_at >= settings.silence_seconds:
+                silence = now - self.last_message_at
                 self.lose(_silent(silence, self.name), now)
                 return
             if self.peer:
-                self.desk.send_on(self.link, Ping(sender=self.desk.identity.instance, receiver=self.peer))
+                self.context.send_on(self.link, Ping(sender=self.context.identity.instance, receiver=self.peer))
             else:
                 self._say_hello()
-            self.desk.set_session_timer(self, "heartbeat", now + settings.heartbeat_interval)
+            self.context.set_timer(self, "heartbeat", now + settings.heartbeat_interval)
 
     def _enter(self, state: SessionState, now: float) -> None:
-        self.desk.cancel_session_timers(self)
+        self.context.cancel_timers(self)
         self.state = state
         self._awaits_life = False
-        self.heard_at = now
+        self.last_message_at = now
         if state is SessionState.READY:
             self.error = None
         if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
-            self.desk.set_session_timer(self, "heartbeat", now + self.desk.settings.heartbeat_interval)
+            self.context.set_timer(self, "heartbeat", now + self.context.settings.heartbeat_interval)
         if state in (SessionState.LOST, SessionState.REFUSED):
-            self.desk.set_session_timer(self, "forget", now + self.desk.settings.announce_seconds)
-        self.desk.session_changed(self)
+            self.context.set_timer(self, "forget", now + self.context.settings.announce_seconds)
+        self.context.session_changed(self)
 
 
 def _unanswered(seconds: float, peer: str) -> PeerLostError:

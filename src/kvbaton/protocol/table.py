@@ -216,7 +216,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
 
 def begin(transfer: Transfer, now: float) -> None:
     """First act of a new transfer: the target opens, the source acknowledges."""
-    transfer.set_deadline(now, transfer.wire.settings.waiting_timeout)
+    transfer.set_deadline(now, transfer.context.settings.waiting_timeout)
     if transfer.state is State.OPENING:
         receiving.send_open(transfer, now)
     else:

@@ -20,7 +20,7 @@ The two ends run the same table from different states. "A write may still touch 
 What is owed to the other side is repeated until acknowledged, so messages may be lost, doubled and reordered. DRAINING
 has no way out by time (unless a policy says so): only the source's word, or proof that its process is gone.
 
-A transfer knows nothing of links, other transfers or engines; it speaks through :class:`Wire`.
+A transfer knows nothing of links, other transfers or engines; it speaks through its :class:`Context`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from msgspec import structs
 
 from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.plan.pair import PairPlan, PartId
 from kvbaton.plan.staging import StagedPart
-from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.context import Context
 from kvbaton.protocol.events import WriteId
-from kvbaton.protocol.messages import AnyMessage, Grant, PartBytes, Role, TransferKey
-from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.messages import Grant, PartBytes, Role, TransferKey
 
 
 class State(enum.Enum):
@@ -80,21 +79,6 @@ class On(enum.Enum):
     @property
     def is_message(self) -> bool:
         return self.name.endswith("_ARRIVED")
-
-
-class Wire(Protocol):
-    """A transfer's surroundings, provided by the core."""
-
-    @property
-    def instance(self) -> str: ...
-    @property
-    def settings(self) -> Settings: ...
-    def send(self, transfer: Transfer, message: AnyMessage) -> None: ...
-    def emit(self, effect: Effect) -> None: ...
-    def mint_write(self, transfer: Transfer) -> WriteId: ...
-    def set_timer(self, transfer: Transfer, name: str, when: float) -> None: ...
-    def cancel_timers(self, transfer: Transfer) -> None: ...
-    def tell(self, room: int, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,26 +131,26 @@ class Incoming:
 class Transfer:
     """See the module. ``error`` is the first root cause once the transfer has failed."""
 
-    __slots__ = ("error", "incoming", "key", "outgoing", "peer", "quarantined", "retry_pause", "state", "wire")
+    __slots__ = ("context", "error", "incoming", "key", "outgoing", "peer", "quarantined", "retry_pause", "state")
 
     def __init__(
         self,
         key: TransferKey,
         peer: str,
-        wire: Wire,
+        context: Context,
         *,
         outgoing: Outgoing | None = None,
         incoming: Incoming | None = None,
     ) -> None:
         self.key = key
         self.peer = peer
-        self.wire = wire
+        self.context = context
         self.outgoing = outgoing
         self.incoming = incoming
         self.error: KVBatonError | None = None
         self.quarantined = False
         self.state = State.WAITING if outgoing is not None else State.OPENING
-        self.retry_pause = wire.settings.retry_seconds
+        self.retry_pause = context.settings.retry_seconds
 
     def __repr__(self) -> str:
         return f"<Transfer {self.key} with {self.peer}: {self.state.value}>"
@@ -189,17 +173,17 @@ class Transfer:
         return self.state is State.CLOSED and self.error is None
 
     def enter(self, state: State) -> None:
-        self.wire.cancel_timers(self)
+        self.context.cancel_timers(self)
         self.state = state
         cause = f": {self.error}" if self.error is not None else ""
-        self.wire.tell(self.key.room, f"{self.key} with {self.peer} {state.value}{cause}")
+        self.context.record(self.key.room, f"{self.key} with {self.peer} {state.value}{cause}")
 
     def set_deadline(self, now: float, seconds: float) -> None:
-        self.wire.set_timer(self, "deadline", now + seconds)
+        self.context.set_timer(self, "deadline", now + seconds)
 
     def retry_later(self, now: float) -> None:
-        self.wire.set_timer(self, "retry", now + self.retry_pause)
-        self.retry_pause = min(2 * self.retry_pause, self.wire.settings.retry_most_seconds)
+        self.context.set_timer(self, "retry", now + self.retry_pause)
+        self.retry_pause = min(2 * self.retry_pause, self.context.settings.retry_most_seconds)
 
     def as_target(self) -> Incoming:
         if self.incoming is None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from kvbaton.errors import InternalError, KVBatonError, OverloadedError, TransferFailedError, from_code
 from kvbaton.protocol import table
-from kvbaton.protocol.effects import Effect
-from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteId, WriteSettled
+from kvbaton.protocol.context import Context
+from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteSettled
 from kvbaton.protocol.messages import (
     Abort,
     AnyMessage,
@@ -25,8 +25,6 @@ from kvbaton.protocol.messages import (
 )
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.session import Session
-from kvbaton.protocol.settings import Settings
-from kvbaton.protocol.surroundings import Surroundings
 from kvbaton.protocol.transfer import On, Outgoing, State, Transfer
 
 TransferAddress = tuple[str, Role, TransferKey]
@@ -35,23 +33,22 @@ TransferAddress = tuple[str, Role, TransferKey]
 class Transfers:
     """See the module. ``on_change`` is called with each transfer that an event was handed to."""
 
-    def __init__(self, around: Surroundings, peers: Peers, on_change: Callable[[Transfer], None]) -> None:
-        self._around = around
+    def __init__(self, context: Context, peers: Peers, on_change: Callable[[Transfer], None]) -> None:
+        self._context = context
         self._peers = peers
         self._on_change = on_change
         self._live: dict[TransferAddress, Transfer] = {}
         self._tombstones: OrderedDict[TransferAddress, Transfer] = OrderedDict()
         self._forgotten_below: OrderedDict[str, int] = OrderedDict()
-        self._writes: dict[WriteId, Transfer] = {}
         self._leased: set[Transfer] = set()  # incoming, and a peer may still write
-        self._graves: dict[str, OrderedDict[TransferAddress, None]] = {}  # tombstones by peer
+        self._tombstones_of: dict[str, OrderedDict[TransferAddress, None]] = {}  # tombstones by peer
         self._rooms_of: Counter[str] = Counter()  # live outgoing transfers, and the units granted in them, by peer
         self._units_of: Counter[str] = Counter()
 
     @property
     def quiet(self) -> bool:
         """No write of ours is in flight."""
-        return not self._writes
+        return not self._context.writes
 
     @property
     def receiving(self) -> bool:
@@ -70,7 +67,7 @@ class Transfers:
             "transfers": len(self._live),
             "tombstones": len(self._tombstones),
             "forgotten_below": len(self._forgotten_below),
-            "writes": len(self._writes),
+            "writes": len(self._context.writes),
         }
 
     def find(self, peer: str, role: Role, key: TransferKey) -> Transfer | None:
@@ -84,7 +81,7 @@ class Transfers:
 
     def check_load(self, peer: str, grants: Iterable[Grant]) -> None:
         """Raise OverloadedError if a peer may open no further room with these grants."""
-        settings = self._around.settings
+        settings = self._context.settings
         if self._rooms_of[peer] >= settings.rooms_per_peer:
             raise OverloadedError(f"{settings.rooms_per_peer} rooms are open for this decode rank; try again later")
         if self._units_of[peer] + sum(len(grant.units) for grant in grants) > settings.units_per_peer:
@@ -100,18 +97,18 @@ class Transfers:
         self._live[transfer.peer, transfer.role, transfer.key] = transfer
         if transfer.role == "source":
             self._count(transfer, 1)
-        table.begin(transfer, self._around.now)
+        table.begin(transfer, self._context.now)
         self._note_lease(transfer)
 
     def step(self, transfer: Transfer, on: On, detail: object = None) -> None:
         """Apply one event to one transfer. Raises RemoteProtocolError for a message that must not be."""
         before = transfer.state
-        self._around.counters[f"{before.value}:{on.value}"] += 1
+        self._context.counters[f"{before.value}:{on.value}"] += 1
         try:
-            table.step(transfer, on, self._around.now, detail)
+            table.step(transfer, on, self._context.now, detail)
         finally:
             if transfer.state is State.CLOSED and before is not State.CLOSED:
-                self._bury(transfer)
+                self._record_tombstone(transfer)
             self._note_lease(transfer)
             self._on_change(transfer)
 
@@ -121,7 +118,7 @@ class Transfers:
         else:
             self._leased.discard(transfer)
 
-    def _bury(self, transfer: Transfer) -> None:
+    def _record_tombstone(self, transfer: Transfer) -> None:
         """Move a closed transfer to the tombstones. What is forgotten is refused from then on, never taken for new."""
         address = (transfer.peer, transfer.role, transfer.key)
         if self._live.pop(address, None) is not None and transfer.role == "source":
@@ -129,28 +126,28 @@ class Transfers:
         if transfer.outgoing is not None:
             transfer.outgoing.drop_units()
         self._tombstones[address] = transfer
-        graves = self._graves.setdefault(transfer.peer, OrderedDict())
-        graves[address] = None
+        of_peer = self._tombstones_of.setdefault(transfer.peer, OrderedDict())
+        of_peer[address] = None
         if transfer.quarantined:
-            self._around.counters["leases_released_by_policy"] += 1
-        if len(graves) > self._around.settings.tombstones_per_peer:
-            self._forget(next(iter(graves)))
-        if len(self._tombstones) > self._around.settings.tombstones:
+            self._context.counters["leases_released_by_policy"] += 1
+        if len(of_peer) > self._context.settings.tombstones_per_peer:
+            self._forget(next(iter(of_peer)))
+        if len(self._tombstones) > self._context.settings.tombstones:
             self._forget(next(iter(self._tombstones)))
 
     def _forget(self, address: TransferAddress) -> None:
         peer, role, key = address
         del self._tombstones[address]
-        del self._graves[peer][address]
-        if not self._graves[peer]:
-            del self._graves[peer]
+        del self._tombstones_of[peer][address]
+        if not self._tombstones_of[peer]:
+            del self._tombstones_of[peer]
         if role == "source":
             self._refuse_below(peer, key.id)
 
     def _refuse_below(self, peer: str, transfer_id: int) -> None:
         """Never accept an Open up to this id again: the target was told that nothing of it is in flight."""
         self._forgotten_below[peer] = max(self._forgotten_below.pop(peer, 0), transfer_id)
-        if len(self._forgotten_below) > self._around.settings.sessions:
+        if len(self._forgotten_below) > self._context.settings.sessions:
             self._forgotten_below.popitem(last=False)
 
     def step_peer(self, session: Session, on: On, error: KVBatonError) -> None:
@@ -165,12 +162,12 @@ class Transfers:
                 self.step(transfer, On.PEER_QUIESCED)
 
     def on_write_settled(self, event: WriteSettled) -> None:
-        transfer = self._writes.pop(event.write, None)
+        transfer = self._context.writes.pop(event.write, None)
         if transfer is not None:
             self.step(transfer, On.WRITE_SETTLED, event.write)
 
     def on_write_broken(self, event: WriteBroken) -> None:
-        transfer = self._writes.get(event.write)
+        transfer = self._context.writes.get(event.write)
         if transfer is not None:
             self.step(transfer, On.WRITE_BROKEN, event.error)
 
@@ -178,47 +175,52 @@ class Transfers:
         for transfer in self.live():
             if transfer.peer == event.peer and transfer.role == "source":
                 for write in transfer.as_source().outstanding:
-                    self._writes.pop(write, None)
+                    self._context.writes.pop(write, None)
                 self.step(transfer, On.PEER_FENCED, None)
         self._peers.fenced(event.peer)
 
     def answer_unknown(self, session: Session, message: AnyMessage, key: TransferKey) -> None:
         """A message about a transfer that we do not know (any more) creates nothing and is answered truthfully."""
-        self._around.counters["messages_unknown_room"] += 1
-        ours, link = self._around.instance, session.link
+        self._context.counters["messages_unknown_room"] += 1
+        ours, link = self._context.instance, session.link
         if isinstance(message, Abort):
-            self.entomb(session, key, from_code(message.code, message.reason, peer=session.peer, room=key.room))
-            self._around.send_on(link, Drained(sender=ours, receiver=session.peer, key=key))
+            self.record_tombstone(
+                session, key, from_code(message.code, message.reason, peer=session.peer, room=key.room)
+            )
+            self._context.send_on(link, Drained(sender=ours, receiver=session.peer, key=key))
         elif isinstance(message, Query):
-            self.entomb(session, key, TransferFailedError("forgotten here", peer=session.peer, room=key.room))
-            self._around.send_on(link, Forgotten(sender=ours, receiver=session.peer, key=key))
+            self.record_tombstone(session, key, TransferFailedError("forgotten here", peer=session.peer, room=key.room))
+            self._context.send_on(link, Forgotten(sender=ours, receiver=session.peer, key=key))
         elif isinstance(message, Opened | Done | Failed):
-            self._around.send_on(link, Close(sender=ours, receiver=session.peer, key=key, success=False))
+            self._context.send_on(link, Close(sender=ours, receiver=session.peer, key=key, success=False))
 
-    def entomb(self, session: Session, key: TransferKey, error: KVBatonError) -> None:
+    def record_tombstone(self, session: Session, key: TransferKey, error: KVBatonError) -> None:
         """Remember an end without a beginning: a copy of its Open that still arrives must not begin anything."""
         if session.pair is not None and not self.is_forgotten(session.peer, key):
             transfer = Transfer(
-                key, session.peer, self, outgoing=Outgoing(pair=session.pair, grants={}, parts=(), token_count=0)
+                key,
+                session.peer,
+                self._context,
+                outgoing=Outgoing(pair=session.pair, grants={}, parts=(), token_count=0),
             )
             transfer.error = error
             transfer.state = State.CLOSED
-            self._bury(transfer)
+            self._record_tombstone(transfer)
 
     def check_invariants(self) -> None:
-        for write, transfer in self._writes.items():
+        for write, transfer in self._context.writes.items():
             if write not in transfer.as_source().outstanding:
                 raise InternalError(f"write {write} is not outstanding in {transfer}")
         for address, transfer in self._live.items():
             if transfer.state is State.CLOSED or address in self._tombstones:
                 raise InternalError(f"{transfer} is closed and live at once")
             owned = transfer.state in (State.DRAINING, State.SETTLING, State.QUIESCING)  # by session, fence, transport
-            if self._around.timers.get(transfer, "deadline") is None and not owned:
+            if self._context.timers.get(transfer, "deadline") is None and not owned:
                 raise InternalError(f"{transfer} has no deadline")
-        if len(self._tombstones) > self._around.settings.tombstones:
+        if len(self._tombstones) > self._context.settings.tombstones:
             raise InternalError("too many tombstones")
-        graves = {address for of_peer in self._graves.values() for address in of_peer}
-        if graves != self._tombstones.keys() or not all(self._graves.values()):
+        by_peer = {address for of_peer in self._tombstones_of.values() for address in of_peer}
+        if by_peer != self._tombstones.keys() or not all(self._tombstones_of.values()):
             raise InternalError("the tombstones by peer are not the tombstones")
         leased = {transfer for transfer in self._live.values() if transfer.role == "target" and transfer.leased}
         if leased != self._leased:
@@ -228,38 +230,6 @@ class Transfers:
             raise InternalError(f"live rooms by peer are miscounted: {self._rooms_of}")
         if self._units_of.total() != sum(map(_units, outgoing)):
             raise InternalError(f"granted units by peer are miscounted: {self._units_of}")
-
-    # ---- surroundings of transfers (Wire) -------------------------------------------------------------------------
-
-    @property
-    def instance(self) -> str:
-        return self._around.instance
-
-    @property
-    def settings(self) -> Settings:
-        return self._around.settings
-
-    def send(self, transfer: Transfer, message: AnyMessage) -> None:
-        session = self._peers.of(transfer.peer, transfer.role)
-        if session is not None:
-            self._around.send_on(session.link, message)
-
-    def emit(self, effect: Effect) -> None:
-        self._around.emit(effect)
-
-    def mint_write(self, transfer: Transfer) -> WriteId:
-        write = WriteId(next(self._around.serial))
-        self._writes[write] = transfer
-        return write
-
-    def set_timer(self, transfer: Transfer, name: str, when: float) -> None:
-        self._around.timers.set(transfer, name, when)
-
-    def cancel_timers(self, transfer: Transfer) -> None:
-        self._around.timers.cancel(transfer, "deadline", "retry")
-
-    def tell(self, room: int, text: str) -> None:
-        self._around.tell(room, text)
 
 
 def _units(transfer: Transfer) -> int:

@@ -365,7 +365,7 @@ class Scene:
             for role in ("source", "target"):
                 if (role, room) in rank.statuses:
                     lines.append(f"{rank.name} {role}: {rank.statuses[role, room]}")  # type: ignore[index]
-            lines += [f"{rank.name} {line.at:9.3f} {line.text}" for line in rank.core.story(room)]
+            lines += [f"{rank.name} {line.at:9.3f} {line.text}" for line in rank.core.trace_and_state(room)]
         return "\n".join(lines)
 
 

@@ -567,7 +567,7 @@ def test_no_deadline_is_ever_in_the_past(shape: str) -> None:
 
 
 def waits(scene: Scene, rank: Rank) -> str:
-    return rank.core.story(scene.room)[-1].text
+    return rank.core.trace_and_state(scene.room)[-1].text
 
 
 def test_a_story_says_what_a_room_waits_for() -> None:
@@ -586,12 +586,12 @@ def test_a_story_says_what_a_room_waits_for() -> None:
     assert waits(scene, scene.target) == "now WaitingForInput: transfers: i-p0 is opened"
     scene.submit_all()
     scene.expect_success()
-    told = [line.text for line in scene.source.core.story(scene.room)]
+    told = [line.text for line in scene.source.core.trace_and_state(scene.room)]
     assert told[0] == "sender opened"
     assert "chunk to token 12 submitted" in told
     assert "chunk to token 22 submitted, the last" in told
     assert told[-1].endswith("closed")
-    assert scene.source.core.story(12345) == []
+    assert scene.source.core.trace_and_state(12345) == []
 
 
 def test_a_story_tells_the_first_root_cause() -> None:
@@ -605,7 +605,7 @@ def test_a_story_tells_the_first_root_cause() -> None:
     scene.world.run()
     scene.expect_failed()
     for rank in scene.ranks:
-        told = "\n".join(line.text for line in rank.core.story(scene.room))
+        told = "\n".join(line.text for line in rank.core.trace_and_state(scene.room))
         assert "user left" in told
         assert "something else" not in told
         status = rank.status("source" if rank is scene.source else "target", scene.room)
@@ -700,14 +700,14 @@ def corrupt(core: Core, how: str) -> None:
     elif how == "dead and alive":
         transfers._tombstones[address] = transfer
     elif how == "deadline":
-        transfers.cancel_timers(transfer)
-    elif how == "too many graves":
-        most = transfers.settings.tombstones
+        transfers._context.cancel_timers(transfer)
+    elif how == "too many tombstones":
+        most = transfers._context.settings.tombstones
         transfers._tombstones.update({(str(n), "source", transfer.key): transfer for n in range(most + 1)})
-    elif how == "graves":
-        transfers._graves["i-d0"] = OrderedDict({address: None})
-    elif how == "empty graves":
-        transfers._graves["i-d0"] = OrderedDict()
+    elif how == "tombstones by peer":
+        transfers._tombstones_of["i-d0"] = OrderedDict({address: None})
+    elif how == "empty tombstones":
+        transfers._tombstones_of["i-d0"] = OrderedDict()
     elif how == "rooms":
         transfers._rooms_of["i-d0"] += 1
     elif how == "units":
@@ -725,9 +725,9 @@ CONTRADICTIONS = {
     "closed": "closed and live at once",
     "dead and alive": "closed and live at once",
     "deadline": "has no deadline",
-    "too many graves": "too many tombstones",
-    "graves": "are not the tombstones",
-    "empty graves": "are not the tombstones",
+    "too many tombstones": "too many tombstones",
+    "tombstones by peer": "are not the tombstones",
+    "empty tombstones": "are not the tombstones",
     "rooms": "live rooms by peer are miscounted",
     "units": "granted units by peer are miscounted",
     "home": "belongs to no room",

@@ -27,7 +27,7 @@ from kvbaton.protocol.messages import (
     encode,
 )
 from kvbaton.protocol.settings import Settings
-from kvbaton.protocol.story import MAX_CHARACTERS
+from kvbaton.protocol.trace import MAX_CHARACTERS
 from kvbaton.testing.world import Rank
 from unit.protocol.scene import QUICK, Scene
 
@@ -125,7 +125,7 @@ def test_a_recorded_message_of_an_earlier_instance_does_nothing_to_its_successor
     scene.world.run()
     successor = scene.world.ranks["p0-again"]
     (answer,) = say(successor, recorded(scene, Open))
-    assert type(answer).__name__ == "Stranger"
+    assert type(answer).__name__ == "UnknownPeer"
     assert successor.core.live_rooms == 0
     say(successor, hello)  # older than the greeting by which it knows the target
     assert successor.core.counters["messages_replayed"] == 1
@@ -137,7 +137,7 @@ def test_a_hello_that_was_meant_for_another_rank_moves_no_session() -> None:
     hello = recorded(scene, Hello)
     assert isinstance(hello, Hello)
     for receiver in ("", "i-evil"):
-        say(scene.source, msgspec.structs.replace(hello, greeting=hello.greeting + 5, receiver=receiver))
+        say(scene.source, msgspec.structs.replace(hello, hello_sequence=hello.hello_sequence + 5, receiver=receiver))
     assert scene.source.core.counters["messages_replayed"] == 2
     scene.submit_all()
     scene.expect_success()
@@ -168,7 +168,7 @@ def test_a_recorded_hello_of_a_replaced_instance_does_not_push_out_its_successor
     successor = msgspec.structs.replace(old, sender="i-d0-again")
     say(scene.source, successor)
     assert ("i-d0", "source", "lost") in [(s.split()[0], r, state) for s, r, state in scene.source.core.sessions()]
-    say(scene.source, msgspec.structs.replace(old, greeting=old.greeting + 9), LinkId(88_888))
+    say(scene.source, msgspec.structs.replace(old, hello_sequence=old.hello_sequence + 9), LinkId(88_888))
     states = {name.split()[0]: state for name, _, state in scene.source.core.sessions()}
     assert states["i-d0-again"] != "lost"
     assert scene.source.core.counters["messages_replayed"] == 1
@@ -187,12 +187,12 @@ def test_another_process_on_the_link_of_a_peer_is_proof_that_the_peer_has_ended(
 
 def test_what_is_remembered_of_replaced_instances_is_bounded_and_the_oldest_goes_first() -> None:
     scene = Scene(settings=replace(QUICK, sessions=2))
-    hello = scene.target.core.identity.hello(greeting=1)
+    hello = scene.target.core.identity.hello(hello_sequence=1)
     for number in range(4):  # each takes the place of the one before
         say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}"), LinkId(1000 + number))
     assert scene.source.core.sizes()["instances_replaced"] == 2
     for number in (1, 2):
-        say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}", greeting=9), LinkId(2000 + number))
+        say(scene.source, msgspec.structs.replace(hello, sender=f"i-{number}", hello_sequence=9), LinkId(2000 + number))
     assert scene.source.core.counters["messages_replayed"] == 2
 
 
@@ -262,7 +262,7 @@ def test_an_allowance_grows_with_time_up_to_its_burst() -> None:
 
 def test_greetings_that_come_to_nothing_are_forgotten() -> None:
     scene = Scene()
-    hello = scene.target.core.identity.hello(greeting=1)
+    hello = scene.target.core.identity.hello(hello_sequence=1)
     for number in range(50):
         say(
             scene.source,
@@ -276,7 +276,7 @@ def test_greetings_that_come_to_nothing_are_forgotten() -> None:
 
 def test_greetings_do_not_keep_others_out_of_a_full_table() -> None:
     scene = Scene(settings=replace(QUICK, sessions=8))
-    hello = scene.target.core.identity.hello(greeting=1)
+    hello = scene.target.core.identity.hello(hello_sequence=1)
     wrong = msgspec.structs.replace(hello, version=99)
     for number in range(100):
         say(
@@ -312,7 +312,7 @@ def test_one_peer_cannot_grant_more_units_than_its_share() -> None:
 
 def test_one_peer_cannot_make_us_forget_how_anothers_rooms_ended() -> None:
     scene = ready(replace(QUICK, tombstones=40, tombstones_per_peer=16))
-    other = msgspec.structs.replace(scene.target.core.identity.hello(greeting=1), sender="i-x", group="x")
+    other = msgspec.structs.replace(scene.target.core.identity.hello(hello_sequence=1), sender="i-x", group="x")
     link = LinkId(88_888)
     say(scene.source, other, link)
     scene.submit_all()
@@ -329,7 +329,7 @@ def test_forgetting_begins_with_the_peer_whose_rooms_were_forgotten_longest_ago(
     """An Open of a room whose end was confirmed must begin nothing, though there is no tombstone for it any more."""
     scene = ready(replace(QUICK, sessions=2, tombstones_per_peer=1))
     for number, name in enumerate(("i-x", "i-y")):
-        hello = scene.target.core.identity.hello(greeting=1)
+        hello = scene.target.core.identity.hello(hello_sequence=1)
         link = LinkId(88_888 + number)
         say(scene.source, msgspec.structs.replace(hello, sender=name, group=name), link)
         for room in (1, 2):
@@ -360,7 +360,7 @@ def test_what_a_peer_says_is_clipped_before_it_is_remembered() -> None:
         scene.source,
         Abort(sender="i-d0", receiver="i-p0", key=TransferKey(4712, 1), code="c" * 2000, reason="r" * 2000),
     )
-    lines = [line for room in (4711, scene.room) for line in scene.source.core.story(room)]
+    lines = [line for room in (4711, scene.room) for line in scene.source.core.trace_and_state(room)]
     assert lines
     assert max(len(line.text) for line in lines) <= MAX_CHARACTERS
 

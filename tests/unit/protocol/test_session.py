@@ -24,7 +24,7 @@ from kvbaton.protocol.events import (
     ReceiverOpened,
     TimePassed,
 )
-from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, Stranger, Verdict, encode
+from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, UnknownPeer, Verdict, encode
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.world import Rank, World
 from unit.protocol.scene import PAIR, QUICK, Scene, Shape, add_group, dropping, layouts
@@ -121,7 +121,7 @@ def test_a_target_that_waits_for_a_verdict_greets_again_until_its_deadline() -> 
 def greeted_at(world: World, source: Rank, target: Rank, at: float) -> None:
     """The target greets at that time; the source's driver does not come to an end of its preparations."""
     world.now = at
-    source.core.handle(MessageArrived(LinkId(99), encode(target.core.identity.hello(greeting=1))), at)
+    source.core.handle(MessageArrived(LinkId(99), encode(target.core.identity.hello(hello_sequence=1))), at)
     assert states(source) == ["preparing"]
 
 
@@ -490,9 +490,9 @@ def test_a_source_forgets_a_target_that_stays_away_and_a_target_no_source_that_m
     assert scene.source.core.sessions() == []
     assert states(scene.target) == ["lost"]
     scene.world.network = lambda _from, _to, _message: 1
-    scene.world.run(until=1_060.0)  # ping → Stranger → Hello
+    scene.world.run(until=1_060.0)  # ping → UnknownPeer → Hello
     assert not scene.status("target").leased
-    assert any(isinstance(m, Stranger) for *_, m in scene.world.trace)
+    assert any(isinstance(m, UnknownPeer) for *_, m in scene.world.trace)
 
 
 def test_both_forget_who_stays_away_and_meet_again_for_the_next_room() -> None:
@@ -609,7 +609,7 @@ def test_a_message_for_another_instance_is_answered_with_stranger_and_greeted_ag
     world.inject(target, source, Ping(sender="i-d0", receiver="i-gone"))
     assert source.core.counters["messages_from_strangers"] == 1
     kinds = [type(m) for *_, m in world.trace[4:]]
-    assert kinds == [Stranger, Hello, Hello, Verdict, Verdict]
+    assert kinds == [UnknownPeer, Hello, Hello, Verdict, Verdict]
     assert states(source) == states(target) == ["ready"]
 
 
@@ -634,8 +634,8 @@ def test_a_stranger_for_another_instance_is_not_believed() -> None:
     world, source, target = pair()
     meet(world, source, target)
     sent = len(world.trace)
-    world.inject(source, target, Stranger(sender="i-p0", receiver="i-other"))
-    world.inject(target, source, Stranger(sender="i-d0", receiver="i-p0"))
+    world.inject(source, target, UnknownPeer(sender="i-p0", receiver="i-other"))
+    world.inject(target, source, UnknownPeer(sender="i-d0", receiver="i-p0"))
     assert len(world.trace) == sent
 
 

@@ -153,7 +153,7 @@ def test_every_live_state_has_a_deadline_or_an_owner(state: State) -> None:
     path(scene)
     rank = scene.world.ranks[name]
     peer = scene.target if name == "p0" else scene.source
-    waits_for = rank.core.story(scene.room)[-1].text
+    waits_for = rank.core.trace_and_state(scene.room)[-1].text
     assert waits_for.endswith(f"transfers: {peer.core.instance} is {state.value}"), waits_for
     rank.core.check_invariants()
     assert rank.core.next_deadline() is not None

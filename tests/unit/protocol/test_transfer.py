@@ -114,7 +114,7 @@ def expect_known_steps(scene: Scene) -> None:
     entered = re.compile(r"^(\S+ with \S+) (\w+)(?:: .*)?$")
     for rank in scene.ranks:
         last: dict[str, State] = {}
-        for line in rank.core.story(scene.room):
+        for line in rank.core.trace_and_state(scene.room):
             match = entered.match(line.text)
             if match:
                 state = State(match[2])
@@ -1016,7 +1016,7 @@ def test_messages_that_go_the_wrong_way_are_counted_and_change_nothing() -> None
         scene.world.inject(sender, receiver, message)
     assert scene.source.core.counters["messages_forbidden"] == 2
     assert scene.target.core.counters["messages_forbidden"] == 2
-    assert "forbidden: " in "".join(line.text for line in scene.target.core.story(scene.room))
+    assert "forbidden: " in "".join(line.text for line in scene.target.core.trace_and_state(scene.room))
     scene.submit_all()
     scene.expect_success()
 

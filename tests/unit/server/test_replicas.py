@@ -19,7 +19,7 @@ import pytest
 from kvbaton.discovery.placement import LoadBalance
 from kvbaton.discovery.registry import Coordinates, Route, Sizes
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.pipe import tell_death
 from kvbaton.serving.engine.request import Output, Request
@@ -73,8 +73,8 @@ class ScriptedReplica(ScriptedEngine):
             counters={"writes_posted": 3, f"only_{self.rank}": 1},
         )
 
-    def timeline(self, room: int) -> Sequence[Moment]:
-        return [Moment(3.0 - self.rank, f"room {room} on {self.rank}")]
+    def timeline(self, room: int) -> Sequence[TraceEvent]:
+        return [TraceEvent(3.0 - self.rank, f"room {room} on {self.rank}")]
 
     def watch(self, on_lost: Callable[[KVBatonError], None]) -> None:
         self.on_lost = on_lost
@@ -242,7 +242,7 @@ def test_what_the_ranks_hold_is_told_as_one(make: Make) -> None:
         counters={"writes_posted": 6, "only_0": 1, "only_1": 1},
     )
     assert [route.coordinates.dp for route in setup.replicas.routes] == [0, 1]
-    assert setup.replicas.timeline(5) == [Moment(3.0, "room 5 on 0"), Moment(2.0, "room 5 on 1")]
+    assert setup.replicas.timeline(5) == [TraceEvent(3.0, "room 5 on 0"), TraceEvent(2.0, "room 5 on 1")]
     setup.engines[1].trouble = ExpiredError("the driver does not answer")
     with pytest.raises(ExpiredError, match="the driver does not answer"):
         setup.replicas.handoffs()

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from kvbaton.cli.main import main
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.server.router import Router, RouterConfig
@@ -21,8 +21,12 @@ from kvbaton.serving.testing.http import run, serving
 ROOM = 77
 SECRET = "a-secret-of-many-characters"
 TOLD = {
-    "prefill": [Moment(3.0, "sender opened"), Moment(1.0, "chunk to token 16 submitted"), Moment(0.0, "now Waiting")],
-    "decode": [Moment(2.0, "receiver opened")],
+    "prefill": [
+        TraceEvent(3.0, "sender opened"),
+        TraceEvent(1.0, "chunk to token 16 submitted"),
+        TraceEvent(0.0, "now Waiting"),
+    ],
+    "decode": [TraceEvent(2.0, "receiver opened")],
 }
 
 

@@ -32,7 +32,7 @@ from kvbaton.errors import (
     RegistryError,
     TransferFailedError,
 )
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout, encode
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server import openapi, story
@@ -80,7 +80,7 @@ class ApiServer:
         registry: RegistryClient | None = None,
         readiness: Callable[[], str] = lambda: "",
         info: Callable[[], Mapping[str, object]] = dict,
-        timeline: Callable[[int], Sequence[Moment]] | None = None,
+        timeline: Callable[[int], Sequence[TraceEvent]] | None = None,
         layouts: Sequence[RankLayout] = (),
         instance: str = "",
         secret: str | None = None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import KVBatonError
-from kvbaton.manager import KVManager, Moment
+from kvbaton.manager import KVManager, TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.serving.engine.group import Group
@@ -51,7 +51,7 @@ class LocalReplica:
     def handoffs(self) -> Handoffs | None:
         return handoffs_of(self.manager, self.rank, self.policy) if self.manager is not None else None
 
-    def timeline(self, room: int) -> Sequence[Moment]:
+    def timeline(self, room: int) -> Sequence[TraceEvent]:
         return self.manager.timeline(room) if self.manager is not None else ()
 
     def watch(self, on_lost: Callable[[KVBatonError], None]) -> None:

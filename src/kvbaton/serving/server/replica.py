@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import KVBatonError
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.server.engine import Engine
 from kvbaton.serving.server.metrics import Gauge
@@ -107,7 +107,7 @@ class Replica(Engine, Protocol):
     def handoffs(self) -> Handoffs | None:
         """A snapshot; None where nothing is handed over. May wait for a moment."""
 
-    def timeline(self, room: int) -> Sequence[Moment]:
+    def timeline(self, room: int) -> Sequence[TraceEvent]:
         """What happened to a room here, oldest first. May wait for a moment. Raises ExpiredError."""
 
     def watch(self, on_lost: Callable[[KVBatonError], None]) -> None:

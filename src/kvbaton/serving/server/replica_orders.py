@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import KVBatonError
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.pipe import Died
 from kvbaton.serving.engine.request import Output, Request
@@ -61,7 +61,7 @@ class Told(Struct, frozen=True, tag="told"):
     number: int
     stats: Stats | None = None
     handoffs: Handoffs | None = None
-    moments: tuple[Moment, ...] = ()
+    moments: tuple[TraceEvent, ...] = ()
     error: KVBatonError | None = None
 
 

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from kvbaton.discovery.placement import LoadBalance, checked_rank
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError
-from kvbaton.manager import Moment
+from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.request import Output, Request
@@ -220,7 +220,7 @@ class Replicas:
         found = [told.handoffs for told in self._ask_all() if told.handoffs is not None]
         return sum_of(found) if found else None
 
-    def timeline(self, room: int) -> Sequence[Moment]:
+    def timeline(self, room: int) -> Sequence[TraceEvent]:
         moments = [moment for told in self._ask_all(room) for moment in told.moments]
         return sorted(moments, key=lambda moment: -moment.seconds_ago)
 

@@ -1,6 +1,6 @@
 """What happened to a room, in order: the answer to "where is request N stuck?". Bounded in rooms and in lines.
 
-How a room began says as much as how it stands, so a long story keeps both ends and says how many lines are left out.
+How a room began says as much as how it stands, so a long trace keeps both ends and says how many lines are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TraceLine:
     """One event of a room. ``at`` in seconds of the core's clock."""
 
     at: float
@@ -25,43 +25,43 @@ class Line:
 
 
 @dataclass(slots=True)
-class _Told:
+class _RoomTrace:
     """One room's lines. ``left_out``: how many are missing between the first and the last."""
 
-    first: list[Line] = field(default_factory=list)
-    last: deque[Line] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    first: list[TraceLine] = field(default_factory=list)
+    last: deque[TraceLine] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     left_out: int = 0
 
-    def add(self, line: Line) -> None:
+    def add(self, line: TraceLine) -> None:
         if len(self.first) < FIRST_LINES:
             self.first.append(line)
             return
         self.left_out += len(self.last) == LAST_LINES
         self.last.append(line)
 
-    def lines(self) -> list[Line]:
-        gap = [Line(self.last[0].at, f"({self.left_out} lines left out)")] if self.left_out else []
+    def lines(self) -> list[TraceLine]:
+        gap = [TraceLine(self.last[0].at, f"({self.left_out} lines left out)")] if self.left_out else []
         return [*self.first, *gap, *self.last]
 
 
-class Story:
+class Trace:
     """The first and last lines of the last rooms."""
 
     def __init__(self) -> None:
-        self._rooms: OrderedDict[int, _Told] = OrderedDict()
+        self._rooms: OrderedDict[int, _RoomTrace] = OrderedDict()
 
-    def tell(self, room: int, at: float, text: str) -> None:
-        told = self._rooms.get(room)
-        if told is None:
-            told = self._rooms[room] = _Told()
+    def record(self, room: int, at: float, text: str) -> None:
+        found = self._rooms.get(room)
+        if found is None:
+            found = self._rooms[room] = _RoomTrace()
             if len(self._rooms) > MAX_ROOMS:
                 self._rooms.popitem(last=False)
-        told.add(Line(at, text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"))
+        found.add(TraceLine(at, text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"))
 
     def __len__(self) -> int:
         """Rooms that are remembered."""
         return len(self._rooms)
 
-    def of(self, room: int) -> list[Line]:
-        told = self._rooms.get(room)
-        return told.lines() if told is not None else []
+    def of(self, room: int) -> list[TraceLine]:
+        found = self._rooms.get(room)
+        return found.lines() if found is not None else []

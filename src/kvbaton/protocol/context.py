@@ -1,0 +1,90 @@
+"""What the parts of one core share: the time of this event, effects so far, timers, trace, counters, serial numbers.
+
+One object per core. It is how sessions, transfers and rooms speak to the world and find each other; none of them keeps
+effects or time of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+from kvbaton.control.base import LinkId
+from kvbaton.protocol.allowance import Allowance
+from kvbaton.protocol.effects import Effect, Send
+from kvbaton.protocol.events import WriteId
+from kvbaton.protocol.messages import AnyMessage, Role, encode
+from kvbaton.protocol.settings import Settings
+from kvbaton.protocol.timers import Timers
+from kvbaton.protocol.trace import Trace
+
+if TYPE_CHECKING:
+    from kvbaton.protocol.session import Identity, Session
+    from kvbaton.protocol.transfer import Transfer
+
+_TIMERS = ("deadline", "retry", "heartbeat", "forget")
+
+
+class Context:
+    """See the module.
+
+    ``session_link``, ``session_changed`` and ``session_needed`` are set by whoever keeps the sessions and the rooms:
+    the link of a peer's session, what follows a session's new state, and whether a room or a lease depends on one.
+    """
+
+    def __init__(self, identity: Identity, settings: Settings) -> None:
+        self.identity = identity
+        self.settings = settings
+        self.now = 0.0
+        self.counters: Counter[str] = Counter()
+        self.timers: Timers[Hashable] = Timers()
+        self.trace = Trace()
+        self.unasked = Allowance()
+        self.writes: dict[WriteId, Transfer] = {}  #: asked for and not settled
+        self.session_link: Callable[[str, Role], LinkId | None] = lambda _peer, _role: None
+        self.session_changed: Callable[[Session], None] = lambda _session: None
+        self.session_needed: Callable[[Session], bool] = lambda _session: False
+        self._serial = itertools.count(1)
+        self._effects: list[Effect] = []
+
+    @property
+    def instance(self) -> str:
+        return self.identity.instance
+
+    def mint(self) -> int:
+        """A number that grows."""
+        return next(self._serial)
+
+    def mint_write(self, transfer: Transfer) -> WriteId:
+        write = WriteId(self.mint())
+        self.writes[write] = transfer
+        return write
+
+    def emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+    def send_on(self, link: LinkId, message: AnyMessage) -> None:
+        self._effects.append(Send(link, encode(message)))
+
+    def send(self, transfer: Transfer, message: AnyMessage) -> None:
+        """To a transfer's peer, if there is a session with it."""
+        link = self.session_link(transfer.peer, transfer.role)
+        if link is not None:
+            self.send_on(link, message)
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def set_timer(self, owner: Session | Transfer, name: str, when: float) -> None:
+        self.timers.set(owner, name, when)
+
+    def cancel_timers(self, owner: Session | Transfer) -> None:
+        """All of a session's, or of a transfer's."""
+        self.timers.cancel(owner, *_TIMERS)
+
+    def record(self, room: int, text: str) -> None:
+        """Something happened to a room."""
+        self.trace.record(room, self.now, text)
