@@ -26,6 +26,7 @@ from kvbaton.control.address import Address
 from kvbaton.errors import ExpiredError, KVBatonError, TransferFailedError
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.protocol.settings import Settings
+from kvbaton.transports.interfaces import restrict
 from lab.soak.config import LAYERS, PAGES, TOKENS, Side, SoakConfig
 
 HALT = "halt"
@@ -172,6 +173,7 @@ class SoakRank:
 
 def serve(spec: SoakRankSpec, pipe: Connection) -> None:
     """Main of a rank's process: obey until told to stop. Errors go back on the pipe."""
+    restrict(["127.0.0.1"])
     rank = SoakRank(spec, pipe)
     pipe.send(("ok", rank.describe()))
     while True:

@@ -22,6 +22,7 @@ from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, Span
 from kvbaton.plan.pair import pair_plan
 from kvbaton.protocol.settings import Settings
+from kvbaton.transports.interfaces import restrict
 
 TIMEOUT_SECONDS = 120.0
 
@@ -221,6 +222,7 @@ class BenchRank:
 
 def serve(spec: BenchRankSpec, pipe: Connection) -> None:
     """Main of a rank's process: obey until told to stop. Errors go back on the pipe."""
+    restrict(["127.0.0.1"])
     rank = BenchRank(spec)
     pipe.send(("ok", rank.describe()))
     while True:

@@ -1,11 +1,13 @@
 """What the ranks of a group say to each other inside one forward pass, over torch.distributed.
 
 Rules: every rank makes the same calls in the same order, as the leader's orders dictate. A rank that dies breaks the
-connections of the others, so that none waits for it for ever. This file must not know of models, pools or schedulers.
+connections of the others, so that none waits for it for ever. The ranks of a group are on one machine, so gloo and NCCL
+listen on loopback only, unless their variables say otherwise. This file must not know of models, pools or schedulers.
 """
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from kvbaton.serving.engine.shard import Shard
 
 #: How long ranks may differ in time: they are forked together and compute in step.
 PATIENCE = timedelta(minutes=2)
+#: What each library reads where it listens from, when its first group is made.
+INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
 class Collective:
@@ -25,8 +29,10 @@ class Collective:
     def __init__(self, shard: Shard, rendezvous: Path, device: str) -> None:
         self._shard = shard
         self._device = device
+        library = "nccl" if device.startswith("cuda") else "gloo"
+        os.environ.setdefault(INTERFACES[library], "lo")
         dist.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo",
+            library,
             init_method=f"file://{rendezvous}",
             rank=shard.rank,
             world_size=shard.ranks,

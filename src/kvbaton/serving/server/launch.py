@@ -36,6 +36,7 @@ from kvbaton.serving.engine.shard import Shard
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
+from kvbaton.serving.server.data_network import data_addresses
 from kvbaton.serving.server.failure import DrainingError
 from kvbaton.serving.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
 from kvbaton.serving.server.metrics import Gauge
@@ -44,6 +45,7 @@ from kvbaton.serving.server.replica import Replica
 from kvbaton.serving.server.replicas import Replicas
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
 from kvbaton.serving.server.tokens import ServerTokenizer
+from kvbaton.transports.interfaces import restrict
 
 WITHDRAW_SECONDS = 2.0
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
@@ -154,7 +156,9 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
     if config.mode != "null":
         require_secret(config.registry_host, secret, what="the control plane")
         require_secret(config.host, secret, what=f"a {config.mode} server")
-        link_hosts(config)  # refused before a model is loaded
+        listens, advertised = link_hosts(config)  # refused before a model is loaded
+        if config.transfer_backend == "nixl":  # before anything is forked, and before UCX is loaded
+            restrict(data_addresses(config.mode, allow, listens, advertised))
     shard = Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
     rank = Rank(shard=shard, dp_size=config.data_parallel_size)
     placements = Placements()
