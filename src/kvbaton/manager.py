@@ -12,42 +12,34 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
-from kvbaton.control.zmq import ZmqLinks
-from kvbaton.discovery import make_membership
 from kvbaton.discovery.placement import group_of
-from kvbaton.discovery.registry import Coordinates as RegistryCoordinates
-from kvbaton.discovery.registry import Route, Sizes, check_inside
-from kvbaton.errors import AbortedError, ConfigError, KVBatonError, LocalProtocolError, OverloadedError
+from kvbaton.discovery.registry import Sizes
+from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError
+from kvbaton.handles import ALWAYS_READY, Finished, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
 from kvbaton.layout import CacheLayout, Coordinates
+from kvbaton.parts import make_parts, new_instance
 from kvbaton.protocol.core import Core
-from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
+from kvbaton.protocol.effects import KVPoll, Report
 from kvbaton.protocol.events import (
     AbortRequested,
-    Chunk,
-    ChunkSubmitted,
     Event,
-    GrantsPublished,
     ReceiverOpened,
     SenderOpened,
 )
-from kvbaton.protocol.grants import check_grants
-from kvbaton.protocol.messages import Grant, Role
+from kvbaton.protocol.messages import Role
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.commands import Command, Fence
 from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
-from kvbaton.transports import make_transport
 from kvbaton.transports.base import Transport
 
 if TYPE_CHECKING:
@@ -65,168 +57,11 @@ __all__ = [
     "new_instance",
 ]
 
-#: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
-#: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
-#: the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
-Span = Grant
-
 MAX_ROOM = (1 << 63) - 1
 
 #: The side of its rooms that a rank is on: prefill sends, decode receives.
 RankRole = Literal["prefill", "decode", "both"]
 _OPENS: dict[RankRole, tuple[Role, ...]] = {"prefill": ("source",), "decode": ("target",), "both": ("source", "target")}
-
-
-def ALWAYS_READY() -> bool:  # noqa: N802 - used like a constant
-    """The fence of data that is already in memory."""
-    return True
-
-
-def new_instance() -> str:
-    """A fresh instance id: names one process for as long as it lives."""
-    return uuid.uuid4().hex
-
-
-@dataclass(frozen=True, slots=True)
-class TraceEvent:
-    """One line of a room's story, as old as ``seconds_ago`` when it was asked for: durations can be compared between
-    machines, instants can not."""
-
-    seconds_ago: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A room that ended and whose units are free: told exactly once to engines that ask for it."""
-
-    room: int
-    role: Role
-    error: KVBatonError | None
-
-
-class _Side:
-    """What sender and receiver share: the last status that the driver published."""
-
-    role: Role
-
-    def __init__(self, manager: KVManager, room: int) -> None:
-        self.room = room
-        self._manager = manager
-        self._status = RoomStatus()
-        self._started_at = manager.clock()
-        self._ended_at: float | None = None
-        self._handed_over = False
-
-    def poll(self) -> KVPoll:
-        """State of the room. Failed and Success never change any more."""
-        return self._status.poll
-
-    @property
-    def error(self) -> KVBatonError | None:
-        """The first root cause, once ``poll()`` is Failed."""
-        return self._status.error
-
-    @property
-    def leased(self) -> bool:
-        """A write may still touch this room's units, or will: they must not be freed."""
-        return self._status.leased or (self._handed_over and not self._ended)
-
-    @property
-    def _ended(self) -> bool:
-        return self._status.poll in (KVPoll.Failed, KVPoll.Success)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that this room moves on this rank."""
-        return self._status.bytes
-
-    @property
-    def handoff_seconds(self) -> float:
-        """From ``publish`` (receiver) or creation (sender) to the outcome, or to now."""
-        return (self._ended_at if self._ended_at is not None else self._manager.clock()) - self._started_at
-
-    @property
-    def released(self) -> bool:
-        """Failed or Success, and no unit is leased: everything may be freed."""
-        return self._ended and not self._status.leased
-
-    @property
-    def exposed_seconds(self) -> float:
-        """What the hand-off adds to the prefill: from the last chunk's submission to its last byte having settled."""
-        return self._status.exposed_seconds
-
-    def fail(self, error: KVBatonError) -> None:
-        """End the room on both sides, with ``error`` as the cause. Does nothing once it has ended."""
-        self._manager._command(AbortRequested(self.room, self.role, error), even_if_closed=True)
-
-    def abort(self, reason: str) -> None:
-        """Give the room up on both sides. Does nothing once it has ended."""
-        self.fail(AbortedError(reason, room=self.room))
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} room {self.room}: {self.poll().name}{', leased' if self.leased else ''}>"
-
-
-class KVSender(_Side):
-    """The prefill side of one room. Made by :meth:`KVManager.sender`."""
-
-    role: Role = "source"
-
-    def __init__(self, manager: KVManager, room: int) -> None:
-        super().__init__(manager, room)
-        self._complete = False
-
-    @property
-    def prefix_len(self) -> int:
-        """Tokens that every target holds already, known from WaitingForInput on; no need to submit them."""
-        return self._status.prefix_len
-
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
-        """Hand over a chunk. Chunks come in token order and, but for the last, end on a page boundary; aux and state
-        slots go with the last one.
-
-        Args:
-            spans: the units that hold the chunk, one span per pool.
-            last: nothing follows; its token range ends with the prompt.
-            ready: returns true once the data is in memory (a CUDA event's query, or :data:`ALWAYS_READY`). Nothing is
-                read before that. Called from the driver thread; must not block.
-
-        Raises:
-            LayoutError: a span names units that do not exist or do not fit its token range.
-            LocalProtocolError: the last chunk was submitted already, or the manager is closed.
-        """
-        if self._complete:
-            raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
-        chunk = Chunk(spans=tuple(spans), last=last)
-        check_grants(chunk.spans, self._manager.layout, distinct=False)
-        self._handed_over, self._complete = True, last
-        self._manager._command(ChunkSubmitted(self.room, chunk), ready)
-
-
-class KVReceiver(_Side):
-    """The decode side of one room. Made by :meth:`KVManager.receiver`."""
-
-    role: Role = "target"
-
-    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
-        """Grant units to the sources. A paged span starts at the prefix that we hold already.
-
-        Args:
-            spans: one span per pool; the units are leased from now on.
-            token_count: tokens of the whole prompt; both sides must agree.
-
-        Raises:
-            LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
-            LocalProtocolError: units were published already, or the manager is closed.
-        """
-        if self._handed_over:
-            raise LocalProtocolError(f"units were published for room {self.room} already", room=self.room)
-        grants = tuple(spans)
-        check_grants(grants, self._manager.layout)
-        self._handed_over = True
-        self._started_at = self._manager.clock()
-        self._manager._command(GrantsPublished(self.room, grants, token_count))
 
 
 class KVManager:
@@ -305,7 +140,7 @@ class KVManager:
             )
             given.pop_all()
         self._lock = threading.Lock()
-        self._sides: dict[tuple[Role, int], _Side] = {}
+        self._sides: dict[tuple[Role, int], RoomHandle] = {}
         self._finished: deque[Finished] | None = deque() if collect_finished else None
         self.outcomes: Counter[str] = Counter()
 
@@ -354,39 +189,30 @@ class KVManager:
         """
         sizes = sizes if sizes is not None else Sizes()
         place = coordinates if coordinates is not None else Coordinates()
-        where = RegistryCoordinates(dp=place.dp, pp=place.pp, cp=place.cp, tp=place.tp)
-        check_inside(where, sizes)
-        if sizes.ranks > 1 and not group:
-            raise ConfigError(f"group: name the engine instance that the {sizes.ranks} ranks belong to, alike on each")
-        group, instance = group or new_instance(), instance or new_instance()
-        with ExitStack() as made:
-            links = ZmqLinks(str(Address(host, port)), secret=secret, advertise=advertise)
-            made.callback(links.close)
-            membership = None
-            if registry:
-                route = Route(
-                    instance=instance,
-                    group=group,
-                    address=links.address,
-                    layout_digest=layout.digest(),
-                    http_port=0,
-                    coordinates=where,
-                    sizes=sizes,
-                )
-                membership = make_membership(registry, None if role == "decode" else route, secret)
-                made.callback(membership.close)
-            transport = make_transport(backend, instance)
-            made.pop_all()  # the manager closes them from here on, whether it comes about or not
+        instance = instance or new_instance()
+        parts = make_parts(
+            layout.digest(),
+            backend=backend,
+            bind=Address(host, port),
+            advertise=advertise,
+            registry=registry,
+            registers=role != "decode",
+            secret=secret,
+            instance=instance,
+            group=group,
+            sizes=sizes,
+            coordinates=place,
+        )
         manager = cls(
             layout,
-            transport,
-            links,
+            parts.transport,
+            parts.links,
             instance=instance,
-            group=group_of(group, place.dp, sizes.dp),
+            group=group_of(parts.group, place.dp, sizes.dp),
             group_size=sizes.ranks // sizes.dp,
             coordinates=place,
             role=role,
-            registry=membership,
+            registry=parts.registry,
             settings=settings,
             wakeup=wakeup,
             collect_finished=collect_finished,
@@ -460,7 +286,7 @@ class KVManager:
             LocalProtocolError: the room is being sent already, or the manager is closed.
             OverloadedError: too many rooms are live.
         """
-        sender = KVSender(self, room)
+        sender = KVSender(room, self.layout, self._command, self.clock)
         self._add(sender)
         self._command(SenderOpened(room))
         return sender
@@ -475,7 +301,7 @@ class KVManager:
         """
         if not sources or len(set(sources)) != len(sources):
             raise ConfigError(f"room {room} needs the address of every prefill rank once, got {list(sources)}")
-        receiver = KVReceiver(self, room)
+        receiver = KVReceiver(room, self.layout, self._command, self.clock)
         self._add(receiver)
         self._command(ReceiverOpened(room, tuple(sources)))
         return receiver
@@ -542,7 +368,7 @@ class KVManager:
         """How bytes were seen to travel from here to each peer, distinct answers joined; empty before any has."""
         return ", ".join(sorted({path for path in list(self._driver.evidence.values()) if path}))
 
-    def _add(self, side: _Side) -> None:
+    def _add(self, side: RoomHandle) -> None:
         if not 0 <= side.room <= MAX_ROOM:
             raise ConfigError(f"room {side.room} is outside 0..2^63-1")
         if side.role not in _OPENS[self.role]:
@@ -554,24 +380,18 @@ class KVManager:
                 raise OverloadedError(f"{len(self._sides)} rooms are live; try again later", room=side.room)
             self._sides[side.role, side.room] = side
 
-    def _command(self, event: Event, fence: Fence | None = None, *, even_if_closed: bool = False) -> None:
-        if self._driver.closing:
-            if even_if_closed:
-                return
+    def _command(self, event: Event, fence: Fence | None = None) -> None:
+        if not self._driver.closing:
+            self._driver.post(Command(event, fence))
+        elif not isinstance(event, AbortRequested):  # a closed manager has ended every room
             raise LocalProtocolError("the manager is closed")
-        self._driver.post(Command(event, fence))
 
     def _report(self, report: Report) -> None:
         """Driver thread: publish a status to its side."""
         side = self._sides.get((report.role, report.room))
         if side is None:
             return
-        ended_before = side._ended_at is not None
-        ended = report.status.poll in (KVPoll.Failed, KVPoll.Success)
-        if ended and not ended_before:
-            side._ended_at = self.clock()
-        side._status = report.status
-        if ended and not ended_before:
+        if side.on_status(report.status):
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
         if side.released:
             with self._lock:

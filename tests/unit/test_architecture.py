@@ -24,6 +24,7 @@ LAYERS = (
     ("kvbaton.control", "kvbaton.transports"),
     ("kvbaton.discovery",),
     ("kvbaton.runtime",),
+    ("kvbaton.handles", "kvbaton.parts"),
     ("kvbaton.manager",),
     ("kvbaton.engines", "kvbaton.explain"),
     ("kvbaton.testing", "kvbaton.bench"),

@@ -16,7 +16,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
+    _add_model(parser.add_argument_group("model"))
+    _add_http(parser.add_argument_group("HTTP"))
+    _add_engine(parser.add_argument_group("engine"))
+    disaggregation = parser.add_argument_group("disaggregation")
+    _add_disaggregation(disaggregation)
+    _add_timeouts(disaggregation)
+    _add_staging(disaggregation)
+    disaggregation.add_argument(
+        "--secret-file", type=Path, default=None, help="file with the shared secret; required beyond loopback"
+    )
+    add_log_level(parser)
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--model", "--model-path", required=True, help="directory, hub id or bundled name of the model")
     model.add_argument("--served-model-name", default="", help="model name in the API; empty: that of --model")
     model.add_argument(
@@ -51,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fewest requests; auto: follow_bootstrap_room on prefill, else total_requests",
     )
     model.add_argument("--torch-threads", type=positive, default=None, help="CPU threads of one forward pass")
-    http = parser.add_argument_group("HTTP")
+
+
+def _add_http(http: argparse._ArgumentGroup) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     http.add_argument("--port", type=port, default=30000, help="port of the HTTP server; 0: any free one")
     http.add_argument(
@@ -60,14 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="seconds that running requests may take to finish after SIGTERM",
     )
-    engine = parser.add_argument_group("engine")
+
+
+def _add_engine(engine: argparse._ArgumentGroup) -> None:
     engine.add_argument("--page-size", type=positive, default=16, help="tokens of a page of the KV pool")
     engine.add_argument("--max-total-tokens", type=positive, default=16384, help="capacity of the KV pool in tokens")
     engine.add_argument(
         "--chunked-prefill-size", type=positive, default=512, help="most prompt tokens of one forward pass"
     )
     engine.add_argument("--max-running-requests", type=positive, default=32, help="most requests in one batch")
-    pd = parser.add_argument_group("disaggregation")
+
+
+def _add_disaggregation(pd: argparse._ArgumentGroup) -> None:
     pd.add_argument(
         "--disaggregation-mode",
         choices=("null", "prefill", "decode"),
@@ -106,6 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "translation); port 0: the one that is bound",
     )
     pd.add_argument(
+        "--disaggregation-decode-enable-radix-cache",
+        action="store_true",
+        help="keep a prefix cache on decode; only what follows the prefix is transferred",
+    )
+
+
+def _add_timeouts(pd: argparse._ArgumentGroup) -> None:
+    pd.add_argument(
         "--disaggregation-handshake-timeout",
         type=seconds,
         default=10.0,
@@ -129,11 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5.0,
         help="seconds between heartbeats; a peer that misses two is lost",
     )
-    pd.add_argument(
-        "--disaggregation-decode-enable-radix-cache",
-        action="store_true",
-        help="keep a prefix cache on decode; only what follows the prefix is transferred",
-    )
+
+
+def _add_staging(pd: argparse._ArgumentGroup) -> None:
     pd.add_argument(
         "--staging",
         choices=("auto", "always", "never"),
@@ -159,10 +184,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="cost model of --staging auto, written by `kvbaton bench calibrate`; none: the default one",
     )
-    pd.add_argument(
-        "--secret-file", type=Path, default=None, help="file with the shared secret; required beyond loopback"
-    )
-    add_log_level(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,32 @@
-"""All sessions of this rank: by link, by the address that was dialled, by the peer's instance."""
+"""All sessions of this rank: by link, by the address that was dialled, by the peer's instance.
+
+Three names for one peer, none of which is enough. A *link* is a connection, and another process may answer on it after
+a restart. An *address* is where we dialled, and outlives its process. An *instance* is one process, minted when it
+starts; it is the only name that a write may depend on. So messages are routed by link, rooms find their sources by
+address, transfers are kept by instance, and each index is changed in one method only.
+
+Who replaces whom:
+
+- Target side, *another instance answers at an address*: the old process is gone for certain, since it held the address.
+  Its session ends (its writes are over), and a new session takes the link and the address.
+- Source side, *a known instance says hello on another link*: it has reconnected. The session moves, but only if the
+  ``Hello`` is newer than the last one (its hello sequence has grown) and names us as its receiver; otherwise it is a
+  recorded or delayed copy, and moving to it would hand the session to whoever replays messages.
+- Source side, *a new instance stands at the place (group and coordinates) of another*: the other one is lost, not gone:
+  a place is what the peer says of itself. Its later hellos count no more.
+- *An instance that is ready at one address answers at another*: ignored, a rank has one address.
+
+What we say first. A ``Hello`` that answers ours must name our instance, or it answers somebody else. A message that
+fits no session is answered with ``UnknownPeer`` at most a few times a second for each link (``unasked``), so that nobody
+can make us send more than he does.
+
+Which sessions go. A target keeps dialling a lost peer for as long as a room waits for it or a lease depends on its
+word, and forgets it some time after; so do sources with targets that stay away. When the table is full, those that have
+been greeting, refused or lost for longest make way; sessions that are ready never do.
+
+The memory behind a peer changes too: an agent that was replaced to stop a write has new metadata, which a new ``Hello``
+carries on every session as a target (:meth:`Peers.on_agent_replaced`).
+"""
 
 from __future__ import annotations
 

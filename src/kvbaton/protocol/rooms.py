@@ -1,4 +1,31 @@
-"""All rooms of this rank: what its engine asked for, what peers opened, and what is reported to the engine."""
+"""All rooms of this rank: what its engine asked for, what peers opened, and what is reported to the engine.
+
+A room is the router's number for one request; it is the only thing that the two engines have in common, and nobody
+guards it: it may be used again, used twice at once, or known here to one side only. So a *record* of a room is made by
+whoever comes first and completed by whoever comes next, and a number that is used again gets a new record while the old
+one still owes an answer. Only the current record of a number is reported; an older one ends what it owes in silence.
+
+Source rooms. The two halves of a request start at once, so an ``Open`` may come before ``sender()`` or after the
+chunks, and from several targets (all ranks of one decode group) in any order. Chunks are kept until every target has
+had them: a target that opens late gets all of them at once. Three memories make the orders equal:
+
+- a room that failed before our engine asked for it: the sender that comes later learns why, at once;
+- a room that failed before every target had opened it: those still to come are refused with the reason, each once,
+  and then the number is free for another request (:class:`_Unmet`);
+- tombstones of transfers (see ``transfers``): a copy of an ``Open`` that was answered begins nothing.
+
+Target rooms. A room is opened with all source ranks in one step, when pages are granted *and* every session is ready:
+one id is minted for all of them, and the set of sources is checked to be one whole group that writes each byte of ours
+once. Until then nothing of ours may be written, so a failure needs no drain.
+
+Conclusions are drawn in one place. Whatever happens touches a room; :meth:`Rooms.settle` looks at each touched room
+once, after the event is done: it fails the room if one of its transfers has failed (the first root cause wins, and
+every other transfer is then given up with it), reports what the engine does not know yet, and drops the record when
+nothing is owed. A report therefore never shows a state between two effects of one event.
+
+Failing and freeing are two things. ``fail`` ends a room for the engine now; its units stay leased until each transfer
+has proof that no write can come. Nothing in this file frees by time.
+"""
 
 from __future__ import annotations
 

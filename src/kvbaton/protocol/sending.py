@@ -1,6 +1,30 @@
 """What a transfer does at its source: post writes, prove that they settled, repeat the outcome; or settle and fail.
 
 Handlers of the table: ``(transfer, now, detail)``. See ``transfer`` for the states.
+
+What is subtle here is when a source may say what, because the target frees or uses pages on its word:
+
+- ``Done`` says that every byte of every part is in the target's memory. It leaves only when the last chunk has been cut
+  into writes, each part has reached the end of its grant, and *no write is outstanding*. Posting is not settling, and
+  counting is not identity: outstanding writes are a set of ids, and the parts in ``Done`` are those that were promised.
+- ``Failed{drained}``, ``Drained`` and ``Forgotten`` say that nothing of this transfer will ever touch the target again.
+  They bind the future: the transfer never posts afterwards, and a copy of its ``Open`` that arrives later finds a
+  tombstone.
+- ``fenced`` beside them says that we had to cut the target off to be sure. Bytes that had left our memory may still be
+  in the target's own transport, which it must drive empty before it frees (QUIESCING).
+
+How a failing source gets there: writes that are not posted yet are cancelled (a cancelled write settles), the posted
+ones are waited for (SETTLING) for ``settle_seconds``, and then the peer is fenced. A broken write does not settle: it
+may have put bytes on the wire, so it stays outstanding until the fence. Fencing one peer for one transfer ends the
+writes of all transfers to that peer; each of them hears of it by PEER_FENCED.
+
+Chunks and grants do not line up. A chunk is what prefill computed; a grant is what decode wants, from the prefix that
+it holds on. ``sent_until`` of a pool is the first token that is still to be sent; a chunk must begin at or before it,
+ends inside a page only if it is the last, and what lies before the grant is skipped without being read. Parts of slot pools
+(state, aux) go with the last chunk.
+
+A write is at most ``write_bytes`` and ``write_entries`` large, so that a long part can be cancelled halfway and never
+blocks the driver for long; staged parts are cut at the target's slots instead.
 """
 
 from __future__ import annotations

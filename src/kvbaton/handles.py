@@ -1,0 +1,183 @@
+"""What an engine holds of one room: KVSender on the prefill side, KVReceiver on the decode side.
+
+Reads are plain reads of the last status that the driver's thread published; commands only enqueue. What can be judged
+at once is judged at once: a wrong unit, units that were handed over already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
+from kvbaton.layout import CacheLayout
+from kvbaton.protocol.effects import KVPoll, RoomStatus
+from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, Event, GrantsPublished
+from kvbaton.protocol.grants import check_grants
+from kvbaton.protocol.messages import Grant, Role
+from kvbaton.runtime.commands import Fence
+
+#: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
+#: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
+#: the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
+Span = Grant
+
+#: Hands an event to the driver, a chunk with its fence. Raises LocalProtocolError where the manager is closed.
+Post = Callable[[Event, Fence | None], None]
+
+
+def ALWAYS_READY() -> bool:  # noqa: N802 - used like a constant
+    """The fence of data that is already in memory."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEvent:
+    """One line of a room's story, as old as ``seconds_ago`` when it was asked for: durations can be compared between
+    machines, instants can not."""
+
+    seconds_ago: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A room that ended and whose units are free: told exactly once to engines that ask for it."""
+
+    room: int
+    role: Role
+    error: KVBatonError | None
+
+
+class RoomHandle:
+    """What sender and receiver share: the last status that the driver published."""
+
+    role: Role
+
+    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float]) -> None:
+        self.room = room
+        self._layout = layout
+        self._post = post
+        self._clock = clock
+        self._status = RoomStatus()
+        self._started_at = clock()
+        self._ended_at: float | None = None
+        self._handed_over = False
+
+    def poll(self) -> KVPoll:
+        """State of the room. Failed and Success never change any more."""
+        return self._status.poll
+
+    @property
+    def error(self) -> KVBatonError | None:
+        """The first root cause, once ``poll()`` is Failed."""
+        return self._status.error
+
+    @property
+    def leased(self) -> bool:
+        """A write may still touch this room's units, or will: they must not be freed."""
+        return self._status.leased or (self._handed_over and not self._ended)
+
+    @property
+    def _ended(self) -> bool:
+        return self._status.poll in (KVPoll.Failed, KVPoll.Success)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this room moves on this rank."""
+        return self._status.bytes
+
+    @property
+    def handoff_seconds(self) -> float:
+        """From ``publish`` (receiver) or creation (sender) to the outcome, or to now."""
+        return (self._ended_at if self._ended_at is not None else self._clock()) - self._started_at
+
+    @property
+    def released(self) -> bool:
+        """Failed or Success, and no unit is leased: everything may be freed."""
+        return self._ended and not self._status.leased
+
+    @property
+    def exposed_seconds(self) -> float:
+        """What the hand-off adds to the prefill: from the last chunk's submission to its last byte having settled."""
+        return self._status.exposed_seconds
+
+    def on_status(self, status: RoomStatus) -> bool:
+        """Driver thread: publish a status. Whether the room has ended by it."""
+        self._status = status
+        if self._ended_at is not None or not self._ended:
+            return False
+        self._ended_at = self._clock()
+        return True
+
+    def fail(self, error: KVBatonError) -> None:
+        """End the room on both sides, with ``error`` as the cause. Does nothing once it has ended."""
+        self._post(AbortRequested(self.room, self.role, error), None)
+
+    def abort(self, reason: str) -> None:
+        """Give the room up on both sides. Does nothing once it has ended."""
+        self.fail(AbortedError(reason, room=self.room))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} room {self.room}: {self.poll().name}{', leased' if self.leased else ''}>"
+
+
+class KVSender(RoomHandle):
+    """The prefill side of one room. Made by :meth:`KVManager.sender`."""
+
+    role: Role = "source"
+
+    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float]) -> None:
+        super().__init__(room, layout, post, clock)
+        self._complete = False
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens that every target holds already, known from WaitingForInput on; no need to submit them."""
+        return self._status.prefix_len
+
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
+        """Hand over a chunk. Chunks come in token order and, but for the last, end on a page boundary; aux and state
+        slots go with the last one.
+
+        Args:
+            spans: the units that hold the chunk, one span per pool.
+            last: nothing follows; its token range ends with the prompt.
+            ready: returns true once the data is in memory (a CUDA event's query, or :data:`ALWAYS_READY`). Nothing is
+                read before that. Called from the driver thread; must not block.
+
+        Raises:
+            LayoutError: a span names units that do not exist or do not fit its token range.
+            LocalProtocolError: the last chunk was submitted already, or the manager is closed.
+        """
+        if self._complete:
+            raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
+        chunk = Chunk(spans=tuple(spans), last=last)
+        check_grants(chunk.spans, self._layout, distinct=False)
+        self._handed_over, self._complete = True, last
+        self._post(ChunkSubmitted(self.room, chunk), ready)
+
+
+class KVReceiver(RoomHandle):
+    """The decode side of one room. Made by :meth:`KVManager.receiver`."""
+
+    role: Role = "target"
+
+    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
+        """Grant units to the sources. A paged span starts at the prefix that we hold already.
+
+        Args:
+            spans: one span per pool; the units are leased from now on.
+            token_count: tokens of the whole prompt; both sides must agree.
+
+        Raises:
+            LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
+            LocalProtocolError: units were published already, or the manager is closed.
+        """
+        if self._handed_over:
+            raise LocalProtocolError(f"units were published for room {self.room} already", room=self.room)
+        grants = tuple(spans)
+        check_grants(grants, self._layout)
+        self._handed_over = True
+        self._started_at = self._clock()
+        self._post(GrantsPublished(self.room, grants, token_count), None)
