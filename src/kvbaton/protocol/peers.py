@@ -17,8 +17,8 @@ Who replaces whom:
 - *An instance that is ready at one address answers at another*: ignored, a rank has one address.
 
 What we say first. A ``Hello`` that answers ours must name our instance, or it answers somebody else. A message that
-fits no session is answered with ``UnknownPeer`` at most a few times a second for each link (``unasked``), so that nobody
-can make us send more than he does.
+fits no session is answered with ``UnknownPeer`` at most a few times a second for each link (``unasked``), so that
+nobody can make us send more than he does.
 
 Which sessions go. A target keeps dialling a lost peer for as long as a room waits for it or a lease depends on its
 word, and forgets it some time after; so do sources with targets that stay away. When the table is full, those that have

@@ -20,8 +20,8 @@ writes of all transfers to that peer; each of them hears of it by PEER_FENCED.
 
 Chunks and grants do not line up. A chunk is what prefill computed; a grant is what decode wants, from the prefix that
 it holds on. ``sent_until`` of a pool is the first token that is still to be sent; a chunk must begin at or before it,
-ends inside a page only if it is the last, and what lies before the grant is skipped without being read. Parts of slot pools
-(state, aux) go with the last chunk.
+ends inside a page only if it is the last, and what lies before the grant is skipped without being read. Parts of slot
+pools (state, aux) go with the last chunk.
 
 A write is at most ``write_bytes`` and ``write_entries`` large, so that a long part can be cancelled halfway and never
 blocks the driver for long; staged parts are cut at the target's slots instead.
