@@ -11,8 +11,7 @@ from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.discovery import make_membership
-from kvbaton.discovery.registry import Coordinates as RegistryCoordinates
-from kvbaton.discovery.registry import Route, Sizes, check_inside
+from kvbaton.discovery.registry import RegistryCoordinates, Route, Sizes, check_inside
 from kvbaton.errors import ConfigError
 from kvbaton.layout import Coordinates
 from kvbaton.transports import make_transport

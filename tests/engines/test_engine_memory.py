@@ -33,7 +33,7 @@ from kvbaton.serving.engine.memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGIN
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 
 TENSORS = tuple(PagedTensor(layer, name, 3, 4) for layer in range(2) for name in "kv")
 GEOMETRY = Geometry(
@@ -164,9 +164,9 @@ def test_a_pool_of_a_wrong_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match="HND or NHD"):
         Pools(GEOMETRY, PoolConfig(order="DHN"), model="m")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="3 layers"):
-        Shard(pp_size=4).layers(3)
+        RankShard(pp_size=4).layers(3)
     with pytest.raises(LayoutError, match="3 items do not divide over 2 ranks"):
-        Pools(GEOMETRY, PoolConfig(), model="m", shard=Shard(tp_size=2))
+        Pools(GEOMETRY, PoolConfig(), model="m", shard=RankShard(tp_size=2))
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])

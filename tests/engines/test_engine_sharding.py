@@ -16,10 +16,10 @@ from engine_kit import LoadedModels, make_prompt
 
 from kvbaton.errors import ConfigError, InternalError, PeerLostError
 from kvbaton.manager import KVPoll, Span
-from kvbaton.serving.engine.orders import Order, RankStatus, Report, Submit
+from kvbaton.serving.engine.orders import Order, RankStatus, Report, SubmitChunk
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.polls import combine
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.engine.sharding import check_fits, shard_network
 from lab.conformance.families import FAMILIES
 
@@ -53,7 +53,7 @@ def test_a_cut_network_computes_the_same(family: str, ranks: int, loaded_models:
     networks = []
     for rank in range(ranks):
         network = copy.deepcopy(whole.network)
-        shard_network(network, Shard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
+        shard_network(network, RankShard(tp_size=ranks, tp_rank=rank), meeting.adder(rank))
         networks.append(network)
 
     def compute(network: Any) -> Any:
@@ -69,20 +69,20 @@ def test_a_cut_network_computes_the_same(family: str, ranks: int, loaded_models:
 
 def test_what_does_not_divide_is_refused_by_name(loaded_models: LoadedModels) -> None:
     model = loaded_models["llama"]
-    check_fits(model.network, model.geometry, Shard(tp_size=8))
+    check_fits(model.network, model.geometry, RankShard(tp_size=8))
     with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide the model's 8 attention heads"):
-        check_fits(model.network, model.geometry, Shard(tp_size=3))
+        check_fits(model.network, model.geometry, RankShard(tp_size=3))
     with pytest.raises(ConfigError, match="--tensor-parallel-size 16 does not divide"):
-        check_fits(model.network, model.geometry, Shard(tp_size=16))
+        check_fits(model.network, model.geometry, RankShard(tp_size=16))
     with pytest.raises(ConfigError, match="pipeline-parallel size 5 is more than the model's 4 layers"):
-        check_fits(model.network, model.geometry, Shard(pp_size=5))
+        check_fits(model.network, model.geometry, RankShard(pp_size=5))
 
 
 def test_stages_share_the_layers() -> None:
-    assert [Shard(pp_size=3, pp_rank=rank).layers(8) for rank in range(3)] == [range(3), range(3, 6), range(6, 8)]
-    assert [shard.rank for shard in Shard(tp_size=2, pp_size=2).all()] == [0, 1, 2, 3]
+    assert [RankShard(pp_size=3, pp_rank=rank).layers(8) for rank in range(3)] == [range(3), range(3, 6), range(6, 8)]
+    assert [shard.rank for shard in RankShard(tp_size=2, pp_size=2).all()] == [0, 1, 2, 3]
     with pytest.raises(ConfigError):
-        Shard(tp_size=2, tp_rank=2)
+        RankShard(tp_size=2, tp_rank=2)
 
 
 @pytest.mark.parametrize("polls", list(itertools.product(KVPoll, repeat=3)))
@@ -98,7 +98,7 @@ def test_orders_and_errors_go_there_and_back() -> None:
     here, there = multiprocessing.Pipe()
     follower: Pipe[Order] = Pipe(here, "the leader", Order, side="child")
     leader: Pipe[Report] = Pipe(there, "rank 1", Report, side="parent")
-    order = Submit(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
+    order = SubmitChunk(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
     leader.send(order)
     assert follower.recv() == order
     error = PeerLostError("gone", peer="rank 1", hint="wait").in_room(5, "Transferring")

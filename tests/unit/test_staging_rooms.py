@@ -13,7 +13,7 @@ from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, kv_pool, p
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSender, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.server.local_replica import handoffs_of
-from kvbaton.serving.server.rank import Rank as ServerRank
+from kvbaton.serving.server.rank import ServerRank
 from kvbaton.transports import make_transport
 
 LAYERS, PAGES, PAGE, HEADS, HEAD_BYTES = 2, 64, 16, 4, 32

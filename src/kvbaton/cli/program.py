@@ -25,7 +25,7 @@ WRONG = 2
 INTERRUPTED = 130
 
 
-class Command(Protocol):
+class CliCommand(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def run(self, options: argparse.Namespace) -> int: ...
@@ -39,8 +39,8 @@ class Program:
     description: str
     commands: Mapping[str, tuple[str, str]]
 
-    def command(self, name: str) -> Command:
-        return cast(Command, importlib.import_module(self.commands[name][0]))
+    def command(self, name: str) -> CliCommand:
+        return cast(CliCommand, importlib.import_module(self.commands[name][0]))
 
     def parsers(self, names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
         """The whole parser, and the complete parsers of the commands called ``names``."""

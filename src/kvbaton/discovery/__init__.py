@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvbaton.discovery.registry import Coordinates, Route
+from kvbaton.discovery.registry import RegistryCoordinates, Route
 from kvbaton.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,5 +24,5 @@ def make_membership(registry: str, route: Route | None, secret: str | None) -> M
             f"registry={registry!r} needs aiohttp ({error}): pip install aiohttp, or hand the manager's address to its "
             f"peers by yourself"
         ) from error
-    serve = route is not None and route.coordinates == Coordinates()
+    serve = route is not None and route.coordinates == RegistryCoordinates()
     return Membership(registry, route=route, serve=serve, secret=secret)

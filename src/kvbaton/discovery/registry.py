@@ -47,7 +47,7 @@ _Address = Annotated[str, Meta(max_length=280, pattern=r"^tcp://(\[[0-9A-Fa-f:.%
 _Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
-class Coordinates(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RegistryCoordinates(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a rank stands in its group."""
 
     dp: _Rank = 0
@@ -71,13 +71,13 @@ class Sizes(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def ranks(self) -> int:
         return self.dp * self.pp * self.cp * self.tp
 
-    def all_coordinates(self) -> list[Coordinates]:
+    def all_coordinates(self) -> list[RegistryCoordinates]:
         """Every coordinate, tp fastest. Call it only for sizes that a table has accepted."""
         axes = (range(self.dp), range(self.pp), range(self.cp), range(self.tp))
-        return [Coordinates(dp=dp, pp=pp, cp=cp, tp=tp) for dp, pp, cp, tp in itertools.product(*axes)]
+        return [RegistryCoordinates(dp=dp, pp=pp, cp=cp, tp=tp) for dp, pp, cp, tp in itertools.product(*axes)]
 
 
-def check_inside(where: Coordinates, sizes: Sizes) -> None:
+def check_inside(where: RegistryCoordinates, sizes: Sizes) -> None:
     """Raises ConfigError for coordinates that a group of these sizes does not have."""
     for axis in ("dp", "pp", "cp", "tp"):
         if getattr(where, axis) >= getattr(sizes, axis):
@@ -97,7 +97,7 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     address: _Address
     layout_digest: Annotated[str, Meta(max_length=128)]
     http_port: _Port
-    coordinates: Coordinates = Coordinates()
+    coordinates: RegistryCoordinates = RegistryCoordinates()
     sizes: Sizes = Sizes()
     load_balance: LoadBalance = "follow_bootstrap_room"
 
@@ -141,13 +141,13 @@ class _Entry:
 @dataclass(slots=True)
 class _Group:
     sizes: Sizes
-    entries: dict[Coordinates, _Entry] = field(default_factory=dict)
+    entries: dict[RegistryCoordinates, _Entry] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         return len(self.entries) == self.sizes.ranks  # keys are distinct and within sizes
 
-    def missing(self) -> list[Coordinates]:
+    def missing(self) -> list[RegistryCoordinates]:
         return [where for where in self.sizes.all_coordinates() if where not in self.entries]
 
 

@@ -58,7 +58,7 @@ class PartId(Struct, frozen=True, array_like=True, order=True):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class PairSide:
     """One side of a part: its descriptor table and how units subdivide into blocks."""
 
     table: Table
@@ -76,8 +76,8 @@ class PartPlan:
     paged: bool
     block_rows: int
     lane_bytes: Int64s
-    source: Side
-    target: Side
+    source: PairSide
+    target: PairSide
     block_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class PartPlan:
         return _entries(self.target, len(self.lane_bytes), blocks, units, first)
 
 
-def _entries(side: Side, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:
+def _entries(side: PairSide, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:
     page, position = np.divmod(np.arange(blocks.start, blocks.stop, dtype=np.int64), side.blocks_per_unit)
     within_lane = position * side.units + units[page - first]
     stride = side.blocks_per_unit * side.units
@@ -314,7 +314,7 @@ def _rows_in_block(source: Pool, mine: _Geometry, target: Pool, other: _Geometry
     return rows
 
 
-def _side(pool: Pool, regions: Sequence[Region], lanes: Int64s, blocks: int) -> Side:
+def _side(pool: Pool, regions: Sequence[Region], lanes: Int64s, blocks: int) -> PairSide:
     """A descriptor table: lane by lane, and within a lane one row per block position in a unit."""
     positions = np.arange(blocks, dtype=np.int64)
     rows = np.empty((len(lanes) * blocks, 5), dtype=np.int64)
@@ -327,7 +327,7 @@ def _side(pool: Pool, regions: Sequence[Region], lanes: Int64s, blocks: int) -> 
             f"pool {pool.name!r}: more than {MAX_ENTRIES} table entries; use larger pages or a smaller pool"
         )
     table = Table(rows=rows, memory=regions[pool.planes[0].region].memory)
-    return Side(table=table, units=pool.units, unit_rows=pool.rows, blocks_per_unit=blocks)
+    return PairSide(table=table, units=pool.units, unit_rows=pool.rows, blocks_per_unit=blocks)
 
 
 def _pieces(source: _Geometry, target: _Geometry, items: range, block_rows: int) -> tuple[int, Int64s, Int64s]:

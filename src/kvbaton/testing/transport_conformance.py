@@ -47,7 +47,7 @@ def indices(*entries: int) -> NDArray[np.int32]:
     return np.array(entries, dtype=np.int32)
 
 
-class Rank:
+class PlaneRank:
     """A transport with one registered buffer."""
 
     def __init__(self, transport: Transport, size: int, fill: int | None = None) -> None:
@@ -98,15 +98,15 @@ class TransportConformance:
         return TargetProcess(self.transport_name, instance, size)
 
     @pytest.fixture
-    def rank(self) -> Iterator[Callable[..., Rank]]:
+    def rank(self) -> Iterator[Callable[..., PlaneRank]]:
         """Makes ranks: ``rank(instance, size, fill=None)``; closes them afterwards."""
         with ExitStack() as stack:
-            yield lambda instance, size, fill=None: Rank(stack.enter_context(self.make(instance)), size, fill)
+            yield lambda instance, size, fill=None: PlaneRank(stack.enter_context(self.make(instance)), size, fill)
 
-    def test_capabilities_name_the_transport(self, rank: Callable[..., Rank]) -> None:
+    def test_capabilities_name_the_transport(self, rank: Callable[..., PlaneRank]) -> None:
         assert rank("source", 64).transport.capabilities.name == self.transport_name
 
-    def test_strided_shuffled_entries_land_where_they_belong(self, rank: Callable[..., Rank]) -> None:
+    def test_strided_shuffled_entries_land_where_they_belong(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 64 * 1024), rank("target", 128 * 1024, 0)
         source.transport.connect("target", target.transport.metadata())
         blocks = source.table((0, 512, 1024, 32), (40_000, 512, 512, 8))
@@ -121,7 +121,7 @@ class TransportConformance:
         write(source.transport, prepared, range(40), order.tolist(), target.transport)
         np.testing.assert_array_equal(target.memory, expected)
 
-    def test_contiguous_entries_arrive_whole(self, rank: Callable[..., Rank]) -> None:
+    def test_contiguous_entries_arrive_whole(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 1 << 22), rank("target", 1 << 22, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare(
@@ -130,7 +130,7 @@ class TransportConformance:
         write(source.transport, prepared, range(4096), range(4096), target.transport)
         np.testing.assert_array_equal(target.memory, source.memory)
 
-    def test_the_stride_of_a_single_block_means_nothing(self, rank: Callable[..., Rank]) -> None:
+    def test_the_stride_of_a_single_block_means_nothing(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 4096), rank("target", 4096, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare(
@@ -140,7 +140,7 @@ class TransportConformance:
         np.testing.assert_array_equal(target.memory[4032:], source.memory[:64])
         np.testing.assert_array_equal(target.memory[:64], source.memory[4032:])
 
-    def test_random_entries_match_a_model(self, rank: Callable[..., Rank]) -> None:
+    def test_random_entries_match_a_model(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 64 * 96), rank("target", 64 * 160, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare("target", source.table((0, 64, 64, 96)), target.table((0, 64, 64, 160)))
@@ -157,7 +157,7 @@ class TransportConformance:
 
         check()
 
-    def test_several_writes_in_flight(self, rank: Callable[..., Rank]) -> None:
+    def test_several_writes_in_flight(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 1 << 20), rank("target", 1 << 20, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare(
@@ -168,7 +168,7 @@ class TransportConformance:
         assert {settled(source.transport, handle, target.transport) for handle in handles} == {WriteState.DONE}
         np.testing.assert_array_equal(target.memory, source.memory)
 
-    def test_memory_that_is_not_registered_is_refused(self, rank: Callable[..., Rank]) -> None:
+    def test_memory_that_is_not_registered_is_refused(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 4096), rank("target", 4096)
         source.transport.connect("target", target.transport.metadata())
         stranger = np.zeros(4096, dtype=np.uint8)
@@ -193,13 +193,13 @@ class TransportConformance:
             np.array([[-64, 64, 0, 64, 1]]),
         ],
     )
-    def test_rows_that_are_no_table_are_refused(self, rank: Callable[..., Rank], rows: NDArray[np.int64]) -> None:
+    def test_rows_that_are_no_table_are_refused(self, rank: Callable[..., PlaneRank], rows: NDArray[np.int64]) -> None:
         source = rank("source", 4096)
         source.transport.connect("target", rank("target", 4096).transport.metadata())
         with pytest.raises(TransportError):
             source.transport.prepare("target", Table(rows=rows), Table(rows=rows))
 
-    def test_entries_that_are_no_write_are_refused(self, rank: Callable[..., Rank]) -> None:
+    def test_entries_that_are_no_write_are_refused(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 4096), rank("target", 4096, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare(
@@ -220,7 +220,7 @@ class TransportConformance:
         assert not target.memory.any()
         write(source.transport, prepared, [0], [0], target.transport)
 
-    def test_unknown_names(self, rank: Callable[..., Rank]) -> None:
+    def test_unknown_names(self, rank: Callable[..., PlaneRank]) -> None:
         source = rank("source", 4096)
         with pytest.raises(TransportError):
             source.transport.prepare("nobody", source.table((0, 64, 64, 1)), source.table((0, 64, 64, 1)))
@@ -233,7 +233,7 @@ class TransportConformance:
         source.transport.progress()
 
     @pytest.mark.parametrize("metadata", [b"", b"\x00", b"nonsense" * 9])
-    def test_metadata_that_is_not_usable_is_refused(self, rank: Callable[..., Rank], metadata: bytes) -> None:
+    def test_metadata_that_is_not_usable_is_refused(self, rank: Callable[..., PlaneRank], metadata: bytes) -> None:
         source, target = rank("source", 4096), rank("target", 4096)
         with pytest.raises(TransportError):
             source.transport.connect("target", metadata)
@@ -241,7 +241,7 @@ class TransportConformance:
             source.transport.connect("target", target.transport.metadata()[:-5])
         source.transport.connect("target", target.transport.metadata())
 
-    def test_connecting_again_reaches_the_new_process(self, rank: Callable[..., Rank]) -> None:
+    def test_connecting_again_reaches_the_new_process(self, rank: Callable[..., PlaneRank]) -> None:
         source, old, new = rank("source", 4096), rank("target", 4096, 0), rank("target", 4096, 0)
         source.transport.connect("target", old.transport.metadata())
         first = source.transport.prepare("target", source.table((0, 512, 512, 8)), old.table((0, 512, 512, 8)))
@@ -255,7 +255,7 @@ class TransportConformance:
         np.testing.assert_array_equal(new.memory, source.memory)
         assert not old.memory[512:].any()
 
-    def test_a_fenced_peer_can_be_connected_again(self, rank: Callable[..., Rank]) -> None:
+    def test_a_fenced_peer_can_be_connected_again(self, rank: Callable[..., PlaneRank]) -> None:
         source, target, other = rank("source", 4096), rank("target", 4096, 0), rank("other", 4096, 0)
         blocks, metadata = source.table((0, 512, 512, 8)), target.transport.metadata()
         source.transport.connect("other", other.transport.metadata())
@@ -277,7 +277,7 @@ class TransportConformance:
         np.testing.assert_array_equal(other.memory[:1536], source.memory[:1536])
         assert not target.memory[1536:].any()
 
-    def test_a_fence_with_pending_writes_spares_other_peers(self, rank: Callable[..., Rank]) -> None:
+    def test_a_fence_with_pending_writes_spares_other_peers(self, rank: Callable[..., PlaneRank]) -> None:
         source, target, other = rank("source", 4096), rank("target", 4096, 0), rank("other", 4096, 0)
         blocks = source.table((0, 512, 512, 8))
         prepared = {}
@@ -289,14 +289,14 @@ class TransportConformance:
         write(source.transport, prepared["other"], range(8), range(8), other.transport)
         np.testing.assert_array_equal(other.memory, source.memory)
 
-    def test_loopback(self, rank: Callable[..., Rank]) -> None:
+    def test_loopback(self, rank: Callable[..., PlaneRank]) -> None:
         here = rank("here", 4096)
         here.transport.connect("here", here.transport.metadata())
         prepared = here.transport.prepare("here", here.table((0, 512, 512, 4)), here.table((2048, 512, 512, 4)))
         write(here.transport, prepared, range(4), range(4), here.transport)
         np.testing.assert_array_equal(here.memory[2048:], here.memory[:2048])
 
-    def test_release_and_close_are_idempotent(self, rank: Callable[..., Rank]) -> None:
+    def test_release_and_close_are_idempotent(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 4096), rank("target", 4096, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare("target", source.table((0, 64, 64, 8)), target.table((0, 64, 64, 8)))
@@ -316,7 +316,7 @@ class TransportConformance:
             with pytest.raises(TransportError):
                 call()
 
-    def test_a_peer_that_closed_is_never_a_crash(self, rank: Callable[..., Rank]) -> None:
+    def test_a_peer_that_closed_is_never_a_crash(self, rank: Callable[..., PlaneRank]) -> None:
         source, target = rank("source", 4096), rank("target", 4096, 0)
         source.transport.connect("target", target.transport.metadata())
         prepared = source.transport.prepare("target", source.table((0, 64, 64, 8)), target.table((0, 64, 64, 8)))
@@ -328,7 +328,7 @@ class TransportConformance:
             return  # the best answer
         settled(source.transport, handle)  # its memory is still mapped, so this may also succeed
 
-    def test_nothing_leaks(self, rank: Callable[..., Rank]) -> None:
+    def test_nothing_leaks(self, rank: Callable[..., PlaneRank]) -> None:
         def use() -> None:
             with self.make("source") as source, self.make("target") as target:
                 memory = np.zeros(4096, dtype=np.uint8)
@@ -346,7 +346,7 @@ class TransportConformance:
         use()
         assert (open_files(), threading.active_count()) == (files, threads)
 
-    def test_writes_into_another_process(self, rank: Callable[..., Rank]) -> None:
+    def test_writes_into_another_process(self, rank: Callable[..., PlaneRank]) -> None:
         source = rank("source", 1 << 20)
         with self.make_target_process("target", 1 << 20) as target:
             source.transport.connect("target", target.metadata)
@@ -361,7 +361,7 @@ class TransportConformance:
             assert target.ask("digest") == digest(expected.reshape(-1))
             assert source.transport.evidence("target")
 
-    def test_a_killed_process_is_disconnected(self, rank: Callable[..., Rank]) -> None:
+    def test_a_killed_process_is_disconnected(self, rank: Callable[..., PlaneRank]) -> None:
         source = rank("source", 4096)
         with self.make_target_process("target", 4096) as target:
             source.transport.connect("target", target.metadata)
@@ -377,7 +377,7 @@ class TransportConformance:
             write(source.transport, source.transport.prepare("target", *rows), range(8), range(8))
             assert target.ask("digest") == digest(source.memory)
 
-    def test_a_process_killed_before_the_first_write_is_disconnected(self, rank: Callable[..., Rank]) -> None:
+    def test_a_process_killed_before_the_first_write_is_disconnected(self, rank: Callable[..., PlaneRank]) -> None:
         source = rank("source", 4096)
         with self.make_target_process("target", 4096) as target:
             source.transport.connect("target", target.metadata)

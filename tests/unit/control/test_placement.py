@@ -9,7 +9,7 @@ from test_registry_http import SECRET, Sleeps, port_in
 
 from kvbaton.discovery.client import FIRST_ASK_SECONDS, LONGEST_ASK_SECONDS, RegistryClient
 from kvbaton.discovery.placement import MAX_PLACED, PLACED_SECONDS, LoadBalance, Placements, checked_rank, known_rank
-from kvbaton.discovery.registry import Coordinates, Registry, Route, Sizes
+from kvbaton.discovery.registry import Registry, RegistryCoordinates, Route, Sizes
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
 from kvbaton.serving.testing.http import run, serving
@@ -25,7 +25,7 @@ def filled(balance: LoadBalance, *, dp: int = 2, tp: int = 2) -> Registry:
                 address=f"tcp://127.0.0.1:{41000 + 10 * rank + shard}",
                 layout_digest="d",
                 http_port=30000,
-                coordinates=Coordinates(dp=rank, tp=shard),
+                coordinates=RegistryCoordinates(dp=rank, tp=shard),
                 sizes=Sizes(dp=dp, tp=tp),
                 load_balance=balance,
             )

@@ -9,8 +9,8 @@ from kvbaton.discovery.registry import (
     MAX_RANKS,
     MAX_REPLACED,
     TTL_SECONDS,
-    Coordinates,
     Registry,
+    RegistryCoordinates,
     Route,
     Sizes,
     decode_route,
@@ -27,7 +27,7 @@ def route(
         address=f"tcp://127.0.0.1:{40000 + tp + 100 * pp}",
         layout_digest="d",
         http_port=30000,
-        coordinates=Coordinates(tp=tp, pp=pp),
+        coordinates=RegistryCoordinates(tp=tp, pp=pp),
         sizes=Sizes(tp=tp_size, pp=pp_size),
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kvbaton.discovery.placement import LoadBalance
-from kvbaton.discovery.registry import Coordinates, Route, Sizes
+from kvbaton.discovery.registry import RegistryCoordinates, Route, Sizes
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
@@ -48,7 +48,7 @@ class ScriptedReplica(ScriptedEngine):
             address=f"tcp://127.0.0.1:{41000 + self.rank}",
             layout_digest="d",
             http_port=0,
-            coordinates=Coordinates(dp=self.rank),
+            coordinates=RegistryCoordinates(dp=self.rank),
             sizes=Sizes(dp=2),
         )
         return [route]

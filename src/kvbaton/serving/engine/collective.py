@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 
 #: How long ranks may differ in time: they are forked together and compute in step.
 PATIENCE = timedelta(minutes=2)
@@ -26,7 +26,7 @@ INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 class Collective:
     """One rank's end. ``rendezvous`` is a file that does not exist yet and that all ranks can write."""
 
-    def __init__(self, shard: Shard, rendezvous: Path, device: str) -> None:
+    def __init__(self, shard: RankShard, rendezvous: Path, device: str) -> None:
         self._shard = shard
         self._device = device
         library = "nccl" if device.startswith("cuda") else "gloo"

@@ -70,9 +70,9 @@ class Follower:
 
     def run(self) -> None:
         manager = self._manager
-        ready = orders.Ready("", "", "")
+        ready = orders.RankReady("", "", "")
         if manager is not None:
-            ready = orders.Ready(manager.instance, manager.address, manager.layout.digest(), manager.layout)
+            ready = orders.RankReady(manager.instance, manager.address, manager.layout.digest(), manager.layout)
         self._pipe.send(ready)
         self._reporter.start()
         try:
@@ -81,7 +81,7 @@ class Follower:
                 if order is None:
                     logger.info("the leader of this group has gone")
                     return
-                if isinstance(order, orders.Stop):
+                if isinstance(order, orders.StopRank):
                     return
                 self._do(order)
         finally:
@@ -97,7 +97,7 @@ class Follower:
             self._copy(order)
         elif isinstance(order, orders.Begin):
             self._begin(order)
-        elif isinstance(order, orders.Publish | orders.Submit | orders.Fail):
+        elif isinstance(order, orders.Publish | orders.SubmitChunk | orders.Fail):
             side = self._sides.get(order.side)
             if side is None or side.end is None:
                 return
@@ -138,10 +138,10 @@ class Follower:
             self._sides[order.side] = _FollowerRoom(end)
         self._wakeup.set()
 
-    def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.Submit | orders.Fail) -> None:
+    def _change(self, end: KVSender | KVReceiver, order: orders.Publish | orders.SubmitChunk | orders.Fail) -> None:
         if isinstance(order, orders.Fail):
             end.fail(order.error)
-        elif isinstance(order, orders.Submit) and isinstance(end, KVSender):
+        elif isinstance(order, orders.SubmitChunk) and isinstance(end, KVSender):
             for slot, row in order.rows:
                 self._pools.row(slot)[:] = row
             end.submit(self._pools.here(order.spans), last=order.last, ready=self._runner.fence())

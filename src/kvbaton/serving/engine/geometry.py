@@ -83,7 +83,7 @@ class PagedGeometry:
 
 
 @dataclass(frozen=True, slots=True)
-class StateTensor:
+class CachedTensor:
     """A tensor of fixed ``shape`` that one layer keeps for each request. ``dtype`` is a key of :data:`DTYPES`."""
 
     layer: int
@@ -102,7 +102,7 @@ class Geometry:
 
     holds: tuple[Holds, ...]
     paged: tuple[PagedGeometry, ...]
-    states: tuple[StateTensor, ...] = ()
+    states: tuple[CachedTensor, ...] = ()
     max_positions: int
     vocab_size: int
     dtype: str
@@ -231,7 +231,7 @@ def _index_pool(cache: Any, holds: tuple[Holds, ...], kind: str) -> PagedGeometr
     return PagedGeometry(name="index", kind="index", tensors=_paged(found, kind)) if found else None
 
 
-def _states(cache: Any, holds: tuple[Holds, ...], kind: str) -> Iterable[StateTensor]:
+def _states(cache: Any, holds: tuple[Holds, ...], kind: str) -> Iterable[CachedTensor]:
     for index, (layer, held) in enumerate(zip(cache.layers, holds, strict=True)):
         if not held.state:
             continue
@@ -241,4 +241,4 @@ def _states(cache: Any, holds: tuple[Holds, ...], kind: str) -> Iterable[StateTe
                     continue
                 if tensor.dtype not in DTYPE_NAMES or tensor.shape[0] != 1:
                     raise ConfigError(f"{kind} keeps a {name} state of {tuple(tensor.shape)}, {tensor.dtype}")
-                yield StateTensor(index, f"{name}.{number}", tuple(tensor.shape[1:]), DTYPE_NAMES[tensor.dtype])
+                yield CachedTensor(index, f"{name}.{number}", tuple(tensor.shape[1:]), DTYPE_NAMES[tensor.dtype])

@@ -40,11 +40,11 @@ class Member:
     def __init__(self, rank: int, connection: Connection) -> None:
         self.rank = rank
         self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report, side="parent")
-        self.ready: orders.Ready | None = None
+        self.ready: orders.RankReady | None = None
 
-    def await_ready(self, seconds: float) -> orders.Ready:
+    def await_ready(self, seconds: float) -> orders.RankReady:
         """Raises InternalError, or what kept it from being ready."""
-        self.ready = self.pipe.first(orders.Ready, seconds)
+        self.ready = self.pipe.first(orders.RankReady, seconds)
         return self.ready
 
 
@@ -78,7 +78,7 @@ class Group:
     def announce(self, tokens: list[list[int]], extents: list[Extent]) -> None:
         """Have every follower take part in the forward pass that the leader begins now."""
         requests = tuple(
-            orders.Request(tuple(row), e.block_table.pages, e.block_table.ring, e.block_table.state, e.cached)
+            orders.ForwardRequest(tuple(row), e.block_table.pages, e.block_table.ring, e.block_table.state, e.cached)
             for row, e in zip(tokens, extents, strict=True)
         )
         self.order(orders.Forward(requests))
@@ -102,7 +102,7 @@ class Group:
         self._closing = True
         for member in self.members:
             try:
-                member.pipe.send(orders.Stop("shutdown"))
+                member.pipe.send(orders.StopRank("shutdown"))
             except KVBatonError as error:
                 logger.debug("%s", error)
         deadline = time.monotonic() + STOP_SECONDS
@@ -227,7 +227,7 @@ class GroupSender(GroupRoom):
     def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
         rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
         self._handed_over = True
-        self._group.order(orders.Submit(self._number, tuple(spans), last, rows))
+        self._group.order(orders.SubmitChunk(self._number, tuple(spans), last, rows))
         self._sender.submit(self._pools.here(spans), last=last, ready=ready)
 
 

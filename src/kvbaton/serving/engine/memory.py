@@ -16,8 +16,8 @@ import torch
 
 from kvbaton.errors import ConfigError
 from kvbaton.layout import InteriorOrder, Plane, Pool, Region, pool_bytes
-from kvbaton.serving.engine.geometry import DTYPES, PagedGeometry, PagedTensor, StateTensor
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.geometry import DTYPES, CachedTensor, PagedGeometry, PagedTensor
+from kvbaton.serving.engine.shard import RankShard
 
 #: Memory that is registered with a network card should start on a page of the machine.
 ALIGNMENT_BYTES = 4096
@@ -52,7 +52,7 @@ class PagedMemory:
     and ``[pages, page_size, heads here, width]`` for NHD."""
 
     def __init__(
-        self, geometry: PagedGeometry, pages: int, config: PoolConfig, shard: Shard, dtype: str, device: str
+        self, geometry: PagedGeometry, pages: int, config: PoolConfig, shard: RankShard, dtype: str, device: str
     ) -> None:
         if config.page_size < 1 or config.order not in ("HND", "NHD"):
             raise ConfigError(f"page_size={config.page_size} must be positive and order={config.order!r} HND or NHD")
@@ -95,7 +95,7 @@ class StateMemory:
     """Slots of recurrent states: ``tensors[layer, name]`` is shaped ``[slots, *shape]``. Every rank of a stage holds
     them whole, as transformers computes them whole on each."""
 
-    def __init__(self, states: Sequence[StateTensor], slots: int, shard: Shard, device: str) -> None:
+    def __init__(self, states: Sequence[CachedTensor], slots: int, shard: RankShard, device: str) -> None:
         self.tensors: dict[tuple[int, str], Any] = {}
         self.slots = slots
         self._states = states

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from kvbaton.errors import ConfigError
 from kvbaton.plan import identity
 from kvbaton.serving.engine.geometry import DTYPES, Geometry, probe_geometry
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.engine.weights import weights_digest
 from kvbaton.serving.models import builtin
 
@@ -51,7 +51,7 @@ class LoadedModel:
     geometry: Geometry
     fingerprint: str
     eos_tokens: frozenset[int]
-    shard: Shard = field(default_factory=Shard)
+    shard: RankShard = field(default_factory=RankShard)
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.name} {self.geometry})"

@@ -18,7 +18,7 @@ from kvbaton.serving.engine.pipe import Died
 from kvbaton.serving.engine.pool import Copies
 
 
-class Request(Struct, frozen=True, array_like=True):
+class ForwardRequest(Struct, frozen=True, array_like=True):
     """One request of a forward pass: its new tokens, its units, how many tokens are cached."""
 
     tokens: tuple[int, ...]
@@ -29,7 +29,7 @@ class Request(Struct, frozen=True, array_like=True):
 
 
 class Forward(Struct, frozen=True, tag="forward"):
-    requests: tuple[Request, ...]
+    requests: tuple[ForwardRequest, ...]
 
 
 class Copy(Struct, frozen=True, tag="copy"):
@@ -51,7 +51,7 @@ class Publish(Struct, frozen=True, tag="publish"):
     token_count: int
 
 
-class Submit(Struct, frozen=True, tag="submit"):
+class SubmitChunk(Struct, frozen=True, tag="submit"):
     """``rows``: (slot, bytes) of aux rows that the leader has written."""
 
     side: int
@@ -65,11 +65,11 @@ class Fail(Struct, frozen=True, tag="fail"):
     error: KVBatonError
 
 
-class Stop(Struct, frozen=True, tag="stop"):
+class StopRank(Struct, frozen=True, tag="stop"):
     reason: str
 
 
-class Ready(Struct, frozen=True, tag="ready"):
+class RankReady(Struct, frozen=True, tag="ready"):
     """A follower has loaded, registered and listens."""
 
     instance: str
@@ -90,5 +90,5 @@ class RankStatus(Struct, frozen=True, tag="status"):
     error: KVBatonError | None = None
 
 
-Order = Forward | Copy | Begin | Publish | Submit | Fail | Stop
-Report = Ready | RankStatus | Died
+Order = Forward | Copy | Begin | Publish | SubmitChunk | Fail | StopRank
+Report = RankReady | RankStatus | Died

@@ -32,7 +32,7 @@ from kvbaton.serving.engine.memory import (
     copy_units,
     region_of,
 )
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class Pools:
         *,
         model: str,
         device: str = "cpu",
-        shard: Shard | None = None,
+        shard: RankShard | None = None,
     ) -> None:
-        shard = shard if shard is not None else Shard()
+        shard = shard if shard is not None else RankShard()
         self.geometry = geometry
         self.page_size = config.page_size
         self.device = device
@@ -211,7 +211,7 @@ class Pools:
         """The bytes of aux row ``slot``, writable."""
         return memoryview(self._rows[slot].numpy())
 
-    def _describe(self, model: str, shard: Shard) -> CacheLayout:
+    def _describe(self, model: str, shard: RankShard) -> CacheLayout:
         memories: list[PagedMemory | StateMemory] = list(self.paged.values())
         if self.states is not None:
             memories.append(self.states)

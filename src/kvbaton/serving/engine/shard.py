@@ -12,7 +12,7 @@ from kvbaton.layout import Axis
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
+class RankShard:
     """Rank ``tp_rank`` of ``tp_size`` in stage ``pp_rank`` of ``pp_size``. Rank 0 of stage 0 leads the group."""
 
     tp_size: int = 1
@@ -61,10 +61,10 @@ class Shard:
         axis.validate("tensor parallelism")
         return axis
 
-    def all(self) -> list[Shard]:
+    def all(self) -> list[RankShard]:
         """Every rank of the group, tp fastest."""
         return [
-            Shard(tp_size=self.tp_size, tp_rank=tp, pp_size=self.pp_size, pp_rank=pp)
+            RankShard(tp_size=self.tp_size, tp_rank=tp, pp_size=self.pp_size, pp_rank=pp)
             for pp in range(self.pp_size)
             for tp in range(self.tp_size)
         ]

@@ -19,7 +19,7 @@ from torch import nn
 
 from kvbaton.errors import ConfigError, LayoutError
 from kvbaton.serving.engine.geometry import Geometry
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 
 #: Styles of transformers' plans whose tensors stay whole on every rank.
 WHOLE = {
@@ -39,7 +39,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 Sum = Callable[[Any], None]
 
 
-def check_fits(network: Any, geometry: Geometry, shard: Shard) -> None:
+def check_fits(network: Any, geometry: Geometry, shard: RankShard) -> None:
     """Raise ConfigError where this model cannot be divided so, naming the size that does not."""
     config = network.config.get_text_config(decoder=True)
     shard.layers(geometry.layers)
@@ -62,7 +62,7 @@ def check_fits(network: Any, geometry: Geometry, shard: Shard) -> None:
         raise ConfigError(f"--tensor-parallel-size {shard.tp_size}: {error.message}") from error
 
 
-def shard_network(network: Any, shard: Shard, add_up: Sum) -> None:
+def shard_network(network: Any, shard: RankShard, add_up: Sum) -> None:
     """Keep only this rank's share, in place. ``add_up`` sums a tensor over the ranks of a stage, in place."""
     if shard.pp_size > 1:
         _cut_layers(network, shard)
@@ -99,7 +99,7 @@ def _beside_hidden(network: Any) -> tuple[None, ...] | None:
     return (None,) * (len(seen[0]) - 1) if isinstance(seen[0], tuple) else None
 
 
-def _cut_layers(network: Any, shard: Shard) -> None:
+def _cut_layers(network: Any, shard: RankShard) -> None:
     base = network.model
     kept, others = shard.layers(len(base.layers)), _beside_hidden(network)
     for index in range(len(base.layers)):
@@ -115,7 +115,7 @@ def _cut_layers(network: Any, shard: Shard) -> None:
 
 
 class _Cutter:
-    def __init__(self, network: Any, shard: Shard, add_up: Sum) -> None:
+    def __init__(self, network: Any, shard: RankShard, add_up: Sum) -> None:
         self._network = network
         self._shard = shard
         self._add_up = add_up

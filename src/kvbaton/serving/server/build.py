@@ -33,11 +33,11 @@ from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.prefill import prefill_scheduler
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.engine.sharding import check_fits, shard_network
 from kvbaton.serving.engine.unified import unified_scheduler
 from kvbaton.serving.server.local_replica import LocalReplica
-from kvbaton.serving.server.rank import Rank
+from kvbaton.serving.server.rank import ServerRank
 from kvbaton.serving.server.ranks import Closable, Processes, fork_each
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica
@@ -81,7 +81,7 @@ def _resolved(host: str) -> Address:
 
 
 def build_manager(
-    config: ServeConfig, pools: Pools, rank: Rank, *, secret: str | None, wakeup: threading.Event | None = None
+    config: ServeConfig, pools: Pools, rank: ServerRank, *, secret: str | None, wakeup: threading.Event | None = None
 ) -> KVManager:
     """The hand-off manager of one rank, started: its links listen where :func:`link_hosts` says. The server registers
     its ranks by itself, all at once. Raises ConfigError.
@@ -105,7 +105,7 @@ def build_manager(
     )
 
 
-def load(config: ServeConfig, rank: Rank) -> LoadedModel:
+def load(config: ServeConfig, rank: ServerRank) -> LoadedModel:
     """The whole model, in this process. Raises KVBatonError."""
     model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if rank.alone else 1)
     _log.info("loaded %r", model)
@@ -114,7 +114,7 @@ def load(config: ServeConfig, rank: Rank) -> LoadedModel:
 
 def build(
     config: ServeConfig,
-    rank: Rank,
+    rank: ServerRank,
     model: LoadedModel,
     secret: str | None,
     closing: ExitStack,
@@ -158,7 +158,7 @@ def build(
 
 def start_replicas(
     config: ServeConfig,
-    first: Rank,
+    first: ServerRank,
     model: LoadedModel,
     secret: str | None,
     closing: ExitStack,
@@ -167,7 +167,7 @@ def start_replicas(
 ) -> list[RemoteReplica]:
     """Every data-parallel rank, each in a process that builds its own replica. Raises KVBatonError."""
 
-    def live(rank: Rank, pipe: Connection) -> None:
+    def live(rank: ServerRank, pipe: Connection) -> None:
         with ExitStack() as ending:
             replica = build(config, rank, model, secret, ending, leave=(pipe,))
             ReplicaProcess(pipe, replica).run()
@@ -187,7 +187,7 @@ def start_replicas(
 
 def _gather(
     config: ServeConfig,
-    rank: Rank,
+    rank: ServerRank,
     secret: str | None,
     model: LoadedModel,
     leave: Iterable[Closable | None],
@@ -198,7 +198,7 @@ def _gather(
     closing.callback(shutil.rmtree, place, ignore_errors=True)
     rendezvous = place / "rendezvous"
 
-    def live(shard: Shard, pipe: Connection) -> None:
+    def live(shard: RankShard, pipe: Connection) -> None:
         _follow(
             config, dataclasses.replace(rank, instance=new_instance(), shard=shard), secret, model, pipe, rendezvous
         )
@@ -212,7 +212,7 @@ def _gather(
 
 
 def _follow(
-    config: ServeConfig, rank: Rank, secret: str | None, model: LoadedModel, pipe: Connection, rendezvous: Path
+    config: ServeConfig, rank: ServerRank, secret: str | None, model: LoadedModel, pipe: Connection, rendezvous: Path
 ) -> None:
     """The life of a follower."""
     collective = Collective(rank.shard, rendezvous, _device(config, rank))
@@ -226,7 +226,7 @@ def _follow(
         Follower(pipe, runner, pools, manager).run()
 
 
-def _own_part(config: ServeConfig, model: LoadedModel, rank: Rank, collective: Collective | None) -> LoadedModel:
+def _own_part(config: ServeConfig, model: LoadedModel, rank: ServerRank, collective: Collective | None) -> LoadedModel:
     """This rank's share of the network, on its device."""
     if collective is not None:
         shard_network(model.network, rank.shard, collective.add_up)
@@ -236,13 +236,13 @@ def _own_part(config: ServeConfig, model: LoadedModel, rank: Rank, collective: C
     return dataclasses.replace(model, network=network, shard=rank.shard)
 
 
-def _device(config: ServeConfig, rank: Rank) -> str:
+def _device(config: ServeConfig, rank: ServerRank) -> str:
     if config.device == "cuda" and not rank.alone:
         return f"cuda:{rank.number}"
     return config.device
 
 
-def _pools(config: ServeConfig, model: LoadedModel, rank: Rank) -> Pools:
+def _pools(config: ServeConfig, model: LoadedModel, rank: ServerRank) -> Pools:
     return Pools(
         model.geometry,
         PoolConfig(
@@ -289,7 +289,7 @@ def _close_scheduler(scheduler: Scheduler) -> None:
         _log.warning("pages were still leased %g s after everything was ended", CLOSE_SECONDS)
 
 
-def _routes(config: ServeConfig, rank: Rank, manager: KVManager, group: Group | None) -> tuple[Route, ...]:
+def _routes(config: ServeConfig, rank: ServerRank, manager: KVManager, group: Group | None) -> tuple[Route, ...]:
     """Every rank, as the registry is to know it; the port for HTTP is set when it is known."""
     shard = rank.shard
     found = {shard.rank: (manager.instance, manager.address, manager.layout.digest())}
@@ -311,7 +311,7 @@ def _routes(config: ServeConfig, rank: Rank, manager: KVManager, group: Group | 
     )
 
 
-def _layouts(rank: Rank, manager: KVManager, group: Group | None) -> tuple[RankLayout, ...]:
+def _layouts(rank: ServerRank, manager: KVManager, group: Group | None) -> tuple[RankLayout, ...]:
     """The memory of every rank of the group."""
     found = {rank.shard.rank: manager.layout}
     for member in group.members if group is not None else ():
@@ -324,7 +324,7 @@ def _layouts(rank: Rank, manager: KVManager, group: Group | None) -> tuple[RankL
     )
 
 
-def _advertised(config: ServeConfig, rank: Rank, bound: str) -> str:
+def _advertised(config: ServeConfig, rank: ServerRank, bound: str) -> str:
     """What peers are told to dial. Where a port is told rank r is found r ports above it, else at the one it has."""
     if not config.control_advertise:
         return bound

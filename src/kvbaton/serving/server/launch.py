@@ -32,7 +32,7 @@ from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.scheduler import STOPPING
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
@@ -40,7 +40,7 @@ from kvbaton.serving.server.data_network import data_addresses
 from kvbaton.serving.server.failure import DrainingError
 from kvbaton.serving.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
 from kvbaton.serving.server.metrics import Gauge
-from kvbaton.serving.server.rank import Rank
+from kvbaton.serving.server.rank import ServerRank
 from kvbaton.serving.server.replica import Replica
 from kvbaton.serving.server.replicas import Replicas
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
@@ -159,8 +159,8 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
         listens, advertised = link_hosts(config)  # refused before a model is loaded
         if config.transfer_backend == "nixl":  # before anything is forked, and before UCX is loaded
             restrict(data_addresses(config.mode, allow, listens, advertised))
-    shard = Shard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
-    rank = Rank(shard=shard, dp_size=config.data_parallel_size)
+    shard = RankShard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
+    rank = ServerRank(shard=shard, dp_size=config.data_parallel_size)
     placements = Placements()
     with ExitStack() as closing:
         port = closing.enter_context(reserve(config.host, config.port))
@@ -186,7 +186,7 @@ class _Server:
     def __init__(
         self,
         config: ServeConfig,
-        rank: Rank,
+        rank: ServerRank,
         secret: str | None,
         allow: AllowList,
         model: LoadedModel,

@@ -16,7 +16,7 @@ from kvbaton.plan.staging import StagingPolicy
 from kvbaton.serving.engine.group import Group
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Scheduler, Stats
-from kvbaton.serving.server.rank import Rank
+from kvbaton.serving.server.rank import ServerRank
 from kvbaton.serving.server.replica import Handoffs, StagingUse
 
 
@@ -27,7 +27,7 @@ class LocalReplica:
     scheduler: Scheduler
     manager: KVManager | None
     group: Group | None
-    rank: Rank
+    rank: ServerRank
     policy: StagingPolicy
     routes: tuple[Route, ...]
     layouts: tuple[RankLayout, ...]
@@ -63,7 +63,7 @@ class LocalReplica:
                 on_lost(group.lost)
 
 
-def handoffs_of(manager: KVManager, rank: Rank, policy: StagingPolicy) -> Handoffs:
+def handoffs_of(manager: KVManager, rank: ServerRank, policy: StagingPolicy) -> Handoffs:
     """What one rank knows of its hand-offs now."""
     staging = manager.layout.staging
     use = None

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvbaton.discovery.placement import group_of
-from kvbaton.discovery.registry import Coordinates as Place
+from kvbaton.discovery.registry import RegistryCoordinates as Place
 from kvbaton.layout import Coordinates
 from kvbaton.manager import new_instance
-from kvbaton.serving.engine.shard import Shard
+from kvbaton.serving.engine.shard import RankShard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rank:
+class ServerRank:
     """What a process is to its peers. ``launch`` is minted when a server starts: a restart is a new group.
 
     Each of the ``dp_size`` data-parallel ranks is a whole group by itself, made of the ranks of ``shard``.
@@ -23,7 +23,7 @@ class Rank:
 
     instance: str = field(default_factory=new_instance)
     launch: str = field(default_factory=new_instance)
-    shard: Shard = field(default_factory=Shard)
+    shard: RankShard = field(default_factory=RankShard)
     dp_rank: int = 0
     dp_size: int = 1
 
@@ -42,11 +42,11 @@ class Rank:
         """Among all ranks of the server."""
         return self.dp_rank * self.shard.ranks + self.shard.rank
 
-    def place(self, shard: Shard) -> Place:
+    def place(self, shard: RankShard) -> Place:
         """Where a rank of this group stands, as the registry knows it."""
         return Place(dp=self.dp_rank, pp=shard.pp_rank, tp=shard.tp_rank)
 
-    def coordinates(self, shard: Shard) -> Coordinates:
+    def coordinates(self, shard: RankShard) -> Coordinates:
         """The same, as peers know it."""
         return Coordinates(dp=self.dp_rank, pp=shard.pp_rank, tp=shard.tp_rank)
 

@@ -17,11 +17,11 @@ from kvbaton.serving.engine.scheduler import Stats
 from kvbaton.serving.server.replica import Handoffs
 
 
-class Submit(Struct, frozen=True, tag="submit"):
+class SubmitRequest(Struct, frozen=True, tag="submit"):
     request: Request
 
 
-class Abort(Struct, frozen=True, tag="abort"):
+class EndRequest(Struct, frozen=True, tag="abort"):
     request_id: str
     reason: str
 
@@ -37,11 +37,11 @@ class Ask(Struct, frozen=True, tag="ask"):
     room: int | None = None
 
 
-class Stop(Struct, frozen=True, tag="stop"):
+class StopReplica(Struct, frozen=True, tag="stop"):
     pass
 
 
-class Ready(Struct, frozen=True, tag="ready"):
+class ReplicaReady(Struct, frozen=True, tag="ready"):
     """A rank has loaded, registered its memory and listens."""
 
     routes: tuple[Route, ...]
@@ -65,5 +65,5 @@ class Told(Struct, frozen=True, tag="told"):
     error: KVBatonError | None = None
 
 
-Order = Submit | Abort | EndAll | Ask | Stop
-Report = Ready | Said | Told | Died
+Order = SubmitRequest | EndRequest | EndAll | Ask | StopReplica
+Report = ReplicaReady | Said | Told | Died

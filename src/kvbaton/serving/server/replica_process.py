@@ -16,7 +16,17 @@ from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server.replica import Replica
-from kvbaton.serving.server.replica_orders import Abort, Ask, EndAll, Order, Ready, Said, Stop, Submit, Told
+from kvbaton.serving.server.replica_orders import (
+    Ask,
+    EndAll,
+    EndRequest,
+    Order,
+    ReplicaReady,
+    Said,
+    StopReplica,
+    SubmitRequest,
+    Told,
+)
 
 #: How often a rank that nobody asks anything looks after its engine.
 LOOK_SECONDS = 1.0
@@ -40,7 +50,7 @@ class ReplicaProcess:
 
     def _serve(self) -> None:
         self._replica.watch(self._lose)
-        self._pipe.send(Ready(tuple(self._replica.routes), tuple(self._replica.layouts)))
+        self._pipe.send(ReplicaReady(tuple(self._replica.routes), tuple(self._replica.layouts)))
         while True:
             broken = self._lost or self._replica.failure
             if broken is not None:
@@ -48,15 +58,15 @@ class ReplicaProcess:
             if not self._pipe.waits(LOOK_SECONDS):
                 continue
             order = self._pipe.recv()
-            if order is None or isinstance(order, Stop):
+            if order is None or isinstance(order, StopReplica):
                 return
             self._do(order)
 
     def _lose(self, error: KVBatonError) -> None:
         self._lost = error
 
-    def _do(self, order: Submit | Abort | EndAll | Ask) -> None:
-        if isinstance(order, Abort):
+    def _do(self, order: SubmitRequest | EndRequest | EndAll | Ask) -> None:
+        if isinstance(order, EndRequest):
             self._replica.abort(order.request_id, order.reason)
         elif isinstance(order, EndAll):
             self._replica.end_all(order.error)

@@ -27,7 +27,18 @@ from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Stats
 from kvbaton.serving.server.replica import Handoffs, sum_of
-from kvbaton.serving.server.replica_orders import Abort, Ask, EndAll, Order, Ready, Report, Said, Stop, Submit, Told
+from kvbaton.serving.server.replica_orders import (
+    Ask,
+    EndAll,
+    EndRequest,
+    Order,
+    ReplicaReady,
+    Report,
+    Said,
+    StopReplica,
+    SubmitRequest,
+    Told,
+)
 
 #: How long a rank may take to say how it fares.
 ASK_SECONDS = 5.0
@@ -55,7 +66,7 @@ class RemoteReplica:
 
     def start(self, seconds: float) -> None:
         """Wait until it is ready, then listen. Raises InternalError, or what kept it from being ready."""
-        ready = self._pipe.first(Ready, seconds)
+        ready = self._pipe.first(ReplicaReady, seconds)
         self.routes, self.layouts = ready.routes, ready.layouts
         self._thread.start()
 
@@ -74,11 +85,11 @@ class RemoteReplica:
             if self.lost is not None:
                 raise self.lost.again()
             self._listeners[request.request_id] = on_output
-        self._order(Submit(request))
+        self._order(SubmitRequest(request))
 
     def abort(self, request_id: str, reason: str) -> None:
         if self.has(request_id):
-            self._order(Abort(request_id, reason))
+            self._order(EndRequest(request_id, reason))
 
     def end_all(self, error: KVBatonError) -> None:
         self._order(EndAll(error))
@@ -106,7 +117,7 @@ class RemoteReplica:
     def stop(self) -> None:
         """Tell it to end."""
         self._closing = True
-        self._order(Stop())
+        self._order(StopReplica())
 
     def close(self) -> None:
         """Wait, within a bound, until its pipe has ended. Idempotent."""

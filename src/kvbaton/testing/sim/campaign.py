@@ -18,7 +18,7 @@ BATCH = 25
 
 
 @dataclass(kw_only=True, slots=True)
-class Finding:
+class SimFinding:
     """A seed whose run broke an invariant."""
 
     seed: int
@@ -33,7 +33,7 @@ class Summary:
     seeds: int = 0
     steps: int = 0
     seconds: float = 0.0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[SimFinding] = field(default_factory=list)
     cells: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     results: Counter[str] = field(default_factory=Counter)
@@ -70,7 +70,7 @@ def _run_seeds(seeds: Sequence[int]) -> Summary:
         summary.faults.update(outcome.faults)
         summary.results.update(outcome.results)
         if not outcome.ok:
-            summary.findings.append(Finding(seed=seed, kind=outcome.kind, text=outcome.text))
+            summary.findings.append(SimFinding(seed=seed, kind=outcome.kind, text=outcome.text))
     return summary
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, OverloadedError
 from kvbaton.manager import KVPoll, KVReceiver, KVSender, Span
 from kvbaton.testing.sim.memory import RankMemory
-from kvbaton.testing.sim.scenario import Request
+from kvbaton.testing.sim.scenario import SimRequest
 
 if TYPE_CHECKING:
     import random
@@ -26,7 +26,7 @@ ENDED = (KVPoll.Failed, KVPoll.Success)
 class Tenancy:
     """One job's hold on some units: while it owns them nobody else's bytes may come there."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SimJob) -> None:
         self.job = job
         self.units: dict[str, list[int]] = {}
 
@@ -34,7 +34,7 @@ class Tenancy:
         return f"request {self.job.request.number}'s (room {self.job.request.room})"
 
 
-class Allocator:
+class SimAllocator:
     """Free units of each pool of one rank. All or nothing; the last freed unit is given out first."""
 
     def __init__(self, memory: RankMemory, random: random.Random) -> None:
@@ -74,12 +74,12 @@ class Allocator:
         return sum(1 for owner in self.memory.owners if owner is not None)
 
 
-class Job(ABC):
+class SimJob(ABC):
     """One request on one rank. ``outcome`` is the first terminal poll that was reported, and must stay it."""
 
     role = ""
 
-    def __init__(self, process: Process, request: Request) -> None:
+    def __init__(self, process: Process, request: SimRequest) -> None:
         self.process = process
         self.request = request
         self.tenancy = Tenancy(self)
@@ -160,12 +160,12 @@ class Job(ABC):
         self.process.world.job_over(self)
 
 
-class SourceJob(Job):
+class SourceJob(SimJob):
     """A prompt that is prefilled: computed chunk by chunk, submitted as soon as the room waits for input."""
 
     role = "source"
 
-    def __init__(self, process: Process, request: Request) -> None:
+    def __init__(self, process: Process, request: SimRequest) -> None:
         super().__init__(process, request)
         self._computed = 0
         self._submitted = 0
@@ -264,12 +264,12 @@ class SourceJob(Job):
             self.process.stir()
 
 
-class TargetJob(Job):
+class TargetJob(SimJob):
     """A prompt that is expected: units are published when there are enough, and read once the room has succeeded."""
 
     role = "target"
 
-    def __init__(self, process: Process, request: Request, sources: Sequence[str]) -> None:
+    def __init__(self, process: Process, request: SimRequest, sources: Sequence[str]) -> None:
         super().__init__(process, request)
         self._sources = sources
         self._due = False
@@ -345,12 +345,12 @@ class TargetJob(Job):
         return ""
 
 
-class Engine:
+class SimEngine:
     """The scheduler of one rank: its jobs and its units."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self.allocator = Allocator(process.memory, process.clockwork.stream(f"engine {process.name}"))
+        self.allocator = SimAllocator(process.memory, process.clockwork.stream(f"engine {process.name}"))
         self.jobs: list[SourceJob | TargetJob] = []
         self._looking = False
 
@@ -360,7 +360,7 @@ class Engine:
         if job.over:
             self.forget(job)
 
-    def forget(self, job: Job) -> None:
+    def forget(self, job: SimJob) -> None:
         self.jobs = [other for other in self.jobs if other is not job]
 
     def notice(self) -> None:

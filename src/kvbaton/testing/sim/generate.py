@@ -10,15 +10,15 @@ from msgspec.structs import replace
 from kvbaton.testing.sim.scenario import (
     Clock,
     Fault,
-    Group,
     LinkFault,
     MessageFault,
-    Model,
     Noise,
     PrepareFault,
     RankFault,
-    Request,
     Scenario,
+    SimGroup,
+    SimModel,
+    SimRequest,
     Trigger,
     Tuning,
     WriteFault,
@@ -98,8 +98,8 @@ def _few(rng: random.Random) -> int:
     return rng.choices((1, 2, 3), (78, 17, 5))[0]
 
 
-def _model(rng: random.Random) -> Model:
-    return Model(
+def _model(rng: random.Random) -> SimModel:
+    return SimModel(
         layers=rng.choice((1, 1, 2)),
         heads=rng.choice((1, 2, 2, 4)),
         item_bytes=rng.choice((2, 3)),
@@ -125,7 +125,7 @@ def _tuning(rng: random.Random, theme: str) -> Tuning:
     )
 
 
-def _group(rng: random.Random, model: Model, name: str, *, roomy: bool, staged: bool) -> Group:
+def _group(rng: random.Random, model: SimModel, name: str, *, roomy: bool, staged: bool) -> SimGroup:
     sizes = [1, 1, 1, 2, 2, 4] if model.heads > 1 or model.latent else [1, 1, 2]
     if model.state_items == 1 or model.heads == 1:
         sizes = [1, 1, 1, 2]
@@ -135,7 +135,7 @@ def _group(rng: random.Random, model: Model, name: str, *, roomy: bool, staged: 
     clocks = tuple(
         Clock(1.0 + rng.uniform(-1, 1) * (0.3 if wild else 0.01), rng.uniform(0.0, 1e5)) for _ in range(tp * pp)
     )
-    return Group(
+    return SimGroup(
         name=name,
         tp=tp,
         pp=pp,
@@ -152,16 +152,16 @@ def _group(rng: random.Random, model: Model, name: str, *, roomy: bool, staged: 
 
 
 def _requests(
-    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], theme: str
-) -> tuple[Request, ...]:
+    rng: random.Random, sources: tuple[SimGroup, ...], targets: tuple[SimGroup, ...], theme: str
+) -> tuple[SimRequest, ...]:
     count = rng.choices((1, 2, 3, 4, 5), (25, 30, 25, 13, 7))[0]
-    made: list[Request] = []
+    made: list[SimRequest] = []
     for number in range(max(count, {"reuse": 2, "rivals": 2, "both": 3}.get(theme, 1))):
         made.append(_request(rng, sources, targets, theme, made, number))
     return tuple(made)
 
 
-def _some_fences_raise(rng: random.Random, requests: tuple[Request, ...], theme: str) -> tuple[Request, ...]:
+def _some_fences_raise(rng: random.Random, requests: tuple[SimRequest, ...], theme: str) -> tuple[SimRequest, ...]:
     """An accelerator that fails while a chunk is computed."""
     if theme == "clean" or rng.random() > 0.08:
         return requests
@@ -174,12 +174,12 @@ def _some_fences_raise(rng: random.Random, requests: tuple[Request, ...], theme:
 
 def _request(
     rng: random.Random,
-    sources: tuple[Group, ...],
-    targets: tuple[Group, ...],
+    sources: tuple[SimGroup, ...],
+    targets: tuple[SimGroup, ...],
     theme: str,
-    made: list[Request],
+    made: list[SimRequest],
     number: int,
-) -> Request:
+) -> SimRequest:
     calm = theme in ("clean", "calm")
     source, target = rng.randrange(len(sources)), rng.randrange(len(targets))
     back = targets[target].pp == 1 and rng.random() < (0.5 if theme == "both" else 0.12)
@@ -205,7 +205,7 @@ def _request(
     paces = (0.001, 0.1, 0.3) if theme == "reuse" else (0.0, 0.001, 0.01)
     slowness = rng.choice(("publish", "chunk", "ready")) if slow else ""
     chunks = _chunks(rng, tokens, theirs if back else page, 0.9 if theme == "gaps" else 0.4)
-    return Request(
+    return SimRequest(
         number=number,
         room=room,
         source=source,
@@ -252,7 +252,7 @@ def _trigger(rng: random.Random) -> Trigger:
 
 
 def _faults(
-    rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], theme: str
+    rng: random.Random, sources: tuple[SimGroup, ...], targets: tuple[SimGroup, ...], theme: str
 ) -> tuple[Fault, ...]:
     ranks = [g.rank(n) for g in (*sources, *targets) for n in range(g.size)]
     made: list[Fault] = []
@@ -290,7 +290,7 @@ def _late_welcome(rng: random.Random) -> list[Fault]:
     ]
 
 
-def _last_words(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...]) -> tuple[Fault, ...]:
+def _last_words(rng: random.Random, sources: tuple[SimGroup, ...], targets: tuple[SimGroup, ...]) -> tuple[Fault, ...]:
     """A source tells of a failure by force and is never heard of again; its target stands still before it acts."""
     source, target = rng.choice(sources), rng.choice(targets)
     nth = rng.choice((1, 1, 2))
@@ -335,7 +335,7 @@ def _lingering(rng: random.Random, theme: str) -> MessageFault:
     )
 
 
-def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], ranks: list[str]) -> Fault:
+def _fault(rng: random.Random, sources: tuple[SimGroup, ...], targets: tuple[SimGroup, ...], ranks: list[str]) -> Fault:
     kind = rng.choices(("message", "noise", "write", "rank", "link", "prepare"), (30, 8, 24, 22, 14, 2))[0]
     if kind == "message":
         return MessageFault(
@@ -375,7 +375,7 @@ def _fault(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group,
     return _cut(rng, sources, targets, _duration(rng))
 
 
-def _cut(rng: random.Random, sources: tuple[Group, ...], targets: tuple[Group, ...], seconds: float) -> LinkFault:
+def _cut(rng: random.Random, sources: tuple[SimGroup, ...], targets: tuple[SimGroup, ...], seconds: float) -> LinkFault:
     source, target = rng.choice(sources), rng.choice(targets)
     ends = [source.rank(rng.randrange(source.size)), target.rank(rng.randrange(target.size))]
     rng.shuffle(ends)

@@ -10,13 +10,13 @@ from kvbaton.protocol.effects import Report
 from kvbaton.protocol.events import Event, MessageArrived
 from kvbaton.protocol.messages import Abort, Close, Done, Failed, decode
 from kvbaton.protocol.transfer import Transfer
-from kvbaton.testing.sim.engine import ENDED, Job, SourceJob, TargetJob, Tenancy
+from kvbaton.testing.sim.engine import ENDED, SimJob, SourceJob, TargetJob, Tenancy
 from kvbaton.testing.sim.process import Process
-from kvbaton.testing.sim.scenario import Request
+from kvbaton.testing.sim.scenario import SimRequest
 from kvbaton.testing.sim.transport import Host, Run, Write
 
 if TYPE_CHECKING:
-    from kvbaton.testing.sim.world import World
+    from kvbaton.testing.sim.world import SimWorld
 
 #: How soon, where nothing is disturbed, one side knows of the other's failure.
 NEWS_SECONDS = 4.0
@@ -27,14 +27,14 @@ STEPS_PER_PAIR = 1500
 class Judge:
     """See the module. Raises :class:`~kvbaton.testing.sim.violation.Violation`."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimWorld) -> None:
         self._world = world
         self._clockwork = world.clockwork
         self._first_abort: dict[int, float] = {}
         self._counted: dict[Process, tuple[int, int]] = {}
         self._delivered: dict[int, str] = {}
-        self._raised: list[Job] = []
-        self.jobs: list[Job] = []
+        self._raised: list[SimJob] = []
+        self.jobs: list[SimJob] = []
 
     # ---- the data plane -----------------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ class Judge:
             f"a write of {write.writer.host.name} lands in {where}, which was {owner} and is {now} now",
         )
 
-    def freed(self, job: Job, units: list[int]) -> None:
+    def freed(self, job: SimJob, units: list[int]) -> None:
         """An engine has freed units: nothing in flight may read or touch them."""
         host, freed = job.process, set(units)
         if isinstance(job, TargetJob) and not self._released_by_policy(host):
@@ -105,14 +105,14 @@ class Judge:
 
     # ---- what an engine is told ---------------------------------------------------------------------------------
 
-    def begun(self, job: Job) -> None:
+    def begun(self, job: SimJob) -> None:
         self.jobs.append(job)
 
-    def aborted(self, job: Job) -> None:
+    def aborted(self, job: SimJob) -> None:
         if job.outcome is None:
             self._first_abort.setdefault(job.request.number, self._clockwork.now)
 
-    def fence_raised(self, job: Job) -> None:
+    def fence_raised(self, job: SimJob) -> None:
         self.aborted(job)
         if job.outcome is None:
             self._raised.append(job)
@@ -164,7 +164,7 @@ class Judge:
                     f"{process.name} room {report.room}: {error}, but here is {str(message)[:99]}",
                 )
 
-    def _check_bytes(self, job: Job) -> None:
+    def _check_bytes(self, job: SimJob) -> None:
         """Success: every byte of every unit is what some request of this room (of this one, as a rule) computed."""
         if not isinstance(job, TargetJob) or self._released_by_policy(job.process):
             return
@@ -178,13 +178,13 @@ class Judge:
             if not job.wrong([number]) and self._delivered.setdefault(number, group) != group:
                 raise self._violated("delivered twice", f"{job} and group {self._delivered[number]} got one content")
 
-    def released(self, job: Job) -> None:
+    def released(self, job: SimJob) -> None:
         if job.outcome is None:
             raise self._violated("ended unseen", f"{job} is released, but no end was reported")
         if job.outcome is KVPoll.Success:
             self._check_bytes(job)
 
-    def _check_time(self, job: Job) -> None:
+    def _check_time(self, job: SimJob) -> None:
         """An end comes within a bounded time, counted on the rank's own clock, without the time it was stopped."""
         lasted = self._clockwork.now - job.started_at - job.process.paused_seconds
         if lasted > self._world.most_seconds:
@@ -218,7 +218,7 @@ class Judge:
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
-    def finish(self, excused: set[Job]) -> None:
+    def finish(self, excused: set[SimJob]) -> None:
         """Everything has ended and healed: nothing may be missing."""
         for process in self._world.living():
             left = [job for job in process.engine.jobs if job not in excused]
@@ -245,13 +245,13 @@ class Judge:
                 if role == "target" and self._world.network.is_hole(address) and not process.engine.jobs:
                     raise self._violated("session kept", f"{process.name} still holds a session with {peer}: {state}")
 
-    def worked_again(self, request: Request) -> None:
+    def worked_again(self, request: SimRequest) -> None:
         """When all faults are over, whoever lives serves as before."""
         for job in (job for job in self.jobs if job.request is request):
             if job.outcome is not KVPoll.Success:
                 raise self._violated("does not recover", f"{job}: {job.side}, {job.side.error if job.side else ''}")
 
-    def _check_agreement(self, request: Request) -> None:
+    def _check_agreement(self, request: SimRequest) -> None:
         """Where one source rank serves a room alone, its success is everybody's."""
         jobs = [job for job in self.jobs if job.request is request]
         sources = [job for job in jobs if isinstance(job, SourceJob)]

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, Staging, aux_pool, kv_pool
-from kvbaton.testing.sim.scenario import Group, Model
+from kvbaton.testing.sim.scenario import SimGroup, SimModel
 
 Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.int64]
@@ -27,7 +27,7 @@ STAGING_SLOT_BYTES = 512
 GAP = 16
 
 
-def make_pools(model: Model, group: Group, number: int, *, source: bool) -> tuple[Pool, ...]:
+def make_pools(model: SimModel, group: SimGroup, number: int, *, source: bool) -> tuple[Pool, ...]:
     """The pools of one rank of a group, each in a region of its own."""
     stage, rank = divmod(number, group.tp)
     owned = range(model.layers * stage // group.pp, model.layers * (stage + 1) // group.pp)
@@ -43,7 +43,7 @@ def make_pools(model: Model, group: Group, number: int, *, source: bool) -> tupl
     return tuple(replace(p, planes=tuple(replace(x, region=i) for x in p.planes)) for i, p in enumerate(pools))
 
 
-def _kv(model: Model, group: Group, layers: range, rank: int) -> Pool:
+def _kv(model: SimModel, group: SimGroup, layers: range, rank: int) -> Pool:
     heads, tensors = (1, ("latent",)) if model.latent else (model.heads, ("k", "v"))
     if group.order == "fused" and not model.latent:
         return _fused(group, layers, rank, heads, model.item_bytes)
@@ -52,7 +52,7 @@ def _kv(model: Model, group: Group, layers: range, rank: int) -> Pool:
 
 
 def _paged(
-    group: Group,
+    group: SimGroup,
     layers: range,
     rank: int,
     name: str,
@@ -79,7 +79,7 @@ def _paged(
     )
 
 
-def _fused(group: Group, layers: range, rank: int, heads: int, item_bytes: int) -> Pool:
+def _fused(group: SimGroup, layers: range, rank: int, heads: int, item_bytes: int) -> Pool:
     """K and V interleaved: per token and head [k|v]."""
     axis = Axis(heads, group.tp, rank)
     row = axis.width * 2 * item_bytes
@@ -92,7 +92,7 @@ def _fused(group: Group, layers: range, rank: int, heads: int, item_bytes: int) 
     return Pool("kv", "kv", group.pages, group.page_size, True, "f1" if group.misfit else "u1", tuple(planes))
 
 
-def _state(model: Model, group: Group, layers: range, rank: int) -> Pool:
+def _state(model: SimModel, group: SimGroup, layers: range, rank: int) -> Pool:
     """Slots of independently sharded blocks [q|k|v]; k has twice the items."""
     planes, offset = [], 0
     for layer in layers:
@@ -129,7 +129,7 @@ class RankMemory:
     a driver's own gather and scatter work on them; nothing that a run does depends on which they are.
     """
 
-    def __init__(self, model: Model, group: Group, number: int, *, source: bool) -> None:
+    def __init__(self, model: SimModel, group: SimGroup, number: int, *, source: bool) -> None:
         pools = make_pools(model, group, number, source=source)
         lengths = [max(plane.offset + pool.units * plane.unit_stride for plane in pool.planes) for pool in pools]
         if group.staging_slots:

@@ -48,7 +48,7 @@ class End:
     arriving: float = 0.0
 
 
-class Network:
+class SimNetwork:
     """All links of a run, and what is done to them."""
 
     def __init__(self, clockwork: Clockwork) -> None:
@@ -231,7 +231,7 @@ class SimLinks(Links):
     ``batch``: most items that one :meth:`receive` returns; 1 makes a slow reader.
     """
 
-    def __init__(self, network: Network, name: str, address: str, arrived: Callable[[], None]) -> None:
+    def __init__(self, network: SimNetwork, name: str, address: str, arrived: Callable[[], None]) -> None:
         self.name = name
         self.ends: dict[LinkId, End] = {}
         self.inbox: deque[Arrived | Changed] = deque()

@@ -11,14 +11,14 @@ from kvbaton.protocol.effects import Effect, Report
 from kvbaton.protocol.events import Event
 from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
-from kvbaton.testing.sim.engine import Engine
+from kvbaton.testing.sim.engine import SimEngine
 from kvbaton.testing.sim.memory import RankMemory
 from kvbaton.testing.sim.network import SimLinks
-from kvbaton.testing.sim.scenario import Clock, Group
+from kvbaton.testing.sim.scenario import Clock, SimGroup
 from kvbaton.testing.sim.transport import SimTransport
 
 if TYPE_CHECKING:
-    from kvbaton.testing.sim.world import World
+    from kvbaton.testing.sim.world import SimWorld
 
 #: Between two turns of a driver that has work, and of one that polls.
 TURN_SECONDS = 0.00002
@@ -56,7 +56,7 @@ class Process:
     """See the module. ``alive`` until it is killed or has closed."""
 
     def __init__(
-        self, world: World, group: Group, number: int, memory: RankMemory, instance: str, *, source: bool
+        self, world: SimWorld, group: SimGroup, number: int, memory: RankMemory, instance: str, *, source: bool
     ) -> None:
         self.world = world
         self.clockwork = world.clockwork
@@ -96,7 +96,7 @@ class Process:
         self.handling: Event | None = None
         self._core_handle = self.manager.core.handle
         setattr(self.manager.core, "handle", self._handle)  # noqa: B010 - seen from here, not changed
-        self.engine = Engine(self)
+        self.engine = SimEngine(self)
 
     def __repr__(self) -> str:
         return f"<Process {self.name} {self.instance}{'' if self.alive else ' dead'}>"

@@ -18,7 +18,7 @@ PROMPT_SECONDS = 2.0
 Order = Literal["HND", "NHD", "fused"]
 
 
-class Model(Struct, frozen=True, kw_only=True):
+class SimModel(Struct, frozen=True, kw_only=True):
     """What both sides serve. ``heads`` 1 with more ranks than heads is what MLA and GQA replicas are."""
 
     layers: int = 1
@@ -37,7 +37,7 @@ class Clock(Struct, frozen=True, array_like=True):
     offset: float = 0.0
 
 
-class Group(Struct, frozen=True, kw_only=True):
+class SimGroup(Struct, frozen=True, kw_only=True):
     """The ranks of one side of one engine: ``tp * pp`` of them, pipeline-major.
 
     Args:
@@ -70,7 +70,7 @@ class Group(Struct, frozen=True, kw_only=True):
         return f"{self.name}.{number}"
 
 
-class Request(Struct, frozen=True, kw_only=True):
+class SimRequest(Struct, frozen=True, kw_only=True):
     """One prompt on both sides. Times are relative to its start: 0, or the end of the request named by ``after``.
 
     Args:
@@ -228,11 +228,11 @@ class Scenario(Struct, frozen=True, kw_only=True):
     """See the module."""
 
     seed: int
-    model: Model = Model()
+    model: SimModel = SimModel()
     tuning: Tuning = Tuning()
-    sources: tuple[Group, ...]
-    targets: tuple[Group, ...]
-    requests: tuple[Request, ...]
+    sources: tuple[SimGroup, ...]
+    targets: tuple[SimGroup, ...]
+    requests: tuple[SimRequest, ...]
     faults: tuple[Fault, ...] = ()
 
     @property

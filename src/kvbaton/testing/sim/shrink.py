@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from kvbaton.testing.sim.scenario import Clock, Group, LinkFault, Model, RankFault, Request, Scenario, Tuning
+from kvbaton.testing.sim.scenario import Clock, LinkFault, RankFault, Scenario, SimGroup, SimModel, SimRequest, Tuning
 from kvbaton.testing.sim.world import Outcome, run
 
-T = TypeVar("T", Model, Tuning, Request, Group)
+T = TypeVar("T", SimModel, Tuning, SimRequest, SimGroup)
 
 #: Most runs that shrinking may take.
 MOST_RUNS = 400
@@ -49,12 +49,12 @@ def _cuts(scenario: Scenario) -> Iterator[Scenario]:
         yield replace(scenario, faults=scenario.faults[:i] + scenario.faults[i + 1 :])
     yield from _fewer_groups(scenario)
     yield from _smaller_groups(scenario)
-    for model in _simpler(scenario.model, Model(layers=1, heads=1)):
+    for model in _simpler(scenario.model, SimModel(layers=1, heads=1)):
         yield replace(scenario, model=model)
     for tuning in _simpler(scenario.tuning, Tuning(write_bytes=4096, write_entries=64, window_bytes=4096)):
         yield replace(scenario, tuning=tuning)
     for i, request in enumerate(scenario.requests):
-        plain = Request(number=request.number, room=request.room, chunks=(request.tokens,))
+        plain = SimRequest(number=request.number, room=request.room, chunks=(request.tokens,))
         for simpler in _simpler(request, plain, keep=("source", "target", "rival", "after")):
             yield replace(scenario, requests=(*scenario.requests[:i], simpler, *scenario.requests[i + 1 :]))
     for i, fault in enumerate(scenario.faults):
@@ -73,7 +73,7 @@ def _without_request(scenario: Scenario, index: int) -> Scenario:
 
 def _fewer_groups(scenario: Scenario) -> Iterator[Scenario]:
     for side in ("sources", "targets"):
-        groups: tuple[Group, ...] = getattr(scenario, side)
+        groups: tuple[SimGroup, ...] = getattr(scenario, side)
         field = side[:-1]
         for i in range(len(groups)):
             if len(groups) == 1 or any(getattr(request, field) == i for request in scenario.requests):
@@ -87,13 +87,13 @@ def _fewer_groups(scenario: Scenario) -> Iterator[Scenario]:
 
 def _smaller_groups(scenario: Scenario) -> Iterator[Scenario]:
     for side in ("sources", "targets"):
-        groups: tuple[Group, ...] = getattr(scenario, side)
+        groups: tuple[SimGroup, ...] = getattr(scenario, side)
         for i, group in enumerate(groups):
             smaller = [replace(group, tp=group.tp // 2)] if group.tp > 1 else []
             smaller += [replace(group, pp=1)] if group.pp > 1 else []
             smaller += [replace(group, clocks=(Clock(),))] if set(group.clocks) != {Clock()} else []
             keep = ("tp", "pp", "clocks", "pages", "slots", "misfit")
-            for candidate in (*smaller, *_simpler(group, Group(name=group.name), keep=keep)):
+            for candidate in (*smaller, *_simpler(group, SimGroup(name=group.name), keep=keep)):
                 faults = tuple(f for f in scenario.faults if not _beyond(f, candidate))
                 yield replace(scenario, **{side: (*groups[:i], candidate, *groups[i + 1 :]), "faults": faults})
 
@@ -104,7 +104,7 @@ def _names(fault: object, group: str) -> bool:
     return any(place.rpartition(".")[0] == group for place in places)
 
 
-def _beyond(fault: object, group: Group) -> bool:
+def _beyond(fault: object, group: SimGroup) -> bool:
     """Whether a fault strikes a rank that the group no longer has."""
     places: tuple[str, ...] = (fault.rank,) if isinstance(fault, RankFault) else ()
     places = (fault.a, fault.b) if isinstance(fault, LinkFault) else places

@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from kvbaton.manager import KVPoll
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.sim.clockwork import Clockwork
-from kvbaton.testing.sim.engine import Job, SourceJob, TargetJob
+from kvbaton.testing.sim.engine import SimJob, SourceJob, TargetJob
 from kvbaton.testing.sim.judge import Judge
 from kvbaton.testing.sim.memory import RankMemory
-from kvbaton.testing.sim.network import Network
+from kvbaton.testing.sim.network import SimNetwork
 from kvbaton.testing.sim.process import Process
 from kvbaton.testing.sim.scenario import (
     Fault,
-    Group,
     LinkFault,
     MessageFault,
     Noise,
     PrepareFault,
     RankFault,
-    Request,
     Scenario,
+    SimGroup,
+    SimRequest,
     WriteFault,
 )
 from kvbaton.testing.sim.transport import Fabric
@@ -64,7 +64,7 @@ class Outcome:
 
 def run(scenario: Scenario, *, tracing: bool = False) -> Outcome:
     """Run a scenario to its end or to the first violation. Deterministic: the same scenario, the same outcome."""
-    world = World(scenario, tracing=tracing)
+    world = SimWorld(scenario, tracing=tracing)
     kind, text = "", ""
     try:
         world.run()
@@ -76,7 +76,7 @@ def run(scenario: Scenario, *, tracing: bool = False) -> Outcome:
     return world.outcome(kind, text)
 
 
-class World:
+class SimWorld:
     """Everything that exists in one run."""
 
     def __init__(self, scenario: Scenario, *, tracing: bool) -> None:
@@ -98,7 +98,7 @@ class World:
         )
         self.results: Counter[str] = Counter()
         self.judge = Judge(self)
-        self.network = Network(self.clockwork)
+        self.network = SimNetwork(self.clockwork)
         self.fabric = Fabric(self.clockwork, self.judge)
         self.troubled_until = 0.0
         self._healed = False
@@ -106,7 +106,7 @@ class World:
         self._places: dict[str, Process] = {}
         self._holes: set[str] = set()
         self._births = 0
-        self._waiting: dict[int, list[Request]] = {}
+        self._waiting: dict[int, list[SimRequest]] = {}
         self._unstarted = 0
         self._open: dict[int, int] = {}
         self._last_start = 0.0
@@ -129,7 +129,7 @@ class World:
     def living(self) -> list[Process]:
         return [process for process in self._instances.values() if process.alive]
 
-    def groups_of(self, request: Request) -> tuple[Group, Group]:
+    def groups_of(self, request: SimRequest) -> tuple[SimGroup, SimGroup]:
         """The source and the target of a request."""
         pair = self.scenario.sources[request.source], self.scenario.targets[request.target]
         return (pair[1], pair[0]) if request.back else pair
@@ -150,7 +150,7 @@ class World:
 
     # ---- processes and requests ---------------------------------------------------------------------------------
 
-    def _stand_up(self, group: Group, number: int, *, source: bool) -> None:
+    def _stand_up(self, group: SimGroup, number: int, *, source: bool) -> None:
         """A process starts at the place of a rank: always the same address and memory, always a new instance."""
         self._births += 1
         place = group.rank(number)
@@ -160,7 +160,7 @@ class World:
         process = Process(self, group, number, memory, instance, source=source)
         self._instances[instance] = self._places[place] = process
 
-    def _plan(self, request: Request) -> None:
+    def _plan(self, request: SimRequest) -> None:
         start = self.clockwork.now
         self._unstarted += 1
         source, target = self.groups_of(request)
@@ -177,7 +177,7 @@ class World:
                 lambda n=number: self._start(target.rank(n), request, addresses, source=False),  # type: ignore[misc]
             )
 
-    def _start(self, place: str, request: Request, addresses: list[str] | None = None, *, source: bool) -> None:
+    def _start(self, place: str, request: SimRequest, addresses: list[str] | None = None, *, source: bool) -> None:
         process = self._places[place]
         if process.alive and process.paused_until > self.clockwork.now:
             self.clockwork.at(process.paused_until, lambda: self._start(place, request, addresses, source=source))
@@ -190,10 +190,10 @@ class World:
         self.judge.begun(job)
         process.engine.add(job)
 
-    def job_over(self, job: Job) -> None:
+    def job_over(self, job: SimJob) -> None:
         self._one_over(job.request)
 
-    def _one_over(self, request: Request) -> None:
+    def _one_over(self, request: SimRequest) -> None:
         self._open[request.number] -= 1
         if not self._open[request.number]:
             self._unstarted -= 1
@@ -295,7 +295,7 @@ class World:
         self.network.end_faults()
         self.fabric.end_faults()
         for number, (source, target, back) in enumerate(self._able()):
-            request = Request(
+            request = SimRequest(
                 number=1_000 + number, room=10_000 + number, source=source, target=target, back=back, chunks=(3,)
             )
             self._plan(request)
@@ -335,11 +335,11 @@ class World:
         since = max(self.troubled_until, self._last_start) + self.most_seconds
         return self.clockwork.now > since + 2 * self.settings.announce_seconds
 
-    def _has_hole(self, group: Group) -> bool:
+    def _has_hole(self, group: SimGroup) -> bool:
         """Whether a rank of the group was lost with its host."""
         return any(group.rank(number) in self._holes for number in range(group.size))
 
-    def _excused(self) -> set[Job]:
+    def _excused(self) -> set[SimJob]:
         """Rooms that may stay quarantined: a host was lost without proof that its writes have ended."""
         return {
             job
