@@ -7,7 +7,7 @@ public issues on disaggregation show, translated to this protocol, is here, with
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -314,15 +314,11 @@ def done_before_settled(patches: Patches) -> None:
 @mutant("two chunks of one room that wait for their fences wait for each other (our own, found by seed 36)")
 def fenced_chunks_block_each_other(patches: Patches) -> None:
     def release(self: Any) -> Iterator[Any]:
-        for _ in range(len(self._fenced)):
-            command = self._fenced.popleft()
-            if not self._wants_chunks(command.room):
-                continue
-            blocked = any(other.room == command.room for other in self._fenced)
-            if not blocked and (command.fence is None or command.fence()):
-                yield command.event
-            else:
-                self._fenced.append(command)
+        for number in list(self._fenced):
+            if not self._wants_chunks(number):
+                del self._fenced[number]
+            elif len(self._fenced[number]) == 1:
+                yield from self._try(number)
 
     patches.set(Commands, "release", release)
 
@@ -331,10 +327,24 @@ def fenced_chunks_block_each_other(patches: Patches) -> None:
 def raised_fence_swallowed(patches: Patches) -> None:
     original = Commands._try
 
-    def try_(self: Any, command: Any, waiting: Any) -> Iterator[Any]:
-        yield from (e for e in original(self, command, waiting) if not isinstance(e, AbortRequested))
+    def try_(self: Any, number: int) -> Iterator[Any]:
+        yield from (e for e in original(self, number) if not isinstance(e, AbortRequested))
 
     patches.set(Commands, "_try", try_)
+
+
+@mutant("a fence that raises leaves the chunks that were ready in place, to be fed again every turn (our own)", 41)
+def raised_fence_feeds_others_again(patches: Patches) -> None:
+    original = Commands.release
+
+    def release(self: Any) -> Iterator[Any]:
+        before = {number: deque(waiting) for number, waiting in self._fenced.items()}
+        events = list(original(self))
+        if any(isinstance(event, AbortRequested) for event in events):
+            self._fenced = before
+        yield from (event for event in events if not isinstance(event, AbortRequested))
+
+    patches.set(Commands, "release", release)
 
 
 @mutant("sessions with peers that vanished without a refusal are kept for ever (our own)", 2)

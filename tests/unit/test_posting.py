@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvbaton.errors import ConfigError
 from kvbaton.protocol.effects import PostWrite, StagedRun
 from kvbaton.protocol.events import WriteId
-from kvbaton.runtime.posting import PostingQueue, Window
+from kvbaton.runtime.posting import PostingQueue, Window, _Peer
 
 #: The queue only asks whether there is one.
 STAGED = cast(StagedRun, object())
@@ -159,6 +159,47 @@ def test_a_turn_costs_the_same_however_many_writes_wait(count: int) -> None:
     assert not queue.ready
     assert queue.take() is None
     assert asked == 2
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["full windows", "no slot"])
+def test_a_turn_costs_the_same_however_many_peers_wait(monkeypatch: pytest.MonkeyPatch, staged: bool) -> None:
+    peers, turns, looks = 1_000, 50, 0
+    oldest = _Peer.oldest
+
+    def counted(self: _Peer, *, slot_free: bool) -> PostWrite | None:
+        nonlocal looks
+        looks += 1
+        return oldest(self, slot_free=slot_free)
+
+    monkeypatch.setattr(_Peer, "oldest", counted)
+    queue = PostingQueue(Window(bytes=10), lambda: not staged)
+    for number in range(2 * peers):
+        queue.offer(write(number, str(number % peers), staged=staged))
+    taken = take_all(queue)
+    assert taken == ([] if staged else list(range(peers)))
+    assert not queue.ready
+    looks = 0
+    for _ in range(turns):
+        queue.offer(write(10_000, "one more"))
+        assert queue.ready
+        assert take_all(queue) == [10_000]
+        queue.settled(write(10_000, "one more"))
+    assert looks == 2 * turns
+
+
+def test_a_free_slot_goes_to_whoever_has_waited_for_one_for_longest() -> None:
+    slots = 0
+    queue = PostingQueue(Window(), lambda: slots > 0)
+    for number, peer in enumerate("abc"):
+        queue.offer(write(number, peer, staged=True))
+    assert queue.take() is None
+    queue.offer(write(3, "d"))
+    queue.offer(write(4, "b"))
+    order = []
+    for slots in (1, 0, 1, 0, 1):  # noqa: B007 - the queue asks
+        taken = queue.take()
+        order.append(None if taken is None else int(taken.write))
+    assert order == [0, 3, 2, 4, 1]
 
 
 class Naive:

@@ -38,7 +38,7 @@ class Commands:
         self._wants_chunks = wants_chunks
         self._counters = counters
         self._posted: deque[Command] = deque()
-        self._fenced: deque[Command] = deque()
+        self._fenced: dict[int, deque[Command]] = {}  # chunks whose data is not in memory yet, by room, oldest first
         self._questions: deque[Callable[[], None]] = deque()
 
     def __len__(self) -> int:
@@ -46,9 +46,12 @@ class Commands:
         return len(self._posted)
 
     @property
-    def fenced(self) -> int:
-        """Chunks whose data is not in memory yet."""
-        return len(self._fenced)
+    def polling(self) -> bool:
+        """Some chunk's data is not in memory yet, and only its fence says when it is."""
+        return bool(self._fenced)
+
+    def sizes(self) -> dict[str, int]:
+        return {"commands": len(self._posted), "fenced_chunks": sum(map(len, self._fenced.values()))}
 
     def post(self, command: Command) -> None:
         self._posted.append(command)
@@ -65,45 +68,45 @@ class Commands:
         """What is posted by now, but for chunks that have to wait."""
         for _ in range(len(self._posted)):
             command = self._posted.popleft()
+            room = command.room
             if command.fence is None:
                 yield command.event
-            elif self._fenced:  # perhaps of the same room, whose chunks keep their order
-                self._fenced.append(command)
+            elif room in self._fenced:
+                self._fenced[room].append(command)
             else:
-                yield from self._try(command, self._fenced)
+                self._fenced[room] = deque((command,))
+                yield from self._try(room)
 
     def release(self) -> Iterator[Event]:
-        """Chunks whose data is in memory by now. Those of one room keep their order, other rooms may overtake; a room
-        that failed wants none any more."""
-        waiting, self._fenced = self._fenced, deque()
-        blocked: set[int] = set()
-        for command in waiting:
-            if not self._wants_chunks(command.room):
-                continue
-            if command.room in blocked:
-                self._fenced.append(command)
-                continue
-            before = len(self._fenced)
-            yield from self._try(command, self._fenced)
-            if len(self._fenced) > before:
-                blocked.add(command.room)
+        """Chunks whose data is in memory by now. Those of one room keep their order, so only the first is asked for;
+        rooms do not wait for each other, and one that failed wants no chunk any more."""
+        for room in list(self._fenced):
+            if self._wants_chunks(room):
+                yield from self._try(room)
+            else:
+                del self._fenced[room]
 
-    def _try(self, command: Command, waiting: deque[Command]) -> Iterator[Event]:
-        """The chunk if it is ready; otherwise it waits. A fence that raises (a CUDA event after an error) says that the
-        data never will be there: the room ends at once, and its other chunks are dropped as those of any failed room.
-        """
-        try:
-            ready = command.fence is None or command.fence()
-        except Exception as error:
-            log.error("the ready fence of a chunk of room %d raised; the room ends", command.room, exc_info=error)
-            self._counters["fences_raised"] += 1
-            cause = InternalError(
-                f"the ready fence of a chunk raised {error!r}; look for the cause in the engine that computed it",
-                room=command.room,
-            )
-            yield AbortRequested(command.room, "source", cause)
-            return
-        if ready:
-            yield command.event
-        else:
-            waiting.append(command)
+    def _try(self, room: int) -> Iterator[Event]:
+        """The chunks of a room, up to the first whose data is not in memory. A fence that raises (a CUDA event after an
+        error) says that the data never will be there: the room ends at once, and so do its other chunks."""
+        waiting = self._fenced[room]
+        while waiting:
+            fence = waiting[0].fence
+            try:
+                ready = fence is None or fence()
+            except Exception as error:
+                log.error("the ready fence of a chunk of room %d raised; the room ends", room, exc_info=error)
+                self._counters["fences_raised"] += 1
+                waiting.clear()
+                yield AbortRequested(room, "source", _raised(error, room))
+                break
+            if not ready:
+                return
+            yield waiting.popleft().event
+        del self._fenced[room]
+
+
+def _raised(error: Exception, room: int) -> InternalError:
+    return InternalError(
+        f"the ready fence of a chunk raised {error!r}; look for the cause in the engine that computed it", room=room
+    )

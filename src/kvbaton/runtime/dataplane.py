@@ -27,6 +27,7 @@ from kvbaton.protocol.events import (
     WriteSettled,
 )
 from kvbaton.runtime.guard import Guard
+from kvbaton.runtime.posted import PostedWrites
 from kvbaton.runtime.posting import PostingQueue, Window
 from kvbaton.runtime.staging import StagingDesk
 from kvbaton.transports.base import Handle, TableId, Transport, WriteState
@@ -73,8 +74,7 @@ class DataPlane:
         self._staging = StagingDesk(staging)
         self._queue = PostingQueue(window, self._staging.slot_free)
         self._tables: dict[str, _Tables] = {}
-        self._in_flight: dict[Handle, PostWrite] = {}
-        self._broken: list[PostWrite] = []
+        self._posted = PostedWrites()
         self._quiescing: dict[str, tuple[float, int]] = {}
         self._to_fence: dict[str, float] = {}
         self._generation = transport.generation
@@ -84,8 +84,7 @@ class DataPlane:
 
     def sizes(self) -> dict[str, int]:
         return {
-            "writes_in_flight": len(self._in_flight),
-            "writes_broken": len(self._broken),
+            **self._posted.sizes(),
             "staging_slots_taken": len(self._staging),
             "peers_with_tables": len(self._tables),
             "peers_with_evidence": len(self.evidence),
@@ -102,7 +101,7 @@ class DataPlane:
     @property
     def moving(self) -> bool:
         """Something is under way that tells nobody when it is over."""
-        return bool(self._in_flight or self._quiescing)
+        return self._posted.moving or bool(self._quiescing)
 
     @property
     def quiescing(self) -> bool:
@@ -153,7 +152,7 @@ class DataPlane:
         if write.staged is not None:
             self._counters["writes_staged"] += 1
             self._counters["bytes_staged"] += write.bytes
-        self._in_flight[handle] = write
+        self._posted.begun(handle, write)
         self._check(handle, write)
         return True
 
@@ -166,20 +165,18 @@ class DataPlane:
 
     def poll_writes(self) -> bool:
         """Look after every write in flight. Returns whether one has ended."""
-        before = len(self._in_flight)
-        for handle, write in list(self._in_flight.items()):
-            self._check(handle, write)
-        return len(self._in_flight) < before
+        return sum(self._check(handle, write) for handle, write in self._posted.in_flight()) > 0
 
-    def _check(self, handle: Handle, write: PostWrite) -> None:
+    def _check(self, handle: Handle, write: PostWrite) -> bool:
+        """Returns whether it has ended."""
         state = WriteState.BROKEN
         try:
             state = self._transport.poll(handle)
         except Exception as error:  # noqa: BLE001 - the writes behind it must be looked after as well
             self._guard.failed(error)
         if state is WriteState.PENDING:
-            return
-        del self._in_flight[handle]
+            return False
+        self._posted.ended(handle)
         if state is WriteState.DONE:
             self._queue.settled(write)
             self._staging.settled(write)
@@ -188,11 +185,12 @@ class DataPlane:
         else:
             self._break(write, DisconnectedError("a write broke on the wire", peer=write.peer))
         self._guard.attempt(lambda: self._transport.release(handle))
+        return True
 
     def _break(self, write: PostWrite, error: KVBatonError) -> None:
         """Until its peer is fenced it may still be read from here."""
         self._queue.settled(write)
-        self._broken.append(write)
+        self._posted.broke(write)
         self._happened(WriteBroken(write.write, error))
 
     def _note_evidence(self, peer: str) -> None:
@@ -247,11 +245,8 @@ class DataPlane:
         self._queue.drop_peer(peer)
         self._tables.pop(peer, None)
         self.evidence.pop(peer, None)
-        for write in (*self._in_flight.values(), *self._broken):
-            if write.peer == peer:
-                self._staging.settled(write)
-        self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
-        self._broken = [write for write in self._broken if write.peer != peer]
+        for write in self._posted.drop(peer):
+            self._staging.settled(write)
         self._counters["peers_fenced"] += 1
         self._happened(PeerFenced(peer))
 
@@ -280,11 +275,9 @@ class DataPlane:
         kernel copies between processes without asking for the agent of the one that is written to."""
         self._closed = True
         self._transport.close()
-        writes = (*self._in_flight.values(), *self._broken)
-        for peer in dict.fromkeys([*self._to_fence, *(write.peer for write in writes)]):
+        for peer in dict.fromkeys([*self._to_fence, *(write.peer for write in self._posted)]):
+            self._posted.drop(peer)
             self._happened(PeerFenced(peer))
-        self._in_flight.clear()
-        self._broken.clear()
         self._to_fence.clear()
 
 

@@ -150,8 +150,8 @@ class Driver:
     def sizes(self) -> dict[str, int]:
         """Entries of every table here and in what the driver owns. Driver's thread only, like all of it."""
         return {
-            "commands": len(self._commands) + len(self._events),
-            "fenced_chunks": self._commands.fenced,
+            "events": len(self._events),
+            **self._commands.sizes(),
             "counter_names": len(self.counters),
             **self._data.sizes(),
             **{f"links_{name}": size for name, size in self._links.sizes().items()},
@@ -256,7 +256,7 @@ class Driver:
     @property
     def polling(self) -> bool:
         """Something moves that tells nobody: the next turn may wait for a moment only."""
-        return self._data.moving or bool(self._commands.fenced) or self._target_must_progress
+        return self._data.moving or self._commands.polling or self._target_must_progress
 
     @property
     def unread(self) -> tuple[Event, ...]:

@@ -2,8 +2,9 @@
 
 One slow peer fills its own window and nobody else's. A staged write needs a free staging slot to be posted; where there
 is none it is overtaken by direct writes behind it, since the writes of a peer need no order. Nothing here costs more
-when more writes wait: only the oldest direct and the oldest staged write of a peer are ever looked at, and peers whose
-window is full are not. Plain data, no transport.
+when more writes or peers wait: only the oldest direct and the oldest staged write of a peer are ever looked at, and a
+peer that is passed over is not looked at again before something of it settles, is cancelled or offered, or a slot is
+free. Plain data, no transport.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class PostingQueue:
         self._window = window
         self._slot_free = slot_free
         self._peers: dict[str, _Peer] = {}
-        self._turns: OrderedDict[str, None] = OrderedDict()  # peers with waiting writes and room in their window
+        self._turns: OrderedDict[str, None] = OrderedDict()  # peers whose oldest write may be posted, for all we know
+        self._for_slot: OrderedDict[str, None] = OrderedDict()  # peers all of whose waiting writes need a slot
         self._waiting: dict[WriteId, str] = {}
 
     def __len__(self) -> int:
@@ -69,7 +71,7 @@ class PostingQueue:
         peer = self._peers.setdefault(write.peer, _Peer())
         peer.waiting(write)[write.write] = write
         self._waiting[write.write] = write.peer
-        self._turns.setdefault(write.peer)
+        self._line_up(write.peer, peer)
 
     def take(self) -> PostWrite | None:
         """The next write to post: peers take turns, a peer whose window is full is passed over."""
@@ -81,23 +83,25 @@ class PostingQueue:
         peer.bytes += write.bytes
         peer.entries += len(write.source_entries)
         peer.in_flight.add(write.write)
+        self._leave_lines(write.peer)
         if peer.direct or peer.staged:
-            self._turns.move_to_end(write.peer)
-        else:
-            del self._turns[write.peer]
+            self._turns[write.peer] = None
         return write
 
     def _next(self) -> PostWrite | None:
-        """The write whose turn it is. Peers whose window has no room for theirs lose their turn until one settles."""
+        """The write whose turn it is; a slot that is free goes to whoever waits for one. Each peer that is passed over
+        leaves its line, so it was lined up for every look at it."""
         slot_free = self._slot_free()
-        for name in list(self._turns):
-            peer = self._peers[name]
-            write = peer.oldest(slot_free=slot_free)
-            if write is None:
-                continue  # it waits for a slot
-            if self._fits(peer, write):
-                return write
-            del self._turns[name]
+        for line in (self._for_slot, self._turns) if slot_free else (self._turns,):
+            while line:
+                name = next(iter(line))
+                peer = self._peers[name]
+                write = peer.oldest(slot_free=slot_free)
+                if write is not None and self._fits(peer, write):
+                    return write
+                del line[name]  # its window is full until one of its writes settles
+                if write is None:
+                    self._for_slot[name] = None
         return None
 
     def _fits(self, peer: _Peer, write: PostWrite) -> bool:
@@ -134,7 +138,7 @@ class PostingQueue:
     def drop_peer(self, name: str) -> None:
         """Forget everything towards a peer that was fenced."""
         peer = self._peers.pop(name, None)
-        self._turns.pop(name, None)
+        self._leave_lines(name)
         for write in (*peer.direct, *peer.staged) if peer is not None else ():
             del self._waiting[write]
 
@@ -145,11 +149,21 @@ class PostingQueue:
     def _tidy(self, name: str, peer: _Peer) -> None:
         """Something towards a peer has ended: it gets a turn if something waits, and is forgotten if it is idle."""
         if peer.direct or peer.staged:
-            self._turns.setdefault(name)
+            self._line_up(name, peer)
             return
-        self._turns.pop(name, None)
+        self._leave_lines(name)
         if not peer.in_flight:
             del self._peers[name]
+
+    def _line_up(self, name: str, peer: _Peer) -> None:
+        if peer.direct:
+            self._for_slot.pop(name, None)
+        if name not in self._for_slot:
+            self._turns.setdefault(name)
+
+    def _leave_lines(self, name: str) -> None:
+        self._for_slot.pop(name, None)
+        self._turns.pop(name, None)
 
     @property
     def ready(self) -> bool:
