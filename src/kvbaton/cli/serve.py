@@ -33,6 +33,9 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--model", "--model-path", required=True, help="directory, hub id or bundled name of the model")
     model.add_argument("--served-model-name", default="", help="model name in the API; empty: that of --model")
     model.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a model directory or hub repository brings"
+    )
+    model.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),

@@ -2,7 +2,8 @@
 
 Rules: whatever the name given (a directory, a bundled model, a hub id), it becomes a local directory first. Its weights
 are identified while they load (see ``weights``), so that two ranks agree exactly when their tensors agree. What the
-model caches is probed on the whole network, before it is cut for this rank.
+model caches is probed on the whole network, before it is cut for this rank. A directory is data: its weights are
+safetensors, never a pickle, and code that it brings runs only where the operator has said so.
 
 This file must not know of pools, schedulers or peers.
 """
@@ -37,6 +38,7 @@ NOT_NUMBERS = frozenset(
     }
 )
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+CODE_FILES = ("*.py",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +60,24 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", device: str = "cpu", threads: int | None = None, attention: str | None = None
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load the model called ``name``: a local directory, a bundled name, or a hub id.
 
     ``threads`` sets torch's intra-operation threads for the whole process; ``attention`` None leaves the implementation
-    to transformers. Raises ConfigError.
+    to transformers; ``trust_remote_code`` runs what the directory brings. Raises ConfigError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown, use one of {', '.join(DTYPES)}")
     if threads is not None:
         use_threads(threads)
-    path = locate_model(name)
+    path = locate_model(name, trust_remote_code=trust_remote_code)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} holds no config.json; give the directory that save_pretrained() wrote")
     transformers_logging.disable_progress_bar()
@@ -77,14 +85,19 @@ def load_model(
         weights = beside.submit(weights_digest, path)
         try:
             network = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True
+                path,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"the model in {path} does not load: {error}") from error
+        except Exception as error:
+            raise _refusal("model", path, error) from error
     network = network.to(device).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    tokenizer = _load_tokenizer(path)
+    tokenizer = _load_tokenizer(path, trust_remote_code=trust_remote_code)
     return LoadedModel(
         name=name,
         path=path,
@@ -103,8 +116,9 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def locate_model(name: str) -> Path:
-    """The local directory of the model called ``name``; a hub id is downloaded, unless it is in the local cache."""
+def locate_model(name: str, *, trust_remote_code: bool = False) -> Path:
+    """The local directory of the model called ``name``; a hub id is downloaded, unless it is in the local cache: its
+    code only where it is trusted."""
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory.resolve()
@@ -113,14 +127,14 @@ def locate_model(name: str) -> Path:
     except ValueError as error:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
             raise ConfigError(f"model {name!r} is no directory, no hub id (owner/name), and {error}") from error
-    return _download(name)
+    return _download(name, [*HUB_FILES, *CODE_FILES] if trust_remote_code else list(HUB_FILES))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # only a hub id needs it
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's errors and requests' derive from these
         raise ConfigError(
             f"model {name!r} is no local directory and cannot be fetched from the hub: {error}",
@@ -128,13 +142,29 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _load_tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"the tokenizer in {path} does not load: {error}") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _refusal("tokenizer", path, error) from error
+
+
+def _refusal(what: str, path: Path, error: Exception) -> ConfigError:
+    """Why the model or tokenizer in a directory is not loaded."""
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"the {what} in {path} brings code of its own, which is not run",
+            hint="read that code; --trust-remote-code runs it",
+        )
+    pickles = sorted(file.name for file in path.glob("*.bin"))
+    if what == "model" and pickles and not any(path.glob("*.safetensors")):
+        return ConfigError(
+            f"the model in {path} has no safetensors; {pickles[0]} is a pickle, which may hold code, and is not read",
+            hint="load it where that does no harm, and save it again with save_pretrained()",
+        )
+    return ConfigError(f"the {what} in {path} does not load: {error}")
 
 
 def _eos_tokens(network: Any, tokenizer: Any) -> frozenset[int]:

@@ -107,7 +107,12 @@ def build_manager(
 
 def load(config: ServeConfig, rank: ServerRank) -> LoadedModel:
     """The whole model, in this process. Raises KVBatonError."""
-    model = load_model(config.model, dtype=config.dtype, threads=config.torch_threads if rank.alone else 1)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        threads=config.torch_threads if rank.alone else 1,
+        trust_remote_code=config.trust_remote_code,
+    )
     _log.info("loaded %r", model)
     return model
 

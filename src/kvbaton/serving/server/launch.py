@@ -63,6 +63,7 @@ class ServeConfig:
 
     model: str
     served_model_name: str = ""
+    trust_remote_code: bool = False
     host: str = "127.0.0.1"
     port: int = 30000
     mode: Mode = "null"
