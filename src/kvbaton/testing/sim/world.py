@@ -284,9 +284,11 @@ class SimWorld:
         settings = self.settings
         recovery = 2 * (settings.silence_seconds + settings.handshake_timeout) + settings.announce_seconds
         slowest = min((c.rate for g in (*self.scenario.sources, *self.scenario.targets) for c in g.clocks), default=1.0)
-        until = self.clockwork.now + recovery / slowest
-        while self.clockwork.now < until and self.clockwork.next is not None:
-            self._step()
+        began = self.clockwork.now
+        while (until := max(began, self.troubled_until) + recovery / slowest) > self.clockwork.now:
+            self.clockwork.at(until, lambda: None)  # time passes where nobody has anything to do
+            while self.clockwork.now < until:  # trouble may still begin
+                self._step()
 
     def _serve_again(self) -> None:
         """One more request for each two groups whose ranks all live, when nothing is disturbed any more."""
