@@ -228,7 +228,9 @@ class RegistryClient:
     async def _attempt(self, method: str, url: str, body: bytes | None, query: dict[str, str] | None) -> bytes:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
-            self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers, trust_env=False)
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, headers=self._headers, trust_env=False, auto_decompress=False
+            )
         try:
             async with self._session.request(method, url, data=body, params=query, allow_redirects=False) as response:
                 payload = bytearray()

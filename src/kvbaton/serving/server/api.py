@@ -129,9 +129,11 @@ class ApiServer:
     async def _answer(self, http: web.Request, kind: type[CompletionRequest] | type[ChatRequest]) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
-                with self.admission.entered():
-                    async with self._bodies.read(http) as body:
-                        accepted = await self._intake.accept(parse(body, kind), from_router=self._from_router(http))
+                self._require_router(http)  # before a byte of the body
+                async with self._bodies.read(http) as body:
+                    request = parse(body, kind)
+                with self.admission.entered():  # for requests that are here, not for those that still come
+                    accepted = await self._intake.accept(request)
                     return await self._run(http, accepted, timer)
             except KVBatonError as error:
                 timer.outcome = error.code
@@ -152,6 +154,14 @@ class ApiServer:
         except KVBatonError as error:
             self._learn(error, accepted)
             raise
+
+    def _require_router(self, http: web.Request) -> None:
+        """Half a pair computes for its router only. Raises AuthenticationError."""
+        if self._config.mode != "null" and not self._from_router(http):
+            raise AuthenticationError(
+                "only this deployment's router may name rooms and registries here; send requests through the router",
+                hint="start the router with the same --secret-file as the servers",
+            )
 
     def _from_router(self, http: web.Request) -> bool:
         """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""

@@ -19,6 +19,8 @@ from kvbaton.errors import OverloadedError
 
 #: Largest body: a million token ids with room to spare.
 MAX_BODY_BYTES = 16 << 20
+#: Largest body that a router takes: it adds fields of its own before a worker reads it.
+MAX_ROUTED_BODY_BYTES = MAX_BODY_BYTES - (64 << 10)
 #: A body of at most this size is not counted.
 SMALL_BODY_BYTES = 64 << 10
 #: Most bytes of counted bodies at a time.

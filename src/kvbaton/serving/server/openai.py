@@ -5,6 +5,8 @@ Rules:
 - Decoding is strict: a wrong type, a value out of range or an unknown field is a ConfigError whose message begins with
   the field's name. Fields that we know but do not implement are accepted at their neutral value only, so that nothing
   a client asked for is ignored in silence.
+- What is refused, or may be long, stays bytes (``msgspec.Raw``) until its length is known to be within bounds: a body
+  of 15 MiB can hold millions of small values, each of which would become an object.
 - Additions to the format: ``return_token_ids`` (answers carry ``token_ids``, as vLLM's do), ``ignore_eos``, ``rid``
   (the id for ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set by the router, never by users),
   ``data_parallel_rank`` and ``disagg_prefill_dp_rank`` (the data-parallel rank that answers, and the one that
@@ -18,7 +20,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.errors import ConfigError
@@ -33,6 +35,10 @@ MAX_RID_CHARACTERS = 128
 #: OpenAI's bound of a completion's alternatives; a chat's is MAX_TOP_LOGPROBS, the engine's.
 MAX_COMPLETION_LOGPROBS = 5
 
+#: Bytes of a raw value that are looked at before it is decoded.
+_GLANCE = 64
+
+_P = TypeVar("_P")
 _T = TypeVar("_T", bound="CompletionRequest | ChatRequest | AbortRequest")
 
 _Count = Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -43,6 +49,10 @@ _Port = Annotated[int, Meta(ge=1, le=65535)]
 _Room = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 _DpRank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
 _Stop = Annotated[str, Meta(max_length=1024)]
+
+
+def _null() -> Raw:
+    return Raw(b"null")
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +75,7 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
     # known, and accepted only where they change nothing
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Raw = field(default_factory=_null)
     # additions
     ignore_eos: bool = False
     return_token_ids: bool | None = None
@@ -81,7 +91,7 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 _refuse(name, "is not implemented; leave it out or pass 0")
-        if self.logit_bias:
+        if not _is_one_of(self.logit_bias, b"null", b"{}"):
             _refuse("logit_bias", "is not implemented; leave it out")
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "is only allowed together with stream=true")
@@ -116,7 +126,7 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class CompletionRequest(_Common, kw_only=True, forbid_unknown_fields=True):
-    prompt: str | list[int | str]
+    prompt: Raw
     logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -134,17 +144,32 @@ class CompletionRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     def told(self) -> tuple[bool, int]:
         return self.logprobs is not None, self.logprobs or 0
 
-    def text_or_tokens(self) -> str | tuple[int, ...]:
-        """The one prompt: text, or token ids. Raises ConfigError for an empty one and for several."""
-        if isinstance(self.prompt, str):
-            return self.prompt or _refuse("prompt", "must not be empty")
-        tokens = tuple(item for item in self.prompt if isinstance(item, int))
-        texts = [item for item in self.prompt if isinstance(item, str)]
-        if len(texts) == 1 and not tokens:
-            return texts[0] or _refuse("prompt", "must not be empty")
-        if texts:
-            _refuse("prompt", "one prompt per request is implemented: a text, or a list of token ids")
-        return tokens or _refuse("prompt", "must not be empty")
+    def text_or_tokens(self, most_tokens: int) -> str | tuple[int, ...]:
+        """The one prompt: text, or token ids. Raises ConfigError for an empty one, for several, and for more tokens."""
+        raw = bytes(self.prompt)
+        inside = raw[1 : 1 + _GLANCE].lstrip()
+        if not raw.startswith(b"["):
+            return _decoded(raw, str) or _refuse("prompt", "must not be empty")
+        if inside.startswith((b'"', b"[")):
+            return _decoded(raw, tuple[str])[0] or _refuse("prompt", "must not be empty")
+        if raw.count(b",") >= most_tokens:
+            _refuse("prompt", f"{raw.count(b',') + 1} token ids are more than the {most_tokens} tokens of this server")
+        return tuple(_decoded(raw, list[int])) or _refuse("prompt", "must not be empty")
+
+
+def _decoded(raw: bytes, kind: type[_P]) -> _P:
+    """A prompt. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError:
+        raise ConfigError("prompt: one prompt per request is implemented: a text, or a list of token ids") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the body is not JSON: {error}") from None
+
+
+def _is_one_of(raw: Raw, *neutral: bytes) -> bool:
+    """Whether a value that is not implemented is one that changes nothing. Not decoded, only looked at."""
+    return len(raw) <= _GLANCE and b"".join(bytes(raw).split()) in neutral
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,13 +191,13 @@ class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_completion_tokens: _Count | None = None
-    tools: list[Any] | None = None
+    tools: Raw = field(default_factory=_null)
 
     def check(self) -> None:
         _Common.check(self)
         if self.top_logprobs and not self.logprobs:
             _refuse("top_logprobs", "is only allowed together with logprobs=true")
-        if self.tools:
+        if not _is_one_of(self.tools, b"null", b"[]"):
             _refuse("tools", "is not implemented; leave it out")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             _refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
@@ -186,6 +211,14 @@ class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
 
 class AbortRequest(Struct, frozen=True, forbid_unknown_fields=True):
     rid: _Id
+
+
+def check_rid(raw: Raw) -> None:
+    """Raises ConfigError for what cannot be the id of a request."""
+    try:
+        msgspec.json.decode(raw, type=_Id)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"rid: {error}") from None
 
 
 class Usage(Struct, frozen=True):

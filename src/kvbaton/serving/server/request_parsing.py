@@ -34,6 +34,8 @@ Mode = Literal["null", "prefill", "decode"]
 INLINE_CHARACTERS = 16 << 10
 #: No tokenizer makes one token of more characters: a longer prompt is too long, and is not tokenized to find out.
 MAX_CHARACTERS_PER_TOKEN = 256
+#: Of a model's name that is not served, as many are said again.
+MAX_NAME_CHARACTERS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,15 +82,15 @@ class Intake:
         self._config = config
         self._registry = registry
 
-    async def accept(self, request: CompletionRequest | ChatRequest, *, from_router: bool = True) -> Accepted:
-        """``from_router``: whoever sent it may name rooms and registries.
+    async def accept(self, request: CompletionRequest | ChatRequest) -> Accepted:
+        """Whoever sent it may name rooms and registries: that has been seen to.
 
-        Raises ConfigError or CapacityError for what is wrong, AuthenticationError for a room from somebody else,
-        RegistryError when the prefill group is not found.
+        Raises ConfigError or CapacityError for what is wrong, RegistryError when the prefill group is not found.
         """
-        if request.model not in (None, self._config.model):
-            raise ConfigError(f"model: {request.model!r} is not served here; this server has {self._config.model!r}")
-        registry = self._check_room(request, from_router)
+        if request.model is not None and request.model != self._config.model:
+            asked = request.model[:MAX_NAME_CHARACTERS]
+            raise ConfigError(f"model: {asked!r} is not served here; this server has {self._config.model!r}")
+        registry = self._check_room(request)
         dp_rank = self._dp_rank(request)
         tokens = await self._tokens(request)
         sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
@@ -116,7 +118,7 @@ class Intake:
             registry,
         )
 
-    def _check_room(self, request: CompletionRequest | ChatRequest, from_router: bool) -> tuple[str, int] | None:
+    def _check_room(self, request: CompletionRequest | ChatRequest) -> tuple[str, int] | None:
         """The registry to ask, on a decode server."""
         mode, host = self._config.mode, request.bootstrap_host
         if mode == "null":
@@ -128,11 +130,6 @@ class Intake:
         if request.bootstrap_room is None:
             raise ConfigError(
                 f"bootstrap_room: this is a {mode} server, one half of a pair; send requests through the router"
-            )
-        if not from_router:
-            raise AuthenticationError(
-                "bootstrap_room: only this deployment's router may name rooms and registries here",
-                hint="start the router with the same --secret-file as the servers",
             )
         if mode == "prefill":
             return None
@@ -175,7 +172,7 @@ class Intake:
 
     async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
         if isinstance(request, CompletionRequest):
-            prompt = request.text_or_tokens()
+            prompt = request.text_or_tokens(self._config.max_positions)
             if not isinstance(prompt, str):
                 return prompt
             tokenizer = self._need_tokenizer("prompt")
@@ -185,7 +182,7 @@ class Intake:
         tokenizer = self._need_tokenizer("messages")
         characters = sum(len(text) for _, text in messages)
         self._check_characters("messages", characters)
-        return await _tokenized(lambda: tokenizer.encode_chat(messages), characters)
+        return tuple(await asyncio.to_thread(tokenizer.encode_chat, messages))  # a template is a program
 
     def _check_characters(self, field_name: str, characters: int) -> None:
         limit = self._config.max_positions * MAX_CHARACTERS_PER_TOKEN

@@ -28,17 +28,28 @@ from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
-from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
-from kvbaton.serving.server.calls import CallFailed, Pair, PrefillDecodeCall, mint_room, strip
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, SMALL_BODY_BYTES, Bodies
+from kvbaton.serving.server.calls import ROUTER_FIELDS, CallFailed, Pair, PrefillDecodeCall, mint_room, strip
 from kvbaton.serving.server.failure import body_of, errors
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import DONE, MAX_RID_CHARACTERS, AbortRequest, event, parse
+from kvbaton.serving.server.openai import (
+    DONE,
+    MAX_RID_CHARACTERS,
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    check_rid,
+    event,
+    parse,
+)
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
 READ_BUFFER_BYTES = 256 << 10
 #: Largest answer of a worker that does not stream.
 MAX_ANSWER_BYTES = 64 << 20
+#: Largest answer to a question for the merged routes.
+MAX_TOLD_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5.0
 #: Limit of one question to one worker for the merged routes.
 ASK_TIMEOUT_SECONDS = 3.0
@@ -75,7 +86,7 @@ class Router:
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
         self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_check_endpoint)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
-        self._bodies = Bodies()
+        self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
         self._retries = self.metrics.counter("kvbaton_router_retries", "Requests that were sent to a second pair.")
@@ -112,9 +123,10 @@ class Router:
     async def _route(self, http: web.Request) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
-                with self.admission.entered():
-                    async with self._bodies.read(http) as body:
-                        return await self._attempts(http, _fields(body), timer)
+                async with self._bodies.read(http) as body:
+                    fields = _fields(body)
+                    with self.admission.entered():  # for requests that are here, not for those that still come
+                        return await self._attempts(http, fields, timer)
             except CallFailed as failure:
                 timer.outcome = failure.detail.code
                 return _json(failure.body, status=failure.status, headers=failure.headers)
@@ -236,7 +248,7 @@ class Router:
                 async with self._session.get(
                     worker.url + path, timeout=timeout, allow_redirects=False, headers=headers
                 ) as response:
-                    return worker, msgspec.json.decode(await response.read())
+                    return worker, msgspec.json.decode(await _bounded(response, MAX_TOLD_BYTES))
             except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 return worker, {"error": f"{type(error).__name__}: {error}"}
 
@@ -300,7 +312,7 @@ class Router:
                     timeout=timeout,
                     allow_redirects=False,
                 ) as response:
-                    await response.read()
+                    await _bounded(response, MAX_TOLD_BYTES)
 
         names = (rid, second_rid(rid))
         await asyncio.gather(*(tell(worker, name) for worker in self.workers.all for name in names))
@@ -334,16 +346,41 @@ class Router:
 def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
     """The client's request, field by field and otherwise as it is. Raises ConfigError."""
     try:
+        if len(payload) > SMALL_BODY_BYTES:
+            msgspec.json.decode(payload, type=_KnownFields)  # ends at the first field that no request has
         fields = strip(msgspec.json.decode(payload, type=dict[str, msgspec.Raw]))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not a JSON object: {error}") from None
-    fields.setdefault("rid", _encoded(f"req-{uuid.uuid4().hex}"))
+        raise ConfigError(f"the body is not a JSON object of known fields: {error}") from None
+    if fields.get("rid", _NULL) == _NULL:
+        fields["rid"] = _encoded(f"req-{uuid.uuid4().hex}")
+    check_rid(fields["rid"])
     return fields
+
+
+_NULL = msgspec.Raw(b"null")
+_KnownFields = msgspec.defstruct(
+    "_KnownFields",
+    [
+        (name, msgspec.Raw, _NULL)
+        for name in sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *ROUTER_FIELDS})
+    ],
+    forbid_unknown_fields=True,
+)
 
 
 def second_rid(rid: object) -> str:
     """The id of a request's second attempt: derived, so that aborting the first name can abort it too."""
     return f"{str(rid)[: MAX_RID_CHARACTERS - 2]}~2"
+
+
+async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    """A worker's answer. Raises aiohttp.ClientPayloadError for a longer one."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > most_bytes:
+            raise aiohttp.ClientPayloadError(f"it answers more than {most_bytes} bytes")
+    return bytes(body)
 
 
 def _encoded(value: object) -> msgspec.Raw:

@@ -1,0 +1,297 @@
+"""Work before proof: what a body can cost before anybody has shown that it may be sent, or that it can be served."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from io import BytesIO
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+
+from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.errors import ConfigError, RegistryError
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES
+from kvbaton.serving.server.openai import ChatRequest, CompletionRequest, parse
+from kvbaton.serving.server.request_parsing import ApiConfig, Mode
+from kvbaton.serving.server.router import Router, RouterConfig, _fields
+from kvbaton.serving.server.tokens import ServerTokenizer
+from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
+
+SECRET = "kX7-a-secret-that-must-stay-one-Q2w"
+LARGE = MAX_BODY_BYTES - (1 << 20)
+#: Longest that one request may keep the event loop, with room for a busy machine: each attack took 1 s and more.
+BLINK_SECONDS = 0.4
+POSITIONS = 4096
+
+
+def filled(start: bytes, piece: bytes, end: bytes, size: int = LARGE) -> bytes:
+    """A body of about ``size`` bytes: ``piece`` again and again, with commas."""
+    return start + b",".join([piece] * ((size - len(start) - len(end)) // (len(piece) + 1))) + end
+
+
+def served(payload: bytes, kind: type[CompletionRequest] | type[ChatRequest]) -> None:
+    request = parse(payload, kind)
+    if isinstance(request, CompletionRequest):
+        request.text_or_tokens(POSITIONS)
+
+
+CHAT = b'{"messages":[{"role":"user","content":"q"}],'
+MATERIALISED = {
+    "tools of empty lists": (ChatRequest, filled(CHAT + b'"tools":[', b"[]", b"]}")),
+    "a bias of empty keys": (CompletionRequest, filled(b'{"prompt":"a","logit_bias":{', b'"1":0', b"}}")),
+    "token ids": (CompletionRequest, filled(b'{"prompt":[', b"1", b"]}")),
+    "texts": (CompletionRequest, filled(b'{"prompt":[', b'""', b"]}")),
+    "a text, then token ids": (CompletionRequest, filled(b'{"prompt":["",', b"1", b"]}")),
+    "unknown fields": (CompletionRequest, filled(b'{"prompt":"a",', b'"x":1', b"}")),
+}
+
+
+@pytest.mark.parametrize("name", MATERIALISED)
+def test_millions_of_small_values_are_refused_without_becoming_objects(name: str) -> None:
+    kind, payload = MATERIALISED[name]
+    started = time.perf_counter()
+    with pytest.raises(ConfigError):
+        served(payload, kind)
+    assert time.perf_counter() - started < BLINK_SECONDS
+
+
+def test_a_million_unknown_fields_are_refused_at_the_router() -> None:
+    distinct = b",".join(b'"f%d":0' % number for number in range(1_000_000))
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match="f0"):
+        _fields(b'{"prompt":"a",' + distinct + b"}")
+    assert time.perf_counter() - started < BLINK_SECONDS
+
+
+@asynccontextmanager
+async def half(mode: Mode = "prefill", max_requests: int = 4) -> AsyncIterator[tuple[ScriptedEngine, str]]:
+    engine = ScriptedEngine(lambda _request: spell("hi"))
+    secret = SECRET if mode != "null" else None
+    config = ApiConfig(model="m", max_positions=POSITIONS, mode=mode, max_requests=max_requests)
+    async with serving(ApiServer(engine, CharacterTokenizer(), config, secret=secret).app) as url:
+        yield engine, url
+
+
+def address(url: str) -> tuple[str, int]:
+    return "127.0.0.1", int(url.rpartition(":")[2])
+
+
+def head(path: str, length: int, headers: str = "") -> bytes:
+    json_type = "Content-Type: application/json\r\n"
+    return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{json_type}{headers}Content-Length: {length}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_half_a_pair_answers_a_stranger_from_the_headers(mode: Mode) -> None:
+    """Not a byte of the body is sent, and the answer is there."""
+
+    async def test() -> None:
+        async with half(mode) as (engine, url):
+            for path in ("/v1/completions", "/v1/chat/completions", "/abort_request"):
+                reader, writer = await asyncio.open_connection(*address(url))
+                writer.write(head(path, LARGE))
+                async with asyncio.timeout(2):
+                    assert b" 401 " in await reader.readline(), path
+                writer.close()
+            assert not engine.requests
+
+    run(test())
+
+
+async def hold(url: str, count: int, headers: str = "") -> list[asyncio.StreamWriter]:
+    """Posts that send one byte of their body."""
+    writers = []
+    for _ in range(count):
+        _, writer = await asyncio.open_connection(*address(url))
+        writer.write(head("/v1/completions", 100, headers) + b"{")
+        await writer.drain()
+        writers.append(writer)
+    await asyncio.sleep(0)
+    return writers
+
+
+def test_requests_whose_body_does_not_come_hold_no_place() -> None:
+    async def test() -> None:
+        async with half("null") as (_, url), aiohttp.ClientSession() as session:
+            writers = await hold(url, 16)
+            async with session.get(f"{url}/get_server_info") as response:
+                assert (await response.json())["requests"] == 0
+            async with session.post(f"{url}/v1/completions", json={"prompt": "a"}) as response:
+                assert response.status == 200, await response.text()
+            for writer in writers:
+                writer.close()
+
+    run(test())
+
+
+def test_nor_at_the_router() -> None:
+    async def answer(http: web.Request) -> web.Response:
+        await http.read()
+        return web.json_response({"choices": []})
+
+    worker = web.Application()
+    worker.router.add_post("/v1/completions", answer)
+    worker.router.add_get("/ready", answer)
+
+    async def test() -> None:
+        async with serving(worker) as one:
+            workers = (Worker("prefill", one, 1), Worker("decode", one))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0, max_concurrent_requests=4))
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                await router.workers.probe_all()
+                writers = await hold(url, 16)
+                async with session.post(f"{url}/v1/completions", json={"prompt": "a"}) as response:
+                    assert response.status == 200, await response.text()
+                for rid, status in ((None, 200), ("good", 200), ("", 400), (7, 400), ([], 400), ("ä", 400)):
+                    async with session.post(f"{url}/v1/completions", json={"prompt": "a", "rid": rid}) as response:
+                        assert response.status == status, (rid, await response.text())
+                for writer in writers:
+                    writer.close()
+
+    run(test())
+
+
+def test_a_body_that_the_router_takes_is_never_too_large_for_a_worker() -> None:
+    sizes: list[int] = []
+
+    async def answer(http: web.Request) -> web.Response:
+        sizes.append(len(await http.read()))
+        return web.json_response({"choices": []})
+
+    worker = web.Application(client_max_size=1 << 30)
+    worker.router.add_post("/v1/completions", answer)
+    worker.router.add_get("/ready", answer)
+
+    async def test() -> None:
+        async with serving(worker) as one:
+            workers = (Worker("prefill", one, 1), Worker("decode", one))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0))
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                await router.workers.probe_all()
+                for spare in (0, 1 << 12, 1 << 16, 1 << 17):
+                    prompt = "a" * (MAX_BODY_BYTES - spare - len('{"prompt":""}'))
+                    body = msgspec.json.encode({"prompt": prompt})
+                    async with session.post(f"{url}/v1/completions", data=BytesIO(body), headers=JSON) as response:
+                        assert response.status in (200, 413)
+        assert sizes
+        assert max(sizes) <= MAX_BODY_BYTES
+
+    run(test())
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_an_over_long_model_is_not_said_again_whole() -> None:
+    async def test() -> None:
+        async with half("null") as (_, url), aiohttp.ClientSession() as session:
+            body = {"prompt": "a", "model": "m" * 100_000}
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                assert response.status == 400
+                assert len(await response.read()) < 1000
+
+    run(test())
+
+
+def test_a_registry_answer_is_not_decompressed() -> None:
+    asked = []
+
+    async def bomb(http: web.Request) -> web.Response:
+        asked.append(http.path)
+        response = web.Response(body=b"[" * (64 << 10), content_type="application/json")
+        response.enable_compression(web.ContentCoding.gzip)
+        return response
+
+    app = web.Application()
+    app.router.add_get("/route", bomb)
+
+    async def test() -> None:
+        async with serving(app) as url, RegistryClient(attempts=1) as client:
+            with pytest.raises(RegistryError) as caught:
+                await client.topology(*address(url))
+            assert "trailing" in str(caught.value) or "invalid" in str(caught.value)
+            assert "recursion" not in str(caught.value).lower(), "what was read had been decompressed"
+        assert asked
+
+    run(test())
+
+
+class Templates:
+    """A tokenizer of transformers with a chat template."""
+
+    def __init__(self, template: str) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.chat_template = template
+        self._render: Callable[..., tuple[list[str], object]] = render_jinja_template
+
+    def apply_chat_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool) -> str:
+        assert not tokenize
+        rendered, _ = self._render(
+            [turns], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
+        )
+        return rendered[0]
+
+    def encode(self, text: str, **_options: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, tokens: list[int], **_options: bool) -> str:
+        return "".join(map(chr, tokens))
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_is_ended_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbaton.serving.server.tokens.TEMPLATE_SECONDS", 1.0)
+
+    async def test() -> None:
+        tokenizer = ServerTokenizer(Templates(ENDLESS))
+        engine = ScriptedEngine(lambda _request: spell("hi"))
+        server = ApiServer(engine, tokenizer, ApiConfig(model="m", max_positions=POSITIONS))
+        async with serving(server.app) as url, aiohttp.ClientSession() as session:
+            body = {"messages": [{"role": "user", "content": "q"}]}
+            asked = asyncio.create_task(session.post(f"{url}/v1/chat/completions", json=body))
+            slowest, rounds = 0.0, 0
+            while not asked.done():
+                started = time.perf_counter()
+                async with session.get(f"{url}/health") as response:
+                    assert response.status == 200
+                async with session.post(f"{url}/v1/completions", json={"prompt": "a", "logprobs": 0}) as response:
+                    assert response.status == 200
+                slowest, rounds = max(slowest, time.perf_counter() - started), rounds + 1
+            async with await asked as response:
+                assert (response.status, "takes more than 1 s" in await response.text()) == (400, True)
+            assert rounds > 2
+            assert slowest < 0.9
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__ }}"]
+)
+def test_a_template_does_not_leave_its_sandbox(template: str) -> None:
+    with pytest.raises(ConfigError, match="refuses"):
+        ServerTokenizer(Templates(template)).encode_chat([("user", "q")])
+
+
+def test_a_router_token_is_still_what_it_takes() -> None:
+    async def test() -> None:
+        async with half("prefill") as (engine, url), aiohttp.ClientSession() as session:
+            headers = {ROUTER_HEADER: token_of(SECRET, "router")}
+            body = {"prompt": "a", "bootstrap_room": 7}
+            async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
+                assert response.status == 200
+            assert engine.requests
+
+    run(test())
