@@ -13,7 +13,7 @@ import pytest
 from kvbaton.errors import ConfigError, TransportError
 from kvbaton.layout import Region
 from kvbaton.testing.target_process import TargetProcess, digest
-from kvbaton.testing.transport_conformance import Rank, indices, settled, table, write
+from kvbaton.testing.transport_conformance import PlaneRank, indices, settled, table, write
 from kvbaton.transports.base import TableId, WriteState
 from kvbaton.transports.nixl import NixlTransport
 
@@ -22,12 +22,12 @@ PIECES = 512
 
 
 @pytest.fixture
-def source() -> Iterator[Rank]:
+def source() -> Iterator[PlaneRank]:
     with NixlTransport("source") as transport:
-        yield Rank(transport, PIECE * PIECES, fill=2)
+        yield PlaneRank(transport, PIECE * PIECES, fill=2)
 
 
-def connect(source: Rank, target: TargetProcess) -> TableId:
+def connect(source: PlaneRank, target: TargetProcess) -> TableId:
     source.transport.connect(target.instance, target.metadata)
     pieces = (0, PIECE, PIECE, PIECES)
     return source.transport.prepare(target.instance, source.table(pieces), table(target.address, pieces))
@@ -41,7 +41,7 @@ def test_nothing_is_read_after_a_fence_even_over_tcp(monkeypatch: pytest.MonkeyP
         TargetProcess("nixl", "stuck", PIECE * PIECES) as stuck,
         TargetProcess("nixl", "other", PIECE * PIECES) as other,
     ):
-        source = Rank(transport, PIECE * PIECES, fill=2)
+        source = PlaneRank(transport, PIECE * PIECES, fill=2)
         slow, spared = connect(source, stuck), connect(source, other)
         write(transport, slow, [0], [0])
         stuck.stop()
@@ -65,7 +65,7 @@ def test_a_peer_killed_in_mid_transfer_over_tcp_breaks_the_write(monkeypatch: py
     monkeypatch.setenv("UCX_TLS", "tcp")
     everything = np.arange(PIECES, dtype=np.int32)
     with NixlTransport("source") as transport, TargetProcess("nixl", "target", PIECE * PIECES) as target:
-        source = Rank(transport, PIECE * PIECES, fill=2)
+        source = PlaneRank(transport, PIECE * PIECES, fill=2)
         prepared = connect(source, target)
         write(transport, prepared, [0], [0])
         target.stop()
@@ -77,7 +77,7 @@ def test_a_peer_killed_in_mid_transfer_over_tcp_breaks_the_write(monkeypatch: py
         transport.fence("target")
 
 
-def test_the_evidence_is_what_ucx_logged(source: Rank) -> None:
+def test_the_evidence_is_what_ucx_logged(source: PlaneRank) -> None:
     with TargetProcess("nixl", "target", PIECE * PIECES) as target:
         prepared = connect(source, target)
         assert source.transport.evidence("target") == ""
@@ -89,7 +89,7 @@ def test_the_evidence_is_what_ucx_logged(source: Rank) -> None:
 def test_the_evidence_differs_with_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     with NixlTransport("source") as transport, TargetProcess("nixl", "target", PIECE * PIECES) as target:
-        source = Rank(transport, PIECE * PIECES, fill=2)
+        source = PlaneRank(transport, PIECE * PIECES, fill=2)
         write(transport, connect(source, target), [0], [0])
         assert "tcp/" in transport.evidence("target")
 
@@ -123,7 +123,7 @@ def test_the_agent_needs_a_name() -> None:
         NixlTransport("")
 
 
-def test_two_peers_cannot_share_an_agent(source: Rank) -> None:
+def test_two_peers_cannot_share_an_agent(source: PlaneRank) -> None:
     with NixlTransport("target") as target:
         metadata = target.metadata()
         source.transport.connect("target", metadata)
@@ -131,7 +131,7 @@ def test_two_peers_cannot_share_an_agent(source: Rank) -> None:
             source.transport.connect("another", metadata)
 
 
-def test_registering_is_all_or_nothing(source: Rank) -> None:
+def test_registering_is_all_or_nothing(source: PlaneRank) -> None:
     memory = np.zeros(4096, dtype=np.uint8)
     here = Region(memory.ctypes.data, 4096)
     with pytest.raises(TransportError):
@@ -142,9 +142,9 @@ def test_registering_is_all_or_nothing(source: Rank) -> None:
         source.transport.prepare("source", table(here.address, (0, 64, 64, 1)), table(here.address, (0, 64, 64, 1)))
 
 
-def test_released_while_pending_is_reaped_when_it_settles(source: Rank) -> None:
+def test_released_while_pending_is_reaped_when_it_settles(source: PlaneRank) -> None:
     with NixlTransport("target") as transport:
-        target = Rank(transport, PIECE * PIECES, fill=0)
+        target = PlaneRank(transport, PIECE * PIECES, fill=0)
         source.transport.connect("target", transport.metadata())
         pieces = (0, PIECE, PIECE, PIECES)
         prepared = source.transport.prepare("target", source.table(pieces), target.table(pieces))
@@ -158,7 +158,7 @@ def test_released_while_pending_is_reaped_when_it_settles(source: Rank) -> None:
 
 
 def test_a_fence_that_finds_no_new_agent_holds_and_one_is_started_when_it_is_needed(
-    source: Rank, monkeypatch: pytest.MonkeyPatch
+    source: PlaneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host out of file descriptors: the old agent is gone, which is what a fence is for; the memory is not lost."""
     transport = source.transport
@@ -198,7 +198,7 @@ def test_a_fence_that_finds_no_new_agent_holds_and_one_is_started_when_it_is_nee
 
 
 def test_a_post_that_fails_is_unsettled_until_the_fence_has_replaced_the_agent(
-    source: Rank, monkeypatch: pytest.MonkeyPatch
+    source: PlaneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever part of it is on its way, only the end of the agent stops it."""
     transport = source.transport

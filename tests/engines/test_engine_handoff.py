@@ -132,7 +132,7 @@ def test_a_target_that_opens_before_the_sender_exists_is_served(model: LoadedMod
             caller.wait()
         request = both.request(2, 40, 6)
         answer = call(both.decode, request)
-        until(lambda: bool(both.source.story(2)), "the source has heard of room 2")
+        until(lambda: bool(both.source.trace(2)), "the source has heard of room 2")
         call(both.prefill, request)
         assert answer.wait().tokens == generate(model, request.prompt_tokens, 6)
         both.assert_nothing_held()
