@@ -56,10 +56,11 @@ class KVBatonError(Exception):
         self.phase = ""
 
     def again(self) -> Self:
-        """The same error, to be raised once more: an instance that is raised twice collects the tracebacks of all, and
-        is shared between the threads that catch it."""
+        """The same error with the same cause, to be raised once more: an instance that is raised twice collects the
+        tracebacks of all, and is shared between the threads that catch it."""
         twin = copy.copy(self)
-        twin.__traceback__ = twin.__cause__ = twin.__context__ = None
+        twin.__traceback__ = twin.__context__ = None
+        twin.__cause__ = self.__cause__
         return twin
 
     def in_room(self, room: int, phase: str = "") -> KVBatonError:

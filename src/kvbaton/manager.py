@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
-from kvbaton.discovery.placement import group_of
 from kvbaton.discovery.registry import Sizes
 from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError
 from kvbaton.handles import ALWAYS_READY, Finished, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
@@ -208,7 +207,7 @@ class KVManager:
             parts.transport,
             parts.links,
             instance=instance,
-            group=group_of(parts.group, place.dp, sizes.dp),
+            group=parts.group,
             group_size=sizes.ranks // sizes.dp,
             coordinates=place,
             role=role,
@@ -217,14 +216,13 @@ class KVManager:
             wakeup=wakeup,
             collect_finished=collect_finished,
         )
-        with ExitStack() as failed:
-            failed.callback(manager.close)
-            manager.start()
-            failed.pop_all()
-        return manager
+        return manager.__enter__()
 
     def __enter__(self) -> Self:
-        self.start()
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            self.start()
+            failed.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

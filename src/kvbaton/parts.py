@@ -11,6 +11,7 @@ from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.discovery import make_membership
+from kvbaton.discovery.placement import group_of
 from kvbaton.discovery.registry import RegistryCoordinates, Route, Sizes, check_inside
 from kvbaton.errors import ConfigError
 from kvbaton.layout import Coordinates
@@ -28,7 +29,7 @@ class Parts:
     links: Links
     transport: Transport
     registry: Membership | None
-    group: str
+    group: str  #: of the rooms' ranks: one data-parallel rank of the engine
 
 
 def new_instance() -> str:
@@ -59,6 +60,7 @@ def make_parts(
     if sizes.ranks > 1 and not group:
         raise ConfigError(f"group: name the engine instance that the {sizes.ranks} ranks belong to, alike on each")
     group = group or new_instance()
+    rooms_group = group_of(group, coordinates.dp, sizes.dp)
     with ExitStack() as made:
         links = ZmqLinks(str(bind), secret=secret, advertise=advertise)
         made.callback(links.close)
@@ -77,4 +79,4 @@ def make_parts(
             made.callback(membership.close)
         transport = make_transport(backend, instance)
         made.pop_all()
-    return Parts(links, transport, membership, group)
+    return Parts(links, transport, membership, rooms_group)

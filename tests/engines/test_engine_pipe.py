@@ -26,11 +26,17 @@ Ends = tuple[Pipe[Messages], Pipe[Messages]]
 
 
 @pytest.fixture
-def ends() -> Iterator[Ends]:
+def killed() -> threading.Event:
+    """Set when the parent's end kills its child."""
+    return threading.Event()
+
+
+@pytest.fixture
+def ends(killed: threading.Event) -> Iterator[Ends]:
     """A parent's end, and its child's."""
     here, there = multiprocessing.Pipe()
-    parent: Pipe[Messages] = Pipe(here, "rank 1", Messages, side="parent")
-    child: Pipe[Messages] = Pipe(there, "the server", Messages, side="child")
+    parent: Pipe[Messages] = Pipe(here, "rank 1", Messages, kill=killed.set)
+    child: Pipe[Messages] = Pipe(there, "the server", Messages)
     yield parent, child
     child._connection.close()
     parent.close()
@@ -55,9 +61,18 @@ def test_sending_to_a_process_that_does_not_read_returns_at_once(ends: Ends) -> 
     assert received == [long] * 8
 
 
-def test_a_process_that_lets_too_much_wait_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_beats_but_lets_too_much_wait_is_given_up(
+    ends: Ends, killed: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent's ``recv`` went on for as long as the beats came, and nobody told what waited for the child."""
     monkeypatch.setattr(pipes, "MAX_WAITING_BYTES", 8 << 20)
-    parent, _ = ends
+    monkeypatch.setattr(pipes, "BEAT_SECONDS", 0.05)
+    parent, child = ends
+    child.send(Text("ready"))
+    assert parent.recv() == Text("ready")
+    received: list[object] = []
+    listener = threading.Thread(target=lambda: received.append(parent.recv()), daemon=True)
+    listener.start()
 
     def flood() -> None:
         for _ in range(8):
@@ -65,10 +80,36 @@ def test_a_process_that_lets_too_much_wait_is_given_up(ends: Ends, monkeypatch: 
 
     with pytest.raises(InternalError, match=r"rank 1 is gone: it has left \d+ bytes unread"):
         flood()
+    listener.join(PATIENCE_SECONDS)
+    assert received == [None]
+    assert killed.is_set()
+    in_time(lambda: [None for _ in iter(child.recv, None)])  # its end has come as well
+
+
+def test_a_child_that_beats_but_reads_no_frame_is_given_up(
+    ends: Ends, killed: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(pipes, "BEAT_SECONDS", 0.05)
+    parent, child = ends
+    child.send(Text("ready"))
+    assert parent.recv() == Text("ready")
+    parent.send(Text("x" * (4 << 20)))
+    in_time(parent.recv)
+    assert killed.is_set()
+    assert "rank 1 is lost: it has read nothing for 0.3 s: it hangs" in str(parent.lost(None))
+
+
+def test_what_cannot_be_decoded_ends_the_pipe_and_not_its_reader(ends: Ends, killed: threading.Event) -> None:
+    parent, child = ends
+    child._connection.send_bytes(b"\xc1 of no message")
+    assert parent.recv() is None
+    assert killed.is_set()
+    assert "rank 1 is lost: it has sent what cannot be decoded" in str(parent.lost(None))
 
 
 def test_a_child_that_is_silent_is_lost_and_one_that_only_beats_is_not(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
+    ends: Ends, killed: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipes, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(pipes, "LIFE_SECONDS", 0.5)
@@ -82,6 +123,7 @@ def test_a_child_that_is_silent_is_lost_and_one_that_only_beats_is_not(
     assert time.monotonic() - began > 2 * pipes.LIFE_SECONDS
     child.release()  # no beats any more, as of a process that is stopped
     assert parent.recv() is None
+    assert killed.is_set()
     assert "rank 1 is lost: it has said nothing for 0.5 s: it hangs or is stopped" in str(parent.lost(None))
 
 

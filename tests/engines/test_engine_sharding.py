@@ -96,8 +96,8 @@ def test_a_group_is_as_far_as_its_slowest_rank(polls: tuple[KVPoll, ...]) -> Non
 
 def test_orders_and_errors_go_there_and_back() -> None:
     here, there = multiprocessing.Pipe()
-    follower: Pipe[Order] = Pipe(here, "the leader", Order, side="child")
-    leader: Pipe[Report] = Pipe(there, "rank 1", Report, side="parent")
+    follower: Pipe[Order] = Pipe(here, "the leader", Order)
+    leader: Pipe[Report] = Pipe(there, "rank 1", Report, kill=lambda: None)
     order = SubmitChunk(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
     leader.send(order)
     assert follower.recv() == order

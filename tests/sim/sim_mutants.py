@@ -25,6 +25,7 @@ from kvbaton.protocol.session import Session
 from kvbaton.protocol.transfer import On, State
 from kvbaton.runtime import posting, staging
 from kvbaton.runtime.commands import Commands
+from kvbaton.runtime.driver import Driver
 
 Planter = Callable[["Patches"], None]
 
@@ -391,3 +392,8 @@ class _Slots(list[int]):
 )
 def refused_open_forgotten(patches: Patches) -> None:
     patches.set(transfers.Transfers, "record_tombstone", lambda _self, _session, _key, _error: None)
+
+
+@mutant("a closed rank hangs up at once, whoever may still write its memory (our own)", 140)
+def closed_rank_does_not_wait(patches: Patches) -> None:
+    patches.set(Driver, "gone", True)

@@ -7,7 +7,14 @@ import re
 import pytest
 
 from kvbaton import errors
-from kvbaton.errors import AbortedError, IncompatibleError, KVBatonError, TransferFailedError, from_code
+from kvbaton.errors import (
+    AbortedError,
+    IncompatibleError,
+    InternalError,
+    KVBatonError,
+    TransferFailedError,
+    from_code,
+)
 
 
 def tree(root: type[KVBatonError] = KVBatonError) -> list[type[KVBatonError]]:
@@ -76,6 +83,18 @@ def test_one_cause_of_many_rooms_stays_itself() -> None:
     assert isinstance(first, IncompatibleError)
     assert (first.field, first.ours, first.theirs, first.peer) == ("f", "a", "b", "p")
     assert first.in_room(3, "Transferring").phase == "Bootstrapping"
+
+
+def test_an_error_that_is_raised_again_keeps_its_cause_and_nobody_elses_traceback() -> None:
+    cause = ValueError("the first root")
+    try:
+        raise InternalError("the thread died", peer="p", hint="restart") from cause
+    except InternalError as error:
+        told = error
+    twin = told.again()
+    assert twin is not told
+    assert (twin.__cause__, twin.__traceback__, twin.__context__) == (cause, None, None)
+    assert (twin.peer, twin.hint) == ("p", "restart")
 
 
 def test_a_difference_is_mirrored_for_the_other_side() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from ranks import ROOMS, MakeRank, begin, finish
 
 from kvbaton.control.base import Links
 from kvbaton.control.memory import Network
+from kvbaton.discovery.membership import Membership
 from kvbaton.errors import (
     AbortedError,
     ConfigError,
@@ -20,6 +22,7 @@ from kvbaton.errors import (
     LayoutError,
     LocalProtocolError,
     OverloadedError,
+    TransportError,
 )
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, Span, new_instance
@@ -122,15 +125,18 @@ def test_a_failed_room_is_in_quarantine_until_the_source_says_that_nothing_is_un
     assert target.manager.quarantined_rooms == 0
 
 
+@pytest.mark.parametrize("closes", [True, False], ids=["", "its transport cannot be closed"])
 @pytest.mark.parametrize("ending", ["the source answers", "the source has died"])
 def test_a_closed_manager_keeps_leased_what_may_still_be_written_until_that_is_proven(
-    make_rank: MakeRank, ending: str
+    make_rank: MakeRank, ending: str, closes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its transport is destroyed, which ends our own writes and nobody else's: over shared memory the kernel goes on
     copying for a source that was only slow. For ever, it was, once the manager had closed."""
     source, target = make_rank("prefill", fill=10), make_rank("decode")
     _, receiver = begin(source, target)
     target.network.cut(source.manager.address)
+    if not closes:
+        monkeypatch.setattr(target.transport, "close", partial(_close_and_raise, target.transport.close))
     target.manager.close("made anew")
     assert receiver.poll() is KVPoll.Failed
     assert receiver.leased
@@ -272,6 +278,28 @@ def test_a_manager_that_cannot_be_made_closes_what_it_was_given(
     with pytest.raises(LayoutError):
         KVManager(CacheLayout("model", (), rank.layout.pools), data, links, instance=instance, group="late")
     assert closed == [data, links]
+
+
+def test_a_manager_that_cannot_start_closes_what_it_was_given(
+    make_rank: MakeRank, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make_rank("decode")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        registry = Membership(f"127.0.0.1:{taken.getsockname()[1]}", serve=True)
+        instance = new_instance()
+        data, links = make_transport(transport, instance), rank.network.listen()
+        closed: list[object] = []
+        for thing in (data, links):
+            monkeypatch.setattr(thing, "close", partial(_close_and_note, thing.close, thing, closed))
+        manager = KVManager(rank.layout, data, links, instance=instance, group="late", registry=registry)
+        with pytest.raises(ConfigError, match="in use"), manager:
+            pytest.fail("it has started")
+    assert closed == [data, links]
+
+
+def _close_and_raise(close: Callable[[], None]) -> None:
+    close()
+    raise TransportError("the plane says that it cannot")
 
 
 def _close_and_note(close: Callable[[], None], thing: object, closed: list[object]) -> None:

@@ -75,7 +75,7 @@ class Membership:
     def registered(self) -> bool:
         """Whether the registry has accepted this rank. Raises what waiting cannot cure."""
         if self._refusal is not None:
-            raise self._refusal
+            raise self._refusal.again()
         return self._registered
 
     def sources(self, room: int, *, registry: str = "", dp_rank: int | None = None) -> Future[tuple[str, ...]]:

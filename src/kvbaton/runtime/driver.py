@@ -164,7 +164,7 @@ class Driver:
             self._parted.wait()
         else:  # never started: rooms that were begun end all the same, and nothing stays open
             self._take_commands()
-            self.farewell()
+            self.part()
             self.hang_up()
 
     def stop(self, reason: str) -> None:
@@ -182,17 +182,15 @@ class Driver:
             if self.finished():
                 break
             self._sleep()
-        try:
-            self.farewell()
-            if self._core.receiving:  # somebody may still write our memory: wait for the proof that nobody does
-                self._links.stop_listening()
-                self._parted.set()
-            while self._core.receiving:
-                self._sleep()
-                self.turn()
-        finally:
-            self.hang_up()
+        self.part()
+        if not self.gone:
+            self._guard.attempt(self._links.stop_listening)
             self._parted.set()
+        while not self.gone:
+            self._sleep()
+            self.turn()
+        self._guard.attempt(self.hang_up)
+        self._parted.set()
 
     def finished(self) -> bool:
         """Whether a closing rank may go: its writes have settled, or it has waited for them long enough."""
@@ -362,15 +360,23 @@ class Driver:
         except KVBatonError as error:
             self._events.append(DialFailed(address, error))
 
-    def farewell(self) -> None:
-        """Say goodbye where that is true, and destroy the transport."""
-        try:
-            if self._core.quiet:
-                for effect in self._core.farewell("closing"):
-                    self._perform(effect)
-        finally:
-            self._data.close()
-            self._feed()
+    def part(self) -> None:
+        """Say goodbye where that is true, and destroy the transport. What fails of it is logged: peers may still write
+        our memory, and the wait for the proof that they do not must not end by it."""
+        self._guard.attempt(self._farewell)
+        self._guard.attempt(self._data.close)
+        self._guard.attempt(self._feed)
+
+    @property
+    def gone(self) -> bool:
+        """Of a rank that has parted: whether it is proven that nobody writes its memory any more. The links stay up
+        until then; where a peer's host has vanished without proof, the operator's ``quarantine_seconds`` decides."""
+        return not self._core.receiving
+
+    def _farewell(self) -> None:
+        if self._core.quiet:
+            for effect in self._core.farewell("closing"):
+                self._perform(effect)
 
     def hang_up(self) -> None:
         """Close the links: nobody hears of this rank any more."""

@@ -21,6 +21,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -100,7 +101,10 @@ class _Library:
 
     def __init__(self) -> None:
         self.log = UcxLog()
-        self.api = self._import()
+        with ExitStack() as failed:
+            failed.callback(self.log.close)
+            self.api = self._import()
+            failed.pop_all()
         bindings: ModuleType = self.api.nixlBind
         raised: list[type[Exception]] = [
             kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)

@@ -52,6 +52,12 @@ class UcxLog:
         self._file = os.memfd_create("kvbaton-ucx-log") if self.active else -1
         self._passed_on = 0
 
+    def close(self) -> None:
+        """Of no use any more: UCX was not loaded. Idempotent."""
+        if self._file >= 0:
+            os.close(self._file)
+        self.active, self._file = False, -1
+
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         """Have the variables in the environment while an agent is created."""

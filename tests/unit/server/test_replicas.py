@@ -93,7 +93,7 @@ class Setup:
             here, there = multiprocessing.Pipe()
             process = ReplicaProcess(there, engine)
             self.threads.append(threading.Thread(target=self._live, args=(process, there), daemon=True))
-            self.remotes.append(RemoteReplica(engine.rank, here))
+            self.remotes.append(RemoteReplica(engine.rank, here, lambda: None))
         for thread, remote in zip(self.threads, self.remotes, strict=True):
             thread.start()
             remote.start(PATIENCE_SECONDS)
@@ -326,10 +326,10 @@ def test_what_keeps_a_rank_from_being_ready_is_raised() -> None:
     here, there = multiprocessing.Pipe()
     tell_death(there, ConfigError("no such model"))
     with pytest.raises(ConfigError, match="no such model"):
-        RemoteReplica(0, here).start(PATIENCE_SECONDS)
+        RemoteReplica(0, here, lambda: None).start(PATIENCE_SECONDS)
     here, there = multiprocessing.Pipe()
     with pytest.raises(InternalError, match="data-parallel rank 0 was not ready within 0 s"):
-        RemoteReplica(0, here).start(0)
+        RemoteReplica(0, here, lambda: None).start(0)
     there.close()
     with pytest.raises(InternalError, match="ended before it was ready"):
-        RemoteReplica(0, here).start(PATIENCE_SECONDS)
+        RemoteReplica(0, here, lambda: None).start(PATIENCE_SECONDS)

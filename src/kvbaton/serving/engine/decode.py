@@ -37,7 +37,7 @@ from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group,
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One prompt whose cache is expected in the first block_table of ``sequences``, its aux row in ``slot``."""
+    """One prompt whose cache is expected in the first block table of ``sequences``, its aux row in ``slot``."""
 
     job: Job
     room: int
@@ -120,7 +120,7 @@ class Decode(Role):
         self._prefixes.hit_tokens += len(prefix.nodes) * self._pools.page_size
         return sequences, prefix
 
-    def _give_back(self, sequences: SequenceGroup, prefix: Prefix) -> None:
+    def _free(self, sequences: SequenceGroup, prefix: Prefix) -> None:
         """What is in the tree stays there, unlocked; the rest goes back."""
         sequences.free(self._pools, keep=frozenset(prefix.pages))
         if self._prefixes is not None:
@@ -136,7 +136,7 @@ class Decode(Role):
                 raise LocalProtocolError("a decode request has no room")
             receiver = self._manager.receiver(request.room, request.sources)
         except KVBatonError as error:  # no peer has heard of the pages
-            self._give_back(sequences, prefix)
+            self._free(sequences, prefix)
             self._pools.slots.free([slot])
             job.fail(error)
             return
@@ -222,7 +222,7 @@ class Decode(Role):
         return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
-        self._give_back(arrival.sequences, arrival.prefix)
+        self._free(arrival.sequences, arrival.prefix)
         self._pools.slots.free([arrival.slot])
 
     def _retire(self, generation: Generation) -> None:

@@ -59,7 +59,7 @@ class Follower:
     """One rank's loop. ``run`` returns when the leader says so or is gone. Without ``manager`` it only computes."""
 
     def __init__(self, connection: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
-        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order, side="child")
+        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order)
         self._runner = runner
         self._pools = pools
         self._manager = manager

@@ -35,11 +35,11 @@ STOP_SECONDS = 20.0
 
 
 class Member:
-    """One follower: the pipe to it, and what it said when it was ready."""
+    """One follower: the pipe to it, and what it said when it was ready. ``kill`` ends its process."""
 
-    def __init__(self, rank: int, connection: Connection) -> None:
+    def __init__(self, rank: int, connection: Connection, kill: Callable[[], None]) -> None:
         self.rank = rank
-        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report, side="parent")
+        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report, kill=kill)
         self.ready: orders.RankReady | None = None
 
     def await_ready(self, seconds: float) -> orders.RankReady:
@@ -163,7 +163,8 @@ class GroupRoom:
     @property
     def error(self) -> KVBatonError | None:
         """The first root cause that is known, an abort only where there is nothing better."""
-        found = [error for error in (self._local.error, self._group.lost) if error is not None]
+        found = [self._local.error] if self._local.error is not None else []
+        found += [self._group.lost.in_room(self.room)] if self._group.lost is not None else []
         found += [other.error for other in self._others.values() if other.error is not None]
         return min(found, key=lambda error: isinstance(error, AbortedError), default=None)
 

@@ -1,7 +1,7 @@
 """What the leader of a group and its followers tell each other: tagged structs, over a pipe.
 
-The leader decides everything and orders it; a follower does it in that order and reports how its rooms fare. ``side``
-numbers a sender or receiver for as long as the group lives: rooms may be used again, sides are not.
+The leader decides everything and orders it; a follower does it in that order and reports the status of its rooms.
+``side`` numbers a sender or receiver for as long as the group lives: rooms may be used again, sides are not.
 
 This file must not know of processes, models or transports.
 """
@@ -79,7 +79,7 @@ class RankReady(Struct, frozen=True, tag="ready"):
 
 
 class RankStatus(Struct, frozen=True, tag="status"):
-    """How a follower's side status: what a KVSender or KVReceiver would say."""
+    """A room's status on one follower: what its KVSender or KVReceiver says."""
 
     side: int
     poll: KVPoll

@@ -62,7 +62,7 @@ class ModelRunner:
         self._cache = PagedCache(pools)
 
     def prefill_chunk(self, tokens: Sequence[int], start: int, block_table: BlockTable) -> Any:
-        """Compute ``tokens`` at positions ``start`` on, the cache of all before being in ``block_table``.
+        """Compute ``tokens`` at positions ``start`` on, the cache of all before them being in ``block_table``.
 
         Returns the logits [1, vocabulary] that follow the last one.
         """

@@ -19,7 +19,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError, from_code
+from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.limits import Limits
 from kvbaton.serving.engine.request import Output, Request
@@ -129,7 +129,7 @@ class Scheduler:
         job = Job(request, on_output, self._forget)
         with self._lock:
             if self._refusal is not None:
-                raise from_code(self._refusal.code, self._refusal.message)
+                raise self._refusal.again()
             if request.request_id in self._jobs:
                 raise ConfigError(f"request_id: {request.request_id!r} is in use by a request that has not ended")
             if len(self._jobs) >= self._max_requests:
@@ -263,8 +263,9 @@ class Scheduler:
     def _die(self, error: Exception) -> None:
         logger.critical("the scheduler thread %s died", self._thread.name, exc_info=error)
         broken = InternalError(f"the engine's scheduler died of {error!r}; restart the server and report its log")
+        broken.__cause__ = error
         with self._lock:
             self._refuse(broken)
             jobs = list(self._jobs.values())
         for job in jobs:
-            job.fail(broken)
+            job.fail(broken.again())

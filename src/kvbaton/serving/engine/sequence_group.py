@@ -1,4 +1,4 @@
-"""The units of one request: a block_table for each of its choices, which share the whole pages of the prompt.
+"""The units of one request: a block table for each of its choices, which share the whole pages of the prompt.
 
 Rules: the units of all choices are taken at once or not at all, so that no request waits for another while it holds
 half of what it needs. The prompt is computed in, or sent into, the first block table. What a choice will write to lies

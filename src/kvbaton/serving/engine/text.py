@@ -61,7 +61,7 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Cuts a text at the first of ``stops``, block_table back what may be the start of one."""
+    """Cuts a text at the first of ``stops``, holding back what may be the start of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)

@@ -45,7 +45,7 @@ class Unified(Role):
         self._runner = runner
         self._waiting: deque[Job] = deque()
         self._prompt: _Prompt | None = None
-        self._forks: dict[Job, SequenceGroup] = {}
+        self._sequences: dict[Job, SequenceGroup] = {}
         self._batch = ContinuousBatch(self._runner, self._release, config.max_batch)
 
     def add(self, job: Job) -> None:
@@ -92,7 +92,7 @@ class Unified(Role):
             self._drop_prompt(prompt, Output(error=error))
             return
         self._prompt = None
-        self._forks[prompt.job] = prompt.sequences
+        self._sequences[prompt.job] = prompt.sequences
         self._batch.join(choices, firsts)
 
     def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
@@ -101,10 +101,10 @@ class Unified(Role):
         prompt.job.emit(last)
 
     def _release(self, generation: Generation) -> None:
-        sequences = self._forks[generation.job]
+        sequences = self._sequences[generation.job]
         sequences.end(self._pools, generation.block_table)
         if not sequences.open:
-            del self._forks[generation.job]
+            del self._sequences[generation.job]
 
     @property
     def busy(self) -> bool:

@@ -1,6 +1,6 @@
-"""The gate that requests pass: how many are inside, and whether new ones may enter.
+"""The admission limit: how many requests are in flight, and whether new ones are accepted.
 
-Rules: one event loop; entering never waits, it is refused. A gate that has been shut stays shut.
+Rules: one event loop; admission never waits, it is refused. Once it has ended it does not begin again.
 """
 
 from __future__ import annotations

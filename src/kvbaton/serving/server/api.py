@@ -51,7 +51,7 @@ from kvbaton.serving.server.openai import (
     parse,
 )
 from kvbaton.serving.server.operators import require_operator
-from kvbaton.serving.server.request_parsing import Accepted, ApiConfig, Intake
+from kvbaton.serving.server.request_parsing import Accepted, ApiConfig, RequestParser
 
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
@@ -86,7 +86,7 @@ class ApiServer:
         secret: str | None = None,
     ) -> None:
         self._engine = engine
-        self._intake = Intake(tokenizer, config, registry)
+        self._parser = RequestParser(tokenizer, config, registry)
         self._config = config
         self._registry = registry
         self._readiness = readiness
@@ -133,7 +133,7 @@ class ApiServer:
                 async with self._bodies.read(http) as body:
                     request = parse(body, kind)
                 with self.admission.entered():  # for requests that are here, not for those that still come
-                    accepted = await self._intake.accept(request)
+                    accepted = await self._parser.accept(request)
                     return await self._run(http, accepted, timer)
             except KVBatonError as error:
                 timer.outcome = error.code

@@ -1,8 +1,8 @@
 """Request bodies, read within bounds: bytes of one, bytes of all that are large, and time.
 
 Rules: what is too large is refused by its Content-Length, before it is read, or where it passes the bound; nothing is
-ever decompressed (a few bytes would become gigabytes). Small bodies always find room, their number is the gate's
-business; large ones share a budget, so that many at once are refused instead of filling the memory.
+ever decompressed (a few bytes would become gigabytes). Small bodies always find room, their number is the
+admission limit's business; large ones share a budget, so that many at once are refused instead of filling the memory.
 
 This file must not know what a body means.
 """

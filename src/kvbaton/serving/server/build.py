@@ -38,7 +38,7 @@ from kvbaton.serving.engine.sharding import check_fits, shard_network
 from kvbaton.serving.engine.unified import unified_scheduler
 from kvbaton.serving.server.local_replica import LocalReplica
 from kvbaton.serving.server.rank import ServerRank
-from kvbaton.serving.server.ranks import Closable, Processes, fork_each
+from kvbaton.serving.server.ranks import Children, Closable, fork_each
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica
 
@@ -178,9 +178,11 @@ def start_replicas(
             ReplicaProcess(pipe, replica).run()
 
     ranks = [dataclasses.replace(first, instance=new_instance(), dp_rank=number) for number in range(first.dp_size)]
-    processes, pipes = fork_each(ranks, live, leave=leave)
-    closing.callback(processes.wait)
-    replicas = [RemoteReplica(rank.dp_rank, pipe) for rank, pipe in zip(ranks, pipes, strict=True)]
+    children = fork_each(ranks, live, leave=leave)
+    closing.callback(children.wait)
+    replicas = [
+        RemoteReplica(rank.dp_rank, child.pipe, child.kill) for rank, child in zip(ranks, children, strict=True)
+    ]
     for replica in replicas:
         closing.callback(replica.close)
     for replica in replicas:  # all are told before one is waited for
@@ -197,7 +199,7 @@ def _gather(
     model: LoadedModel,
     leave: Iterable[Closable | None],
     closing: ExitStack,
-) -> tuple[Group, Processes, Collective]:
+) -> tuple[Group, Children, Collective]:
     """Fork the followers and meet them."""
     place = Path(tempfile.mkdtemp(prefix="kvbaton-group-"))
     closing.callback(shutil.rmtree, place, ignore_errors=True)
@@ -209,11 +211,13 @@ def _gather(
         )
 
     followers = [shard for shard in rank.shard.all() if shard.rank != rank.shard.rank]
-    processes, pipes = fork_each(followers, live, leave=leave)
-    group = Group([Member(shard.rank, pipe) for shard, pipe in zip(followers, pipes, strict=True)])
+    children = fork_each(followers, live, leave=leave)
+    group = Group(
+        [Member(shard.rank, child.pipe, child.kill) for shard, child in zip(followers, children, strict=True)]
+    )
     collective = Collective(rank.shard, rendezvous, _device(config, rank))
     closing.callback(collective.close)
-    return group, processes, collective
+    return group, children, collective
 
 
 def _follow(

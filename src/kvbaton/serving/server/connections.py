@@ -4,7 +4,7 @@ Rules:
 
 - A connection that has brought no request within :data:`HEAD_SECONDS` is closed, however slowly it goes on talking.
 - Where more than ``most`` are open, idle ones are closed: first those that never brought a request, the oldest first.
-- One with a request in progress is never touched here; how many there are is the gate's business.
+- One with a request in progress is never touched here; how many there are is the admission limit's business.
 
 This file must not know routes.
 """

@@ -1,7 +1,7 @@
 """Assembles one server: ports, engine (see ``build``), registry, HTTP; runs it until a signal; takes it down.
 
-Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: the gate is shut and drained, the
-registration withdrawn, HTTP ended, and then the engine.
+Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: admission ends and the requests in
+flight are drained, the registration withdrawn, HTTP ended, and then the engine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A server's life: reserve its port, listen, take requests until a signal, drain, stop.
 
-Rules: SIGTERM and SIGINT shut the gate (``/ready`` turns 503, new requests are refused with Retry-After) and leave the
+Rules: SIGTERM and SIGINT end admission (``/ready`` turns 503, new requests are refused with Retry-After) and leave the
 requests inside a grace period; what is still inside then is ended by its engine, or cancelled. A second signal ends the
 grace period. The port stays open while draining, so that probes and metrics answer to the end.
 
@@ -137,7 +137,7 @@ class Signals:
 
 
 async def drain(admission: AdmissionLimit, *, grace_period_secs: float, hurry: asyncio.Event) -> bool:
-    """Shut the gate and wait for it to empty. False if requests were left when the grace period ended."""
+    """End admission and wait until no request is in flight. False if requests were left when the grace period ended."""
     admission.shut()
     if admission.in_flight:
         _log.info("stopping; %d requests have %g s to finish", admission.in_flight, grace_period_secs)

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
@@ -36,52 +36,71 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-class Processes:
-    """Children of this process."""
+class Child:
+    """A process of this one, and our end of the pipe to it."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self._numbers = list(numbers)
+    def __init__(self, number: int, pipe: Connection) -> None:
+        self.pipe = pipe
+        self._number = number
+        self._handle = os.pidfd_open(number)  # names this process even after its number was given to another
+
+    def kill(self) -> None:
+        """End it now, whatever it does. Idempotent, from any thread; :meth:`wait` still has to be called."""
+        with suppress(ProcessLookupError, OSError):
+            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+
+    def wait(self, deadline: float) -> None:
+        """Until it has ended; at ``deadline`` (monotonic seconds) it is killed."""
+        with suppress(ChildProcessError):
+            while os.waitpid(self._number, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:
+                    _log.warning("process %d has not ended within %g s and is killed", self._number, END_SECONDS)
+                    self.kill()
+                    os.waitpid(self._number, 0)
+                    break
+                time.sleep(_END_PAUSE_SECONDS)
+        os.close(self._handle)
+
+
+class Children:
+    """All processes that one call has forked."""
+
+    def __init__(self, children: Iterable[Child]) -> None:
+        self._children = list(children)
+
+    def __iter__(self) -> Iterator[Child]:
+        return iter(self._children)
 
     def wait(self) -> None:
         """Until all have ended: their pipes have; one that hangs is killed. Idempotent."""
         deadline = time.monotonic() + END_SECONDS
-        while self._numbers:
-            number = self._numbers.pop()
-            with suppress(ChildProcessError):
-                while os.waitpid(number, os.WNOHANG) == (0, 0):
-                    if time.monotonic() > deadline:
-                        _log.warning("process %d has not ended within %g s and is killed", number, END_SECONDS)
-                        os.kill(number, signal.SIGKILL)
-                        os.waitpid(number, 0)
-                        break
-                    time.sleep(_END_PAUSE_SECONDS)
+        while self._children:
+            self._children.pop().wait(deadline)
 
 
 def fork_each(
     names: Sequence[_Name], live: Callable[[_Name, Connection], None], *, leave: Iterable[Closable | None]
-) -> tuple[Processes, list[Connection]]:
-    """A child for each of ``names``, and our end of the pipe to it.
+) -> Children:
+    """A child for each of ``names``.
 
     ``live`` is a child's whole life; a KVBatonError out of it is told to the parent as its death. ``leave``: what
     is ours alone.
     """
     if threading.active_count() > 1:
         _log.warning("forking beside threads: %s", ", ".join(thread.name for thread in threading.enumerate()))
-    processes: list[int] = []
-    ours: list[Connection] = []
+    children: list[Child] = []
     left: list[Closable] = [one for one in leave if one is not None]
     for name in names:
         here, there = socket.socketpair()
         process = os.fork()
         if process == 0:
             here.close()
-            for other in [*ours, *left]:
+            for other in [*(child.pipe for child in children), *left]:
                 other.close()
             _live(name, live, Connection(there.detach()))
         there.close()
-        ours.append(Connection(here.detach()))
-        processes.append(process)
-    return Processes(processes), ours
+        children.append(Child(process, Connection(here.detach())))
+    return Children(children)
 
 
 def _live(name: _Name, live: Callable[[_Name, Connection], None], pipe: Connection) -> None:

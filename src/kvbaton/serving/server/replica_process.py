@@ -37,7 +37,7 @@ class ReplicaProcess:
     """The loop of one rank; ``run`` returns when it is to end. Raises KVBatonError for what it was lost of."""
 
     def __init__(self, connection: Connection, replica: Replica) -> None:
-        self._pipe: Pipe[Order] = Pipe(connection, "the server", Order, side="child")
+        self._pipe: Pipe[Order] = Pipe(connection, "the server", Order)
         self._replica = replica
         self._lost: KVBatonError | None = None
         self._answering = ThreadPoolExecutor(1, "kvbaton-answers")

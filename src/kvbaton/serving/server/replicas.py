@@ -48,15 +48,15 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteReplica:
-    """The server's end of one rank."""
+    """The server's end of one rank. ``kill`` ends its process."""
 
-    def __init__(self, rank: int, connection: Connection) -> None:
+    def __init__(self, rank: int, connection: Connection, kill: Callable[[], None]) -> None:
         self.rank = rank
         self.routes: tuple[Route, ...] = ()
         self.layouts: tuple[RankLayout, ...] = ()
         self.on_lost: Callable[[KVBatonError], None] = lambda _error: None
         self.lost: KVBatonError | None = None
-        self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report, side="parent")
+        self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report, kill=kill)
         self._lock = threading.Lock()
         self._listeners: dict[str, Callable[[Output], None]] = {}
         self._questions: dict[int, Future[Told]] = {}

@@ -74,7 +74,7 @@ class Accepted:
     registry: tuple[str, int] | None
 
 
-class Intake:
+class RequestParser:
     """Accepts requests for one engine."""
 
     def __init__(self, tokenizer: Tokenizer | None, config: ApiConfig, registry: RegistryClient | None) -> None:

@@ -89,6 +89,8 @@ def generate(seed: int) -> Scenario:
         targets = (*targets[:-1], replace(targets[-1], misfit=True))
     requests = _some_fences_raise(random.Random(f"fences of {seed}"), _requests(rng, sources, targets, theme), theme)
     faults = () if quiet else _faults(rng, sources, targets, theme)
+    if theme == "storm":
+        faults = (*faults, *_closed_while_written(random.Random(f"closing of {seed}"), targets))
     return Scenario(
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
     )
@@ -280,6 +282,18 @@ def _faults(
     if theme != "rivals" or rng.random() < 0.3:
         made += [_fault(rng, sources, targets, ranks) for _ in range(count)]
     return tuple(made)
+
+
+def _closed_while_written(rng: random.Random, targets: tuple[SimGroup, ...]) -> tuple[Fault, ...]:
+    """An engine that makes its manager anew while a source that is only slow still writes."""
+    if rng.random() > 0.08:
+        return ()
+    target = rng.choice(targets)
+    when = Trigger(event="post", nth=rng.choice((1, 1, 2, 3)), delay=rng.uniform(0.0, 0.01))
+    return (
+        WriteFault(kind="late", count=9, seconds=rng.uniform(0.1, 20.0)),
+        RankFault(kind="close", rank=target.rank(rng.randrange(target.size)), when=when),
+    )
 
 
 def _late_welcome(rng: random.Random) -> list[Fault]:

@@ -217,6 +217,12 @@ class Judge:
         if reading and process.manager.core.quiet:
             raise self._violated("after close", f"{process.name} said goodbye with writes in flight")
 
+    def gone(self, process: Process) -> None:
+        """A rank that has closed hangs up: its memory is its engine's again, whatever it is used for next."""
+        writes = self._world.fabric.towards(process.instance)
+        if writes and not self._released_by_policy(process):
+            raise self._violated("write after close", f"{process.name} is gone, {writes[0].writer.host.name} writes it")
+
     # ---- the end ------------------------------------------------------------------------------------------------
 
     def finish(self, excused: set[SimJob]) -> None:

@@ -53,7 +53,8 @@ class SimManager(KVManager):
 
 
 class Process:
-    """See the module. ``alive`` until it is killed or has closed."""
+    """See the module. ``alive`` until it is killed or has closed; ``parted`` once its transport is destroyed, while it
+    waits for the proof that nobody writes its memory."""
 
     def __init__(
         self, world: SimWorld, group: SimGroup, number: int, memory: RankMemory, instance: str, *, source: bool
@@ -67,6 +68,7 @@ class Process:
         self.source = source
         self.alive = True
         self.closing = False
+        self.parted = False
         self.born_at = world.clockwork.now
         self.paused_until = 0.0
         self.paused_seconds = 0.0
@@ -153,10 +155,14 @@ class Process:
         if self.manager.wakeup.is_set():
             self.manager.wakeup.clear()
             self.engine.notice()
-        if driver.finished():
-            driver.farewell()
-            driver.hang_up()
+        if driver.finished() and not self.parted:
+            driver.part()
+            self.parted = True
             self.world.judge.closed(self)
+            self.engine.notice()
+        if self.parted and driver.gone:
+            self.world.judge.gone(self)
+            driver.hang_up()
             self._end()
             return
         self._plan_next_turn(driver)
@@ -165,7 +171,7 @@ class Process:
         now = self.clockwork.now
         if driver.pending or self.links.inbox:
             self._turn_by(now + TURN_SECONDS)
-        if driver.quiescing or self.closing:
+        if driver.quiescing or (self.closing and not self.parted):
             self._turn_by(now + POLL_SECONDS)
         deadline = self.manager.core.next_deadline()
         if deadline is not None:

@@ -193,6 +193,11 @@ class SimTransport(Transport):
             write, number, stale=peer.generation != self._fabric.transports[peer.host.instance].generation
         )
 
+    @property
+    def _reachable(self) -> bool:
+        """Whether bytes still land here: a plane that helps nobody any more takes none."""
+        return self.host.alive and not (self.closed and self._must_progress)
+
     def _run(self, target: Host, source_at: int, target_at: int, length: int) -> Run:
         ours, theirs = self.host.memory, target.memory
         source, there = ours.at(source_at), theirs.at(target_at)
@@ -245,11 +250,11 @@ class SimTransport(Transport):
         """The bytes of a run leave: now they are read; they land at once, or when the target helps."""
         if run not in write.flying or write.stopped:
             return
-        if not write.target.alive:
+        there = self._fabric.transports[write.target.instance]
+        if not there._reachable:
             self._landed(write, run)
             return
         self._capture(write, run)
-        there = self._fabric.transports[write.target.instance]
         if there._must_progress:
             there._landing.append((write, run))
             write.target.stir()
@@ -279,7 +284,8 @@ class SimTransport(Transport):
         kind = write.fault.kind if write.fault else ""
         if write.stopped or kind in ("lands_never_settles", "breaks_and_lands"):
             return
-        done = WriteState.DONE if write.target.alive else WriteState.BROKEN
+        there = self._fabric.transports[write.target.instance]
+        done = WriteState.DONE if there._reachable else WriteState.BROKEN
         self._later(self._random.uniform(0.00005, 0.0005), write, done)
 
     def poll(self, handle: Handle) -> WriteState:
@@ -324,7 +330,7 @@ class SimTransport(Transport):
         for run in list(write.flying):
             if run.captured is not None:
                 continue  # it waits at the target
-            if there._must_progress and write.target.alive and self._random.random() < 0.5:
+            if there._must_progress and there._reachable and self._random.random() < 0.5:
                 self._capture(write, run)
                 self._clockwork.faults["bytes in flight at a fence"] += 1
                 self._clockwork.after(
@@ -336,6 +342,10 @@ class SimTransport(Transport):
             self._fabric.flying.get(write.target.instance, {}).pop(write, None)
 
     def _arrive_late(self, there: SimTransport, write: Write, run: Run) -> None:
+        if not there._reachable:
+            if run in write.flying:
+                self._landed(write, run)
+            return
         there._landing.append((write, run))
         there.host.stir()
 
@@ -350,15 +360,26 @@ class SimTransport(Transport):
 
     def die(self) -> None:
         """The process ends: its writes end with it, what has left it may still be on its way."""
+        self.closed = True
+        self._stop_own()
+        self._lose_incoming()
+
+    def _stop_own(self) -> None:
         for writes in list(self._fabric.flying.values()):
             for write in list(writes):
                 if write.writer is self:
                     self._stop(write)
+
+    def _lose_incoming(self) -> None:
         for write in self._fabric.towards(self.host.instance):
             for run in list(write.flying):
                 write.writer._landed(write, run)
-        self.closed = True
 
     def close(self) -> None:
-        if not self.closed:
-            self.die()
+        """Our writes end; those of peers go on landing, but where the target must help."""
+        if self.closed:
+            return
+        self.closed = True
+        self._stop_own()
+        if self._must_progress:
+            self._lose_incoming()

@@ -270,12 +270,12 @@ class SimWorld:
         if not (excused or self.scenario.misuses):
             self._serve_again()
         give_up_at = self.clockwork.now + CLOSING_SECONDS
-        while living := self.living():
-            for process in living:
+        while staying := [process for process in self.living() if not (process.parted and excused)]:
+            for process in staying:
                 process.close()
             self._step()
             if self.clockwork.now > give_up_at:
-                raise self.clockwork.violated("stuck", f"{self.living()[0]} does not close")
+                raise self.clockwork.violated("stuck", f"{staying[0]} does not close")
         while self.fabric.busy and self.clockwork.now < give_up_at:
             self._step()
 
