@@ -23,6 +23,7 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
     directory: Path = tmp_path_factory.mktemp("guarded")
     secret = directory / "secret"
     secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
     with_secret = ("--secret-file", str(secret), "--log-level", "debug")
     fleet = Fleet(
         directory,

@@ -17,6 +17,7 @@ LAB = Path(__file__).parents[2] / "lab"
 #: From the bottom up. A module may import from its own layer and from the ones above it in this list.
 LAYERS = (
     ("kvbaton.errors",),
+    ("kvbaton.secret",),
     ("kvbaton.layout",),
     ("kvbaton.plan",),
     ("kvbaton.control.base", "kvbaton.transports.base"),

@@ -9,18 +9,19 @@ This file must not know HTTP frameworks or links; it answers questions about hos
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from kvbaton.errors import ConfigError
+from kvbaton.secret import MAX_SECRET_CHARACTERS, check_secret, key_of
 
-#: Fewest characters of a shared secret, and most.
-MIN_SECRET_CHARACTERS = 16
-MAX_SECRET_CHARACTERS = 1024
+#: Largest secret file in bytes, white space included.
+MAX_FILE_BYTES = 4 * MAX_SECRET_CHARACTERS
 #: The header in which a router shows prefill and decode servers its token; what a client sends there goes nowhere.
 ROUTER_HEADER = "X-KVBaton-Router"
 
@@ -47,17 +48,29 @@ def require_secret(host: str, secret: str | None, *, what: str) -> None:
 
 
 def read_secret(path: Path) -> str:
-    """The shared secret: the file's text without surrounding white space. Raises ConfigError."""
+    """The shared secret: the file's text without surrounding white space.
+
+    Raises ConfigError for a file that cannot be read, that others can read or write, or that holds a weak secret.
+    """
     try:
-        secret = path.read_text(encoding="ascii").strip()
+        with path.open("rb") as file:
+            _check_private(path, os.fstat(file.fileno()))
+            secret = file.read(MAX_FILE_BYTES + 1).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the secret file {path}: {error}") from None
-    if not MIN_SECRET_CHARACTERS <= len(secret) <= MAX_SECRET_CHARACTERS or not secret.isprintable():
-        raise ConfigError(
-            f"the secret in {path} must be {MIN_SECRET_CHARACTERS} to {MAX_SECRET_CHARACTERS} printable characters",
-            hint="python3 -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE",
-        )
+    check_secret(secret, what=f"the secret in {path}")
     return secret
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    """PostgreSQL's rule for key files: of this user and nobody else's to read, or of root and at most a group's."""
+    mode, mine = stat.S_IMODE(status.st_mode), status.st_uid == os.geteuid()
+    if not (mine or status.st_uid == 0):
+        raise ConfigError(f"the secret file {path} belongs to another user", hint=f"chown it to uid {os.geteuid()}")
+    if mode & (0o077 if mine else 0o037):
+        raise ConfigError(
+            f"the secret file {path} can be read or written by others (mode {mode:03o})", hint=f"chmod 600 {path}"
+        )
 
 
 def unbracketed(host: str) -> str:
@@ -67,7 +80,7 @@ def unbracketed(host: str) -> str:
 
 def token_of(secret: str, door: Door) -> str:
     """What a process shows at one kind of door."""
-    return hmac.new(secret.encode(), f"kvbaton {door}".encode(), hashlib.sha256).hexdigest()
+    return key_of(secret, f"token {door}").hex()
 
 
 def token_matches(token: str | None, secret: str, door: Door) -> bool:

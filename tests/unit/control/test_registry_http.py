@@ -308,6 +308,7 @@ def test_secret_files(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         read_secret(path)
     path.write_text("short\n")
+    path.chmod(0o600)
     with pytest.raises(ConfigError, match="16 to 1024"):
         read_secret(path)
     path.write_text(f"  {SECRET}\n")
