@@ -48,7 +48,14 @@ HOMES: dict[str, tuple[str, ...]] = {
     "zmq": ("kvbaton.control", "kvbaton.testing"),
     "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
     "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
-    "aiohttp": ("kvbaton.discovery.client", "kvbaton.discovery.server", "kvbaton.serving", "kvbaton.cli", "lab"),
+    "aiohttp": (
+        "kvbaton.discovery.client",
+        "kvbaton.discovery.guard",
+        "kvbaton.discovery.server",
+        "kvbaton.serving",
+        "kvbaton.cli",
+        "lab",
+    ),
     "prometheus_client": ("kvbaton.serving.server",),
     "matplotlib": ("kvbaton.bench.plot",),
 }

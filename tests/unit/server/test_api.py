@@ -29,6 +29,9 @@ from kvbaton.serving.testing.http import run, serving
 CONFIG = ApiConfig(model="m", max_positions=4096)
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 class Client:
     """One API server, its engine, and a session that speaks to it."""
 
@@ -463,10 +466,10 @@ def test_bodies_and_routes_that_are_none():
     async def test() -> None:
         async with api() as client:
             url = f"{client.url}/v1/completions"
-            async with client.session.post(url, data=BytesIO(b"x" * (MAX_BODY_BYTES + 1))) as response:
+            async with client.session.post(url, data=BytesIO(b"x" * (MAX_BODY_BYTES + 1)), headers=JSON) as response:
                 assert response.status == 413
                 assert (await response.json())["error"]["code"] == "http"
-            async with client.session.post(url) as response:
+            async with client.session.post(url, headers=JSON) as response:
                 assert response.status == 400
             async with client.session.get(url) as response:
                 assert response.status == 405
@@ -495,7 +498,7 @@ def test_no_garbage_ever_becomes_a_server_error(bodies):
         async with api() as client:
             for path in ("/v1/completions", "/v1/chat/completions", "/abort_request"):
                 for body in bodies:
-                    async with client.session.post(client.url + path, data=body) as response:
+                    async with client.session.post(client.url + path, data=body, headers=JSON) as response:
                         assert response.status in (200, 400), (path, body, await response.text())
 
     run(test())

@@ -75,7 +75,7 @@ def test_with_a_secret_only_the_router_names_rooms():
                 for headers in (
                     None,
                     {ROUTER_HEADER: "wrong"},
-                    {ROUTER_HEADER: token_of(SECRET, "registry")},
+                    {ROUTER_HEADER: token_of(SECRET, "look-up", "127.0.0.1:8998")},
                     {"Authorization": f"Bearer {SECRET}"},
                 ):
                     status, text = await ask(session, url, headers, **room)
@@ -170,7 +170,7 @@ def test_a_registry_that_does_not_know_us_is_unavailable():
             room = {"bootstrap_room": 7, "bootstrap_host": "127.0.0.1", "bootstrap_port": port_in(registry)}
             status, text = await ask(session, url, {ROUTER_HEADER: SECRET}, **room)
             assert (status, "does not let us in" in text) == (503, True)
-            assert token_of(SECRET, "registry") not in text
+            assert token_of(SECRET, "look-up", "127.0.0.1:8998") not in text
 
     run(test())
 

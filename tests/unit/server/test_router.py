@@ -28,6 +28,9 @@ ANSWER = {"object": "text_completion", "choices": [{"text": "hi", "index": 0}]}
 EVENTS = b'data: {"choices":[{"text":"h"}]}\n\n', b'data: {"choices":[{"text":"i"}]}\n\n', b"data: [DONE]\n\n"
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 class Backend:
     """A worker whose behaviour a test writes: ``behave`` answers one request."""
 
@@ -537,10 +540,10 @@ def test_garbage_never_reaches_a_worker():
         prefill, decode = Backend(answer), Backend(answer)
         async with routed([prefill], [decode]) as setup:
             for body in (b"", b"[]", b"nonsense", b"\xff", b'{"a":', b"3"):
-                async with setup.session.post(f"{setup.url}/v1/completions", data=body) as response:
+                async with setup.session.post(f"{setup.url}/v1/completions", data=body, headers=JSON) as response:
                     assert response.status == 400
             large = BytesIO(b" " * (MAX_BODY_BYTES + 1))
-            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large, headers=JSON) as response:
                 assert response.status == 413
             assert not prefill.bodies
             assert not decode.bodies
@@ -554,7 +557,7 @@ def test_a_large_prompt_passes():
         async with routed([Backend(answer)], [decode]) as setup:
             prompt = "x" * (2 << 20)
             large = BytesIO(json.dumps({"prompt": prompt}).encode())
-            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large, headers=JSON) as response:
                 assert response.status == 200
             assert decode.bodies[0]["prompt"] == prompt
 

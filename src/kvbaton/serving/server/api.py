@@ -22,6 +22,8 @@ from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_matches
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.guard import guard
+from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
@@ -68,6 +70,7 @@ class ApiServer:
         layouts: the memory of every rank of this group, for ``/layout``.
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
+        names: the hosts under which this server is asked; None: loopback's.
         registry: needed in decode mode, to find the prefill group that a request names.
     """
 
@@ -84,6 +87,7 @@ class ApiServer:
         layouts: Sequence[RankLayout] = (),
         instance: str = "",
         secret: str | None = None,
+        names: ServerNames | None = None,
     ) -> None:
         self._engine = engine
         self._intake = Intake(tokenizer, config, registry)
@@ -95,6 +99,7 @@ class ApiServer:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
+        self._names = names if names is not None else ServerNames()
         self.admission = AdmissionLimit(config.max_requests)
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
@@ -103,7 +108,9 @@ class ApiServer:
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
-        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(
+            middlewares=[web.middleware(errors), web.middleware(guard(self._names))], client_max_size=MAX_BODY_BYTES
+        )
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)

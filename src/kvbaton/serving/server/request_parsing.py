@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvbaton.discovery.access import unbracketed
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.placement import LoadBalance, checked_rank, known_rank
 from kvbaton.errors import AuthenticationError, CapacityError, ConfigError, InternalError, RegistryError
@@ -159,7 +160,7 @@ class Intake:
         if self._registry is None:
             raise InternalError("a decode server was built without a registry client")
         try:
-            return await self._registry.sources(
+            sources = await self._registry.sources(
                 *registry,
                 request.bootstrap_room,
                 named=request.disagg_prefill_dp_rank,
@@ -169,6 +170,21 @@ class Intake:
             raise RegistryError(
                 f"the bootstrap registry does not let us in: {error.message}", peer=error.peer
             ) from None
+        await self._check_links(sources, registry[0])
+        return sources
+
+    async def _check_links(self, sources: Sequence[str], registry_host: str) -> None:
+        """Raises RegistryError for an address that this server is not to dial."""
+        allow = self._config.bootstrap_allow
+        if not allow.entries:
+            return
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(unbracketed(registry_host), None)
+        except OSError as error:
+            raise RegistryError(f"{registry_host} cannot be found: {error.strerror or error}") from None
+        registry = {str(address[0]) for *_, address in found}
+        for source in sources:
+            allow.check_link(source, registry)
 
     async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
         if isinstance(request, CompletionRequest):

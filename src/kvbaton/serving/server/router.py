@@ -25,6 +25,8 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
+from kvbaton.discovery.guard import guard
+from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
@@ -65,6 +67,7 @@ class RouterConfig:
     health_check_endpoint: str = "/ready"
     max_concurrent_requests: int = 1024
     secret: str | None = field(default=None, repr=False)
+    names: ServerNames = field(default_factory=ServerNames)
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
@@ -93,7 +96,10 @@ class Router:
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
-        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(
+            middlewares=[web.middleware(errors), web.middleware(guard(self._config.names))],
+            client_max_size=MAX_BODY_BYTES,
+        )
         app.router.add_post("/v1/completions", self._route)
         app.router.add_post("/v1/chat/completions", self._route)
         app.router.add_post("/abort_request", self._abort)
