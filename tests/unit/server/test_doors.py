@@ -98,9 +98,13 @@ def test_a_prefill_server_is_as_strict_and_aborts_too():
                 assert response.status == 401
             headers = {ROUTER_HEADER: token_of(SECRET, "router")}
             assert (await ask(session, url, headers, bootstrap_room=7))[0] == 200
+            engine.script = lambda _request: []
+            asking = asyncio.create_task(ask(session, url, headers, bootstrap_room=8, rid="r"))
+            await engine.until(lambda: bool(engine.live))
             async with session.post(f"{url}/abort_request", json={"rid": "r"}, headers=headers) as response:
                 assert response.status == 200
-            assert engine.aborted == ["r"]
+            assert engine.aborted == [engine.requests[1].request_id]
+            assert (await asking)[0] == 499
 
     run(test())
 

@@ -67,10 +67,12 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that is ready for the engine. ``registry`` is the one that was asked for its sources."""
+    """A request that is ready for the engine. ``rid``: what its client calls it, ``registry``: the one that was asked
+    for its sources."""
 
     request: Request
     answers: Answers
+    rid: str
     stream: bool
     registry: tuple[str, int] | None
 
@@ -96,10 +98,11 @@ class Intake:
         tokens = await self._tokens(request)
         sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-        request_id = request.rid or f"{prefix}-{uuid.uuid4().hex}"
+        request_id = f"{prefix}-{uuid.uuid4().hex}"  # nobody's choice: what a client calls it is its own business
+        rid = request.rid or request_id
         answers = Answers(
             request,
-            request_id=request_id,
+            request_id=rid,
             model=self._config.model,
             prompt_tokens=len(tokens),
             tokenizer=self._tokenizer,
@@ -115,6 +118,7 @@ class Intake:
                 dp_rank=dp_rank,
             ),
             answers,
+            rid,
             request.stream,
             registry,
         )
