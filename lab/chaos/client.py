@@ -10,7 +10,7 @@ from typing import Literal
 import aiohttp
 import msgspec
 
-from kvbaton.serving.demo.show import Question
+from kvbaton.serving.demo.show import JSON, Question
 
 Kind = Literal["answer", "error", "untyped", "late"]
 
@@ -36,7 +36,7 @@ async def request(http: aiohttp.ClientSession, url: str, question: Question, *, 
     timeout = aiohttp.ClientTimeout(total=limit_seconds)
     body = BytesIO(msgspec.json.encode(question.body()))
     try:
-        async with http.post(f"{url}/v1/completions", data=body, timeout=timeout) as response:
+        async with http.post(f"{url}/v1/completions", data=body, headers=JSON, timeout=timeout) as response:
             payload = await response.read()
     except TimeoutError:
         return ClientOutcome(kind="late", message=f"no answer within {limit_seconds:g} s", ended_at=time.monotonic())

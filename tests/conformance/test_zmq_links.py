@@ -112,7 +112,7 @@ def test_an_idle_pair_costs_next_to_nothing(here: Log) -> None:
         assert time.process_time() - before < 0.05  # a loop that spins takes all of it
 
 
-@pytest.mark.parametrize(("listener", "dialler"), [(SECRET, "another secret"), (SECRET, None), (None, SECRET)])
+@pytest.mark.parametrize(("listener", "dialler"), [(SECRET, "another secret, as long"), (SECRET, None), (None, SECRET)])
 def test_without_the_same_secret_nothing_gets_through(listener: str | None, dialler: str | None) -> None:
     with ZmqLinks(secret=listener) as first, ZmqLinks(secret=dialler) as second, ZmqLinks(secret=listener) as third:
         here, stranger, friend = Log(first), Log(second), Log(third)
@@ -151,7 +151,7 @@ def test_knowing_the_servers_key_is_not_enough() -> None:
 
 
 def test_keys_follow_from_the_secret_alone() -> None:
-    assert CurveKeys.derive(SECRET) == CurveKeys.derive(SECRET) != CurveKeys.derive("another")
+    assert CurveKeys.derive(SECRET) == CurveKeys.derive(SECRET) != CurveKeys.derive("another of enough characters")
     assert SECRET not in repr(CurveKeys.derive(SECRET))
     keys = CurveKeys.derive(SECRET)
     assert keys.server_secret != keys.client_secret

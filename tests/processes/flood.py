@@ -21,6 +21,7 @@ from typing import Any
 #: Connections that are opened at once.
 BATCH = 250
 NOISE_BYTES = 2048
+JSON = "Content-Type: application/json"
 PATIENCE_SECONDS = 20.0
 DRESSES = (
     b"",
@@ -87,7 +88,7 @@ async def bodies(targets: list[list[Any]], size: int, count: int) -> dict[str, A
         length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
         answer = asyncio.create_task(reader.readline())
         try:
-            writer.write(f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{length}\r\n\r\n".encode())
+            writer.write(f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{JSON}\r\n{length}\r\n\r\n".encode())
             piece = bytes(1 << 18)
             for _ in range(size // len(piece)):
                 writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)

@@ -13,7 +13,16 @@ import aiohttp
 import pytest
 
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.demo.show import DemoAnswer, Question, ask, ask_all, concurrent_questions, edge_questions, stream
+from kvbaton.serving.demo.show import (
+    JSON,
+    DemoAnswer,
+    Question,
+    ask,
+    ask_all,
+    concurrent_questions,
+    edge_questions,
+    stream,
+)
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, Server
 
@@ -226,7 +235,9 @@ def test_bad_requests_are_refused_and_the_servers_go_on(fleet: Fleet, runner: as
                 assert response.status == 400, (body, text)
                 assert complaint in text
         with contextlib.suppress(aiohttp.ClientError):
-            async with fleet.http.post(f"{fleet.router.url}/v1/completions", data=b"\x00" * 100) as response:
+            async with fleet.http.post(
+                f"{fleet.router.url}/v1/completions", data=b"\x00" * 100, headers=JSON
+            ) as response:
                 assert response.status == 400
         await answers_equal(fleet, concurrent_questions(1))
         await fleet.all_returned()

@@ -12,6 +12,9 @@ import pytest
 
 from kvbaton.control.curve import CurveKeys
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.registry import Route
+from kvbaton.errors import LocalProtocolError
 from kvbaton.serving.demo.show import ask, concurrent_questions
 from kvbaton.serving.fleet import Fleet
 
@@ -23,6 +26,7 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
     directory: Path = tmp_path_factory.mktemp("guarded")
     secret = directory / "secret"
     secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
     with_secret = ("--secret-file", str(secret), "--log-level", "debug")
     fleet = Fleet(
         directory,
@@ -39,12 +43,13 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
         runner.run(fleet.__aexit__(None, None, None))
 
 
-def words() -> dict[str, bytes]:
+def words(registry: str) -> dict[str, bytes]:
     """Everything that would let somebody in."""
+    doors = (("look-up", registry), ("register", registry), ("router", ""), ("story", ""))
     keys = CurveKeys.derive(SECRET)
     return {
         "the secret": SECRET.encode(),
-        **{f"the token of the {door}": token_of(SECRET, door).encode() for door in ("registry", "router", "story")},
+        **{f"the token of the {door}": token_of(SECRET, door, where).encode() for door, where in doors},
         "the server's key": keys.server_secret,
         "the client's key": keys.client_secret,
         "the server's public key": keys.server_public,
@@ -88,6 +93,12 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
         route = await fetch("GET", f"{registry}/route", 200, headers={"Authorization": f"Bearer {SECRET}"})
         (rank,) = msgspec.json.decode(route)["ranks"]
         assert rank["address"].startswith("tcp://127.0.0.1:")
+        async with RegistryClient(secret=SECRET) as client:
+            usurper = msgspec.convert({**rank, "instance": "usurper", "address": "tcp://127.0.0.1:9"}, Route)
+            with pytest.raises(LocalProtocolError, match="a rank of the process"):
+                await client.register("127.0.0.1", fleet.registry_ports[0], usurper)
+        assert not (await ask(fleet.http, fleet.router.url, concurrent_questions(1)[0])).error
+        assert prefill.running
         for server in (prefill, decode, fleet.router):
             for path in ("/metrics", "/get_server_info", "/v1/models", "/ready", "/openapi.json"):
                 await fetch("GET", server.url + path, 200)
@@ -108,5 +119,5 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
         seen[log.name] = log.read_bytes()
         assert b"DEBUG" in seen[log.name] or log.name == "router.log"
     for where, text in seen.items():
-        for what, word in words().items():
+        for what, word in words(f"127.0.0.1:{fleet.registry_ports[0]}").items():
             assert word not in text, f"{what} is in {where}"

@@ -43,8 +43,11 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def post(url: str, **fields: object) -> urllib.request.Request:
-    return urllib.request.Request(f"{url}/v1/completions", data=msgspec.json.encode(fields))
+    return urllib.request.Request(f"{url}/v1/completions", data=msgspec.json.encode(fields), headers=JSON)
 
 
 def test_a_server_answers_and_finishes_its_requests_after_sigterm():

@@ -17,6 +17,7 @@ LAB = Path(__file__).parents[2] / "lab"
 #: From the bottom up. A module may import from its own layer and from the ones above it in this list.
 LAYERS = (
     ("kvbaton.errors",),
+    ("kvbaton.secret",),
     ("kvbaton.layout",),
     ("kvbaton.plan",),
     ("kvbaton.control.base", "kvbaton.transports.base"),
@@ -47,7 +48,14 @@ HOMES: dict[str, tuple[str, ...]] = {
     "zmq": ("kvbaton.control", "kvbaton.testing"),
     "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
     "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
-    "aiohttp": ("kvbaton.discovery.client", "kvbaton.discovery.server", "kvbaton.serving", "kvbaton.cli", "lab"),
+    "aiohttp": (
+        "kvbaton.discovery.client",
+        "kvbaton.discovery.guard",
+        "kvbaton.discovery.server",
+        "kvbaton.serving",
+        "kvbaton.cli",
+        "lab",
+    ),
     "prometheus_client": ("kvbaton.serving.server",),
     "matplotlib": ("kvbaton.bench.plot",),
 }

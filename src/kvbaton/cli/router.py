@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from kvbaton.cli.settings import add_log_level, config_of, port, positive, seconds
+from kvbaton.cli.settings import add_allowed_host, add_log_level, config_of, port, positive, seconds
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
+    add_allowed_host(parser)
     parser.add_argument(
         "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
     )
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
+    from kvbaton.discovery.names import ServerNames
     from kvbaton.serving.server.lifecycle import reserve
     from kvbaton.serving.server.lifecycle import run as run_server
     from kvbaton.serving.server.router import Router, RouterConfig
@@ -79,6 +81,7 @@ async def _route(options: argparse.Namespace) -> None:
     decode = [parse_worker("decode", values) for values in options.decode or ()]
     options.workers = (*prefill, *decode)
     options.secret = read_secret(options.secret_file) if options.secret_file is not None else None
+    options.names = ServerNames.of(options.host, allowed=options.allowed_host or ())
     config = config_of(RouterConfig, options)
     with reserve(options.host, options.port) as bound:
         router = Router(config)

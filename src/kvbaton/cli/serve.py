@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from kvbaton.cli.settings import add_log_level, config_of, natural, port, positive, seconds, transfer_costs
+from kvbaton.cli.settings import (
+    add_allowed_host,
+    add_log_level,
+    config_of,
+    natural,
+    port,
+    positive,
+    seconds,
+    transfer_costs,
+)
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.discovery.placement import LoadBalance
 from kvbaton.errors import ConfigError
@@ -72,6 +81,7 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
 def _add_http(http: argparse._ArgumentGroup) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     http.add_argument("--port", type=port, default=30000, help="port of the HTTP server; 0: any free one")
+    add_allowed_host(http)
     http.add_argument(
         "--grace-period-secs",
         type=seconds,

@@ -92,6 +92,16 @@ def config_of(kind: type[T], options: argparse.Namespace) -> T:
     return kind(**given)
 
 
+def add_allowed_host(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="HOST[:PORT]",
+        help="further name under which clients or decode servers reach this server's ports, as behind a proxy or "
+        "address translation, repeatable; on loopback requests to other names are refused",
+    )
+
+
 def add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least level of logs on stderr")
 

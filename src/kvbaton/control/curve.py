@@ -3,13 +3,10 @@
 Every rank that knows the secret derives the same two key pairs. A dialler needs the server's public key, which never
 travels, and its own key must be the derived one; everything else fails the handshake. Messages are encrypted and
 authenticated with keys that are fresh for each connection.
-
-The secret is hashed once, not stretched: use a random one (``python -c "import secrets; print(secrets.token_hex())"``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from dataclasses import dataclass
 
@@ -17,6 +14,7 @@ import zmq
 from zmq.utils import z85
 
 from kvbaton.errors import ConfigError
+from kvbaton.secret import key_of
 
 _GATE = "inproc://zeromq.zap.01"
 _DOMAIN = b"kvbaton"
@@ -35,12 +33,10 @@ class CurveKeys:
 
     @classmethod
     def derive(cls, secret: str) -> CurveKeys:
-        """Raises ConfigError for an empty secret, or a libzmq without CURVE."""
-        if not secret.strip():
-            raise ConfigError("the secret is empty", hint="leave it out to talk on this host only")
+        """Raises ConfigError for a weak secret, or a libzmq without CURVE."""
         if not zmq.has("curve"):
             raise ConfigError("this libzmq has no CURVE: a secret cannot be honoured")
-        server, client = (_secret_key(secret, person) for person in (b"kvbaton-server", b"kvbaton-client"))
+        server, client = (_secret_key(secret, person) for person in ("server", "client"))
         return cls(zmq.curve_public(server), server, zmq.curve_public(client), client)
 
     def guard_server(self, socket: zmq.Socket[bytes]) -> None:
@@ -56,8 +52,8 @@ class CurveKeys:
         socket.curve_secretkey = self.client_secret
 
 
-def _secret_key(secret: str, person: bytes) -> bytes:
-    return z85.encode(hashlib.blake2b(secret.encode(), digest_size=32, person=person).digest())
+def _secret_key(secret: str, person: str) -> bytes:
+    return z85.encode(key_of(secret, f"link {person}"))
 
 
 class ZapHandler:

@@ -1,30 +1,39 @@
 """Who may reach a listening address: loopback freely, anything else only with a shared secret.
 
 HTTP is not encrypted, so the secret itself never travels: a process shows a token that follows from the secret and from
-the door it is for. Who overhears a token can knock at that one door; the links' keys stay unknown to him. Servers take
-the secret itself, too, from people who have it (``curl -H "Authorization: Bearer $(cat FILE)"``).
+the door it is for. Who overhears a token can knock at that one door; the links' keys stay unknown to him. The tokens
+for registries follow from the registry's host and port as well: where a request leads a decode server to a listener of
+somebody else, what he gets opens nothing. What must not be changed on its way, a registration and the answer to a
+look-up, carries a code over its content (MAC). Servers take the secret itself, too, from people who have it
+(``curl -H "Authorization: Bearer $(cat FILE)"``), but for registering.
 
 This file must not know HTTP frameworks or links; it answers questions about hosts and tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from kvbaton.errors import ConfigError
+from kvbaton.secret import MAX_SECRET_CHARACTERS, check_secret, key_of
 
-#: Fewest characters of a shared secret, and most.
-MIN_SECRET_CHARACTERS = 16
-MAX_SECRET_CHARACTERS = 1024
+#: Largest secret file in bytes, white space included.
+MAX_FILE_BYTES = 4 * MAX_SECRET_CHARACTERS
 #: The header in which a router shows prefill and decode servers its token; what a client sends there goes nowhere.
 ROUTER_HEADER = "X-KVBaton-Router"
 
-Door = Literal["registry", "router", "story"]
+#: The header with the code over a message's content, and the one with what a question's answer must repeat in it.
+MAC_HEADER = "X-KVBaton-MAC"
+NONCE_HEADER = "X-KVBaton-Nonce"
+MAX_NONCE_CHARACTERS = 64
+
+Door = Literal["look-up", "register", "router", "story"]
 
 
 def is_loopback(host: str) -> bool:
@@ -47,17 +56,29 @@ def require_secret(host: str, secret: str | None, *, what: str) -> None:
 
 
 def read_secret(path: Path) -> str:
-    """The shared secret: the file's text without surrounding white space. Raises ConfigError."""
+    """The shared secret: the file's text without surrounding white space.
+
+    Raises ConfigError for a file that cannot be read, that others can read or write, or that holds a weak secret.
+    """
     try:
-        secret = path.read_text(encoding="ascii").strip()
+        with path.open("rb") as file:
+            _check_private(path, os.fstat(file.fileno()))
+            secret = file.read(MAX_FILE_BYTES + 1).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the secret file {path}: {error}") from None
-    if not MIN_SECRET_CHARACTERS <= len(secret) <= MAX_SECRET_CHARACTERS or not secret.isprintable():
-        raise ConfigError(
-            f"the secret in {path} must be {MIN_SECRET_CHARACTERS} to {MAX_SECRET_CHARACTERS} printable characters",
-            hint="python3 -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE",
-        )
+    check_secret(secret, what=f"the secret in {path}")
     return secret
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    """PostgreSQL's rule for key files: of this user and nobody else's to read, or of root and at most a group's."""
+    mode, mine = stat.S_IMODE(status.st_mode), status.st_uid == os.geteuid()
+    if not (mine or status.st_uid == 0):
+        raise ConfigError(f"the secret file {path} belongs to another user", hint=f"chown it to uid {os.geteuid()}")
+    if mode & (0o077 if mine else 0o037):
+        raise ConfigError(
+            f"the secret file {path} can be read or written by others (mode {mode:03o})", hint=f"chmod 600 {path}"
+        )
 
 
 def unbracketed(host: str) -> str:
@@ -65,27 +86,50 @@ def unbracketed(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def token_of(secret: str, door: Door) -> str:
-    """What a process shows at one kind of door."""
-    return hmac.new(secret.encode(), f"kvbaton {door}".encode(), hashlib.sha256).hexdigest()
+def token_of(secret: str, door: Door, audience: str = "") -> str:
+    """What a process shows at one kind of door; for a registry's, at that of ``audience`` (``HOST:PORT``) alone."""
+    return key_of(secret, f"token {door} {audience}").hex()
 
 
-def token_matches(token: str | None, secret: str, door: Door) -> bool:
+def token_matches(token: str | None, secret: str, door: Door, audience: str = "") -> bool:
     """Whether a token is the one for this door, or the secret itself. Compared in constant time."""
     shown = (token or "").strip().encode("utf-8", "surrogateescape")
-    good = [hmac.compare_digest(shown, right.encode()) for right in (token_of(secret, door), secret)]
+    good = [hmac.compare_digest(shown, right.encode()) for right in (token_of(secret, door, audience), secret)]
     return any(good)
 
 
-def bearer(secret: str | None, door: Door) -> Mapping[str, str]:
+def bearer(secret: str | None, door: Door, audience: str = "") -> Mapping[str, str]:
     """The ``Authorization`` header for one kind of door; none without a secret."""
-    return {} if secret is None else {"Authorization": f"Bearer {token_of(secret, door)}"}
+    return {} if secret is None else {"Authorization": f"Bearer {token_of(secret, door, audience)}"}
 
 
-def bearer_matches(header: str | None, secret: str, door: Door) -> bool:
+def bearer_matches(header: str | None, secret: str, door: Door, audience: str = "") -> bool:
     """Whether an ``Authorization`` header opens this door."""
+    return token_matches(_shown(header), secret, door, audience)
+
+
+def is_secret(header: str | None, secret: str) -> bool:
+    """Whether an ``Authorization`` header shows the secret itself, as people do. Compared in constant time."""
+    return hmac.compare_digest((_shown(header) or "").encode("utf-8", "surrogateescape"), secret.encode())
+
+
+def _shown(header: str | None) -> str | None:
+    """The token of an ``Authorization`` header."""
     scheme, _, token = (header or "").partition(" ")
-    return token_matches(token, secret, door) and scheme.lower() == "bearer"
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def mac_of(secret: str, purpose: str, *parts: bytes) -> str:
+    """The code over a message, part by part."""
+    key = key_of(secret, f"mac {purpose}")
+    lengths = b"".join(len(part).to_bytes(8, "big") for part in parts)
+    return hmac.new(key, b"".join((len(parts).to_bytes(8, "big"), lengths, *parts)), "sha256").hexdigest()
+
+
+def mac_matches(header: str | None, secret: str, purpose: str, *parts: bytes) -> bool:
+    """Whether this is the code over a message. Compared in constant time."""
+    shown = (header or "").encode("utf-8", "surrogateescape")
+    return hmac.compare_digest(shown, mac_of(secret, purpose, *parts).encode())
 
 
 def is_local_name(host_header: str | None) -> bool:

@@ -5,7 +5,9 @@ Rules:
 - Every call has a timeout and a bounded number of attempts with growing pauses; a refusal that a retry cannot change
   (400, 401, 409) ends at once.
 - A failure is a RegistryError that names host and port and says what to do.
-- Redirects are not followed and answers are read up to a bound: the address may have come from a request.
+- Redirects are not followed and answers are read up to a bound: the address may have come from a request. For the same
+  reason tokens are made for the host and port that is asked, and with a secret an answer counts only if it proves that
+  whoever gave it knows the secret.
 - Lookups are cached for less time than a process needs to start, so a cached address never outlives a restart, and
   callers :meth:`RegistryClient.invalidate` when a peer turned out to be lost.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -23,7 +26,8 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from kvbaton.discovery.access import bearer, is_printable_host, unbracketed
+from kvbaton.discovery.access import MAC_HEADER, NONCE_HEADER, bearer, is_printable_host, mac_matches, mac_of
+from kvbaton.discovery.names import audience_of
 from kvbaton.discovery.placement import PLACED_SECONDS, checked_rank, known_rank
 from kvbaton.discovery.registry import REFRESH_SECONDS, Registered, RoomRank, Route, Topology
 from kvbaton.errors import AuthenticationError, ConfigError, KVBatonError, LocalProtocolError, RegistryError
@@ -51,7 +55,7 @@ class RegistryClient:
     """Talks to any number of registries. Use it inside one event loop and close it there.
 
     Args:
-        secret: the deployment's shared secret; the token that follows from it is sent, never the secret.
+        secret: the deployment's shared secret; tokens that follow from it are sent, never the secret.
         timeout_seconds: limit of one attempt.
         attempts: how often a call tries before it raises.
         clock, sleep: time, injected by tests.
@@ -66,7 +70,7 @@ class RegistryClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        self._headers = bearer(secret, "registry")
+        self._secret = secret
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
         self._clock = clock
@@ -91,12 +95,13 @@ class RegistryClient:
 
     async def register(self, host: str, port: int, route: Route) -> Registered:
         """Register one rank. Raises RegistryError, AuthenticationError, ConfigError, LocalProtocolError (replaced)."""
-        answer = await self._call("PUT", host, port, body=msgspec.json.encode(route))
+        body = msgspec.json.encode(route)
+        answer = await self._call("PUT", host, port, body=body, signed=body)
         return _decode(answer, Registered, host, port)
 
     async def unregister(self, host: str, port: int, instance: str) -> None:
         """Take a rank out. Raises like :meth:`register`."""
-        await self._call("DELETE", host, port, query={"instance": instance})
+        await self._call("DELETE", host, port, query={"instance": instance}, signed=instance.encode())
 
     async def register_forever(
         self,
@@ -205,12 +210,16 @@ class RegistryClient:
         path: str = "/route",
         body: bytes | None = None,
         query: dict[str, str] | None = None,
+        signed: bytes | None = None,
     ) -> bytes:
-        url = _url(host, port) + path
+        """``signed``: what a registration or withdrawal says, for its code."""
+        audience = _audience(host, port)
+        url = f"http://{audience}{path}"
+        headers = self._credentials(method, audience, signed)
         pause = FIRST_PAUSE_SECONDS
         for attempt in range(1, self._attempts + 1):
             try:
-                return await self._attempt(method, url, body, query)
+                return await self._attempt(method, url, body, query, headers)
             except _Refused as refused:
                 if attempt == self._attempts:
                     raise RegistryError(
@@ -225,25 +234,54 @@ class RegistryClient:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
         raise ConfigError(f"a registry client needs at least one attempt, not {self._attempts}")
 
-    async def _attempt(self, method: str, url: str, body: bytes | None, query: dict[str, str] | None) -> bytes:
+    def _credentials(self, method: str, audience: str, signed: bytes | None) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"} if method == "PUT" else {}
+        if self._secret is None:
+            return headers
+        headers |= bearer(self._secret, "look-up" if signed is None else "register", audience)
+        if signed is not None:
+            headers[MAC_HEADER] = mac_of(self._secret, "registration", audience.encode(), method.encode(), signed)
+        return headers
+
+    async def _attempt(
+        self, method: str, url: str, body: bytes | None, query: dict[str, str] | None, headers: dict[str, str]
+    ) -> bytes:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
-            self._session = aiohttp.ClientSession(
-                timeout=timeout, headers=self._headers, trust_env=False, auto_decompress=False
-            )
+            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False)
+        nonce = secrets.token_urlsafe(16)
         try:
-            async with self._session.request(method, url, data=body, params=query, allow_redirects=False) as response:
+            async with self._session.request(
+                method,
+                url,
+                data=body,
+                params=query,
+                headers={**headers, NONCE_HEADER: nonce},
+                allow_redirects=False,
+            ) as response:
                 payload = bytearray()
                 async for piece in response.content.iter_any():
                     payload += piece
                     if len(payload) > MAX_ANSWER_BYTES:
                         raise _Refused(f"answered more than {MAX_ANSWER_BYTES} bytes")
                 _raise_for(response.status, bytes(payload))
+                self._check_answer(response, nonce, bytes(payload))
                 return bytes(payload)
         except TimeoutError:
             raise _Refused(f"did not answer within {self._timeout_seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Refused(f"cannot be reached ({type(error).__name__}: {error})") from None
+
+    def _check_answer(self, response: aiohttp.ClientResponse, nonce: str, payload: bytes) -> None:
+        """Raises RegistryError unless whoever answers knows the secret, where there is one."""
+        if self._secret is None:
+            return
+        url = response.url
+        parts = (audience_of(url.host or "", url.port or 0), url.raw_path_qs, nonce)
+        if not mac_matches(
+            response.headers.get(MAC_HEADER), self._secret, "answer", *(part.encode() for part in parts), payload
+        ):
+            raise RegistryError(f"what answers at {parts[0]} does not prove that it knows this deployment's secret")
 
 
 class _Complaint(msgspec.Struct):
@@ -254,12 +292,11 @@ class _Failure(msgspec.Struct):
     error: _Complaint
 
 
-def _url(host: str, port: int) -> str:
+def _audience(host: str, port: int) -> str:
+    """``HOST:PORT`` as it is asked, and as tokens are made for it. Raises ConfigError."""
     if not is_printable_host(host) or not 0 < port <= 65535:
         raise ConfigError(f"{host!r}:{port} is no address of a registry")
-    bare = unbracketed(host)
-    bracketed = f"[{bare}]" if ":" in bare else bare
-    return f"http://{bracketed}:{port}"
+    return audience_of(host, port)
 
 
 def _raise_for(status: int, payload: bytes) -> None:

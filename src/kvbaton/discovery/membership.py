@@ -20,6 +20,7 @@ from contextlib import suppress
 
 from kvbaton.discovery.access import is_printable_host
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.registry import Registered, Registry, Route
 from kvbaton.discovery.server import registry_app, start_registry
 from kvbaton.errors import ConfigError, KVBatonError, LocalProtocolError, OverloadedError
@@ -118,7 +119,8 @@ class Membership:
             try:
                 if self._serve:
                     host, port = self._home
-                    app = registry_app(Registry(), secret=self._secret)
+                    own = (self._route,) if self._route is not None else ()
+                    app = registry_app(Registry(own=own), secret=self._secret, names=ServerNames.of(host))
                     server = await start_registry(app, host=host, port=port, secret=self._secret)
             except KVBatonError as error:
                 self._listening.set_exception(error)
@@ -140,6 +142,9 @@ class Membership:
     async def _stay(self) -> None:
         """Be registered until cancelled."""
         if self._route is None:
+            return
+        if self._serve:  # the registry has known it from the start
+            self._registered = True
             return
 
         def registered(_answer: Registered) -> None:

@@ -6,6 +6,8 @@ Rules:
 - A rank owns its coordinates until another *instance* registers there: the newcomer replaces it, and the instance that
   was replaced is refused from then on (it is a process that should be dead; two that take turns would route requests
   at random).
+- The ranks of the process that keeps the table (``own``) are there from the start and for as long as it lives: nobody
+  takes their place, nobody withdraws them, and only their group is served.
 - An entry lives ``ttl_seconds`` past its last registration. Ranks refresh; nothing is kept on trust.
 - A group is its name **and** its sizes. A group with other sizes, or another name, collects its ranks beside the old
   one and is served only when every coordinate is held by a live entry: completeness is a set, never a count of
@@ -19,6 +21,8 @@ This file must not know HTTP, layouts or secrets.
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -135,12 +139,13 @@ class Topology(Struct, frozen=True, kw_only=True):
 @dataclass(slots=True)
 class _Entry:
     route: Route
-    expires: float
+    expires: float  # infinity: a rank of this process
 
 
 @dataclass(slots=True)
 class _Group:
     sizes: Sizes
+    own: bool = False
     entries: dict[RegistryCoordinates, _Entry] = field(default_factory=dict)
 
     @property
@@ -154,10 +159,16 @@ class _Group:
 class Registry:
     """The table. Every method takes the time; none blocks."""
 
-    def __init__(self, *, ttl_seconds: float = TTL_SECONDS) -> None:
+    def __init__(self, *, own: Iterable[Route] = (), ttl_seconds: float = TTL_SECONDS) -> None:
+        """``own``: ranks of this process. Raises ConfigError for those that cannot be."""
         self._ttl_seconds = ttl_seconds
         self._groups: dict[tuple[str, Sizes], _Group] = {}  # in order of appearance
         self._replaced: dict[str, str] = {}  # instance -> the one that took its place
+        for route in own:
+            self._check(route)
+            group = self._group(route)
+            group.own = True
+            group.entries[route.coordinates] = _Entry(route, math.inf)
 
     def register(self, route: Route, now: float) -> Registered:
         """Enter or refresh one rank.
@@ -169,6 +180,13 @@ class Registry:
         self._expire(now)
         group = self._group(route)
         before = group.entries.get(route.coordinates)
+        if before is not None and before.expires == math.inf:
+            if before.route == route:
+                return Registered(ttl_seconds=self._ttl_seconds)
+            raise LocalProtocolError(
+                f"{route.coordinates} of group {route.group} is a rank of the process that serves this registry",
+                peer=before.route.instance,
+            )
         replaced = before.route.instance if before is not None and before.route.instance != route.instance else ""
         if replaced:
             self._remember(replaced, route.instance)
@@ -180,7 +198,11 @@ class Registry:
         self._expire(now)
         found = False
         for group in self._groups.values():
-            gone = [where for where, entry in group.entries.items() if entry.route.instance == instance]
+            gone = [
+                where
+                for where, entry in group.entries.items()
+                if entry.route.instance == instance and entry.expires != math.inf
+            ]
             for where in gone:
                 del group.entries[where]
             found = found or bool(gone)
@@ -188,10 +210,12 @@ class Registry:
         return found
 
     def lookup(self, now: float) -> Topology:
-        """The newest complete group. Raises RegistryError that names what is missing."""
+        """The newest complete group; this process's own where there is one. Raises RegistryError that names what is
+        missing."""
         self._expire(now)
+        only_own = any(group.own for group in self._groups.values())
         for (name, sizes), group in reversed(self._groups.items()):
-            if group.complete:
+            if group.complete and group.own >= only_own:
                 ranks = tuple(group.entries[where].route for where in sizes.all_coordinates())
                 return Topology(group=name, sizes=sizes, ranks=ranks)
         raise RegistryError(self._incomplete())

@@ -4,9 +4,11 @@
 Rules:
 
 - JSON in, JSON out; a registration is at most :data:`MAX_ROUTE_BYTES`.
-- With a secret, every route except ``/health`` needs ``Authorization: Bearer <secret>``. Without one the server may
-  listen on loopback only (:func:`start_registry` refuses anything else), and takes no request whose ``Host`` is not
-  this machine (a browser's page with a re-bound name).
+- With a secret, looking up needs a token that was made for looking up at this host and port, or the secret itself;
+  registering and withdrawing need a token for that and a code over the whole registration. The answer to a look-up
+  carries a code, too, over itself and what the question asks it to repeat: who does not know the secret answers nobody.
+- Without a secret the server may listen on loopback only (:func:`start_registry` refuses anything else), and takes no
+  request that does not name this machine.
 - An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret
   or host, 409 an instance that was replaced, 503 the group is not complete or the table is full.
 
@@ -23,7 +25,18 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from kvbaton.discovery.access import bearer_matches, is_local_name, require_secret
+from kvbaton.discovery.access import (
+    MAC_HEADER,
+    MAX_NONCE_CHARACTERS,
+    NONCE_HEADER,
+    bearer_matches,
+    is_secret,
+    mac_matches,
+    mac_of,
+    require_secret,
+)
+from kvbaton.discovery.guard import JSON, Handler, guard, hide_versions
+from kvbaton.discovery.names import ALLOWED_HOST_FLAG, ServerNames, audience_of, split
 from kvbaton.discovery.placement import Placements
 from kvbaton.discovery.registry import Registry, RoomRank, decode_route
 from kvbaton.errors import (
@@ -44,7 +57,6 @@ MAX_ROOM_DIGITS = 20
 #: Seconds that a client is asked to wait while the group is not complete.
 RETRY_AFTER_SECONDS = 1
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _log = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[KVBatonError], int], ...] = (
     (ConfigError, 400),
@@ -60,10 +72,16 @@ def registry_app(
     placements: Placements | None = None,
     *,
     secret: str | None = None,
+    names: ServerNames | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> web.Application:
-    """The aiohttp application around one table. ``placements``: where the group's rooms are, for those who ask."""
+    """The aiohttp application around one table.
+
+    ``placements``: where the group's rooms are, for those who ask. ``names``: the hosts under which the registry is
+    asked, besides the address where a connection arrives; None: loopback's.
+    """
     placed = placements if placements is not None else Placements()
+    names = names if names is not None else ServerNames()
 
     async def register(request: web.Request) -> web.Response:
         try:
@@ -71,6 +89,7 @@ def registry_app(
                 body = await request.read()
         except TimeoutError:
             raise web.HTTPRequestTimeout() from None
+        _check_mac(request, secret, body)
         route = decode_route(body)
         answer = registry.register(route, clock())
         if answer.replaced:
@@ -90,13 +109,19 @@ def registry_app(
         instance = request.query.get("instance", "")
         if not instance:
             raise ConfigError("instance: name the instance to take out, as in DELETE /route?instance=ID")
+        _check_mac(request, secret, instance.encode())
         return _json({"removed": registry.unregister(instance, clock())})
 
     async def health(_request: web.Request) -> web.Response:
         return _json({"status": "ok"})
 
     app = web.Application(
-        middlewares=[web.middleware(_errors), web.middleware(_authenticate(secret))], client_max_size=MAX_ROUTE_BYTES
+        middlewares=[
+            web.middleware(_errors),
+            web.middleware(guard(names)),
+            web.middleware(_authenticate(secret, names)),
+        ],
+        client_max_size=MAX_ROUTE_BYTES,
     )
     app.router.add_put("/route", register)
     app.router.add_get("/route", lookup)
@@ -109,6 +134,7 @@ def registry_app(
 async def start_registry(app: web.Application, *, host: str, port: int, secret: str | None = None) -> web.AppRunner:
     """Listen. Raises ConfigError for an open bind without a secret and for a port in use; ``cleanup()`` ends it."""
     require_secret(host, secret, what="the bootstrap registry")
+    hide_versions()
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -122,24 +148,62 @@ async def start_registry(app: web.Application, *, host: str, port: int, secret: 
     return runner
 
 
-def _authenticate(secret: str | None) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
-    async def authenticate(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if secret is not None and request.path != "/health":
-            header = request.headers.get("Authorization")
-            if not bearer_matches(header, secret, "registry"):
-                raise AuthenticationError(
-                    "the registry needs this deployment's shared secret as a bearer token"
-                    if header is None
-                    else "the bearer token is not this deployment's shared secret"
-                )
-        if secret is None and not is_local_name(request.headers.get("Host")):
-            raise AuthenticationError("without a shared secret the registry answers requests to 127.0.0.1 only")
-        return await handler(request)
+def _authenticate(secret: str | None, names: ServerNames) -> Callable[..., Awaitable[web.StreamResponse]]:
+    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if secret is None or request.path == "/health":
+            return await handler(request)
+        _check_token(request, secret, names)
+        response = await handler(request)
+        nonce = request.headers.get(NONCE_HEADER, "")
+        if 0 < len(nonce) <= MAX_NONCE_CHARACTERS and isinstance(response, web.Response):
+            parts = (_audience(request), request.path_qs, nonce)
+            response.headers[MAC_HEADER] = mac_of(
+                secret, "answer", *(part.encode() for part in parts), bytes(response.body or b"")
+            )
+        return response
 
     return authenticate
 
 
-async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+def _check_token(request: web.Request, secret: str, names: ServerNames) -> None:
+    """Raises AuthenticationError unless the one who asks may look up, or register."""
+    header, audience = request.headers.get("Authorization"), _audience(request)
+    asks = request.method in ("GET", "HEAD")
+    if asks and is_secret(header, secret):
+        return
+    if is_secret(header, secret) or not bearer_matches(header, secret, "look-up" if asks else "register", audience):
+        raise AuthenticationError(
+            "the registry needs this deployment's shared secret as a bearer token"
+            if header is None
+            else "the bearer token is not this deployment's shared secret, or is for something else"
+        )
+    transport = request.transport
+    arrived_at = transport.get_extra_info("sockname") if transport is not None else None
+    if not (arrived_at and names.is_audience(audience, arrived_at)):
+        raise AuthenticationError(
+            f"this registry is not {audience[:100]}, which the token is for; where it is reached under another name, "
+            f"start its server with {ALLOWED_HOST_FLAG} HOST:PORT"
+        )
+
+
+def _check_mac(request: web.Request, secret: str | None, content: bytes) -> None:
+    """Raises AuthenticationError unless the registration, or withdrawal, is as the one who knows the secret made it."""
+    if secret is not None and not mac_matches(
+        request.headers.get(MAC_HEADER),
+        secret,
+        "registration",
+        _audience(request).encode(),
+        request.method.encode(),
+        content,
+    ):
+        raise AuthenticationError("the registration was changed on its way, or made by somebody without the secret")
+
+
+def _audience(request: web.Request) -> str:
+    return audience_of(*split(request.headers.get("Host", "")))
+
+
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except KVBatonError as error:
@@ -160,4 +224,4 @@ def _failure(status: int, code: str, message: str) -> web.Response:
 
 
 def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type=JSON)

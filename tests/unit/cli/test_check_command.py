@@ -367,6 +367,7 @@ def test_two_servers_are_compared(capsys) -> None:
 
 def test_a_layout_is_for_operators(tmp_path: Path, capsys) -> None:
     (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "secret").chmod(0o600)
     assert checked(BASE, BASE, secret=SECRET) == FAILED
     assert "needs the shared secret" in capsys.readouterr().err
     assert checked(BASE, BASE, "--secret-file", str(tmp_path / "secret"), secret=SECRET) == 0

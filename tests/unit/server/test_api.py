@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import uuid
 from contextlib import asynccontextmanager
 from io import BytesIO
 
@@ -27,6 +28,9 @@ from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, s
 from kvbaton.serving.testing.http import run, serving
 
 CONFIG = ApiConfig(model="m", max_positions=4096)
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 class Client:
@@ -59,6 +63,11 @@ class Client:
         async with self.session.get(f"{self.url}/metrics") as response:
             found = [row for row in (await response.text()).splitlines() if row.startswith(line + " ")]
         return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+
+def only(found: set[str]) -> str:
+    (one,) = found
+    return one
 
 
 def decode_events(payload: bytes) -> list:
@@ -228,7 +237,7 @@ def test_a_client_that_leaves_before_the_last_choice_aborts_all():
                 f"{client.url}/v1/completions", json={"prompt": "x", "stream": True, "rid": "r1", "n": 2}
             ) as response:
                 assert b'"finish_reason":"stop"' in await response.content.readuntil(b"\n\n")
-            await client.engine.until(lambda: client.engine.aborted == ["r1"])
+            await client.engine.until(lambda: client.engine.aborted == [client.engine.requests[0].request_id])
             assert not client.engine.live
 
     run(test())
@@ -327,7 +336,9 @@ def test_tokens_are_streamed_as_they_come_from_the_engines_thread():
             ) as response:
                 first = json.loads((await response.content.readuntil(b"\n\n"))[6:])
                 assert first["choices"][0]["text"] == "a"
-                await asyncio.to_thread(client.engine.emit, "r1", Output(tokens=(98,), text="b", finish_reason="stop"))
+                await asyncio.to_thread(
+                    client.engine.emit, only(client.engine.live), Output(tokens=(98,), text="b", finish_reason="stop")
+                )
                 rest = decode_events(await response.read())
             assert [rest[0]["choices"][0]["text"], rest[1]] == ["b", "[DONE]"]
 
@@ -349,7 +360,7 @@ def test_a_client_that_goes_away_aborts_its_request(stream, started):
                 asking.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await asking
-            await client.engine.until(lambda: client.engine.aborted == ["r"])
+            await client.engine.until(lambda: client.engine.aborted == [client.engine.requests[0].request_id])
             assert not client.engine.live
             assert await client.server.admission.emptied(5)
             assert await client.metric('kvbaton_requests_total{outcome="client_gone",route="/v1/completions"}') == 1
@@ -430,11 +441,12 @@ def test_an_error_within_a_whole_answer_is_an_error():
 def test_abort_request():
     async def test() -> None:
         async with api(lambda _request: []) as client:
-            asking = asyncio.create_task(client.post(status=499, prompt="x", rid="mine"))
-            await client.engine.until(lambda: client.engine.live == {"mine"})
-            assert await client.post("/abort_request", rid="mine") == {"rid": "mine"}
+            mine = uuid.uuid4().hex
+            asking = asyncio.create_task(client.post(status=499, prompt="x", rid=mine))
+            await client.engine.until(lambda: bool(client.engine.live))
+            assert await client.post("/abort_request", rid=mine) == {"rid": mine}
             assert (await asking)["error"]["code"] == "aborted"
-            await client.post("/abort_request", rid="nobody")
+            assert await client.post("/abort_request", rid=mine) == {"rid": mine}
             assert (await client.post("/abort_request", 400))["error"]["param"] == "rid"
 
     run(test())
@@ -463,10 +475,10 @@ def test_bodies_and_routes_that_are_none():
     async def test() -> None:
         async with api() as client:
             url = f"{client.url}/v1/completions"
-            async with client.session.post(url, data=BytesIO(b"x" * (MAX_BODY_BYTES + 1))) as response:
+            async with client.session.post(url, data=BytesIO(b"x" * (MAX_BODY_BYTES + 1)), headers=JSON) as response:
                 assert response.status == 413
                 assert (await response.json())["error"]["code"] == "http"
-            async with client.session.post(url) as response:
+            async with client.session.post(url, headers=JSON) as response:
                 assert response.status == 400
             async with client.session.get(url) as response:
                 assert response.status == 405
@@ -495,7 +507,7 @@ def test_no_garbage_ever_becomes_a_server_error(bodies):
         async with api() as client:
             for path in ("/v1/completions", "/v1/chat/completions", "/abort_request"):
                 for body in bodies:
-                    async with client.session.post(client.url + path, data=body) as response:
+                    async with client.session.post(client.url + path, data=body, headers=JSON) as response:
                         assert response.status in (200, 400), (path, body, await response.text())
 
     run(test())
@@ -556,13 +568,13 @@ def test_draining_refuses_new_requests_and_lets_running_ones_finish():
     async def test() -> None:
         async with api(lambda _request: spell("a", finish_reason=None)) as client:
             asking = asyncio.create_task(client.post(prompt="x", rid="r"))
-            await client.engine.until(lambda: client.engine.live == {"r"})
+            await client.engine.until(lambda: bool(client.engine.live))
             client.server.admission.shut()
             assert "stopping" in (await client.get("/ready", 503))["reason"]
             await client.get("/health")
             assert (await client.post(status=503, prompt="x"))["error"]["code"] == "draining"
             assert not await client.server.admission.emptied(0)
-            client.engine.emit("r", Output(tokens=(98,), text="b", finish_reason="stop"))
+            client.engine.emit(only(client.engine.live), Output(tokens=(98,), text="b", finish_reason="stop"))
             assert (await asking)["choices"][0]["text"] == "ab"
             assert await client.server.admission.emptied(5)
 
@@ -574,9 +586,9 @@ def test_requests_at_once_are_bounded():
         config = ApiConfig(model="m", max_positions=100, max_requests=1)
         async with api(lambda _request: [], config) as client:
             asking = asyncio.create_task(client.post(status=499, prompt="x", rid="r"))
-            await client.engine.until(lambda: client.engine.live == {"r"})
+            await client.engine.until(lambda: bool(client.engine.live))
             assert (await client.post(status=503, prompt="x"))["error"]["code"] == "overloaded"
-            client.engine.abort("r")
+            client.engine.abort(only(client.engine.live))
             await asking
 
     run(test())

@@ -75,7 +75,7 @@ def test_with_a_secret_only_the_router_names_rooms():
                 for headers in (
                     None,
                     {ROUTER_HEADER: "wrong"},
-                    {ROUTER_HEADER: token_of(SECRET, "registry")},
+                    {ROUTER_HEADER: token_of(SECRET, "look-up", "127.0.0.1:8998")},
                     {"Authorization": f"Bearer {SECRET}"},
                 ):
                     status, text = await ask(session, url, headers, **room)
@@ -98,9 +98,13 @@ def test_a_prefill_server_is_as_strict_and_aborts_too():
                 assert response.status == 401
             headers = {ROUTER_HEADER: token_of(SECRET, "router")}
             assert (await ask(session, url, headers, bootstrap_room=7))[0] == 200
+            engine.script = lambda _request: []
+            asking = asyncio.create_task(ask(session, url, headers, bootstrap_room=8, rid="r"))
+            await engine.until(lambda: bool(engine.live))
             async with session.post(f"{url}/abort_request", json={"rid": "r"}, headers=headers) as response:
                 assert response.status == 200
-            assert engine.aborted == ["r"]
+            assert engine.aborted == [engine.requests[1].request_id]
+            assert (await asking)[0] == 499
 
     run(test())
 
@@ -170,7 +174,7 @@ def test_a_registry_that_does_not_know_us_is_unavailable():
             room = {"bootstrap_room": 7, "bootstrap_host": "127.0.0.1", "bootstrap_port": port_in(registry)}
             status, text = await ask(session, url, {ROUTER_HEADER: SECRET}, **room)
             assert (status, "does not let us in" in text) == (503, True)
-            assert token_of(SECRET, "registry") not in text
+            assert token_of(SECRET, "look-up", "127.0.0.1:8998") not in text
 
     run(test())
 

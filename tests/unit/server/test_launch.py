@@ -45,6 +45,7 @@ def test_links_listen_where_peers_can_dial_and_those_of_decode_nowhere(
 def test_a_prefill_server_must_be_found_somewhere(host: str, says: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("a secret of enough characters")
+    secret.chmod(0o600)
     with pytest.raises(ConfigError) as refused:
         serve(ServeConfig(model="none", mode="prefill", host=host, port=0, secret_file=secret))
     assert says in f"{refused.value} {refused.value.hint}"

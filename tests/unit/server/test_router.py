@@ -19,13 +19,16 @@ from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.calls import mint_room, strip
 from kvbaton.serving.server.lifecycle import listen, port_of, reserve
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import MAX_BODY_BYTES, Router, RouterConfig, second_rid
+from kvbaton.serving.server.router import MAX_BODY_BYTES, Router, RouterConfig
 from kvbaton.serving.server.workers import Worker, Workers, parse_worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 
 ANSWER = {"object": "text_completion", "choices": [{"text": "hi", "index": 0}]}
 EVENTS = b'data: {"choices":[{"text":"h"}]}\n\n', b'data: {"choices":[{"text":"i"}]}\n\n', b"data: [DONE]\n\n"
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 class Backend:
@@ -37,11 +40,9 @@ class Backend:
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.ready = 200
-        self.aborts: list[str] = []
         self.probed: asyncio.Queue[None] = asyncio.Queue()
         self.app = web.Application(client_max_size=64 << 20)
         self.app.router.add_post("/v1/completions", self._completions)
-        self.app.router.add_post("/abort_request", self._abort)
         self.app.router.add_get("/ready", self._ready)
         self.app.router.add_get("/v1/models", self._models)
         self.app.router.add_get("/get_server_info", self._info)
@@ -55,10 +56,6 @@ class Backend:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-
-    async def _abort(self, request: web.Request) -> web.Response:
-        self.aborts.append((await request.json())["rid"])
-        return web.json_response({})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         self.probed.put_nowait(None)
@@ -377,8 +374,7 @@ def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
         async with routed(prefills, decodes) as setup:
             assert await setup.post(rid="mine") == ANSWER
             assert good.bodies[0]["bootstrap_room"] != bad.bodies[0]["bootstrap_room"]
-            assert good.bodies[0]["rid"] == second_rid("mine") == "mine~2"
-            assert other.bodies[-1]["rid"] == "mine~2"
+            assert good.bodies[0]["rid"] == other.bodies[-1]["rid"] == "mine"
             assert await setup.metric("kvbaton_router_retries_total") == 1
             line = f'kvbaton_router_worker_usable{{role="{role}",worker="{setup.urls[bad]}"}}'
             assert await setup.metric(line) == 0
@@ -537,10 +533,10 @@ def test_garbage_never_reaches_a_worker():
         prefill, decode = Backend(answer), Backend(answer)
         async with routed([prefill], [decode]) as setup:
             for body in (b"", b"[]", b"nonsense", b"\xff", b'{"a":', b"3"):
-                async with setup.session.post(f"{setup.url}/v1/completions", data=body) as response:
+                async with setup.session.post(f"{setup.url}/v1/completions", data=body, headers=JSON) as response:
                     assert response.status == 400
             large = BytesIO(b" " * (MAX_BODY_BYTES + 1))
-            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large, headers=JSON) as response:
                 assert response.status == 413
             assert not prefill.bodies
             assert not decode.bodies
@@ -554,14 +550,14 @@ def test_a_large_prompt_passes():
         async with routed([Backend(answer)], [decode]) as setup:
             prompt = "x" * (2 << 20)
             large = BytesIO(json.dumps({"prompt": prompt}).encode())
-            async with setup.session.post(f"{setup.url}/v1/completions", data=large) as response:
+            async with setup.session.post(f"{setup.url}/v1/completions", data=large, headers=JSON) as response:
                 assert response.status == 200
             assert decode.bodies[0]["prompt"] == prompt
 
     run(test())
 
 
-def test_merged_routes_and_aborting():
+def test_merged_routes():
     async def test() -> None:
         prefill, decodes = Backend(answer), [Backend(answer), Backend(answer)]
         async with routed([prefill], decodes) as setup:
@@ -570,9 +566,6 @@ def test_merged_routes_and_aborting():
             assert info == await setup.get("/server_info")
             assert [worker["info"] for worker in info["decode"]] == [{"model": "m"}] * 2
             assert info["prefill"][0]["url"] == setup.urls[prefill]
-            async with setup.session.post(f"{setup.url}/abort_request", json={"rid": "r"}) as response:
-                assert await response.json() == {"rid": "r"}
-            assert all(sorted(backend.aborts) == ["r", "r~2"] for backend in [prefill, *decodes])
 
     run(test())
 

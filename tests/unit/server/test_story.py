@@ -137,6 +137,7 @@ def story_command(*arguments: str) -> int:
 
 def test_the_command_prints_both_sides_in_order(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "secret").chmod(0o600)
     secret = ("--secret-file", str(tmp_path / "secret"))
 
     async def test() -> None:

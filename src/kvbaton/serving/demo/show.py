@@ -87,9 +87,13 @@ def concurrent_questions(count: int) -> list[Question]:
     ]
 
 
+#: What a body must be said to be.
+JSON = {"Content-Type": "application/json"}
+
+
 async def ask(http: aiohttp.ClientSession, url: str, question: Question) -> DemoAnswer:
     """One answer, whole."""
-    async with http.post(f"{url}/v1/completions", data=_payload(question.body())) as response:
+    async with http.post(f"{url}/v1/completions", data=_payload(question.body()), headers=JSON) as response:
         payload = await response.read()
     if response.status != 200:
         return DemoAnswer(error=f"HTTP {response.status}: {payload.decode(errors='replace')}")
@@ -111,7 +115,7 @@ async def ask_all(http: aiohttp.ClientSession, url: str, questions: Sequence[Que
 
 async def stream(http: aiohttp.ClientSession, url: str, question: Question) -> AsyncIterator[str]:
     """The pieces of one answer as they come. Raises TransferFailedError if the server reports an error."""
-    async with http.post(f"{url}/v1/completions", data=_payload(question.body(stream=True))) as response:
+    async with http.post(f"{url}/v1/completions", data=_payload(question.body(stream=True)), headers=JSON) as response:
         if response.status != 200:
             raise TransferFailedError(f"HTTP {response.status}: {(await response.text())[:500]}")
         async for line in response.content:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from kvbaton.control.address import Address
 from kvbaton.discovery.access import is_loopback, is_printable_host, unbracketed
-from kvbaton.errors import ConfigError
+from kvbaton.discovery.names import host_and_port, plain
+from kvbaton.errors import ConfigError, RegistryError
+
+FLAG = "--disaggregation-bootstrap-allow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,7 @@ class AllowList:
     @staticmethod
     def parse(entries: Sequence[str]) -> AllowList:
         """From ``HOST``, ``HOST:PORT``, ``[IPv6]`` or ``[IPv6]:PORT``. Raises ConfigError."""
-        return AllowList(tuple(_entry(text) for text in entries))
+        return AllowList(tuple(host_and_port(text, flag=FLAG) for text in entries))
 
     def check(self, host: str, port: int) -> None:
         """Raises ConfigError unless the registry at ``host:port`` may be asked."""
@@ -31,19 +35,23 @@ class AllowList:
         if not allowed:
             raise ConfigError(
                 f"bootstrap_host: {host!r} port {port} is not on this server's allow-list; "
-                "an operator adds it with --disaggregation-bootstrap-allow"
+                f"an operator adds it with {FLAG}"
+            )
+
+    def check_link(self, address: str, registry: Collection[str]) -> None:
+        """Raises RegistryError unless a rank may be dialled at ``address`` (``tcp://IP:PORT``), as a registry says.
+
+        ``registry``: the registry's own IP addresses, where ranks may always be. Where there is a list, other hosts
+        must be on it, whatever the port.
+        """
+        host = plain(Address.parse(address).host)
+        if self.entries and host not in {plain(name) for name in (*registry, *(name for name, _ in self.entries))}:
+            raise RegistryError(
+                f"the bootstrap registry names a rank at {host}, which is not on this server's allow-list; "
+                f"an operator adds it with {FLAG}"
             )
 
 
 def bare(host: str) -> str:
     """A host as it is compared: lower case, no brackets."""
     return unbracketed(host).lower()
-
-
-def _entry(text: str) -> tuple[str, int | None]:
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
-        host, port = text, ""
-    if not is_printable_host(host) or (port and not (port.isdecimal() and 0 < int(port) <= 65535)):
-        raise ConfigError(f"--disaggregation-bootstrap-allow {text!r} is neither HOST nor HOST:PORT")
-    return bare(host), int(port) if port else None

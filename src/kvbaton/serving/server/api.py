@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from time import time
 
 import msgspec
@@ -22,6 +23,8 @@ from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_matches
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.guard import guard
+from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
@@ -37,6 +40,7 @@ from kvbaton.plan.layout_file import RankLayout, encode
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
+from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
@@ -50,7 +54,7 @@ from kvbaton.serving.server.openai import (
     event,
     parse,
 )
-from kvbaton.serving.server.operators import require_operator
+from kvbaton.serving.server.operators import is_operator, key_of_client, require_operator
 from kvbaton.serving.server.request_parsing import Accepted, ApiConfig, RequestParser
 
 #: What may mean that a cached lookup no longer holds.
@@ -68,6 +72,7 @@ class ApiServer:
         layouts: the memory of every rank of this group, for ``/layout``.
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
+        names: the hosts under which this server is asked; None: loopback's.
         registry: needed in decode mode, to find the prefill group that a request names.
     """
 
@@ -84,6 +89,7 @@ class ApiServer:
         layouts: Sequence[RankLayout] = (),
         instance: str = "",
         secret: str | None = None,
+        names: ServerNames | None = None,
     ) -> None:
         self._engine = engine
         self._parser = RequestParser(tokenizer, config, registry)
@@ -95,7 +101,9 @@ class ApiServer:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
+        self._names = names if names is not None else ServerNames()
         self.admission = AdmissionLimit(config.max_requests)
+        self._aliases = Aliases()
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(lambda: _engine_gauges(engine))
@@ -103,7 +111,9 @@ class ApiServer:
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
-        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(
+            middlewares=[web.middleware(errors), web.middleware(guard(self._names))], client_max_size=MAX_BODY_BYTES
+        )
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
@@ -144,7 +154,7 @@ class ApiServer:
 
     async def _run(self, http: web.Request, accepted: Accepted, timer: RequestTimer) -> web.StreamResponse:
         try:
-            with OutputStream(self._engine, accepted.request) as outputs:
+            with self._aliased(http, accepted), OutputStream(self._engine, accepted.request) as outputs:
                 outputs.submit()
                 first = await outputs.next()
                 timer.first_token()
@@ -154,6 +164,14 @@ class ApiServer:
         except KVBatonError as error:
             self._learn(error, accepted)
             raise
+
+    def _aliased(self, http: web.Request, accepted: Accepted) -> AbstractContextManager[None]:
+        """Let its client end the request by the id that it gave it."""
+
+        def end() -> None:
+            self._engine.abort(accepted.request.request_id, "aborted through /abort_request")
+
+        return self._aliases.named(key_of_client(http), accepted.rid, end)
 
     def _require_router(self, http: web.Request) -> None:
         """Half a pair computes for its router only. Raises AuthenticationError."""
@@ -270,7 +288,10 @@ class ApiServer:
             raise AuthenticationError("requests are aborted at the router, or with this deployment's shared secret")
         async with self._bodies.read(http) as body:
             request = parse(body, AbortRequest)
-        self._engine.abort(request.rid, "aborted through /abort_request")
+        if is_operator(http, self._secret) or (self._secret is not None and self._from_router(http)):
+            self._aliases.end_for_operator(request.rid)
+        else:
+            self._aliases.end(key_of_client(http), request.rid)
         return _json({"rid": request.rid})
 
 

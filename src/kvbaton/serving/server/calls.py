@@ -157,7 +157,8 @@ class PrefillDecodeCall:
         response = await self._open(self._pair.prefill, body)
         async with response:
             try:
-                await response.read()
+                async for _ in response.content.iter_any():  # nobody needs it, and it may be long
+                    pass
             except (aiohttp.ClientError, OSError) as error:
                 raise _unreachable(self._pair.prefill, error, self._pair.room) from None
 

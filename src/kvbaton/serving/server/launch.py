@@ -1,7 +1,8 @@
 """Assembles one server: ports, engine (see ``build``), registry, HTTP; runs it until a signal; takes it down.
 
-Order up: ports (cheap to fail), engine, registry, HTTP, registration. Order down: admission ends and the requests in
-flight are drained, the registration withdrawn, HTTP ended, and then the engine.
+Order up: ports (cheap to fail), engine, registry, HTTP. Order down: admission ends and the requests in flight are
+drained, HTTP and the registry end, and then the engine. The server's own ranks are in its registry from the start:
+nothing that others register there ends it.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.control.address import Address
 from kvbaton.discovery.access import read_secret, require_secret
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.placement import LoadBalance, Placements
-from kvbaton.discovery.registry import Registered, Registry, Route
+from kvbaton.discovery.registry import Registry
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
@@ -47,7 +50,6 @@ from kvbaton.serving.server.request_parsing import ApiConfig, Mode
 from kvbaton.serving.server.tokens import ServerTokenizer
 from kvbaton.transports.interfaces import restrict
 
-WITHDRAW_SECONDS = 2.0
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 _DEFAULTS = Settings()
 _log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class ServeConfig:
     data_parallel_size: int = 1
     load_balance_method: LoadBalance | Literal["auto"] = "auto"
     decode_enable_radix_cache: bool = False
+    allowed_host: tuple[str, ...] = ()
     secret_file: Path | None = None
     torch_threads: int | None = None
     grace_period_secs: float = 30.0
@@ -201,7 +204,6 @@ class _Server:
         self._model = model
         self._replica = replica
         self._placements = placements
-        self._registered = config.mode != "prefill"
         self._failure: KVBatonError | None = None
 
     async def run(self, port: socket.socket, registry: socket.socket | None, listening: Callable[[int], None]) -> None:
@@ -211,15 +213,11 @@ class _Server:
             self._replica.watch(lambda error: _post(loop, self._fail, error, signals))
             client = await closing.enter_async_context(RegistryClient(secret=self._secret))
             api = self._api(client)
+            if registry is not None:
+                table = await listen(self._registry_app(port_of(port)), registry, flag=BOOTSTRAP_FLAG)
+                closing.push_async_callback(table.cleanup)
             runner = await listen(api.app, port)
             closing.push_async_callback(runner.cleanup)
-            if registry is not None:
-                table = await listen(
-                    registry_app(Registry(), self._placements, secret=self._secret), registry, flag=BOOTSTRAP_FLAG
-                )
-                closing.push_async_callback(table.cleanup)
-                where = (_reachable(self._config.registry_host), port_of(registry))
-                await closing.enter_async_context(self._registration(client, where, port_of(port), signals))
             listening(port_of(port))
             await signals.stop.wait()
             if not await drain(api.admission, grace_period_secs=self._config.grace_period_secs, hurry=signals.hurry):
@@ -246,12 +244,12 @@ class _Server:
                 load_balance=config.load_balance,
             ),
             registry=client if config.mode == "decode" else None,
-            readiness=lambda: "" if self._registered else "not registered with the bootstrap registry yet",
             info=self._info,
             timeline=replica.timeline if config.mode != "null" else None,
             layouts=replica.layouts,
             instance=self._instance,
             secret=self._secret,
+            names=ServerNames.of(config.host, allowed=config.allowed_host),
         )
         if config.mode != "null":
             api.metrics.counters(
@@ -295,36 +293,12 @@ class _Server:
             facts["handoff"] = {"backend": config.transfer_backend, **msgspec.to_builtins(handoffs)}
         return facts
 
-    @asynccontextmanager
-    async def _registration(
-        self, client: RegistryClient, where: tuple[str, int], http_port: int, signals: Signals
-    ) -> AsyncIterator[None]:
-        """Be registered for the length of the block; a refusal that waiting cannot cure stops the server."""
+    def _registry_app(self, http_port: int) -> web.Application:
+        """The registry of this server's ranks, which are there from the start."""
         routes = [msgspec.structs.replace(route, http_port=http_port) for route in self._replica.routes]
-        missing = {route.instance for route in routes}
-
-        async def keep(route: Route) -> None:
-            def registered(_answer: Registered) -> None:
-                missing.discard(route.instance)
-                self._registered = not missing
-
-            try:
-                await client.register_forever(*where, route, registered=registered)
-            except KVBatonError as error:
-                self._fail(error, signals)
-
-        tasks = [asyncio.create_task(keep(route)) for route in routes]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            try:
-                async with asyncio.timeout(WITHDRAW_SECONDS):
-                    await asyncio.gather(*(client.unregister(*where, route.instance) for route in routes))
-            except (KVBatonError, TimeoutError) as error:
-                _log.info("not withdrawn from the registry: %s", error)
+        _, advertised = link_hosts(self._config)
+        names = ServerNames.of(self._config.registry_host, advertised, allowed=self._config.allowed_host)
+        return registry_app(Registry(own=routes), self._placements, secret=self._secret, names=names)
 
     def _fail(self, error: KVBatonError, signals: Signals) -> None:
         """Stop the server, with this as the reason."""
@@ -337,8 +311,3 @@ def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments
     """From another thread; after the loop has ended there is nobody left to tell."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, *arguments)
-
-
-def _reachable(host: str) -> str:
-    """Where this machine itself finds what listens at ``host``."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -20,6 +20,8 @@ from collections.abc import AsyncIterator, Callable
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from kvbaton.discovery.guard import hide_versions
+from kvbaton.discovery.names import plain
 from kvbaton.errors import ConfigError
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.connections import KEEPALIVE_SECONDS, Connections, Handler, raise_file_limit
@@ -49,7 +51,7 @@ def reserve(host: str, port: int, *, flag: str = "--port") -> socket.socket:
     Raises ConfigError.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(plain(host), port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
@@ -70,6 +72,7 @@ def port_of(bound: socket.socket) -> int:
 async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--port") -> web.AppRunner:
     """Start answering on a reserved socket. ``cleanup()`` of the runner ends it. Raises ConfigError."""
     raise_file_limit()
+    hide_versions()
     runner = web.AppRunner(
         app,
         handler_cancellation=True,

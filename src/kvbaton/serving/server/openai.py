@@ -8,9 +8,9 @@ Rules:
 - What is refused, or may be long, stays bytes (``msgspec.Raw``) until its length is known to be within bounds: a body
   of 15 MiB can hold millions of small values, each of which would become an object.
 - Additions to the format: ``return_token_ids`` (answers carry ``token_ids``, as vLLM's do), ``ignore_eos``, ``rid``
-  (the id for ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set by the router, never by users),
-  ``data_parallel_rank`` and ``disagg_prefill_dp_rank`` (the data-parallel rank that answers, and the one that
-  prefills), and ``handoff`` in the answer of a decode server.
+  (the answer's id, by which its client ends it at ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set
+  by the router, never by users), ``data_parallel_rank`` and ``disagg_prefill_dp_rank`` (the data-parallel rank that
+  answers, and the one that prefills), and ``handoff`` in the answer of a decode server.
 
 This file must not know HTTP, engines' threads or tokenizers.
 """
@@ -213,10 +213,10 @@ class AbortRequest(Struct, frozen=True, forbid_unknown_fields=True):
     rid: _Id
 
 
-def check_rid(raw: Raw) -> None:
-    """Raises ConfigError for what cannot be the id of a request."""
+def checked_rid(raw: Raw) -> str:
+    """The id of a request. Raises ConfigError for what cannot be one."""
     try:
-        msgspec.json.decode(raw, type=_Id)
+        return msgspec.json.decode(raw, type=_Id)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"rid: {error}") from None
 

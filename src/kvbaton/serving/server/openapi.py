@@ -37,12 +37,12 @@ _REF = "#/components/schemas/"
 #: Statuses of a request for tokens, but for 200.
 _REFUSALS = {
     "400": "something in the request is wrong; the message begins with the field",
-    "401": "only the router may name rooms here",
+    "401": "only the router may name rooms here; or another host's name, or another site's page",
     "404": "no such route",
     "408": "the body did not arrive in time",
     "409": "this request id or room is live already",
     "413": "the body is too large",
-    "415": "compressed bodies are not taken",
+    "415": "a body is application/json, and not compressed",
     "499": "the request was aborted",
     "500": "a bug",
     "502": "the other side broke the protocol, or a worker answers with something else than an answer",
@@ -156,9 +156,7 @@ def _paths(kind: Kind) -> _Json:
                 "requestBody": _body("AbortRequest"),
                 "responses": {
                     "200": _json(_ref("AbortRequest")),
-                    **_refusals(
-                        "400", "408", "413", "415", "503", *(("401",) if kind in ("prefill", "decode") else ())
-                    ),
+                    **_refusals("400", "401", "408", "413", "415", "503"),
                 },
             }
         },

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvbaton.discovery.access import unbracketed
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.placement import LoadBalance, checked_rank, known_rank
 from kvbaton.errors import AuthenticationError, CapacityError, ConfigError, InternalError, RegistryError
@@ -66,10 +67,12 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that is ready for the engine. ``registry`` is the one that was asked for its sources."""
+    """A request that is ready for the engine. ``rid``: what its client calls it, ``registry``: the one that was asked
+    for its sources."""
 
     request: Request
     answers: Answers
+    rid: str
     stream: bool
     registry: tuple[str, int] | None
 
@@ -95,10 +98,11 @@ class RequestParser:
         tokens = await self._tokens(request)
         sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-        request_id = request.rid or f"{prefix}-{uuid.uuid4().hex}"
+        request_id = f"{prefix}-{uuid.uuid4().hex}"  # nobody's choice: what a client calls it is its own business
+        rid = request.rid or request_id
         answers = Answers(
             request,
-            request_id=request_id,
+            request_id=rid,
             model=self._config.model,
             prompt_tokens=len(tokens),
             tokenizer=self._tokenizer,
@@ -114,6 +118,7 @@ class RequestParser:
                 dp_rank=dp_rank,
             ),
             answers,
+            rid,
             request.stream,
             registry,
         )
@@ -159,7 +164,7 @@ class RequestParser:
         if self._registry is None:
             raise InternalError("a decode server was built without a registry client")
         try:
-            return await self._registry.sources(
+            sources = await self._registry.sources(
                 *registry,
                 request.bootstrap_room,
                 named=request.disagg_prefill_dp_rank,
@@ -169,6 +174,21 @@ class RequestParser:
             raise RegistryError(
                 f"the bootstrap registry does not let us in: {error.message}", peer=error.peer
             ) from None
+        await self._check_links(sources, registry[0])
+        return sources
+
+    async def _check_links(self, sources: Sequence[str], registry_host: str) -> None:
+        """Raises RegistryError for an address that this server is not to dial."""
+        allow = self._config.bootstrap_allow
+        if not allow.entries:
+            return
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(unbracketed(registry_host), None)
+        except OSError as error:
+            raise RegistryError(f"{registry_host} cannot be found: {error.strerror or error}") from None
+        registry = {str(address[0]) for *_, address in found}
+        for source in sources:
+            allow.check_link(source, registry)
 
     async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
         if isinstance(request, CompletionRequest):

@@ -5,8 +5,8 @@ Rules:
 - Workers take turns. A pair that fails because one of its workers is gone or draining is replaced once, with a new
   room, if another worker is usable; every other failure is the client's answer, with the worker's name in it.
 - Topology is ours: ``bootstrap_*`` in a client's request is dropped.
-- A client that goes away ends both call. Whatever fails after the first byte of a stream is an ``error`` event, and
-  the stream ends without ``[DONE]``.
+- A client that goes away, or ends its request by the id that it gave it, ends both calls. Whatever fails after the
+  first byte of a stream is an ``error`` event, and the stream ends without ``[DONE]``.
 
 This file must not know of tokens, models or pages.
 """
@@ -25,23 +25,27 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
-from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
+from kvbaton.discovery.guard import guard
+from kvbaton.discovery.names import ServerNames
+from kvbaton.errors import AbortedError, ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
+from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, SMALL_BODY_BYTES, Bodies
 from kvbaton.serving.server.calls import ROUTER_FIELDS, CallFailed, Pair, PrefillDecodeCall, mint_room, strip
 from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.limit import TimeLimit
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import (
     DONE,
-    MAX_RID_CHARACTERS,
     AbortRequest,
     ChatRequest,
     CompletionRequest,
-    check_rid,
+    checked_rid,
     event,
     parse,
 )
+from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
@@ -65,6 +69,7 @@ class RouterConfig:
     health_check_endpoint: str = "/ready"
     max_concurrent_requests: int = 1024
     secret: str | None = field(default=None, repr=False)
+    names: ServerNames = field(default_factory=ServerNames)
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
@@ -86,6 +91,7 @@ class Router:
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
         self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_check_endpoint)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
+        self._aliases = Aliases()
         self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
@@ -93,7 +99,10 @@ class Router:
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
-        app = web.Application(middlewares=[web.middleware(errors)], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(
+            middlewares=[web.middleware(errors), web.middleware(guard(self._config.names))],
+            client_max_size=MAX_BODY_BYTES,
+        )
         app.router.add_post("/v1/completions", self._route)
         app.router.add_post("/v1/chat/completions", self._route)
         app.router.add_post("/abort_request", self._abort)
@@ -124,9 +133,13 @@ class Router:
         with self.metrics.timed(http.path) as timer:
             try:
                 async with self._bodies.read(http) as body:
-                    fields = _fields(body)
-                    with self.admission.entered():  # for requests that are here, not for those that still come
-                        return await self._attempts(http, fields, timer)
+                    fields, rid = _fields(body)
+                    limit = TimeLimit(self._config.request_timeout_secs)
+                    with (
+                        self.admission.entered(),  # for requests that are here, not for those that still come
+                        self._aliases.named(key_of_client(http), rid, limit.abort),
+                    ):
+                        return await self._attempts(http, fields, limit, timer)
             except CallFailed as failure:
                 timer.outcome = failure.detail.code
                 return _json(failure.body, status=failure.status, headers=failure.headers)
@@ -138,18 +151,17 @@ class Router:
                 raise
 
     async def _attempts(
-        self, http: web.Request, fields: dict[str, msgspec.Raw], timer: RequestTimer
+        self, http: web.Request, fields: dict[str, msgspec.Raw], limit: TimeLimit, timer: RequestTimer
     ) -> web.StreamResponse:
         pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), mint_room())
         try:
-            return await self._attempt(http, fields, pair, timer)
+            return await self._attempt(http, fields, pair, limit, timer)
         except CallFailed as failure:
             other = self._another(pair, failure)
             if other is None:
                 raise
         self._retries.inc()
-        fields["rid"] = _encoded(second_rid(msgspec.json.decode(fields["rid"])))  # the first may not have ended yet
-        return await self._attempt(http, fields, other, timer)
+        return await self._attempt(http, fields, other, limit, timer)
 
     def _another(self, pair: Pair, failure: CallFailed) -> Pair | None:
         """The pair to try after a failure, if there is one."""
@@ -163,12 +175,13 @@ class Router:
         return None
 
     async def _attempt(
-        self, http: web.Request, fields: dict[str, msgspec.Raw], pair: Pair, timer: RequestTimer
+        self, http: web.Request, fields: dict[str, msgspec.Raw], pair: Pair, limit: TimeLimit, timer: RequestTimer
     ) -> web.StreamResponse:
         out: web.StreamResponse | None = None
+        is_told = False
         try:
             async with (
-                asyncio.timeout(self._config.request_timeout_secs),
+                limit.attempt(),
                 PrefillDecodeCall(self._session, http.path, fields, pair, self._headers) as call,
             ):
                 answer = await call.answer()
@@ -180,20 +193,28 @@ class Router:
                 await out.prepare(http)
                 timer.outcome = await self._relay(answer, pair, out)
                 await out.write_eof()
+                is_told = True
                 await call.settle()
                 return out
         except TimeoutError:
-            error = ExpiredError(
-                f"no complete answer within {self._config.request_timeout_secs:g} s "
-                f"from {pair.prefill} and {pair.decode}",
-                room=pair.room,
-            )
+            error = self._ended(pair, limit)
             if out is None:
                 raise error from None
+            if is_told:  # only prefill's end was still waited for
+                return out
             timer.outcome = error.code
             await out.write(event(body_of(error)))
             await out.write_eof()
             return out
+
+    def _ended(self, pair: Pair, limit: TimeLimit) -> KVBatonError:
+        """Why an attempt got no further."""
+        if limit.aborted:
+            return AbortedError("aborted through /abort_request", room=pair.room)
+        return ExpiredError(
+            f"no complete answer within {self._config.request_timeout_secs:g} s from {pair.prefill} and {pair.decode}",
+            room=pair.room,
+        )
 
     async def _whole(
         self,
@@ -300,22 +321,10 @@ class Router:
     async def _abort(self, http: web.Request) -> web.Response:
         async with self._bodies.read(http) as asked:
             rid = parse(asked, AbortRequest).rid
-
-        async def tell(worker: Worker, known_as: str) -> None:
-            timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
-            body = msgspec.json.encode(AbortRequest(known_as))
-            with contextlib.suppress(aiohttp.ClientError, OSError):
-                async with self._session.post(
-                    worker.url + "/abort_request",
-                    data=body,
-                    headers=self._headers,
-                    timeout=timeout,
-                    allow_redirects=False,
-                ) as response:
-                    await _bounded(response, MAX_TOLD_BYTES)
-
-        names = (rid, second_rid(rid))
-        await asyncio.gather(*(tell(worker, name) for worker in self.workers.all for name in names))
+        if is_operator(http, self._config.secret):
+            self._aliases.end_for_operator(rid)
+        else:
+            self._aliases.end(key_of_client(http), rid)
         return _json({"rid": rid})
 
     def _not_ready(self) -> str:
@@ -343,8 +352,8 @@ class Router:
         return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
 
 
-def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
-    """The client's request, field by field and otherwise as it is. Raises ConfigError."""
+def _fields(payload: bytes) -> tuple[dict[str, msgspec.Raw], str]:
+    """The client's request, field by field and otherwise as it is, and its id. Raises ConfigError."""
     try:
         if len(payload) > SMALL_BODY_BYTES:
             msgspec.json.decode(payload, type=_KnownFields)  # ends at the first field that no request has
@@ -353,8 +362,7 @@ def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
         raise ConfigError(f"the body is not a JSON object of known fields: {error}") from None
     if fields.get("rid", _NULL) == _NULL:
         fields["rid"] = _encoded(f"req-{uuid.uuid4().hex}")
-    check_rid(fields["rid"])
-    return fields
+    return fields, checked_rid(fields["rid"])
 
 
 _NULL = msgspec.Raw(b"null")
@@ -366,11 +374,6 @@ _KnownFields = msgspec.defstruct(
     ],
     forbid_unknown_fields=True,
 )
-
-
-def second_rid(rid: object) -> str:
-    """The id of a request's second attempt: derived, so that aborting the first name can abort it too."""
-    return f"{str(rid)[: MAX_RID_CHARACTERS - 2]}~2"
 
 
 async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:

@@ -1,0 +1,329 @@
+"""Tokens and places: what is overheard or lured away opens nothing else, and a living rank's place is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from multidict import CIMultiDict
+
+from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import ServerNames
+from kvbaton.discovery.registry import Registry, RegistryCoordinates, Route, Sizes
+from kvbaton.discovery.server import registry_app
+from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
+from kvbaton.serving.server.allow import AllowList
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.request_parsing import ApiConfig
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
+from kvbaton.serving.testing.http import run, serving
+
+SECRET = "kX7-a-secret-that-must-stay-one-Q2w"
+ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
+NEWCOMER = msgspec.structs.replace(ROUTE, instance="evil", address="tcp://127.0.0.1:666")
+
+
+def port_in(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+class Listener:
+    """An attacker's: it keeps what it is sent, and answers like a registry that does not know the secret."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str, CIMultiDict[str], bytes]] = []
+        self.app = web.Application()
+        self.app.router.add_route("*", "/{tail:.*}", self._answer)
+
+    async def _answer(self, http: web.Request) -> web.Response:
+        self.heard.append((http.method, http.path_qs, CIMultiDict(http.headers), await http.read()))
+        topology = {"group": "g", "sizes": Sizes(), "ranks": [NEWCOMER]}
+        return web.Response(body=msgspec.json.encode(topology), content_type="application/json")
+
+
+async def send(url: str, method: str, path: str, headers: CIMultiDict[str], body: bytes) -> int:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, url + path, headers=headers, data=body or None) as response,
+    ):
+        return response.status
+
+
+@asynccontextmanager
+async def decode(**arguments: object) -> AsyncIterator[tuple[ScriptedEngine, str]]:
+    engine = ScriptedEngine(lambda _request: spell("hi"))
+    config = ApiConfig(model="m", max_positions=64, mode="decode", **arguments)  # type: ignore[arg-type]
+    async with RegistryClient(secret=SECRET, attempts=1) as client:
+        server = ApiServer(engine, CharacterTokenizer(), config, registry=client, secret=SECRET)
+        async with serving(server.app) as url:
+            yield engine, url
+
+
+async def ask(url: str, registry_port: int, host: str = "127.0.0.1") -> tuple[int, str]:
+    body = {"prompt": "x", "bootstrap_room": 7, "bootstrap_host": host, "bootstrap_port": registry_port}
+    headers = {ROUTER_HEADER: token_of(SECRET, "router")}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/completions", json=body, headers=headers) as response,
+    ):
+        return response.status, await response.text()
+
+
+# ---- a router's token alone
+
+
+def test_a_token_that_was_lured_away_opens_no_registry() -> None:
+    async def test() -> None:
+        listener = Listener()
+        registry = Registry(own=[ROUTE])
+        names = ServerNames.of("127.0.0.1", "prefill.example")
+        async with (
+            serving(registry_app(registry, secret=SECRET, names=names)) as real,
+            serving(listener.app) as lure,
+            decode() as (engine, url),
+        ):
+            status, text = await ask(url, port_in(lure))
+            assert (status, "does not prove" in text) == (503, True)
+            assert not engine.requests, "nothing that the attacker names is dialled"
+            method, path, headers, body = listener.heard[0]
+            assert SECRET not in str(headers)
+            for host in (
+                headers["Host"],
+                f"127.0.0.1:{port_in(real)}",
+                f"prefill.example:{port_in(real)}",
+                "127.0.0.1",
+            ):
+                headers["Host"] = host
+                assert await send(real, method, path, headers, body) == 401, host
+            assert (await ask(url, port_in(real)))[0] == 200
+            assert engine.requests[0].sources == (ROUTE.address,)
+
+    run(test())
+
+
+def test_a_token_is_for_the_name_and_port_that_it_was_made_for() -> None:
+    names = ServerNames.of("prefill.example", "10.0.0.9", allowed=["proxy.example:7000", "other.example"])
+    here = ("10.0.0.1", 8998)
+    for good in (
+        "10.0.0.1:8998",
+        "prefill.example:8998",
+        "Prefill.Example:8998",
+        "10.0.0.9:8998",
+        "proxy.example:7000",
+    ):
+        assert names.is_audience(good, here), good
+    assert names.is_audience("other.example:8998", here)
+    assert ServerNames.of("::").is_audience("10.0.0.1:8998", ("::ffff:10.0.0.1", 8998, 0, 0))
+    for bad in (
+        "10.0.0.1:8999",
+        "10.0.0.2:8998",
+        "127.0.0.1:8998",
+        "localhost:8998",
+        "[::1]:8998",
+        "proxy.example:8998",
+        "other.example:7000",
+        "evil.example:8998",
+        "",
+    ):
+        assert not names.is_audience(bad, here), bad
+    assert not ServerNames.of("127.0.0.1").is_audience("127.0.0.2:8998", ("127.0.0.1", 8998))
+
+
+def test_a_registry_under_another_name_says_what_to_do() -> None:
+    async def test() -> None:
+        async with (
+            serving(registry_app(Registry(own=[ROUTE]), secret=SECRET)) as url,
+            aiohttp.ClientSession() as session,
+        ):
+            audience = f"localhost.localdomain:{port_in(url)}"
+            headers = {"Host": audience, **bearer(SECRET, "look-up", audience)}
+            async with session.get(f"{url}/route", headers=headers) as response:
+                assert response.status == 401
+            names = ServerNames.of("0.0.0.0", allowed=["other.example"])
+        async with serving(registry_app(Registry(own=[ROUTE]), secret=SECRET, names=names)) as url:
+            for host, status in (("other.example", 200), ("127.0.0.1", 200)):
+                audience = f"{host}:{port_in(url)}"
+                headers = CIMultiDict({"Host": audience, **bearer(SECRET, "look-up", audience)})
+                assert await send(url, "GET", "/route", headers, b"") == status
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("allow", "address", "good"),
+    [
+        ((), "tcp://127.0.0.1:9", True),
+        (("127.0.0.1",), "tcp://127.0.0.1:9", True),
+        (("127.0.0.1",), "tcp://10.0.0.7:9", False),
+        (("127.0.0.1", "10.0.0.7"), "tcp://10.0.0.7:9", True),
+        (("127.0.0.1", "10.0.0.7:8998"), "tcp://10.0.0.7:9", True),
+        (("localhost",), "tcp://127.0.0.1:9", True),
+    ],
+)
+def test_an_address_that_a_registry_names_is_dialled_only_if_it_is_allowed(
+    allow: tuple[str, ...], address: str, good: bool
+) -> None:
+    async def test() -> None:
+        route = msgspec.structs.replace(ROUTE, address=address)
+        async with (
+            serving(registry_app(Registry(own=[route]), secret=SECRET)) as real,
+            decode(bootstrap_allow=AllowList.parse(allow)) as (engine, url),
+        ):
+            host = "localhost" if allow == ("localhost",) else "127.0.0.1"
+            status, text = await ask(url, port_in(real), host)
+            assert (status, bool(engine.requests)) == ((200, True) if good else (503, False)), text
+            assert good or "allow-list" in text
+
+    run(test())
+
+
+# ---- a registry's token alone
+
+
+def test_register_and_look_up_are_separate_doors() -> None:
+    async def test() -> None:
+        async with serving(registry_app(Registry(own=[ROUTE]), secret=SECRET)) as url:
+            audience = f"127.0.0.1:{port_in(url)}"
+            body = msgspec.json.encode(NEWCOMER)
+            for headers in (
+                bearer(SECRET, "look-up", audience),
+                bearer(SECRET, "register", audience),  # without the code over the content
+                {"Authorization": f"Bearer {SECRET}"},
+            ):
+                made = CIMultiDict({**headers, "Content-Type": "application/json"})
+                assert await send(url, "PUT", "/route", made, body) == 401
+                assert await send(url, "DELETE", "/route?instance=i1", made, b"") == 401
+            for door in ("register", "router", "story"):
+                shown = CIMultiDict(bearer(SECRET, door, audience))  # type: ignore[arg-type]
+                assert await send(url, "GET", "/route", shown, b"") == 401
+            assert await send(url, "GET", "/route", CIMultiDict(bearer(SECRET, "look-up", audience)), b"") == 200
+
+    run(test())
+
+
+def test_an_overheard_registration_is_good_for_nothing_else() -> None:
+    """Neither with other content, nor as a withdrawal, nor at another registry."""
+
+    async def test() -> None:
+        listener, registry = Listener(), Registry()
+        async with (
+            serving(registry_app(registry, secret=SECRET)) as real,
+            serving(listener.app) as lure,
+            RegistryClient(secret=SECRET, attempts=1) as client,
+        ):
+            with pytest.raises(RegistryError, match="does not prove"):
+                await client.register("127.0.0.1", port_in(lure), ROUTE)
+            method, path, headers, body = listener.heard[0]
+            headers.popall("Content-Length")
+            for host in (headers["Host"], f"127.0.0.1:{port_in(real)}"):
+                headers["Host"] = host
+                assert await send(real, method, path, headers, body) == 401
+
+            await client.register("127.0.0.1", port_in(real), ROUTE)
+            audience = f"127.0.0.1:{port_in(real)}"
+            mine = CIMultiDict(client._credentials("PUT", audience, body))
+            assert await send(real, "PUT", "/route", mine, body) == 200
+            for name in ROUTE.__struct_fields__:
+                changed = {**msgspec.to_builtins(ROUTE), name: msgspec.to_builtins(getattr(NEWCOMER, name))}
+                if changed == msgspec.to_builtins(ROUTE):
+                    changed[name] = {"http_port": 1, "coordinates": {"tp": 0}, "sizes": {"tp": 2}}.get(
+                        name, "round_robin"
+                    )
+                assert await send(real, "PUT", "/route", mine, msgspec.json.encode(changed)) == 401, name
+            assert await send(real, "DELETE", "/route?instance=i1", mine, b"") == 401
+            assert registry.lookup(0.0).ranks == (ROUTE,)
+            await client.unregister("127.0.0.1", port_in(real), "i1")
+
+    run(test())
+
+
+def test_an_answer_is_proven_and_cannot_be_repeated() -> None:
+    """A listener that has a true answer of the registry, to another question, is not believed."""
+
+    async def test() -> None:
+        async with (
+            serving(registry_app(Registry(own=[ROUTE]), secret=SECRET)) as real,
+            aiohttp.ClientSession() as session,
+        ):
+            audience = f"127.0.0.1:{port_in(real)}"
+            headers = {**bearer(SECRET, "look-up", audience), "X-KVBaton-Nonce": "one"}
+            async with session.get(f"{real}/route", headers=headers) as response:
+                proof, payload = response.headers["X-KVBaton-MAC"], await response.read()
+            async with session.get(f"{real}/route", headers={**headers, "X-KVBaton-Nonce": "two"}) as response:
+                assert response.headers["X-KVBaton-MAC"] != proof
+
+            async def repeat(_http: web.Request) -> web.Response:
+                return web.Response(body=payload, headers={"X-KVBaton-MAC": proof}, content_type="application/json")
+
+            app = web.Application()
+            app.router.add_get("/route", repeat)
+            async with serving(app) as lure, RegistryClient(secret=SECRET, attempts=1) as client:
+                with pytest.raises(RegistryError, match="does not prove"):
+                    await client.topology("127.0.0.1", port_in(lure))
+
+    run(test())
+
+
+# ---- a living rank's place
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_nobody_takes_the_place_of_a_rank_of_the_servers_own_process(secret: str | None) -> None:
+    async def test() -> None:
+        registry = Registry(own=[ROUTE])
+        async with serving(registry_app(registry, secret=secret)) as url, RegistryClient(secret=secret) as client:
+            here = ("127.0.0.1", port_in(url))
+            with pytest.raises(LocalProtocolError, match="a rank of the process"):
+                await client.register(*here, NEWCOMER)
+            with pytest.raises(LocalProtocolError, match="a rank of the process"):  # its instance, another address
+                await client.register(*here, msgspec.structs.replace(NEWCOMER, instance="i1"))
+            for other in (
+                msgspec.structs.replace(NEWCOMER, group="newer"),
+                msgspec.structs.replace(NEWCOMER, group="i1 elsewhere".replace(" ", "-"), instance="i1"),
+            ):
+                await client.register(*here, other)
+            await client.unregister(*here, "i1")
+            assert (await client.register(*here, ROUTE)).replaced == ""
+            assert (await client.topology(*here)).ranks == (ROUTE,)
+
+    run(test())
+
+
+def test_own_ranks_stay_however_long_it_takes() -> None:
+    registry = Registry(own=[ROUTE])
+    registry.register(msgspec.structs.replace(NEWCOMER, group="newer"), 0.0)
+    assert registry.lookup(1e12).ranks == (ROUTE,)
+    assert len(registry) == 1
+
+
+def test_a_group_of_which_some_ranks_are_here_waits_for_the_others() -> None:
+    first = msgspec.structs.replace(ROUTE, sizes=Sizes(tp=2))
+    second = msgspec.structs.replace(first, instance="i2", coordinates=RegistryCoordinates(tp=1))
+    registry = Registry(own=[first])
+    registry.register(msgspec.structs.replace(NEWCOMER, group="newer"), 0.0)
+    with pytest.raises(RegistryError, match="missing"):
+        registry.lookup(0.0)
+    registry.register(second, 0.0)
+    assert registry.lookup(0.0).ranks == (first, second)
+
+
+def test_own_ranks_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        Registry(own=[msgspec.structs.replace(ROUTE, coordinates=RegistryCoordinates(tp=5))])
+
+
+def test_a_wrong_secret_is_still_told_apart() -> None:
+    async def test() -> None:
+        async with serving(registry_app(Registry(own=[ROUTE]), secret=SECRET)) as url:
+            async with RegistryClient(secret="another secret, just as long", attempts=1) as client:
+                with pytest.raises(AuthenticationError, match="not this deployment's"):
+                    await client.topology("127.0.0.1", port_in(url))
+            await asyncio.sleep(0)
+
+    run(test())
