@@ -14,6 +14,7 @@
     ├── PeerLostError             remote       a peer went silent, died or was replaced
     ├── TransferFailedError       remote       the other side ended the transfer
     │   ├── AbortedError          remote       it was aborted: client gone, engine's choice
+    │   │   └── DeclinedError     remote       decode wants nothing of it: it has all, or the request ended before
     │   └── ExpiredError          environment  a deadline passed
     ├── OverloadedError           local        a bounded table is full; try again later
     ├── TransportError            environment  the data plane refused or broke
@@ -161,6 +162,12 @@ class TransferFailedError(KVBatonError):
 
 class AbortedError(TransferFailedError):
     code = "aborted"
+
+
+class DeclinedError(AbortedError):
+    """How a room ends that decode has no use for; nothing is wrong on either side."""
+
+    code = "declined"
 
 
 class ExpiredError(TransferFailedError):

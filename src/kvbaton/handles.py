@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
 from kvbaton.layout import CacheLayout
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, Event, GrantsPublished
-from kvbaton.protocol.grants import check_grants
+from kvbaton.protocol.grants import check_grants, own_units
 from kvbaton.protocol.messages import Grant, Role
 from kvbaton.runtime.commands import Fence
 
 #: Units of one pool that hold a token range: ``Span(pool, token_start, token_stop, units)``. ``units`` are the page ids
 #: of absolute pages ``token_start // page_size`` up to the page of ``token_stop - 1``: any order in memory, position in
-#: the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``.
+#: the list is position in the prompt. Slot pools (aux, state): ``Span(pool, 0, 0, (slot,))``. A one-dimensional integer
+#: array is taken as it is (copied, and checked without a walk in Python).
 Span = Grant
 
 #: Hands an event to the driver, a chunk with its fence. Raises LocalProtocolError where the manager is closed.
@@ -42,27 +44,46 @@ class TraceEvent:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A room that ended and whose units are free: told exactly once to engines that ask for it."""
+    """A room that ended and whose units are free: told exactly once to engines that ask for it.
+
+    ``tag`` is what the engine gave with the room, the rest what its handle says: bytes, seconds.
+    """
 
     room: int
     role: Role
     error: KVBatonError | None
+    tag: Any = None
+    bytes: int = 0
+    handoff_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """A room whose units are free: told exactly once, with :class:`Finished` or, for a sender, as soon as the last
+    write has settled, while the room goes on until decode has confirmed."""
+
+    room: int
+    role: Role
+    tag: Any = None
 
 
 class RoomHandle:
-    """What sender and receiver share: the last status that the driver published."""
+    """What sender and receiver share: the last status that the driver published. ``tag`` is the engine's own."""
 
     role: Role
 
-    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float]) -> None:
+    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float], tag: Any) -> None:
         self.room = room
+        self.tag = tag
         self._layout = layout
         self._post = post
         self._clock = clock
         self._status = RoomStatus()
         self._started_at = clock()
         self._ended_at: float | None = None
-        self._handed_over = False
+        self._told_freed = False
+        self._handed_over = 0  # calls that handed units over: the status that the driver published may be older
 
     def poll(self) -> KVPoll:
         """State of the room. Failed and Success never change any more."""
@@ -75,8 +96,9 @@ class RoomHandle:
 
     @property
     def leased(self) -> bool:
-        """A write may still touch this room's units, or will: they must not be freed."""
-        return self._status.leased or (self._handed_over and not self._ended)
+        """A write may still touch this room's units, or will: they must not be freed. Of a sender it turns false with
+        the last settled write of the last chunk, before the room ends."""
+        return self._status.leased or (self._handed_over > 0 and not self._ended)
 
     @property
     def _ended(self) -> bool:
@@ -98,6 +120,12 @@ class RoomHandle:
         return self._ended and not self._status.leased
 
     @property
+    def freed(self) -> bool:
+        """Nothing more will be handed over, and nothing is leased: every unit may be freed, whatever becomes of the
+        room."""
+        return self.released
+
+    @property
     def exposed_seconds(self) -> float:
         """What the hand-off adds to the prefill: from the last chunk's submission to its last byte having settled."""
         return self._status.exposed_seconds
@@ -109,6 +137,18 @@ class RoomHandle:
             return False
         self._ended_at = self._clock()
         return True
+
+    def note_freed(self) -> bool:
+        """Driver thread: whether the units are free, the first time that they are."""
+        first = self.freed and not self._told_freed
+        self._told_freed = self._told_freed or first
+        return first
+
+    def finished(self) -> Finished:
+        """What an engine that collects is told of the end."""
+        return Finished(
+            self.room, self.role, self.error, self.tag, self.bytes, self.handoff_seconds, self.exposed_seconds
+        )
 
     def fail(self, error: KVBatonError) -> None:
         """End the room on both sides, with ``error`` as the cause. Does nothing once it has ended."""
@@ -127,9 +167,18 @@ class KVSender(RoomHandle):
 
     role: Role = "source"
 
-    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float]) -> None:
-        super().__init__(room, layout, post, clock)
+    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float], tag: Any) -> None:
+        super().__init__(room, layout, post, clock, tag)
         self._complete = False
+
+    @property
+    def leased(self) -> bool:
+        """As of every room, but a chunk that the driver has not seen yet counts as well."""
+        return self._status.leased or (self._handed_over > self._status.chunks and not self._ended)
+
+    @property
+    def freed(self) -> bool:
+        return self.released or (self._complete and not self.leased)
 
     @property
     def prefix_len(self) -> int:
@@ -152,9 +201,9 @@ class KVSender(RoomHandle):
         """
         if self._complete:
             raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
-        chunk = Chunk(spans=tuple(spans), last=last)
+        chunk = Chunk(spans=own_units(spans), last=last)
         check_grants(chunk.spans, self._layout, distinct=False)
-        self._handed_over, self._complete = True, last
+        self._handed_over, self._complete = self._handed_over + 1, last
         self._post(ChunkSubmitted(self.room, chunk), ready)
 
 
@@ -162,6 +211,12 @@ class KVReceiver(RoomHandle):
     """The decode side of one room. Made by :meth:`KVManager.receiver`."""
 
     role: Role = "target"
+
+    @property
+    def agreed(self) -> bool:
+        """Every source rank is there and compatible, so that pages will not be published in vain. A source that is not
+        fails the room before."""
+        return self._status.agreed
 
     def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
         """Grant units to the sources. A paged span starts at the prefix that we hold already.
@@ -176,8 +231,8 @@ class KVReceiver(RoomHandle):
         """
         if self._handed_over:
             raise LocalProtocolError(f"units were published for room {self.room} already", room=self.room)
-        grants = tuple(spans)
+        grants = own_units(spans)
         check_grants(grants, self._layout)
-        self._handed_over = True
+        self._handed_over = 1
         self._started_at = self._clock()
         self._post(GrantsPublished(self.room, grants, token_count), None)

@@ -16,17 +16,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.discovery.registry import Sizes
-from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError
-from kvbaton.handles import ALWAYS_READY, Finished, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
+from kvbaton.errors import ConfigError, DeclinedError, LocalProtocolError, OverloadedError
+from kvbaton.handles import ALWAYS_READY, Finished, Freed, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.parts import make_parts, new_instance
 from kvbaton.protocol.core import Core
-from kvbaton.protocol.effects import KVPoll, Report
+from kvbaton.protocol.effects import KVPoll, PeerLost, Report
 from kvbaton.protocol.events import (
     AbortRequested,
     Event,
@@ -47,16 +47,22 @@ if TYPE_CHECKING:
 __all__ = [
     "ALWAYS_READY",
     "Finished",
+    "Freed",
     "KVManager",
     "KVPoll",
     "KVReceiver",
     "KVSender",
+    "PeerLost",
     "Span",
     "TraceEvent",
     "new_instance",
 ]
 
 MAX_ROOM = (1 << 63) - 1
+#: Lost peers that are remembered for an engine that does not ask; the oldest are forgotten.
+MAX_LOST_PEERS = 1024
+
+T = TypeVar("T")
 
 #: The side of its rooms that a rank is on: prefill sends, decode receives.
 RankRole = Literal["prefill", "decode", "both"]
@@ -134,6 +140,7 @@ class KVManager:
                 transport,
                 links,
                 on_report=self._report,
+                on_peer_lost=self._note_lost_peer,
                 window=window if window is not None else Window(),
                 clock=clock,
             )
@@ -141,6 +148,8 @@ class KVManager:
         self._lock = threading.Lock()
         self._sides: dict[tuple[Role, int], RoomHandle] = {}
         self._finished: deque[Finished] | None = deque() if collect_finished else None
+        self._freed: deque[Freed] = deque()
+        self._lost_peers: deque[PeerLost] = deque(maxlen=MAX_LOST_PEERS)
         self.outcomes: Counter[str] = Counter()
 
     @classmethod
@@ -277,20 +286,26 @@ class KVManager:
             raise ConfigError("this manager has no registry to ask: open it with registry='HOST:PORT'")
         return self._registry.sources(room, registry=registry, dp_rank=dp_rank)
 
-    def sender(self, room: int) -> KVSender:
-        """Begin to send a room.
+    def sender(self, room: int, *, tag: Any = None) -> KVSender:
+        """Begin to send a room. ``tag`` is the engine's own name for it, and comes back with :class:`Finished`.
 
         Raises:
             LocalProtocolError: the room is being sent already, or the manager is closed.
             OverloadedError: too many rooms are live.
         """
-        sender = KVSender(room, self.layout, self._command, self.clock)
+        sender = KVSender(room, self.layout, self._command, self.clock, tag)
         self._add(sender)
         self._command(SenderOpened(room))
         return sender
 
-    def receiver(self, room: int, sources: Sequence[str]) -> KVReceiver:
+    def receiver(self, room: int, sources: Sequence[str], *, begun: bool = False, tag: Any = None) -> KVReceiver:
         """Begin to receive a room from the source ranks at the control addresses ``sources`` (all of one group).
+
+        Args:
+            begun: prefill has answered that it has this room (decode is asked after it): a rank that has not, since the
+                room has ended there or the rank was restarted, then refuses at once. Otherwise it may still be told of
+                it, and is waited for.
+            tag: the engine's own name for the room; comes back with :class:`Finished`.
 
         Raises:
             LocalProtocolError: the room is being received already, or the manager is closed.
@@ -299,19 +314,44 @@ class KVManager:
         """
         if not sources or len(set(sources)) != len(sources):
             raise ConfigError(f"room {room} needs the address of every prefill rank once, got {list(sources)}")
-        receiver = KVReceiver(room, self.layout, self._command, self.clock)
+        receiver = KVReceiver(room, self.layout, self._command, self.clock, tag)
         self._add(receiver)
-        self._command(ReceiverOpened(room, tuple(sources)))
+        self._command(ReceiverOpened(room, tuple(sources), begun))
+        return receiver
+
+    def decline(self, room: int, sources: Sequence[str], reason: str, *, tag: Any = None) -> KVReceiver:
+        """Let the source ranks know that nothing is wanted of a room, whatever its prompt is: this engine has it all,
+        or its request has ended. The room ends on both sides with :class:`DeclinedError`, and prefill frees its pages
+        at once. Raises as :meth:`receiver`, in whose place it is called."""
+        receiver = self.receiver(room, sources, tag=tag)
+        receiver.fail(DeclinedError(reason, room=room))
         return receiver
 
     def take_finished(self) -> list[Finished]:
         """Rooms that ended and whose units are free since the last call; each exactly once."""
-        if self._finished is None:
+        return _take(self._collected(self._finished))
+
+    def take_freed(self) -> list[Freed]:
+        """Rooms whose units became free since the last call; each exactly once, never after :meth:`take_finished` has
+        told it. Senders are told before their rooms end."""
+        return _take(self._collected(self._freed))
+
+    def take_lost_peers(self) -> list[PeerLost]:
+        """Peers that went silent, ended or were replaced since the last call: what is remembered of them (addresses,
+        who has what cached) is out of date. Their rooms fail by themselves."""
+        return _take(self._lost_peers)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until something has changed since the last ``wait``, at most so long. Whether it has. For one thread:
+        an engine that sleeps on :attr:`wakeup` itself clears it before it looks."""
+        changed = self.wakeup.wait(seconds)
+        self.wakeup.clear()
+        return changed
+
+    def _collected(self, items: deque[T] | None) -> deque[T]:
+        if self._finished is None or items is None:
             raise LocalProtocolError("this manager does not collect finished rooms; pass collect_finished=True")
-        taken = []
-        while self._finished:
-            taken.append(self._finished.popleft())
-        return taken
+        return items
 
     @property
     def live_rooms(self) -> int:
@@ -391,10 +431,27 @@ class KVManager:
             return
         if side.on_status(report.status):
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
+        if self._finished is not None and side.note_freed():
+            self._freed.append(Freed(side.room, side.role, side.tag))
         if side.released:
             with self._lock:
                 self._sides.pop((report.role, report.room), None)
             if self._finished is not None:
-                self._finished.append(Finished(report.room, report.role, report.status.error))
+                self._finished.append(side.finished())
+        self._wake()
+
+    def _note_lost_peer(self, lost: PeerLost) -> None:
+        """Driver thread."""
+        self._lost_peers.append(lost)
+        self._wake()
+
+    def _wake(self) -> None:
         if not self.wakeup.is_set():  # whoever clears it afterwards reads what is published here already
             self.wakeup.set()
+
+
+def _take(items: deque[T]) -> list[T]:
+    taken = []
+    while items:
+        taken.append(items.popleft())
+    return taken

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from kvbaton.handles import KVSender
 from kvbaton.plan import pair as plan
 from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, transfer, transfers
 from kvbaton.protocol.core import Core
@@ -397,3 +398,25 @@ def refused_open_forgotten(patches: Patches) -> None:
 @mutant("a closed rank hangs up at once, whoever may still write its memory (our own)", 140)
 def closed_rank_does_not_wait(patches: Patches) -> None:
     patches.set(Driver, "gone", True)
+
+
+@mutant("a target that gives a room up before it is open tells nobody (our own)")
+def unopened_given_up_in_silence(patches: Patches) -> None:
+    patches.set(rooms.Rooms, "_give_up_unopened", lambda _self, _room: None)
+
+
+@mutant("a source frees its units when the last chunk has been posted, not when it has settled (our own)")
+def freed_when_posted(patches: Patches) -> None:
+    original = room.SourceRoom.status
+
+    def status(self: Any) -> Any:
+        told = original(self)
+        complete = bool(self.chunks) and self.chunks[-1].last and self.opened
+        return replace(told, leased=False) if complete and told.poll is KVPoll.Transferring else told
+
+    patches.set(room.SourceRoom, "status", status)
+
+
+@mutant("a sender counts as free while a chunk that it was given has not been seen by the core (our own)")
+def unseen_chunks_not_leased(patches: Patches) -> None:
+    patches.set(KVSender, "leased", property(lambda self: self._status.leased))

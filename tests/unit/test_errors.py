@@ -47,6 +47,7 @@ def test_codes_are_unique_and_stable() -> None:
         "peer_lost": "PeerLostError",
         "transfer_failed": "TransferFailedError",
         "aborted": "AbortedError",
+        "declined": "DeclinedError",
         "expired": "ExpiredError",
         "overloaded": "OverloadedError",
         "transport": "TransportError",

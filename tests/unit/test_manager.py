@@ -18,6 +18,7 @@ from kvbaton.discovery.membership import Membership
 from kvbaton.errors import (
     AbortedError,
     ConfigError,
+    DeclinedError,
     InternalError,
     LayoutError,
     LocalProtocolError,
@@ -25,7 +26,7 @@ from kvbaton.errors import (
     TransportError,
 )
 from kvbaton.layout import CacheLayout
-from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, Span, new_instance
+from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, PeerLost, Span, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 from kvbaton.transports.base import WriteState
@@ -45,6 +46,114 @@ def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
     untouched = [page for page in range(64) if page not in (5, 3, 1)]
     assert not target.kv.reshape(4, 64, -1)[:, untouched].any()
     assert receiver.bytes == sender.bytes == 3 * 4 * 16 * 2 * 64 + 64
+
+
+def test_units_may_be_arrays_which_the_engine_may_change_afterwards(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    room = next(ROOMS)
+    sender, receiver = source.manager.sender(room), target.manager.receiver(room, [source.manager.address])
+    ours, theirs = np.array([4, 6, 2], dtype=np.int32), np.array([5, 3, 1, 0], dtype=np.int64)[:3]
+    receiver.publish([Span("kv", 0, 40, theirs), Span("aux", 0, 0, np.array([2]))], token_count=40)
+    sender.submit([Span("kv", 0, 40, ours), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    ours[:], theirs[:] = 60, 60
+    finish(source, target, sender, receiver)
+    assert receiver.error is None
+    for mine, its in zip((5, 3, 1), (4, 6, 2), strict=True):
+        np.testing.assert_array_equal(target.page(mine), source.page(its))
+
+
+@pytest.mark.parametrize(
+    ("units", "problem"),
+    [
+        (np.array([4, 6, 64]), "outside 0..63"),
+        (np.array([4, 6, -1]), "outside 0..63"),
+        (np.array([4, 6, 1 << 40]), "more than a message carries"),
+        (np.array([4.0, 6.0, 2.0]), "not a list of integers"),
+        (np.array([[4, 6, 2]]), "not a list of integers"),
+        (np.array([4, 6, 4]), "given twice"),
+        (np.array([4, 6]), "need 3 units"),
+    ],
+)
+def test_arrays_of_units_are_checked_like_all_others(make_rank: MakeRank, units: Any, problem: str) -> None:
+    target = make_rank("decode")
+    receiver = target.manager.receiver(next(ROOMS), ["tcp://127.0.0.1:1"])
+    with pytest.raises(LayoutError, match=problem):
+        receiver.publish([Span("kv", 0, 40, units), Span("aux", 0, 0, (2,))], token_count=40)
+
+
+def test_a_sender_frees_its_units_while_decode_has_not_confirmed_yet(make_rank: MakeRank) -> None:
+    """Told once each: first that the units are free, then that the room has ended, with what it was."""
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    room = next(ROOMS)
+    receiver = target.manager.receiver(room, [source.manager.address], tag="theirs")
+    sender = source.manager.sender(room, tag=("request", 7))
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    source.wait_until(lambda: sender.poll() is KVPoll.WaitingForInput, "decode has opened")
+    assert not sender.freed
+    spans = [Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))]
+    sender.submit(spans, last=True, ready=ALWAYS_READY)
+    source.wait_until(lambda: sender.freed, "the last write has settled")
+    finish(source, target, sender, receiver)
+    assert [(f.room, f.role, f.tag) for f in source.manager.take_freed()] == [(room, "source", ("request", 7))]
+    (ended,) = source.manager.take_finished()
+    assert (ended.tag, ended.bytes, ended.error) == (("request", 7), sender.bytes, None)
+    assert ended.handoff_seconds == sender.handoff_seconds > 0
+    assert [f.tag for f in target.manager.take_freed()] == [f.tag for f in target.manager.take_finished()] == ["theirs"]
+    assert source.manager.take_freed() == []
+
+
+def test_a_receiver_agrees_before_anything_is_published(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill"), make_rank("decode")
+    receiver = target.manager.receiver(next(ROOMS), [source.manager.address])
+    target.wait_until(lambda: receiver.agreed, "the source has agreed")
+    assert (receiver.poll(), receiver.leased) == (KVPoll.Bootstrapping, False)
+
+
+def test_a_room_is_declined_whatever_its_prompt_is(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    room = next(ROOMS)
+    sender = source.manager.sender(room)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    receiver = target.manager.decline(room, [source.manager.address], "all of it is cached")
+    source.wait_until(lambda: sender.released, "the source hears of it")
+    target.wait_until(lambda: receiver.released, "the target has said so")
+    for side in (sender, receiver):
+        assert isinstance(side.error, DeclinedError)
+        assert (side.error.message, side.error.room) == ("all of it is cached", room)
+    assert source.manager.counters()["source_declined"] == 1
+
+
+def test_a_room_that_prefill_must_have_and_has_not_is_refused_at_once(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill"), make_rank("decode")
+    receiver = target.manager.receiver(next(ROOMS), [source.manager.address], begun=True)
+    receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+    target.wait_until(lambda: receiver.released, "it is refused")
+    assert "(any more)" in str(receiver.error)
+
+
+def test_a_lost_peer_is_told_once_and_wakes_the_engine(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill"), make_rank("decode")
+    begin(source, target)
+    target.manager.take_lost_peers()
+    source.manager.close()
+    lost: list[PeerLost] = []
+
+    def told() -> bool:
+        target.manager.wait(0.1)
+        lost.extend(target.manager.take_lost_peers())
+        return bool(lost)
+
+    target.wait_until(told, "the peer is lost")
+    assert lost[0].instance == source.manager.instance
+    assert lost[0].address == source.manager.address
+
+
+def test_a_wait_ends_with_the_news_or_its_time(make_rank: MakeRank) -> None:
+    rank = make_rank("decode")
+    assert not rank.manager.wait(0.0)
+    rank.manager.wakeup.set()
+    assert rank.manager.wait(20.0)
+    assert not rank.manager.wait(0.0)
 
 
 def test_many_rooms_one_after_another_never_hang(make_rank: MakeRank) -> None:

@@ -15,7 +15,7 @@ from kvbaton.control.base import LinkId
 from kvbaton.errors import InternalError, MessageError, PeerLostError, RemoteProtocolError, from_code
 from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.context import Context
-from kvbaton.protocol.effects import Effect
+from kvbaton.protocol.effects import Effect, PeerLost
 from kvbaton.protocol.events import (
     AbortRequested,
     AgentReplaced,
@@ -283,7 +283,8 @@ class Core:
         else:
             self._transfers.answer_unknown(session, message, key)
             if isinstance(message, Abort):
-                self._rooms.abort_unopened(key.room, from_code(message.code, message.reason, peer=session.peer))
+                error = from_code(message.code, message.reason, peer=session.peer, room=key.room)
+                self._rooms.abort_unopened(session, key.room, error)
 
     def _on_dial_failed(self, event: DialFailed) -> None:
         self._peers.on_dial_failed(event)
@@ -292,6 +293,8 @@ class Core:
     def _session_changed(self, session: Session) -> None:
         """A session entered a state: transfers and rooms that depend on it learn it at once."""
         error = session.error or PeerLostError("the peer is gone", peer=session.name)
+        if session.state in (SessionState.LOST, SessionState.GONE):
+            self._context.emit(PeerLost(session.peer, session.address, error))
         if session.state is SessionState.LOST:
             self._transfers.step_peer(session, On.PEER_LOST, error)
         elif session.state is SessionState.GONE:

@@ -127,6 +127,8 @@ class RoomStatus:
         prefix_len: tokens that every target holds already (source side).
         exposed_seconds: from the last chunk's submission to its last write having settled, the longest of all writers.
         bytes: bytes that the room moves here: the manifest (target), posted so far (source).
+        agreed: every source rank is there and compatible: pages may be published (target side).
+        chunks: chunks that this status knows of (source side).
     """
 
     poll: KVPoll = KVPoll.Bootstrapping
@@ -135,6 +137,23 @@ class RoomStatus:
     prefix_len: int = 0
     bytes: int = 0
     exposed_seconds: float = 0.0
+    agreed: bool = False
+    chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Tell the engine that a peer went silent, ended or was replaced.
+
+    Args:
+        instance: of the peer; empty where nobody has answered yet.
+        address: where we dialled it; empty for one that has dialled us.
+        error: why.
+    """
+
+    instance: str
+    address: str
+    error: KVBatonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +165,6 @@ class Report:
     status: RoomStatus
 
 
-Effect = Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Quiesce | Scatter | Report
+Effect = (
+    Dial | CloseLink | Send | PreparePeer | PostWrite | CancelWrites | FencePeer | Quiesce | Scatter | Report | PeerLost
+)

@@ -77,10 +77,14 @@ class ChunkSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class ReceiverOpened:
-    """The engine expects a room from the source ranks at these addresses."""
+    """The engine expects a room from the source ranks at these addresses.
+
+    ``begun``: they have said that they have it, so that one that does not know it need not wait for it.
+    """
 
     room: int
     sources: tuple[str, ...]
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+from msgspec import structs
+from numpy.typing import NDArray
+
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout
 from kvbaton.plan.pair import PairPlan, PartId
 from kvbaton.plan.staging import StagedPart
-from kvbaton.protocol.messages import Grant, PartBytes, StagingGrant
+from kvbaton.protocol.messages import MAX_UNIT, Grant, PartBytes, StagingGrant, Units
 from kvbaton.protocol.transfer import Lease
 
 
@@ -38,11 +42,45 @@ def check_grants(grants: Iterable[Grant], layout: CacheLayout, *, distinct: bool
                 f"pool {grant.pool!r}: tokens {grant.token_start}..{grant.token_stop} need {needed} units of "
                 f"{pool.rows} rows, {len(grant.units)} were given"
             )
-        if grant.units and not (min(grant.units) >= 0 and max(grant.units) < pool.units):
+        if needed and not (_least(grant.units) >= 0 and _most(grant.units) < pool.units):
             raise LayoutError(f"pool {grant.pool!r}: a unit is outside 0..{pool.units - 1}")
-        if distinct and len(set(grant.units)) != len(grant.units):
+        if distinct and needed > 1 and _repeats(grant.units):
             raise LayoutError(f"pool {grant.pool!r}: a unit is given twice")
     return by_pool
+
+
+def own_units(grants: Iterable[Grant]) -> tuple[Grant, ...]:
+    """What an engine hands in, with arrays copied: it may go on to change its own. Raises LayoutError for an array that
+    is not a list of integers."""
+    return tuple(
+        grant if isinstance(grant.units, tuple) else structs.replace(grant, units=_copied(grant)) for grant in grants
+    )
+
+
+def _copied(grant: Grant) -> NDArray[np.int32]:
+    given = np.asarray(grant.units)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise LayoutError(
+            f"pool {grant.pool!r}: units are {given.ndim}-dimensional {given.dtype}, not a list of integers"
+        )
+    if given.size and int(given.max()) > MAX_UNIT:
+        raise LayoutError(f"pool {grant.pool!r}: unit {given.max()} is more than a message carries")
+    return given.astype(np.int32)
+
+
+def _least(units: Units) -> int:
+    return int(units.min()) if isinstance(units, np.ndarray) else min(units)
+
+
+def _most(units: Units) -> int:
+    return int(units.max()) if isinstance(units, np.ndarray) else max(units)
+
+
+def _repeats(units: Units) -> bool:
+    if isinstance(units, np.ndarray):
+        ordered = np.sort(units)
+        return bool((ordered[1:] == ordered[:-1]).any())
+    return len(set(units)) != len(units)
 
 
 def check_staging(
@@ -66,7 +104,7 @@ def check_staging(
         if seen & set(given.slots) or len(set(given.slots)) != len(given.slots):
             raise LayoutError(f"part {given.part}: a staging slot is given twice")
         seen |= set(given.slots)
-        leases[given.part] = Lease(staged=staged, slots=given.slots, first=blocks.start)
+        leases[given.part] = Lease(staged=staged, slots=tuple(given.slots), first=blocks.start)
     return leases
 
 

@@ -8,10 +8,13 @@ another instance is never acted on.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from kvbaton.errors import MessageError
 from kvbaton.layout import CacheLayout, Coordinates
@@ -24,11 +27,16 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_GRANTS = 64
 MAX_UNITS_PER_GRANT = 1 << 20
+MAX_UNIT = (1 << 31) - 1
 
 InstanceId = Annotated[str, Meta(min_length=1, max_length=64)]
 MAX_SECONDS = 86_400.0
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
-Units = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=MAX_UNITS_PER_GRANT)]
+if TYPE_CHECKING:
+    #: Of a message that has come it is a tuple; of an engine it may be an array of its own, which travels as the same.
+    Units = Sequence[int] | NDArray[np.int32]
+else:
+    Units = Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_UNIT)], ...], Meta(max_length=MAX_UNITS_PER_GRANT)]
 Role = Literal["source", "target"]
 
 
@@ -140,6 +148,7 @@ class Open(TransferMessage, frozen=True, tag="open"):
     parts: Annotated[tuple[PartBytes, ...], Meta(max_length=MAX_GRANTS)]
     ttl_seconds: Seconds
     staging: Annotated[tuple[StagingGrant, ...], Meta(max_length=MAX_GRANTS)] = ()
+    begun: bool = False  #: the source has said that it has this room: if it has not (any more), it refuses at once
 
 
 class Opened(TransferMessage, frozen=True, tag="opened"):
@@ -173,7 +182,8 @@ class Failed(TransferMessage, frozen=True, tag="failed"):
 
 
 class Abort(TransferMessage, frozen=True, tag="abort"):
-    """Target → source: stop, and say Drained when none of your writes can touch our memory any more."""
+    """Target → source: stop, and say Drained when none of your writes can touch our memory any more. Also of a room
+    that the target gives up before it has opened it."""
 
     code: Text
     reason: Text
@@ -211,7 +221,14 @@ AnyMessage = (
     | Forgotten
 )
 
-_encoder = msgspec.msgpack.Encoder()
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise NotImplementedError(f"{type(value).__name__} is not for messages")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 

@@ -31,6 +31,7 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
         parts=incoming.parts,
         ttl_seconds=t.context.settings.waiting_timeout,
         staging=tuple(StagingGrant(part, lease.slots) for part, lease in incoming.leases.items()),
+        begun=incoming.begun,
     )
     t.context.send(t, message)
     t.retry_later(now)

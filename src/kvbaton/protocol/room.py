@@ -66,6 +66,7 @@ class SourceRoom:
             prefix_len=self._prefix_len(),
             bytes=sum(sum(t.outgoing.sent.values()) for t in transfers if t.outgoing is not None),
             exposed_seconds=max((t.outgoing.exposed_seconds for t in transfers if t.outgoing is not None), default=0.0),
+            chunks=len(self.chunks),
         )
 
     def _settled(self) -> bool:
@@ -88,10 +89,17 @@ class SourceRoom:
 
 @dataclass(kw_only=True, eq=False)
 class TargetRoom:
-    """The decode side: the addresses it expects to be filled from, what it granted, and its transfers once open."""
+    """The decode side: the addresses it expects to be filled from, what it granted, and its transfers once open.
+
+    ``agreed``: every source has a session that is ready, and together they write all of our memory once. ``untold``:
+    addresses of the sources that are yet to hear that the room was given up before it was open.
+    """
 
     room: int
     sources: tuple[str, ...]
+    begun: bool = False
+    agreed: bool = False
+    untold: set[str] = field(default_factory=set)
     grants: tuple[Grant, ...] | None = None
     token_count: int = 0
     transfers: dict[str, Transfer] = field(default_factory=dict)
@@ -102,7 +110,7 @@ class TargetRoom:
     def over(self) -> bool:
         """Nothing is left to do or to say: the record can go."""
         closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
-        return closed and self.status().poll in (KVPoll.Failed, KVPoll.Success)
+        return closed and not self.untold and self.status().poll in (KVPoll.Failed, KVPoll.Success)
 
     def status(self) -> RoomStatus:
         transfers = self.transfers.values()
@@ -122,6 +130,7 @@ class TargetRoom:
             error=self.error,
             leased=any(transfer.leased for transfer in transfers),
             bytes=sum(part.bytes for t in writers if t.incoming is not None for part in t.incoming.parts),
+            agreed=self.agreed,
             exposed_seconds=max((t.incoming.exposed_seconds for t in writers if t.incoming is not None), default=0.0),
         )
 

@@ -135,23 +135,28 @@ class Rooms:
 
     def needs(self, session: Session) -> bool:
         """Whether a room of ours still waits for a session."""
-        return any(session.address in room.sources and room.error is None for room in self._targets.values())
+        return any(
+            session.address in (room.sources if room.error is None else room.untold) for room in self._targets.values()
+        )
 
     def dial_failed(self, address: str, error: KVBatonError) -> None:
         for room in list(self._targets.values()):
             if address in room.sources and not room.transfers:
                 self.fail(room, error)
+            room.untold.discard(address)
 
     def session_changed(self, session: Session) -> None:
         """Rooms that wait for a session go on, or fail with its reason."""
         for room in list(self._targets.values()):
+            if session.address in room.untold:
+                self._tell_unopened(room, session)
+                self._touch(room)
             if session.address not in room.sources or room.transfers:
                 continue
             if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
                 self.fail(room, session.error or PeerLostError("the peer is gone", peer=session.name))
             elif session.state is SessionState.READY:
-                self._try_open(room)
-                self._touch(room)
+                self._go_on(room)
 
     # ---- source rooms -------------------------------------------------------------------------------------------
 
@@ -227,6 +232,10 @@ class Rooms:
                 unmet = failed.get(key.room)
                 if unmet is not None and unmet.refuses(session):
                     raise unmet.error.again()
+            if message.begun:
+                raise TransferFailedError(
+                    f"the prefill rank has no room {key.room} (any more): it has ended there, or the rank was restarted"
+                )
             if len(self._sources) >= self._context.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)
@@ -234,6 +243,8 @@ class Rooms:
             raise RemoteProtocolError(f"room {key.room} is open already for another request: rooms must be unique")
         if room.transfers and session.hello is not None and room.group != session.hello.group:
             raise RemoteProtocolError(f"room {key.room} is open already for decode group {room.group!r}")
+        if room.opened and room.error is None:  # its units may be free already
+            raise RemoteProtocolError(f"room {key.room} is open already for every rank of decode group {room.group!r}")
         return room
 
     def on_chunk_submitted(self, event: ChunkSubmitted) -> None:
@@ -241,6 +252,8 @@ class Rooms:
         if room is None or room.error is not None:
             return
         room.chunks.append(event.chunk)
+        if not room.opened:  # a decode rank has its time from when something is there for it
+            self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         self._context.record(
             event.room, f"chunk to token {event.chunk.token_stop} submitted{', the last' if event.chunk.last else ''}"
         )
@@ -251,7 +264,7 @@ class Rooms:
     # ---- target rooms -------------------------------------------------------------------------------------------
 
     def on_receiver_opened(self, event: ReceiverOpened) -> None:
-        room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources)
+        room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
         self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
         self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         for address in event.sources:
@@ -261,27 +274,39 @@ class Rooms:
                 session.say_hello_again(self._context.now)
             elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
                 self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
+        self._go_on(room)
 
     def on_grants_published(self, event: GrantsPublished) -> None:
         room = self._targets.get(event.room)
         if room is None or room.error is not None:
             return
         room.grants, room.token_count = event.grants, event.token_count
-        self._try_open(room)
-        self._touch(room)
+        self._go_on(room)
 
-    def _try_open(self, room: TargetRoom) -> None:
-        """Open the room with every source rank, once it is granted and all sessions are ready."""
-        if room.grants is None or room.transfers or room.error is not None:
-            return
-        sessions = [self._peers.at(address) for address in room.sources]
-        ready = [s for s in sessions if s is not None and s.state is SessionState.READY]
-        if len(ready) < len(sessions):
+    def _go_on(self, room: TargetRoom) -> None:
+        """Agree once all sessions are ready; then open the room if it is granted."""
+        self._touch(room)
+        ready = self._ready(room)
+        if room.transfers or room.error is not None or len(ready) < len(room.sources):
             return
         try:
             self._check_group(ready)
-            manifests = [parts_of(cast(PairPlan, session.pair), room.grants) for session in ready]
-            for grant in room.grants:
+        except (IncompatibleError, ConfigError) as error:
+            self.fail(room, error)
+            return
+        room.agreed = True
+        if room.grants is not None:
+            self._open(room, ready, room.grants)
+
+    def _ready(self, room: TargetRoom) -> list[Session]:
+        sessions = [self._peers.at(address) for address in room.sources]
+        return [s for s in sessions if s is not None and s.state is SessionState.READY]
+
+    def _open(self, room: TargetRoom, ready: list[Session], grants: tuple[Grant, ...]) -> None:
+        """Open the room with every source rank."""
+        try:
+            manifests = [parts_of(cast(PairPlan, session.pair), grants) for session in ready]
+            for grant in grants:
                 if len(grant.units) > MAX_UNITS_PER_GRANT:
                     raise CapacityError(
                         f"pool {grant.pool!r}: {len(grant.units)} units are more than the {MAX_UNITS_PER_GRANT} that a "
@@ -293,10 +318,11 @@ class Rooms:
         key = TransferKey(room.room, self._context.mint())
         for session, parts in zip(ready, manifests, strict=True):
             incoming = Incoming(
-                grants=room.grants,
+                grants=grants,
                 parts=parts,
                 token_count=room.token_count,
-                leases=self._lease_staging(session, parts, room.grants),
+                begun=room.begun,
+                leases=self._lease_staging(session, parts, grants),
             )
             transfer = Transfer(key, session.peer, self._context, incoming=incoming)
             room.transfers[session.peer] = transfer
@@ -356,9 +382,33 @@ class Rooms:
         if room.error is None:
             room.error = error.in_room(room.room, room.reported.poll.name)
             self._context.record(room.room, f"failed: {room.error}")
+            if isinstance(room, TargetRoom) and not room.transfers:
+                self._give_up_unopened(room)
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
         self._touch(room)
+
+    def _give_up_unopened(self, room: TargetRoom) -> None:
+        """Tell every source, now or as soon as it can be reached: it would wait for an Open that never comes."""
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.announce_seconds)
+        room.untold.update(room.sources)
+        for address in room.sources:
+            session = self._peers.at(address)
+            if session is not None:
+                self._tell_unopened(room, session)
+
+    def _tell_unopened(self, room: TargetRoom, session: Session) -> None:
+        if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
+            room.untold.discard(session.address)
+        if session.state is not SessionState.READY:
+            return
+        room.untold.discard(session.address)
+        key = TransferKey(room.room, self._context.mint())
+        transfer = Transfer(key, session.peer, self._context, incoming=Incoming(grants=(), parts=(), token_count=0))
+        transfer.error = room.error
+        room.transfers[session.peer] = transfer
+        self._homes[transfer] = room
+        self._transfers.begin(transfer)
 
     def _touch(self, room: Room) -> None:
         self._touched[id(room)] = room
@@ -404,14 +454,22 @@ class Rooms:
         del self._sources[room.room]
         if room.error is not None and not (room.has_sender and room.opened):
             remembered = self._failed_before_open if room.has_sender else self._failed_before_sender
-            remembered[room.room] = _Unmet(room.error, room.group, set(room.transfers))
-            if len(remembered) > MAX_RECENT_FAILURES:
-                remembered.popitem(last=False)
+            self._remember(remembered, room.room, _Unmet(room.error, room.group, set(room.transfers)))
 
-    def abort_unopened(self, number: int, error: KVBatonError) -> None:
-        """A target gave up a room whose Open never came: nobody else will open it for our engine."""
+    def _remember(self, failures: OrderedDict[int, _Unmet], number: int, unmet: _Unmet) -> None:
+        failures[number] = unmet
+        if len(failures) > MAX_RECENT_FAILURES:
+            failures.popitem(last=False)
+
+    def abort_unopened(self, session: Session, number: int, error: KVBatonError) -> None:
+        """A rank of a decode group gave up a room that it has not opened: the group never will, and our engine, which
+        may ask for it later, is told."""
+        group = session.hello.group if session.hello is not None else ""
         room = self._sources.get(number)
-        if room is not None and not room.transfers:
+        if room is None:
+            if number not in self._failed_before_open:
+                self._remember(self._failed_before_sender, number, _Unmet(error, group, {session.peer}))
+        elif not room.transfers or (room.group == group and session.peer not in room.transfers):
             self.fail(room, error)
 
     def _bootstrap_error(self, room: Room) -> KVBatonError:
@@ -437,8 +495,12 @@ class Rooms:
         return "sessions: " + ", ".join(states)
 
     def expire(self, room: Room) -> None:
-        """A room did not start in time."""
-        self.fail(room, self._bootstrap_error(room))
+        """A room did not start in time, or those that are to hear of its end have stayed away."""
+        if isinstance(room, TargetRoom) and room.error is not None:
+            room.untold.clear()
+            self._touch(room)
+        else:
+            self.fail(room, self._bootstrap_error(room))
 
     def check_invariants(self) -> None:
         for transfer in self._transfers.live():

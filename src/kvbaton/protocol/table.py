@@ -215,9 +215,11 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
 
 
 def begin(transfer: Transfer, now: float) -> None:
-    """First act of a new transfer: the target opens, the source acknowledges."""
+    """First act of a new transfer: the target opens, or gives up what it has not opened; the source acknowledges."""
     transfer.set_deadline(now, transfer.context.settings.waiting_timeout)
-    if transfer.state is State.OPENING:
+    if transfer.state is State.OPENING and transfer.error is not None:
+        receiving.drain(transfer, now)
+    elif transfer.state is State.OPENING:
         receiving.send_open(transfer, now)
     else:
         sending.acknowledge(transfer, now, None)

@@ -120,6 +120,7 @@ class Incoming:
     grants: tuple[Grant, ...]
     parts: tuple[PartBytes, ...]
     token_count: int
+    begun: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
 

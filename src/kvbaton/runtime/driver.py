@@ -27,6 +27,7 @@ from kvbaton.protocol.effects import (
     Effect,
     FencePeer,
     KVPoll,
+    PeerLost,
     PostWrite,
     PreparePeer,
     Quiesce,
@@ -73,12 +74,14 @@ class Driver:
         links: Links,
         *,
         on_report: Callable[[Report], None],
+        on_peer_lost: Callable[[PeerLost], None],
         window: Window,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
         self._links = links
         self._on_report = on_report
+        self._on_peer_lost = on_peer_lost
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
@@ -316,6 +319,8 @@ class Driver:
                 self.counters["messages_dropped"] += 1
         elif isinstance(effect, Report):
             self._report(effect)
+        elif isinstance(effect, PeerLost):
+            self._on_peer_lost(effect)
         elif isinstance(effect, PostWrite):
             self._data.offer(effect)
         elif isinstance(effect, CancelWrites):

@@ -27,6 +27,7 @@ from kvbaton.protocol.effects import (
     Dial,
     Effect,
     FencePeer,
+    PeerLost,
     PostWrite,
     PreparePeer,
     Quiesce,
@@ -72,6 +73,7 @@ class Rank:
     memory: dict[int, NDArray[np.uint8]]
     statuses: dict[tuple[Role, int], RoomStatus] = field(default_factory=dict)
     links: dict[LinkId, tuple[Rank | None, LinkId | None, str]] = field(default_factory=dict)
+    lost: list[PeerLost] = field(default_factory=list)
     pairs: dict[str, PairPlan] = field(default_factory=dict)
     held: list[PostWrite] = field(default_factory=list)
     hold_writes: bool = False
@@ -253,6 +255,8 @@ class World:
                 self._send(rank, effect)
             elif isinstance(effect, Report):
                 self._note(rank, effect)
+            elif isinstance(effect, PeerLost):
+                rank.lost.append(effect)
             elif isinstance(effect, Dial):
                 link = LinkId(next(self._link_ids))
                 self._todo.append((rank, Dialed(effect.address, link)))

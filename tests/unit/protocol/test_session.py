@@ -452,7 +452,7 @@ def test_any_message_is_a_sign_of_life() -> None:
     world, source, target = pair()
     meet(world, source, target)
     world.network = dropping(Ping, Pong)
-    for second in range(1, 40):
+    for second in range(1, 80):
         world.run(until=float(second))
         world.inject(source, target, Pong(sender="i-p0", receiver="i-d0"))
     assert states(target) == ["ready"]

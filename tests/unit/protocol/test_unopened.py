@@ -7,7 +7,7 @@ import pytest
 from kvbaton.errors import AbortedError, DeclinedError
 from kvbaton.protocol.effects import KVPoll, PeerLost
 from kvbaton.protocol.events import AbortRequested, GrantsPublished, ReceiverOpened
-from kvbaton.protocol.messages import Abort
+from kvbaton.protocol.messages import Abort, Done
 from kvbaton.testing.world import Rank
 from unit.protocol.scene import QUICK, SHAPES, Scene, add_group, dropping
 
@@ -15,7 +15,8 @@ SOME = pytest.mark.parametrize("shape", ["1→1", "2→1", "1→2"])
 
 
 def decline(scene: Scene, rank: Rank) -> None:
-    rank.do(ReceiverOpened(scene.room, scene.addresses, declined=DeclinedError("all of it is cached")))
+    rank.do(ReceiverOpened(scene.room, scene.addresses))
+    rank.do(AbortRequested(scene.room, "target", DeclinedError("all of it is cached")))
 
 
 @SOME
@@ -143,9 +144,21 @@ def test_a_decline_that_reaches_nobody_ends_by_itself() -> None:
     scene = Scene()
     scene.world.network = lambda _from, _to, _message: 0
     decline(scene, scene.target)
-    scene.world.run(until=QUICK.handshake_timeout)
     assert scene.status("target").poll is KVPoll.Failed
+    scene.world.run(until=QUICK.announce_seconds)
     scene.expect_over()
+
+
+def test_a_source_that_answers_late_is_told_late() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.open_receivers()
+    scene.world.run(until=1.0)
+    scene.abort("target")
+    scene.world.network = lambda _from, _to, _message: 1
+    scene.world.run(until=8.0)
+    scene.expect_failed()
 
 
 def test_a_room_that_the_source_must_have_is_refused_at_once_where_it_has_ended() -> None:
@@ -193,10 +206,12 @@ def test_units_are_free_with_the_last_settled_write_and_nobody_reads_them_again(
     scene.start()
     scene.submit(0)
     assert scene.status("source").leased, "a chunk that is yet to come may have to go to a target that opens late"
+    scene.world.network = dropping(Done)
     scene.submit(1)
+    scene.world.run()
     status = scene.status("source")
     assert (status.poll, status.leased, status.chunks) == (KVPoll.Transferring, False, 2)
-    (other,) = add_group(scene.world, scene.shape, side="target", name="d")  # another process of the same group
+    other = add_group(scene.world, scene.shape, side="target", name="e")[0]
     other.do(ReceiverOpened(scene.room, scene.addresses))
     other.do(GrantsPublished(scene.room, scene.grants(other), scene.shape.tokens))
     scene.world.run()

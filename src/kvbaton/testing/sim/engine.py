@@ -132,6 +132,8 @@ class SimJob(ABC):
         """The room may have changed: go on, or let go."""
         if self.over or self.side is None:
             return
+        if self.side.freed:
+            self.free()
         if self.side.released:
             self.end()
         else:
@@ -147,14 +149,18 @@ class SimJob(ABC):
             self.process.world.judge.aborted(self)
             self.side.fail(AbortedError("the client has gone", room=self.request.room))
 
-    def end(self) -> None:
-        """Concluded: every unit is free from this moment on."""
-        self.over = True
-        judge = self.process.world.judge
-        judge.released(self)
+    def free(self) -> None:
+        """Nothing touches the units any more, whatever becomes of the room."""
         freed = self.process.engine.allocator.give_back(self.tenancy)
-        self.process.clockwork.tell(self.process.name, f"engine: {self} over, frees {len(freed)} units")
-        judge.freed(self, freed)
+        if freed:
+            self.process.clockwork.tell(self.process.name, f"engine: {self} frees {len(freed)} units")
+            self.process.world.judge.freed(self, freed)
+
+    def end(self) -> None:
+        """Concluded."""
+        self.over = True
+        self.process.world.judge.released(self)
+        self.process.clockwork.tell(self.process.name, f"engine: {self} over")
         self.process.engine.forget(self)
         self.process.engine.look_at_all()
         self.process.world.job_over(self)
@@ -277,9 +283,16 @@ class TargetJob(SimJob):
         self.opened_at: float | None = None
 
     def open(self) -> KVReceiver:
-        return self.process.manager.receiver(self.request.room, self._sources)
+        manager, room = self.process.manager, self.request.room
+        if not self.request.declines:
+            return manager.receiver(room, self._sources)
+        self.process.world.judge.aborted(self)
+        self.process.clockwork.faults["room declined"] += 1
+        return manager.decline(room, self._sources, "the simulator wants nothing of it")
 
     def schedule(self) -> None:
+        if self.request.declines:
+            return
         if self.request.target_abort is not None and self.aborts_here:
             self.later(self.request.target_abort, self.abort)
         self.later(self.request.publish_after, self._publish_now)

@@ -88,12 +88,20 @@ def generate(seed: int) -> Scenario:
     if theme == "storm" and rng.random() < 0.03:
         targets = (*targets[:-1], replace(targets[-1], misfit=True))
     requests = _some_fences_raise(random.Random(f"fences of {seed}"), _requests(rng, sources, targets, theme), theme)
+    requests = _some_are_declined(random.Random(f"declined of {seed}"), requests, theme)
     faults = () if quiet else _faults(rng, sources, targets, theme)
     if theme == "storm":
         faults = (*faults, *_closed_while_written(random.Random(f"closing of {seed}"), targets))
     return Scenario(
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
     )
+
+
+def _some_are_declined(rng: random.Random, requests: tuple[SimRequest, ...], theme: str) -> tuple[SimRequest, ...]:
+    """Decode has all of a prompt already, or its client is gone before it has looked at it."""
+    if theme in ("clean", "rivals"):
+        return requests
+    return tuple(replace(request, declines=True) if rng.random() < 0.05 else request for request in requests)
 
 
 def _few(rng: random.Random) -> int:

@@ -123,7 +123,7 @@ class Judge:
         self._clockwork.tell(process.name, f"reports {report.role} of room {report.room}: {_brief(report)}")
         if job is None:
             return
-        if isinstance(job, TargetJob) and status.leased and job.opened_at is None:
+        if isinstance(job, TargetJob) and (status.leased or job.request.declines) and job.opened_at is None:
             job.opened_at = self._clockwork.now
         if job.outcome is not None:
             if poll is not job.outcome:
@@ -286,13 +286,17 @@ class Judge:
                 continue
             opened = [job.opened_at for job in jobs if isinstance(job, TargetJob)]
             known_at = [aborted_at, *(job.started_at for job in jobs), *(at for at in opened if at is not None)]
-            if None not in opened:
+            if None not in opened or self._given_up_by_target(request):
                 for job in jobs:
                     if job.ended_at is None or job.ended_at > max(known_at) + NEWS_SECONDS:
                         raise self._violated("slow news", f"{job} ended at {job.ended_at}, aborted at {aborted_at}")
         steps = self._clockwork.steps
         if steps > STEPS_PER_PAIR * self._world.pairs * len(self._world.scenario.requests):
             raise self._violated("too many steps", f"{steps} steps without any fault")
+
+    def _given_up_by_target(self, request: SimRequest) -> bool:
+        """Whether every target rank has given up first, and no source: nobody waits for anything of theirs."""
+        return request.source_abort is None and (request.declines or not request.lone_abort)
 
     def _violated(self, kind: str, text: str) -> Exception:
         return self._clockwork.violated(kind, text)

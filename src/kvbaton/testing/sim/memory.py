@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, Staging, aux_pool, kv_pool
+from kvbaton.protocol.messages import Units
 from kvbaton.testing.sim.scenario import SimGroup, SimModel
 
 Bytes = NDArray[np.uint8]
@@ -175,14 +176,12 @@ class RankMemory:
                 return f"{name}[{number - first}]"
         return f"nothing[{number}]"
 
-    def fill(self, pool: str, seed: int, start: int, stop: int, units: Sequence[int], first_page: int) -> None:
+    def fill(self, pool: str, seed: int, start: int, stop: int, units: Units, first_page: int) -> None:
         """Write the content of tokens ``[start, stop)`` into the pages that hold them (slot pools: token 0)."""
         where, rows = self._place(pool, start, stop, units, first_page)
         self.bytes[where] = self.pools[pool].content(seed, rows)
 
-    def wrong(
-        self, pool: str, seeds: Sequence[int], start: int, stop: int, units: Sequence[int], first_page: int
-    ) -> list[int]:
+    def wrong(self, pool: str, seeds: Sequence[int], start: int, stop: int, units: Units, first_page: int) -> list[int]:
         """Tokens of ``[start, stop)`` with a byte that is none of these requests' content."""
         where, rows = self._place(pool, start, stop, units, first_page)
         found, content = self.bytes[where], self.pools[pool].content
@@ -193,7 +192,7 @@ class RankMemory:
         self.bytes[self.pools[pool].index[list(units)]] = POISON
 
     def _place(
-        self, name: str, start: int, stop: int, units: Sequence[int], first_page: int
+        self, name: str, start: int, stop: int, units: Units, first_page: int
     ) -> tuple[Offsets, NDArray[np.int64]]:
         place = self.pools[name]
         if not place.pool.paged:

@@ -87,6 +87,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         back: the other way round: from the group ``target`` to the group ``source``.
         gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
+        declines: the target engine wants nothing of it, from when it gets it on.
     """
 
     number: int
@@ -110,6 +111,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     rival: bool = False
     back: bool = False
     gap: int = 0
+    declines: bool = False
 
     @property
     def tokens(self) -> int:
