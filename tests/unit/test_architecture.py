@@ -45,8 +45,19 @@ HOMES: dict[str, tuple[str, ...]] = {
         nixl_package.PACKAGES, ()
     ),  # imported by name, whichever there is, by kvbaton.transports.nixl_package
     "zmq": ("kvbaton.control", "kvbaton.testing"),
-    "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
-    "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
+    "torch": (
+        "kvbaton.serving.engine",
+        "kvbaton.runtime.gather_torch",
+        "kvbaton.engines.vllm.memory",
+        "lab.conformance",
+        "lab.training",
+    ),
+    "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training", "lab.vllm.models"),
+    "vllm": (
+        "kvbaton.engines.vllm.connector",
+        "kvbaton.engines.vllm.memory",
+        "kvbaton.engines.vllm.metrics",
+    ),
     "aiohttp": ("kvbaton.discovery.client", "kvbaton.discovery.server", "kvbaton.serving", "kvbaton.cli", "lab"),
     "prometheus_client": ("kvbaton.serving.server",),
     "matplotlib": ("kvbaton.bench.plot",),
