@@ -29,6 +29,7 @@ LAYERS = (
     ("kvbaton.engines", "kvbaton.explain"),
     ("kvbaton.testing", "kvbaton.bench"),
     ("kvbaton",),
+    ("kvbaton.engines.vllm",),
     ("kvbaton.serving.models", "kvbaton.serving.evaluation"),
     ("kvbaton.serving.engine",),
     ("kvbaton.serving.server",),
