@@ -90,7 +90,7 @@ PLAYS: Sequence[Play] = (
         cases=TOKENS,
     ),
     Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS),
-    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(cases.noisy_lengths,)),
+    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(cases.lengths_from_cache,)),
 )
 
 

@@ -100,7 +100,7 @@ async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) ->
                 blocks=setting.prefill_blocks if name == "prefill" else 300,
             )
         )
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
         try:
             for server in servers:
                 server.start()
