@@ -60,6 +60,7 @@ PLAYS: Sequence[Play] = (
             cases.logprobs_of_the_prompt,
         ),
     ),
+    Play(name="qwen3, recorded", setting=Setting(family="qwen3", recorded=True), cases=(cases.contract,)),
     Play(
         name="qwen3, policy fail",
         setting=Setting(family="qwen3", policy="fail", options={"bootstrap_timeout": 15.0}),
@@ -67,7 +68,7 @@ PLAYS: Sequence[Play] = (
     ),
     Play(
         name="qwen3, prefill short of blocks",
-        setting=Setting(family="qwen3", prefill_blocks=34),
+        setting=Setting(family="qwen3", prefill_blocks=30),
         cases=(cases.preempted,),
     ),
     Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),

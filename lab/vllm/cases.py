@@ -9,6 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+
+from lab.vllm.contract import KEPT, read
 from lab.vllm.requests import Refused, new_room, prompt
 from lab.vllm.scene import Scene
 
@@ -280,7 +283,7 @@ async def preempted(scene: Scene) -> str:
     """Prefill has few blocks and decodes for others, so that it preempts: every answer is equal, or fails by name."""
     sources = await scene.client.sources()
     others = [
-        asyncio.create_task(scene.client.complete(scene.prefill.url, prompt(300, 5800 + i), count=400))
+        asyncio.create_task(scene.client.complete(scene.prefill.url, prompt(300, 5800 + i), count=400, ignore_eos=True))
         for i in range(6)
     ]
     await asyncio.sleep(1.0)
@@ -323,6 +326,23 @@ async def typed_failure(scene: Scene) -> str:
         raise AssertionError(f"no metric tells the reason: {rooms}")
     await scene.serves()
     return f"{'; '.join(told)}; {rooms}; empty after {seconds:.1f} s"
+
+
+async def contract(scene: Scene) -> str:
+    """One hand-off and one failure, alone: vLLM calls the connector as it did when the record was kept."""
+    tokens = prompt(700, 6000)
+    params = await scene.client.to_prefill(tokens)
+    await scene.client.complete(scene.decode.url, tokens, count=1, params=params)
+    dead = {"do_remote_prefill": True, "kvbaton_room": "5", "kvbaton_sources": [DEAD]}
+    await scene.client.complete(scene.decode.url, prompt(300, 6001), count=1, params=dead)
+    await scene.empty()
+    found = {name: read(server.log.parent / f"calls-{name}") for name, server in scene.connected.items()}
+    written = scene.prefill.log.parent / KEPT.name
+    written.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    kept = msgspec.json.decode(KEPT.read_bytes()) if KEPT.is_file() else {}
+    if kept != found:
+        raise AssertionError(f"vLLM calls otherwise than {KEPT.name} says: compare it with {written}")
+    return f"{sum(len(half['life']) for side in found.values() for half in side.values())} calls as kept"
 
 
 async def idle(scene: Scene) -> str:

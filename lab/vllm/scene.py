@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import aiohttp
 
 from kvbaton.serving.fleet import free_ports
+from lab.vllm.contract import DIRECTORY
 from lab.vllm.models import FAMILIES, write_model
 from lab.vllm.requests import Client
 from lab.vllm.server import VllmServer
@@ -32,6 +34,7 @@ class Setting:
     prefill_arguments: tuple[str, ...] = ()
     prefill_blocks: int = 300
     tp: tuple[int, int] = (1, 1)
+    recorded: bool = False
 
 
 class Scene:
@@ -41,6 +44,10 @@ class Scene:
         self.plain, self.prefill, self.decode = servers
         self.session = session
         self.client = Client(session, self.plain.url, self.prefill.url, self.decode.url)
+
+    @property
+    def connected(self) -> dict[str, VllmServer]:
+        return {"prefill": self.prefill, "decode": self.decode}
 
     async def empty(self, *servers: VllmServer, seconds: float = EMPTY_SECONDS) -> float:
         """Seconds until no block of prefill and decode is in use. Raises AssertionError."""
@@ -98,6 +105,7 @@ async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) ->
                 options=setting.options,
                 arguments=(*setting.arguments, *own, *parallel),
                 blocks=setting.prefill_blocks if name == "prefill" else 300,
+                **(_recording(logs / f"calls-{name}") if setting.recorded and name != "plain" else {}),
             )
         )
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
@@ -109,3 +117,14 @@ async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) ->
             yield Scene(servers, session)
         finally:
             await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _recording(directory: Path) -> dict[str, Any]:
+    """Another connector, which writes down its calls."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    root = Path(__file__).parents[2]
+    return {
+        "connector": ("RecordingConnector", "lab.vllm.recorder"),
+        "environment": {DIRECTORY: str(directory.absolute()), "PYTHONPATH": str(root)},
+    }

@@ -41,6 +41,8 @@ class VllmServer:
     options: Mapping[str, object] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     blocks: int = 300
+    connector: tuple[str, str] = ("KVBatonConnector", "kvbaton.engines.vllm")
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -58,8 +60,8 @@ class VllmServer:
         ]
         if self.role != "plain":
             transfer = {
-                "kv_connector": "KVBatonConnector",
-                "kv_connector_module_path": "kvbaton.engines.vllm",
+                "kv_connector": self.connector[0],
+                "kv_connector_module_path": self.connector[1],
                 "kv_role": self.role,
                 "kv_load_failure_policy": self.policy,
                 "kv_connector_extra_config": dict(self.options),
@@ -73,6 +75,7 @@ class VllmServer:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            **self.environment,
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

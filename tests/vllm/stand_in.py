@@ -102,14 +102,15 @@ def checksum(tokens: list[int]) -> int:
 
 
 class StandIn:
-    """One engine; ``calls``: what was called in each step, in order."""
+    """One engine; ``calls``: what was called of the scheduler half, and what the calls carried."""
 
     def __init__(
         self, groups: CacheGroups, *, produces: bool, consumes: bool, recompute: bool = True, chunk: int = 8
     ) -> None:
         self.groups, self.recompute, self.chunk = groups, recompute, chunk
+        self.block = block = groups.groups[0].block_size
         self.pool = Pool(BLOCKS)
-        self.caches = [np.zeros((BLOCKS, 1 if g.kind == "state" else BLOCK), np.int64) for g in groups.groups]
+        self.caches = [np.zeros((BLOCKS, 1 if g.kind == "state" else block), np.int64) for g in groups.groups]
         pools = tuple(
             layout.pool_of_strides(
                 group.pool,
@@ -120,7 +121,7 @@ class StandIn:
             )
             for i, group in enumerate(groups.groups)
             for shape, strides in [
-                ((BLOCKS, 1), (1, 1)) if group.kind == "state" else ((BLOCKS, BLOCK, 1), (BLOCK, 1, 1))
+                ((BLOCKS, 1), (1, 1)) if group.kind == "state" else ((BLOCKS, block, 1), (block, 1, 1))
             ]
         )
         regions = tuple(layout.Region(cache.ctypes.data, cache.nbytes) for cache in self.caches)
@@ -135,13 +136,13 @@ class StandIn:
         self.half.set_sources([self.manager.address])
         self.half.quarantine.bind(self.pool)
         self.worker = WorkerHalf(
-            self.manager, units=unit_maker([(g.pool, BLOCK, BLOCK) for g in groups.groups if g.kind != "state"])
+            self.manager, units=unit_maker([(g.pool, block, block) for g in groups.groups if g.kind != "state"])
         )
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preempt_next: list[Request] = []
-        self.calls: list[str] = []
+        self.calls: list[list[Any]] = []
 
     def close(self) -> None:
         self.manager.close()
@@ -178,6 +179,7 @@ class StandIn:
                 scheduled[request.request_id] = computing
                 self._extend(request, request.num_computed_tokens + computing, request.num_computed_tokens)
         orders = self.half.step(scheduled, preempted, lambda name: self.requests[name].tables)
+        self.calls.append(["build_connector_meta", sorted(scheduled.values())])
         self.worker.preempt(orders)
         self.worker.begin(orders)
         for name, computing in scheduled.items():
@@ -195,6 +197,7 @@ class StandIn:
                 self.running.remove(request)
                 self._finish(request, Status.FINISHED_LENGTH_CAPPED)
         self.half.update(results.received, results.failed, leased)
+        self.calls.append(["update_connector_output", [len(results.sent), len(results.received), len(results.failed)]])
         for name in results.received:
             self._received(self.requests[name], failed=name in results.failed)
         for name in results.sent:
@@ -219,28 +222,41 @@ class StandIn:
                     continue
                 request.status = Status.WAITING
                 request.num_computed_tokens = 0 if request.failed else min(request.received, len(request.prompt) - 1)
-                external = 0
                 if request.failed:
                     self._free_blocks(request)
-            if request.num_computed_tokens == 0:
-                external, parks = self.half.matched(request, request.local)
+            computed = request.num_computed_tokens
+            external: int | None = 0
+            if computed == 0:
+                external, parks = self._matched(request)
                 if external is None:
                     continue
                 assert request.local + external <= request.num_tokens
-                self._extend(request, request.local + external, request.local + external)
+                computed = request.local + external
+                self._extend(request, computed, computed)
                 self._write(request, 0, request.local)
-                self.half.allocated(request, request.tables, external)
-                if parks and external:
+                if external and parks:
+                    self._allocated(request, external)
                     request.loads += 1
-                    request.received = request.local + external
+                    request.received = computed
                     request.status = Status.WAITING_FOR_REMOTE_KVS
                     continue
-                request.num_computed_tokens = request.local
-            else:
-                self.half.allocated(request, request.tables, 0)
+            self._extend(request, min(computed + self.chunk, len(request.prompt)), computed)
+            self._allocated(request, 0)
+            request.num_computed_tokens = computed
             request.status = Status.RUNNING
             self.waiting.remove(request)
             self.running.append(request)
+
+    def _matched(self, request: Request) -> tuple[int | None, bool]:
+        found = self.half.matched(request, request.local)
+        self.calls.append(["get_num_new_matched_tokens", [request.local, list(found)]])
+        if found[0]:
+            self.calls.append(["get_loaded_kv_cache_group_ids", None])
+        return found
+
+    def _allocated(self, request: Request, external: int) -> None:
+        self.half.allocated(request, request.tables, external)
+        self.calls.append(["update_state_after_alloc", [external, [len(table) for table in request.tables]]])
 
     # Blocks
 
@@ -248,10 +264,10 @@ class StandIn:
         """Blocks for ``tokens``; those that a window has left behind after ``computed`` go."""
         request.tables = request.tables or [[] for _ in self.groups.groups]
         for group, table in zip(self.groups.groups, request.tables, strict=True):
-            need = 1 if group.kind == "state" else -(-tokens // BLOCK)
+            need = 1 if group.kind == "state" else -(-tokens // self.block)
             table.extend(self.pool.take(max(0, need - len(table))))
             if group.kind == "window":
-                for i in range(max(0, computed - WINDOW + 1) // BLOCK):
+                for i in range(max(0, computed - WINDOW + 1) // self.block):
                     self._drop(table, i)
 
     def _drop(self, table: list[int], i: int) -> None:
@@ -266,7 +282,7 @@ class StandIn:
                 cache[table[-1], 0] = checksum(request.prompt[:stop])
                 continue
             for place in range(start, stop):
-                cache[table[place // BLOCK], place % BLOCK] = value(request.prompt[place], place)
+                cache[table[place // self.block], place % self.block] = value(request.prompt[place], place)
 
     def _compute(self, request: Request, computing: int) -> None:
         start = request.num_computed_tokens
@@ -284,7 +300,7 @@ class StandIn:
                 continue
             first = max(0, tokens - (WINDOW - 1)) if group.kind == "window" else 0
             for place in range(first, min(tokens, len(request.prompt))):
-                if cache[table[place // BLOCK], place % BLOCK] != value(request.prompt[place], place):
+                if cache[table[place // self.block], place % self.block] != value(request.prompt[place], place):
                     return False
         return True
 
@@ -293,6 +309,8 @@ class StandIn:
     def _finish(self, request: Request, status: Status, *, parked: bool = False) -> None:
         request.status = status
         delayed, request.answer = self.half.finished(request)
+        told = [status.name, delayed, sorted(request.answer or ())]
+        self.calls.append(["request_finished_all_groups", told])
         if not delayed and not parked:
             self._free(request)
 
