@@ -23,6 +23,14 @@ DIRECTORY = "KVBATON_LAB_CALLS"
 #: Calls that open a step.
 OPENING = ("build_connector_meta", "handle_preemptions", "bind_connector_metadata")
 
+#: Calls that come between steps, whenever a request arrives or goes on.
+BETWEEN = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "get_loaded_kv_cache_group_ids",
+    "update_state_after_alloc",
+)
+
 Record = dict[str, dict[str, list[Any]]]
 
 
@@ -42,7 +50,8 @@ def _sorted_out(calls: list[tuple[str, Any]]) -> dict[str, list[Any]]:
         opens = name in OPENING and not (steps and steps[-1] == ["handle_preemptions"])
         if opens:
             steps.append([])
-        (steps[-1] if steps else start).append(name)
+        if name not in BETWEEN:
+            (steps[-1] if steps else start).append(name)
     return {
         "start": start,
         "steps": sorted(msgspec.json.decode(step) for step in {msgspec.json.encode(_once(step)) for step in steps}),
