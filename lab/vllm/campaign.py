@@ -43,6 +43,8 @@ PLAYS: Sequence[Play] = (
         cases=(
             *TOKENS,
             cases.prefix_hits,
+            cases.through_the_router,
+            cases.endurance,
             cases.several_answers,
             cases.same_params_twice,
             cases.rejected_on_decode,
@@ -68,7 +70,7 @@ PLAYS: Sequence[Play] = (
     ),
     Play(
         name="qwen3, prefill short of blocks",
-        setting=Setting(family="qwen3", prefill_blocks=30),
+        setting=Setting(family="qwen3", prefill_blocks=34),
         cases=(cases.preempted,),
     ),
     Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),

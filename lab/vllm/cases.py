@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
+from aiohttp import web
 
+from examples.vllm_router import VllmRouter
+from kvbaton.serving.fleet import free_ports
 from lab.vllm.contract import KEPT, read
 from lab.vllm.requests import Refused, new_room, prompt
 from lab.vllm.scene import Scene
@@ -26,6 +30,10 @@ DEAD = "tcp://127.0.0.1:9"
 def check(got: Any, expected: Any, what: str) -> None:
     if got != expected:
         raise AssertionError(f"{what}: {got} instead of {expected}")
+
+
+def tokens_of(answer: dict[str, Any]) -> list[list[int]]:
+    return [choice["token_ids"] for choice in answer["choices"]]
 
 
 async def lengths_sequential(scene: Scene) -> str:
@@ -283,8 +291,8 @@ async def preempted(scene: Scene) -> str:
     """Prefill has few blocks and decodes for others, so that it preempts: every answer is equal, or fails by name."""
     sources = await scene.client.sources()
     others = [
-        asyncio.create_task(scene.client.complete(scene.prefill.url, prompt(300, 5800 + i), count=400, ignore_eos=True))
-        for i in range(6)
+        asyncio.create_task(scene.client.complete(scene.prefill.url, prompt(300, 5800 + i), count=500, ignore_eos=True))
+        for i in range(12)
     ]
     await asyncio.sleep(1.0)
     prompts = [prompt(700 + 11 * i, 5820 + i) for i in range(12)]
@@ -326,6 +334,68 @@ async def typed_failure(scene: Scene) -> str:
         raise AssertionError(f"no metric tells the reason: {rooms}")
     await scene.serves()
     return f"{'; '.join(told)}; {rooms}; empty after {seconds:.1f} s"
+
+
+async def through_the_router(scene: Scene) -> str:
+    """The example's router in front of both, streaming and not, both flows."""
+    said = []
+    for flow in ("sequential", "concurrent"):
+        app = VllmRouter(scene.prefill.url, scene.decode.url, flow).app()
+        runner = web.AppRunner(app)
+        await runner.setup()
+        (port,) = free_ports(1)
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        try:
+            url = f"http://127.0.0.1:{port}"
+            prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
+            got = await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts))
+            for tokens, answer in zip(prompts, got, strict=True):
+                check(tokens_of(answer), await scene.client.alone(tokens), f"{flow}, {len(tokens)} tokens")
+        finally:
+            await runner.cleanup()
+        said.append(f"{flow}: {len(prompts)} of {len(prompts)} equal")
+    return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
+
+
+async def endurance(scene: Scene) -> str:
+    """400 requests, 24 at a time, one in 20 given up: nothing is left, memory and threads stay."""
+    sources = await scene.client.sources()
+    chance = random.Random(7)
+    doors = asyncio.Semaphore(24)
+    workers = [server.worker() for server in scene.connected.values()]
+    given_up = 0
+
+    async def one(i: int) -> bool:
+        tokens = prompt(chance.randrange(20, 900), 7000 + i)
+        patience = chance.uniform(0.01, 0.3) if i % 20 == 0 else 120.0
+        async with doors:
+            try:
+                if i % 2:
+                    await scene.client.concurrent(tokens, sources, seconds=patience, count=2)
+                else:
+                    await scene.client.sequential(tokens, seconds=patience, count=2)
+            except TimeoutError:
+                return True
+        return False
+
+    memory, threads = [], []
+    for start in range(0, 400, 100):
+        given_up += sum(await asyncio.gather(*(one(i) for i in range(start, start + 100))))
+        await scene.empty()
+        memory.append(sum(worker.memory_info().rss for worker in workers) / 1e6)
+        threads.append([worker.num_threads() for worker in workers])
+    check(threads[-1], threads[1], "threads")
+    if memory[-1] > memory[1] * 1.03:
+        raise AssertionError(f"memory grows: {memory} MB")
+    live = {
+        name: value
+        for server in scene.connected.values()
+        for name, value in (await server.metrics(scene.session)).items()
+        if name.startswith(("vllm:kvbaton_live_rooms", "vllm:kvbaton_quarantined_rooms")) and value
+    }
+    check(live, {}, "rooms left")
+    sizes = " ".join(f"{size:.0f}" for size in memory)
+    return f"400 requests, {given_up} given up; no room left, threads {threads[-1]}, memory {sizes} MB"
 
 
 async def contract(scene: Scene) -> str:

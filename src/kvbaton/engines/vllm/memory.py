@@ -21,6 +21,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -77,11 +78,11 @@ def _spec(group: Any, layer: str) -> Any:
 
 
 def model_text(vllm_config: Any, weights: str) -> str:
-    """What ``CacheLayout.model`` says: the fields of the model's config, the cache's dtype, the attention backend; and
+    """What ``CacheLayout.model`` says: the fields of the model's config, the cache's dtype, the attention backends; and
     ``weights``, which the operator names, as vLLM does not tell weights apart."""
     model = vllm_config.model_config
     config = {name: value for name, value in model.hf_text_config.to_dict().items() if name not in _NO_NUMBERS}
-    backend = vllm_config.attention_config.backend
+    backends = sorted({backend.get_name() for backend in get_current_attn_backends(vllm_config)})
     return identity.encode(
         {
             **config,
@@ -89,7 +90,7 @@ def model_text(vllm_config: Any, weights: str) -> str:
             "dtype": str(model.dtype),
             "quantization": str(model.quantization or ""),
             "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-            "attention": str(getattr(backend, "name", backend) or ""),
+            "attention": ",".join(backends),
             "engine": "vllm",
         }
     )
