@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
+.PHONY: vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -74,6 +74,9 @@ models: setup          ## a tiny random checkpoint of every model family, in bui
 
 conformance: setup     ## every model family times every topology, against a single process (about 6 minutes)
 	$(BIN)/python -m lab conformance
+
+vllm: setup            ## the connector in real vLLM processes, in an environment of its own (about 20 minutes; `python -m lab vllm --help`)
+	$(BIN)/python -m lab vllm --json
 
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite

@@ -25,6 +25,7 @@ LAB = Program(
         "docs": ("lab.commands.docs", "write what is generated in docs/, or check that it is up to date"),
         "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),
         "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
+        "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )

@@ -30,6 +30,7 @@ LAYERS = (
     ("kvbaton.engines", "kvbaton.explain"),
     ("kvbaton.testing", "kvbaton.bench"),
     ("kvbaton",),
+    ("kvbaton.engines.vllm",),
     ("kvbaton.serving.models", "kvbaton.serving.evaluation"),
     ("kvbaton.serving.engine",),
     ("kvbaton.serving.server",),
@@ -46,8 +47,19 @@ HOMES: dict[str, tuple[str, ...]] = {
         nixl_package.PACKAGES, ()
     ),  # imported by name, whichever there is, by kvbaton.transports.nixl_package
     "zmq": ("kvbaton.control", "kvbaton.testing"),
-    "torch": ("kvbaton.serving.engine", "kvbaton.runtime.gather_torch", "lab.conformance", "lab.training"),
-    "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training"),
+    "torch": (
+        "kvbaton.serving.engine",
+        "kvbaton.runtime.gather_torch",
+        "kvbaton.engines.vllm.memory",
+        "lab.conformance",
+        "lab.training",
+    ),
+    "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training", "lab.vllm.models"),
+    "vllm": (
+        "kvbaton.engines.vllm.connector",
+        "kvbaton.engines.vllm.memory",
+        "kvbaton.engines.vllm.metrics",
+    ),
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.guard",

@@ -3,6 +3,7 @@
 - :mod:`kvbaton.layout.geometry`: regions, planes, pools, layouts: the one geometry that the plan sees
 - :mod:`kvbaton.layout.pools`: constructors for the paged kinds (K/V, latent, window, index keys, scales) and for aux
 - :mod:`kvbaton.layout.state`: constructors for slots of recurrent state
+- :mod:`kvbaton.layout.strides`: pools of tensors that an engine has made, from their strides
 - :mod:`kvbaton.layout.window`: which tokens of a sliding window move
 - :mod:`kvbaton.layout.coordinates`: where a rank stands in its group
 - :mod:`kvbaton.layout.validation`: what a layout must not contradict
@@ -38,6 +39,7 @@ from kvbaton.layout.pools import (
     swa_pool,
 )
 from kvbaton.layout.state import Shard, StateTensor, gated_delta_net, mamba2, state_pool
+from kvbaton.layout.strides import Strided, pool_of_strides
 from kvbaton.layout.window import window_range
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "Shard",
     "Staging",
     "StateTensor",
+    "Strided",
     "aux_pool",
     "gated_delta_net",
     "index_pool",
@@ -66,6 +69,7 @@ __all__ = [
     "mamba2",
     "mla_pool",
     "pool_bytes",
+    "pool_of_strides",
     "scale_pool",
     "state_pool",
     "swa_pool",

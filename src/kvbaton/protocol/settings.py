@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Self, get_args
 
 from kvbaton.errors import ConfigError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
@@ -59,6 +62,27 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not value > 0:
                 raise ConfigError(f"{field.name}={value} must be positive")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Self:
+        """Settings by name, as a configuration file or an engine's options give them.
+
+        Raises ConfigError for a name that is unknown, a value of another type, or one that must be positive.
+        """
+        known = {field.name: field for field in fields(cls) if field.name != "costs"}
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(f"{name!r} is no setting; there are: {', '.join(known)}")
+            kind = str(known[name].type)
+            if kind == "StagingPolicy":
+                fits = value in get_args(StagingPolicy)
+            else:
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                fits = number and math.isfinite(value) and (isinstance(value, int) or "float" in kind)  # type: ignore[arg-type]
+                fits = fits or (value is None and "None" in kind)
+            if not fits:
+                raise ConfigError(f"{name}={value!r} is no {kind}")
+        return cls(**values)  # type: ignore[arg-type]
 
     @property
     def silence_seconds(self) -> float:

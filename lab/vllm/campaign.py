@@ -1,0 +1,129 @@
+"""Which cases run on which scene, and a row for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from kvbaton.errors import KVBatonError
+from lab.vllm import cases
+from lab.vllm.cases import Case
+from lab.vllm.requests import Refused
+from lab.vllm.scene import Scene, Setting, opened
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    scene: str
+    case: str
+    ok: bool
+    seconds: float
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Play:
+    """One scene and its cases, in order."""
+
+    name: str
+    setting: Setting
+    cases: tuple[Case, ...]
+
+
+TOKENS = (cases.lengths_sequential, cases.lengths_concurrent, cases.many_at_once)
+
+PLAYS: Sequence[Play] = (
+    Play(
+        name="qwen3",
+        setting=Setting(family="qwen3", options={"bootstrap_timeout": 15.0}),
+        cases=(
+            *TOKENS,
+            cases.prefix_hits,
+            cases.through_the_router,
+            cases.endurance,
+            cases.several_answers,
+            cases.same_params_twice,
+            cases.rejected_on_decode,
+            cases.garbage_in_params,
+            cases.dead_address,
+            cases.other_prompt,
+            cases.decode_aborted_while_parked,
+            cases.prefill_aborted,
+            cases.nobody_decodes,
+            cases.prefill_silent,
+            cases.idle,
+            cases.metrics,
+            cases.decode_killed,
+            cases.prefill_killed,
+            cases.logprobs_of_the_prompt,
+        ),
+    ),
+    Play(name="qwen3, recorded", setting=Setting(family="qwen3", recorded=True), cases=(cases.contract,)),
+    Play(
+        name="qwen3, policy fail",
+        setting=Setting(family="qwen3", policy="fail", options={"bootstrap_timeout": 15.0}),
+        cases=(cases.typed_failure,),
+    ),
+    Play(
+        name="qwen3, prefill short of blocks",
+        setting=Setting(family="qwen3", prefill_blocks=34),
+        cases=(cases.preempted,),
+    ),
+    Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),
+    Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
+    Play(name="gpt_oss", setting=Setting(family="gpt_oss"), cases=(*TOKENS, cases.prefix_hits)),
+    Play(name="gemma3", setting=Setting(family="gemma3"), cases=(*TOKENS, cases.prefix_hits)),
+    Play(
+        name="granite_hybrid",
+        setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",)),
+        cases=TOKENS,
+    ),
+    Play(
+        name="granite_hybrid, TP 2 to 1",
+        setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(2, 1)),
+        cases=TOKENS,
+    ),
+    Play(
+        name="granite_hybrid, TP 1 to 2",
+        setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(1, 2)),
+        cases=TOKENS,
+    ),
+    Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS),
+    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(cases.lengths_from_cache,)),
+)
+
+
+async def perform(
+    plays: Sequence[Play], *, only: str, python: Path, models: Path, logs: Path, tell: Callable[[Row], None]
+) -> list[Row]:
+    """Run what ``only`` names (a part of a case's name; empty: all)."""
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        tell(row)
+
+    for play in plays:
+        chosen = [case for case in play.cases if only in case.__name__]
+        if not chosen:
+            continue
+        try:
+            async with opened(play.setting, python=python, models=models, logs=logs) as scene:
+                for case in chosen:
+                    add(await _row(play, case, scene))
+        except KVBatonError as error:
+            add(Row(scene=play.name, case="start", ok=False, seconds=0.0, said=str(error)))
+    return rows
+
+
+async def _row(play: Play, case: Case, scene: Scene) -> Row:
+    started = time.monotonic()
+    try:
+        ok, said = True, await case(scene)
+    except (AssertionError, KVBatonError, Refused, aiohttp.ClientError, TimeoutError) as error:
+        ok, said = False, f"{type(error).__name__}: {error}"
+    return Row(scene=play.name, case=case.__name__, ok=ok, seconds=time.monotonic() - started, said=said)

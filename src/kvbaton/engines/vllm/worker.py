@@ -1,0 +1,341 @@
+"""The connector's half in a worker: one manager, a sender or receiver for each request. Nothing here waits.
+
+What vLLM is told is told exactly once and never early: a room is reported when it has ended and no write can touch its
+blocks (:meth:`kvbaton.KVManager.take_finished`), and a prefill request not before the scheduler half has said that vLLM
+waits for it. One exception: with quarantine a failed receive is reported at once, and :meth:`WorkerHalf.leased` names
+it until its blocks are free.
+
+**Chunks are held back** until decode has opened the room, or the last one has come. A preemption then costs nothing as
+long as nothing was submitted: the chunks are forgotten and computed again. A room that prefill minted is not known to
+anybody before prefill's answer, so its sender, and with it the time for which finished blocks are kept, begins with the
+last chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from kvbaton.engines.port import Fence, Receiver, Sender
+from kvbaton.engines.vllm.orders import Blocks, Chunk, Drop, Orders, Receive, Results
+from kvbaton.engines.vllm.tally import Tally
+from kvbaton.errors import KVBatonError
+
+if TYPE_CHECKING:
+    from kvbaton import Finished, Span
+
+logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own name
+
+#: How long a step that computes nothing waits for news, in seconds: vLLM would step on without a pause.
+IDLE_SECONDS = 0.002
+
+
+class Manager(Protocol):
+    """What is used of :class:`kvbaton.KVManager`, opened with ``collect_finished``."""
+
+    wakeup: threading.Event
+
+    def sender(self, room: int) -> Sender: ...
+
+    def receiver(self, room: int, sources: Sequence[str]) -> Receiver: ...
+
+    def take_finished(self) -> list[Finished]: ...
+
+    @property
+    def live_rooms(self) -> int: ...
+
+    @property
+    def quarantined_rooms(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class Sending:
+    """One prefill request. ``awaited``: vLLM waits for its blocks; ``ended``: nothing reads them any more."""
+
+    request: str
+    room: int
+    held: list[Chunk] = field(default_factory=list)
+    sender: Sender | None = None
+    submitted: bool = False
+    awaited: bool = False
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Receiving:
+    """One decode request, or a room that is declined (``request`` is empty). ``told``: vLLM has heard that it failed,
+    its blocks are in quarantine."""
+
+    request: str
+    room: int
+    sources: tuple[str, ...]
+    receiver: Receiver
+    given_up: bool = False
+    told: bool = False
+
+
+class WorkerHalf:
+    """See the module.
+
+    Args:
+        manager: this rank's.
+        units: the manager's units for vLLM's blocks.
+        clear: called before blocks are granted, to clear what prefill will not write of them.
+        quarantine: report a failed receive before its blocks are free.
+    """
+
+    def __init__(
+        self,
+        manager: Manager,
+        *,
+        units: Callable[[Blocks], Span],
+        clear: Callable[[Blocks], None] = lambda _: None,
+        quarantine: bool = True,
+    ) -> None:
+        self._manager = manager
+        self._units = units
+        self._clear = clear
+        self._quarantine = quarantine
+        self._sends: dict[str, Sending] = {}
+        self._receives: dict[str, Receiving] = {}
+        self._by_room: dict[tuple[Literal["source", "target"], int], Sending | Receiving] = {}
+        self._results = Results()
+        self._leased: set[str] = set()
+        self._leases_changed = False
+        self._agreed: set[tuple[str, ...]] = set()
+        self.tally = Tally()
+
+    def preempt(self, orders: Orders) -> None:
+        """Before vLLM computes into the blocks of these requests. What was submitted is given up: writes that still
+        read the blocks end a room that has failed, whatever they carry."""
+        for request in orders.preempted:
+            send = self._sends.get(request)
+            if send is None or send.ended:
+                continue
+            send.held.clear()
+            if send.submitted and send.sender is not None:
+                send.sender.abort("the prefill request was preempted")
+
+    def begin(self, orders: Orders) -> None:
+        """Before the forward pass."""
+        for request, reason in orders.refuse:
+            logger.error("request %s receives nothing: %s", request, reason)
+            self._failed(request, "refused")
+        for receive in orders.receive:
+            self._receive(receive)
+        for request in orders.give_up:
+            record = self._receives.get(request)
+            if record is not None:
+                record.given_up = True
+                record.receiver.abort("the decode request was aborted")
+        for drop in orders.drop:
+            self._drop(drop)
+
+    @property
+    def holding(self) -> bool:
+        """Whether chunks of former steps are held back."""
+        return any(send.held for send in self._sends.values())
+
+    def end(self, orders: Orders, fence: Fence | None) -> None:
+        """After the forward pass; ``fence`` is ready once what it computed is in memory, and may be left out where
+        there is nothing to submit."""
+        for chunk in orders.chunks:
+            self._hold(chunk)
+        for request in orders.report:
+            self._await(request)
+        if fence is not None:
+            for send in [send for send in self._sends.values() if send.held]:
+                self._submit(send, fence)
+
+    def _receive(self, order: Receive) -> None:
+        try:
+            receiver = self._manager.receiver(order.room, order.sources)
+        except KVBatonError as error:
+            if order.request:
+                logger.error("request %s, room %d: %s", order.request, order.room, error)
+                self._failed(order.request, error.code)
+            return
+        record = Receiving(order.request, order.room, order.sources, receiver)
+        self._by_room["target", order.room] = record
+        if order.request:
+            self._receives[order.request] = record
+        try:
+            for blocks in order.blocks:
+                self._clear(blocks)
+            receiver.publish([self._units(blocks) for blocks in order.blocks], token_count=order.tokens)
+        except KVBatonError as error:
+            receiver.fail(error)
+
+    def _failed(self, request: str, code: str) -> None:
+        """A request of which no room was opened here."""
+        self._results.received.add(request)
+        self._results.failed.add(request)
+        self.tally.received(code, handoff_seconds=0, exposed_seconds=0, size=0)
+
+    def _hold(self, chunk: Chunk) -> None:
+        send = self._sends.get(chunk.request)
+        if send is None:
+            send = self._sends[chunk.request] = Sending(chunk.request, chunk.room)
+            self._by_room["source", chunk.room] = send
+        if not send.ended and not (send.sender is not None and send.sender.error is not None):
+            send.held.append(chunk)
+
+    def _submit(self, send: Sending, fence: Fence) -> None:
+        last = send.held[-1].last
+        if send.sender is None and (last or send.held[-1].early):
+            self._open(send)
+        if send.sender is None or send.ended or not (last or _opened(send.sender)):
+            return
+        try:
+            for chunk in send.held:
+                send.submitted = True
+                send.sender.submit([self._units(blocks) for blocks in chunk.blocks], last=chunk.last, ready=fence)
+        except KVBatonError as error:
+            send.sender.fail(error)
+        send.held.clear()
+
+    def _open(self, send: Sending) -> None:
+        try:
+            send.sender = self._manager.sender(send.room)
+        except KVBatonError as error:
+            logger.error("request %s, room %d is not handed over: %s", send.request, send.room, error)
+            self.tally.sent(error.code)
+            self._sent(send)
+
+    def _await(self, request: str) -> None:
+        send = self._sends.get(request)
+        if send is None:  # vLLM computed nothing of it here
+            self._results.sent.add(request)
+            return
+        send.awaited = True
+        if send.ended:
+            self._sent(send)
+
+    def _drop(self, drop: Drop) -> None:
+        send = self._sends.get(drop.request)
+        if send is None:
+            if not drop.early:
+                return
+            send = self._sends[drop.request] = Sending(drop.request, drop.room)
+            self._by_room["source", drop.room] = send
+        send.held.clear()
+        if drop.early and send.sender is None and not send.ended:
+            self._open(send)  # whoever opens the room is told at once
+        send.awaited = drop.report
+        if send.sender is not None and not send.ended:
+            send.sender.abort(drop.reason)
+        else:
+            self._sent(send)
+        if not drop.report:
+            self._sends.pop(drop.request, None)
+
+    def _sent(self, send: Sending) -> None:
+        """Nothing reads the blocks any more; vLLM hears it if it waits for it, now or when it does."""
+        send.ended = True
+        send.held.clear()
+        self._by_room.pop(("source", send.room), None)
+        if send.awaited:
+            self._results.sent.add(send.request)
+            self._sends.pop(send.request, None)
+
+    def results(self, *, idle: bool = False) -> Results:
+        """What vLLM has to hear now."""
+        if idle and not self._any_news():
+            self._manager.wakeup.wait(IDLE_SECONDS)
+        self._manager.wakeup.clear()
+        for finished in self._manager.take_finished():
+            record = self._by_room.pop((finished.role, finished.room), None)
+            if isinstance(record, Sending):
+                self._tell_sent(record, finished.error)
+            elif record is not None:
+                self._tell_received(record, finished.error)
+        if self._quarantine:
+            self._fail_early()
+        results, self._results = self._results, Results()
+        return results
+
+    def _any_news(self) -> bool:
+        results = self._results
+        return bool(results.sent or results.received or self._manager.wakeup.is_set())
+
+    def _tell_sent(self, send: Sending, error: KVBatonError | None) -> None:
+        self.tally.sent(error.code if error is not None else "success")
+        if error is not None:
+            logger.warning("request %s was not handed over: %s", send.request, error)
+        self._sent(send)
+
+    def _tell_received(self, record: Receiving, error: KVBatonError | None) -> None:
+        receiver = record.receiver
+        if not record.request:
+            logger.debug("room %d was declined: %s", record.room, error or "its prefill has freed it")
+            return
+        self._receives.pop(record.request, None)
+        if record.told:
+            logger.warning("request %s: no write can touch its blocks any more", record.request)
+            self._leased.discard(record.request)
+            self._leases_changed = True
+            return
+        self.tally.received(
+            error.code if error is not None else "success",
+            handoff_seconds=receiver.handoff_seconds,
+            exposed_seconds=receiver.exposed_seconds,
+            size=receiver.bytes,
+        )
+        self._results.received.add(record.request)
+        if error is not None:
+            logger.log(logging.INFO if record.given_up else logging.ERROR, "request %s: %s", record.request, error)
+            self._results.failed.add(record.request)
+        elif record.sources not in self._agreed:
+            self._agreed.add(record.sources)
+            logger.info("receives from %s", ", ".join(record.sources))
+
+    def _fail_early(self) -> None:
+        for record in self._receives.values():
+            receiver = record.receiver
+            if record.told or record.given_up or receiver.error is None or receiver.released:
+                continue
+            record.told = True
+            self._leased.add(record.request)
+            self._leases_changed = True
+            self._failed(record.request, receiver.error.code)
+            logger.error("request %s: %s; its blocks are kept aside", record.request, receiver.error)
+
+    def leased(self) -> frozenset[str] | None:
+        """Requests that were reported as failed while a write may still touch their blocks; None: nothing new."""
+        if not self._leases_changed and not self._leased:
+            return None
+        self._leases_changed = False
+        return frozenset(self._leased)
+
+    def gauges(self) -> dict[str, int]:
+        return {"live_rooms": self._manager.live_rooms, "quarantined_rooms": self._manager.quarantined_rooms}
+
+
+def _opened(sender: Sender) -> bool:
+    from kvbaton import KVPoll
+
+    return sender.poll() in (KVPoll.WaitingForInput, KVPoll.Transferring)
+
+
+def unit_maker(pages: Iterable[tuple[str, int, int]]) -> Callable[[Blocks], Span]:
+    """Turns vLLM's blocks into the layout's units. ``pages``: (pool, tokens of a block, tokens of a unit); a block of
+    B tokens may be B/N units of N tokens, neighbours in memory."""
+    from kvbaton import Span
+
+    sizes = {pool: (block, unit) for pool, block, unit in pages}
+
+    def units(blocks: Blocks) -> Span:
+        block, unit = sizes.get(blocks.pool, (1, 1))
+        if block == unit or blocks.stop == 0:
+            return Span(blocks.pool, blocks.start, blocks.stop, blocks.ids)
+        each, first = block // unit, blocks.start // block
+        found = (
+            blocks.ids[page // each - first] * each + page % each
+            for page in range(blocks.start // unit, -(-blocks.stop // unit))
+        )
+        return Span(blocks.pool, blocks.start, blocks.stop, tuple(found))
+
+    return units
