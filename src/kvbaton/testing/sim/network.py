@@ -119,9 +119,11 @@ class SimNetwork:
         """Whether nothing at an address answers any more, not even with a refusal."""
         return address in self._holes and address not in self._listeners
 
-    def end_faults(self) -> None:
-        """Nothing happens to messages any more."""
+    def end_faults(self) -> bool:
+        """Nothing happens to messages any more. Whether something has, until now, to those that sessions are made of."""
+        kept_apart = any(fault.message in ("hello", "verdict") for fault in self._message_faults)
         self._message_faults.clear()
+        return kept_apart
 
     def dialled(self, end: End) -> None:
         self.clockwork.after(LATENCY_SECONDS[1], lambda: self._connect(end))

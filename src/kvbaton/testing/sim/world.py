@@ -294,8 +294,10 @@ class SimWorld:
         """One more request for each two groups whose ranks all live, when nothing is disturbed any more."""
         self._healed = True
         self.clockwork.end_triggers()
-        self.network.end_faults()
+        kept_apart = self.network.end_faults()
         self.fabric.end_faults()
+        if kept_apart:
+            self._rest()
         for number, (source, target, back) in enumerate(self._able()):
             request = SimRequest(
                 number=1_000 + number, room=10_000 + number, source=source, target=target, back=back, chunks=(3,)
