@@ -120,7 +120,7 @@ class SimNetwork:
         return address in self._holes and address not in self._listeners
 
     def end_faults(self) -> bool:
-        """Nothing happens to messages any more. Whether something has, until now, to those that sessions are made of."""
+        """Nothing happens to messages any more. Whether something has, to the end, to those that make sessions."""
         kept_apart = any(fault.message in ("hello", "verdict") for fault in self._message_faults)
         self._message_faults.clear()
         return kept_apart
