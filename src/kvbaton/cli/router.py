@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", choices=("round_robin",), default="round_robin", help="how a server of each role is chosen"
     )
+    parser.add_argument(
+        "--engine",
+        choices=("kvbaton", "vllm"),
+        default="kvbaton",
+        help="what the servers are: kvbaton's, or vLLM's with kvbaton.engines.vllm.KVBatonConnector",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
     add_allowed_host(parser)
@@ -36,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--health-check-interval-secs", type=seconds, default=1.0, help="seconds between health checks of a server"
     )
-    parser.add_argument("--health-check-endpoint", default="/ready", help="route of a health check")
+    parser.add_argument(
+        "--health-check-endpoint", default="", help="route of a health check; /ready if left out, of vLLM's /health"
+    )
     parser.add_argument(
         "--max-concurrent-requests",
         type=positive,
@@ -75,7 +83,7 @@ async def _route(options: argparse.Namespace) -> None:
     from kvbaton.serving.server.router import Router, RouterConfig
     from kvbaton.serving.server.workers import parse_worker
 
-    if not options.health_check_endpoint.startswith("/"):
+    if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
     prefill = [parse_worker("prefill", values) for values in options.prefill or ()]
     decode = [parse_worker("decode", values) for values in options.decode or ()]

@@ -120,7 +120,7 @@ class PrefillDecodeCall:
     async def answer(self) -> aiohttp.ClientResponse:
         """Send both; decode's answer, status 200, its body still to be read. Raises CallFailed, from either leg."""
         self._prefill = asyncio.create_task(self._run_prefill())
-        self._decode = asyncio.create_task(self._open(self._pair.decode, self._body({})))
+        self._decode = asyncio.create_task(self._open(self._pair.decode, self._decode_body()))
         waiting: set[asyncio.Task[None] | asyncio.Task[aiohttp.ClientResponse]] = {self._prefill, self._decode}
         while not self._decode.done():
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -153,14 +153,22 @@ class PrefillDecodeCall:
         return decode is not None and decode.done() and not decode.cancelled() and decode.exception() is None
 
     async def _run_prefill(self) -> None:
-        body = self._body({"stream": False, "stream_options": None})
-        response = await self._open(self._pair.prefill, body)
+        response = await self._open(self._pair.prefill, self._prefill_body())
         async with response:
             try:
-                async for _ in response.content.iter_any():  # nobody needs it, and it may be long
-                    pass
+                await self._read_prefill(response)
             except (aiohttp.ClientError, OSError) as error:
                 raise _unreachable(self._pair.prefill, error, self._pair.room) from None
+
+    async def _read_prefill(self, response: aiohttp.ClientResponse) -> None:
+        async for _ in response.content.iter_any():  # nobody needs it, and it may be long
+            pass
+
+    def _prefill_body(self) -> bytes:
+        return self._body({"stream": False, "stream_options": None})
+
+    def _decode_body(self) -> bytes:
+        return self._body({})
 
     def _body(self, overrides: Mapping[str, object]) -> bytes:
         pair = self._pair
@@ -189,6 +197,19 @@ class PrefillDecodeCall:
         raise _refused(worker, response.status, payload)
 
 
+class _ToldDetail(msgspec.Struct):
+    """An error as some server tells it: the codes of ours are words, those of vLLM numbers."""
+
+    message: str
+    type: str = "http_error"
+    code: str | int | None = "http"
+    param: str | None = None
+
+
+class _Told(msgspec.Struct):
+    error: _ToldDetail
+
+
 def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
     message = f"the server cannot be reached or went away ({cause_of(error)}); send the request again [room {room}]"
     detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
@@ -197,7 +218,8 @@ def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
 
 def _refused(worker: Worker, status: int, payload: bytes) -> CallFailed:
     try:
-        detail = msgspec.json.decode(payload, type=ErrorBody).error
+        told = msgspec.json.decode(payload, type=_Told).error
+        detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
     if (

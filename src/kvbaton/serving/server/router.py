@@ -18,6 +18,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import aiohttp
 import msgspec
@@ -27,6 +28,7 @@ from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.discovery.guard import guard
 from kvbaton.discovery.names import ServerNames
+from kvbaton.engines.vllm import params
 from kvbaton.errors import AbortedError, ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
@@ -46,6 +48,7 @@ from kvbaton.serving.server.openai import (
     parse,
 )
 from kvbaton.serving.server.operators import is_operator, key_of_client
+from kvbaton.serving.server.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
@@ -59,20 +62,31 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 ASK_TIMEOUT_SECONDS = 3.0
 
 
+#: What the workers are: our servers, or vLLM's with our connector.
+Engine = Literal["kvbaton", "vllm"]
+#: The route by which each says that it takes requests.
+HEALTH_ROUTES: dict[Engine, str] = {"kvbaton": "/ready", "vllm": "/health"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """Settings of one router; ``workers`` as :func:`kvbaton.serving.server.workers.parse_worker` makes them."""
 
     workers: tuple[Worker, ...]
+    engine: Engine = "kvbaton"
     request_timeout_secs: float = 1800.0
     health_check_interval_secs: float = 1.0
-    health_check_endpoint: str = "/ready"
+    health_check_endpoint: str = ""
     max_concurrent_requests: int = 1024
     secret: str | None = field(default=None, repr=False)
     names: ServerNames = field(default_factory=ServerNames)
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
+
+    @property
+    def health_route(self) -> str:
+        return self.health_check_endpoint or HEALTH_ROUTES[self.engine]
 
 
 class Router:
@@ -89,9 +103,11 @@ class Router:
         )
         self._story_headers = bearer(config.secret, "story")
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
-        self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_check_endpoint)
+        self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_route)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
+        self._known = KnownSources()
+        self._mint = params.mint_room if config.engine == "vllm" else mint_room
         self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
@@ -153,7 +169,7 @@ class Router:
     async def _attempts(
         self, http: web.Request, fields: dict[str, msgspec.Raw], limit: TimeLimit, timer: RequestTimer
     ) -> web.StreamResponse:
-        pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), mint_room())
+        pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), self._mint())
         try:
             return await self._attempt(http, fields, pair, limit, timer)
         except CallFailed as failure:
@@ -170,8 +186,8 @@ class Router:
         self.workers.take_out(failure.worker, failure.detail.message)
         with contextlib.suppress(PeerLostError):
             if failure.worker is pair.prefill:
-                return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, mint_room())
-            return Pair(pair.prefill, self.workers.next("decode", without=pair.decode), mint_room())
+                return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, self._mint())
+            return Pair(pair.prefill, self.workers.next("decode", without=pair.decode), self._mint())
         return None
 
     async def _attempt(
@@ -182,7 +198,7 @@ class Router:
         try:
             async with (
                 limit.attempt(),
-                PrefillDecodeCall(self._session, http.path, fields, pair, self._headers) as call,
+                self._call(http.path, fields, pair) as call,
             ):
                 answer = await call.answer()
                 headers = {"Content-Type": answer.headers.get("Content-Type", ""), "X-KVBaton-Room": str(pair.room)}
@@ -206,6 +222,11 @@ class Router:
             await out.write(event(body_of(error)))
             await out.write_eof()
             return out
+
+    def _call(self, path: str, fields: dict[str, msgspec.Raw], pair: Pair) -> PrefillDecodeCall:
+        if self._config.engine == "vllm":
+            return VllmCall(self._session, path, fields, pair, self._headers, known=self._known)
+        return PrefillDecodeCall(self._session, path, fields, pair, self._headers)
 
     def _ended(self, pair: Pair, limit: TimeLimit) -> KVBatonError:
         """Why an attempt got no further."""
