@@ -14,11 +14,11 @@ last chunk.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from kvbaton.engines import port
 from kvbaton.engines.port import Fence, Receiver, Sender
 from kvbaton.engines.vllm.orders import Blocks, Chunk, Drop, Orders, Receive, Results
 from kvbaton.engines.vllm.tally import Tally
@@ -33,22 +33,19 @@ logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own 
 IDLE_SECONDS = 0.002
 
 
-class Manager(Protocol):
+class Manager(port.Manager, Protocol):
     """What is used of :class:`kvbaton.KVManager`, opened with ``collect_finished``."""
 
-    wakeup: threading.Event
-
-    def sender(self, room: int) -> Sender: ...
-
-    def receiver(self, room: int, sources: Sequence[str]) -> Receiver: ...
-
-    def take_finished(self) -> list[Finished]: ...
+    def take_finished(self) -> list[Finished]:
+        """Rooms that ended and whose units are free, each once."""
 
     @property
-    def live_rooms(self) -> int: ...
+    def live_rooms(self) -> int:
+        """Rooms that have not ended, or whose units are still leased."""
 
     @property
-    def quarantined_rooms(self) -> int: ...
+    def quarantined_rooms(self) -> int:
+        """Of those, the ones that have failed."""
 
 
 @dataclass(slots=True, eq=False)
