@@ -31,8 +31,17 @@ async def lengths_concurrent(scene: Scene) -> str:
 
 async def many_at_once(scene: Scene) -> str:
     """24 sequential and 24 concurrent ones together."""
+    return await _at_once(scene, 48)
+
+
+async def some_at_once(scene: Scene) -> str:
+    """12 together: where ranks share two cores, more take minutes."""
+    return await _at_once(scene, 12)
+
+
+async def _at_once(scene: Scene, count: int) -> str:
     sources = await scene.client.sources()
-    prompts = [prompt(60 + 41 * i, 2000 + i) for i in range(48)]
+    prompts = [prompt(60 + 41 * i, 2000 + i) for i in range(count)]
     calls = [
         scene.client.sequential(tokens) if i % 2 else scene.client.concurrent(tokens, sources)
         for i, tokens in enumerate(prompts)

@@ -307,6 +307,11 @@ class WorkerHalf:
         self._leases_changed = False
         return frozenset(self._leased)
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request of vLLM is remembered here."""
+        return bool(self._sends or self._receives or self._leased)
+
     def gauges(self) -> dict[str, int]:
         return {"live_rooms": self._manager.live_rooms, "quarantined_rooms": self._manager.quarantined_rooms}
 
