@@ -13,6 +13,7 @@ last chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -63,15 +64,17 @@ class Sending:
 
 @dataclass(slots=True, eq=False)
 class Receiving:
-    """One decode request, or a room that is declined (``request`` is empty). ``told``: vLLM has heard that it failed,
-    its blocks are in quarantine."""
+    """One decode request, or a room that is declined (its ``request`` is empty). ``told``: vLLM has heard that it
+    failed, its blocks are in quarantine."""
 
-    request: str
-    room: int
-    sources: tuple[str, ...]
+    order: Receive
     receiver: Receiver
     given_up: bool = False
     told: bool = False
+
+    @property
+    def request(self) -> str:
+        return self.order.request
 
 
 class WorkerHalf:
@@ -155,7 +158,7 @@ class WorkerHalf:
                 logger.error("request %s, room %d: %s", order.request, order.room, error)
                 self._failed(order.request, error.code)
             return
-        record = Receiving(order.request, order.room, order.sources, receiver)
+        record = Receiving(order, receiver)
         self._by_room["target", order.room] = record
         if order.request:
             self._receives[order.request] = record
@@ -267,7 +270,7 @@ class WorkerHalf:
     def _tell_received(self, record: Receiving, error: KVBatonError | None) -> None:
         receiver = record.receiver
         if not record.request:
-            logger.debug("room %d was declined: %s", record.room, error or "its prefill has freed it")
+            logger.debug("room %d was declined: %s", record.order.room, error or "its prefill has freed it")
             return
         self._receives.pop(record.request, None)
         if record.told:
@@ -285,9 +288,11 @@ class WorkerHalf:
         if error is not None:
             logger.log(logging.INFO if record.given_up else logging.ERROR, "request %s: %s", record.request, error)
             self._results.failed.add(record.request)
-        elif record.sources not in self._agreed:
-            self._agreed.add(record.sources)
-            logger.info("receives from %s", ", ".join(record.sources))
+            if record.given_up:  # if there was no session yet, prefill has not heard of it
+                self._receive(dataclasses.replace(record.order, request="", blocks=()))
+        elif record.order.sources not in self._agreed:
+            self._agreed.add(record.order.sources)
+            logger.info("receives from %s", ", ".join(record.order.sources))
 
     def _fail_early(self) -> None:
         for record in self._receives.values():
