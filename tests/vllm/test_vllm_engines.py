@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from stand_in import BLOCK, DENSE, HYBRID, Request, StandIn, Status, run
+from stand_in import BLOCK, DENSE, HASTY, HYBRID, Request, StandIn, Status, run
 
 from kvbaton.engines.vllm.groups import CacheGroups
 
@@ -26,6 +26,7 @@ def pair(groups: CacheGroups) -> Iterator[tuple[StandIn, StandIn]]:
     yield engines
     for engine in engines:
         engine.close()
+    assert not any(engine.worker.busy for engine in engines)
     assert [engine.in_use for engine in engines] == [0, 0]
 
 
@@ -156,7 +157,7 @@ def test_rejected_before_it_was_scheduled_lets_prefill_go(pair: tuple[StandIn, S
     first = prefill.add(Request("p", prompt(30), asks_prefill()))
     run(prefill, until=lambda: first.answer is not None)
     decode.abort(decode.add(Request("d", [0], first.answer)))
-    run(prefill, decode, seconds=1.5)  # long before anybody's deadline
+    run(prefill, decode)  # before anybody's deadline
 
 
 def test_prefill_aborted_between_chunks(pair: tuple[StandIn, StandIn]) -> None:
@@ -176,7 +177,7 @@ def test_prefill_aborted_before_it_began(pair: tuple[StandIn, StandIn]) -> None:
     request = decode.add(Request("d", prompt(40), asks_decode(11, prefill)))
     run(decode, until=lambda: request.status is Status.WAITING_FOR_REMOTE_KVS)
     prefill.abort(prefill.add(Request("p", prompt(40), asks_prefill(11))))
-    run(prefill, decode, seconds=1.5)
+    run(prefill, decode)
     assert request.failed
 
 
@@ -201,13 +202,29 @@ def test_preemption(pair: tuple[StandIn, StandIn], early: bool) -> None:
     assert request.correct is not False
 
 
-def test_nobody_decodes(pair: tuple[StandIn, StandIn]) -> None:
-    prefill, decode = pair
+def test_aborted_after_a_preemption(pair: tuple[StandIn, StandIn]) -> None:
+    prefill, _ = pair
+    first = prefill.add(Request("p", prompt(40), asks_prefill()))
+    prefill.step()
+    prefill.preempt_next.append(first)
+    prefill._preempt()
+    prefill.half.step({}, ["p"], lambda _: None)
+    prefill.abort(first)
+    run(prefill)
+    assert not prefill.worker.busy
+
+
+def test_nobody_decodes(groups: CacheGroups) -> None:
+    prefill = StandIn(groups, produces=True, consumes=False, settings=HASTY)
+    decode = StandIn(groups, produces=False, consumes=True)
     first = prefill.add(Request("p", prompt(30), asks_prefill()))
-    run(prefill, seconds=8)
+    run(prefill)
+    assert prefill.in_use == 0
     request = decode.add(Request("d", prompt(30), first.answer))
     run(prefill, decode)
     assert request.failed
+    prefill.close()
+    decode.close()
 
 
 def test_policy_fail_ends_the_request(groups: CacheGroups) -> None:

@@ -49,12 +49,14 @@ class Request(Protocol):
 
 @dataclass(slots=True)
 class Prefill:
-    """``sent``: tokens in chunks that have left; ``early``: the router minted the room."""
+    """``sent``: tokens in chunks that have left; ``begun``: some have, be they forgotten since; ``early``: the router
+    minted the room."""
 
     room: int
     tokens: int
     early: bool
     sent: int = 0
+    begun: bool = False
 
     @property
     def complete(self) -> bool:
@@ -247,7 +249,7 @@ class SchedulerHalf:
             logger.error("request %s was scheduled, but vLLM names no blocks of it", request_id)
             return
         blocks = self._groups.chunk(prefill.sent, stop, last=last, tables=rows)
-        prefill.sent = stop
+        prefill.sent, prefill.begun = stop, True
         self._orders.chunks.append(
             Chunk(request=request_id, room=prefill.room, last=last, early=prefill.early, blocks=blocks)
         )
@@ -273,13 +275,12 @@ class SchedulerHalf:
                 request_id=request_id,
                 tp_size=self._tp_size,
             )
-        begun = prefill.sent > 0
-        if begun or prefill.early:
+        if prefill.begun or prefill.early:
             reason = f"the prefill request ended as {request.status.name}"
             self._orders.drop.append(
-                Drop(request=request_id, room=prefill.room, reason=reason, report=begun, early=prefill.early)
+                Drop(request=request_id, room=prefill.room, reason=reason, report=prefill.begun, early=prefill.early)
             )
-        return begun, None
+        return prefill.begun, None
 
     def _finished_decode(self, request: Request, decode: Decode) -> None:
         if decode.parked:

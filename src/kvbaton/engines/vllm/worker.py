@@ -13,12 +13,13 @@ last chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from kvbaton.engines import port
 from kvbaton.engines.port import Fence, Receiver, Sender
 from kvbaton.engines.vllm.orders import Blocks, Chunk, Drop, Orders, Receive, Results
 from kvbaton.engines.vllm.tally import Tally
@@ -33,22 +34,19 @@ logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own 
 IDLE_SECONDS = 0.002
 
 
-class Manager(Protocol):
+class Manager(port.Manager, Protocol):
     """What is used of :class:`kvbaton.KVManager`, opened with ``collect_finished``."""
 
-    wakeup: threading.Event
-
-    def sender(self, room: int) -> Sender: ...
-
-    def receiver(self, room: int, sources: Sequence[str]) -> Receiver: ...
-
-    def take_finished(self) -> list[Finished]: ...
+    def take_finished(self) -> list[Finished]:
+        """Rooms that ended and whose units are free, each once."""
 
     @property
-    def live_rooms(self) -> int: ...
+    def live_rooms(self) -> int:
+        """Rooms that have not ended, or whose units are still leased."""
 
     @property
-    def quarantined_rooms(self) -> int: ...
+    def quarantined_rooms(self) -> int:
+        """Of those, the ones that have failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,15 +64,17 @@ class Sending:
 
 @dataclass(slots=True, eq=False)
 class Receiving:
-    """One decode request, or a room that is declined (``request`` is empty). ``told``: vLLM has heard that it failed,
-    its blocks are in quarantine."""
+    """One decode request, or a room that is declined (its ``request`` is empty). ``told``: vLLM has heard that it
+    failed, its blocks are in quarantine."""
 
-    request: str
-    room: int
-    sources: tuple[str, ...]
+    order: Receive
     receiver: Receiver
     given_up: bool = False
     told: bool = False
+
+    @property
+    def request(self) -> str:
+        return self.order.request
 
 
 class WorkerHalf:
@@ -158,7 +158,7 @@ class WorkerHalf:
                 logger.error("request %s, room %d: %s", order.request, order.room, error)
                 self._failed(order.request, error.code)
             return
-        record = Receiving(order.request, order.room, order.sources, receiver)
+        record = Receiving(order, receiver)
         self._by_room["target", order.room] = record
         if order.request:
             self._receives[order.request] = record
@@ -270,7 +270,7 @@ class WorkerHalf:
     def _tell_received(self, record: Receiving, error: KVBatonError | None) -> None:
         receiver = record.receiver
         if not record.request:
-            logger.debug("room %d was declined: %s", record.room, error or "its prefill has freed it")
+            logger.debug("room %d was declined: %s", record.order.room, error or "its prefill has freed it")
             return
         self._receives.pop(record.request, None)
         if record.told:
@@ -288,9 +288,11 @@ class WorkerHalf:
         if error is not None:
             logger.log(logging.INFO if record.given_up else logging.ERROR, "request %s: %s", record.request, error)
             self._results.failed.add(record.request)
-        elif record.sources not in self._agreed:
-            self._agreed.add(record.sources)
-            logger.info("receives from %s", ", ".join(record.sources))
+            if record.given_up:  # if there was no session yet, prefill has not heard of it
+                self._receive(dataclasses.replace(record.order, request="", blocks=()))
+        elif record.order.sources not in self._agreed:
+            self._agreed.add(record.order.sources)
+            logger.info("receives from %s", ", ".join(record.order.sources))
 
     def _fail_early(self) -> None:
         for record in self._receives.values():
@@ -309,6 +311,11 @@ class WorkerHalf:
             return None
         self._leases_changed = False
         return frozenset(self._leased)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request of vLLM is remembered here."""
+        return bool(self._sends or self._receives or self._leased)
 
     def gauges(self) -> dict[str, int]:
         return {"live_rooms": self._manager.live_rooms, "quarantined_rooms": self._manager.quarantined_rooms}

@@ -1,0 +1,116 @@
+"""Cases of a running pair as a whole: behind a router, for long, idle, its metrics, the calls that vLLM makes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import msgspec
+from aiohttp import web
+
+from examples.vllm_router import VllmRouter
+from kvbaton.serving.fleet import free_ports
+from lab.vllm.cases import check, tokens_of
+from lab.vllm.contract import KEPT, read
+from lab.vllm.failures import DEAD
+from lab.vllm.requests import prompt
+from lab.vllm.scene import Scene
+
+
+async def through_the_router(scene: Scene) -> str:
+    """The example's router in front of both, streaming and not, both flows."""
+    said = []
+    for flow in ("sequential", "concurrent"):
+        app = VllmRouter(scene.prefill.url, scene.decode.url, flow).app()
+        runner = web.AppRunner(app)
+        await runner.setup()
+        (port,) = free_ports(1)
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        try:
+            url = f"http://127.0.0.1:{port}"
+            prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
+            got = await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts))
+            for tokens, answer in zip(prompts, got, strict=True):
+                check(tokens_of(answer), await scene.client.alone(tokens), f"{flow}, {len(tokens)} tokens")
+        finally:
+            await runner.cleanup()
+        said.append(f"{flow}: {len(prompts)} of {len(prompts)} equal")
+    return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
+
+
+async def endurance(scene: Scene) -> str:
+    """400 requests, 24 at a time, one in 20 given up: nothing is left, memory and threads stay."""
+    sources = await scene.client.sources()
+    chance = random.Random(7)
+    doors = asyncio.Semaphore(24)
+    workers = [server.worker() for server in scene.connected.values()]
+    given_up = 0
+
+    async def one(i: int) -> bool:
+        tokens = prompt(chance.randrange(20, 900), 7000 + i)
+        patience = chance.uniform(0.01, 0.3) if i % 20 == 0 else 120.0
+        async with doors:
+            try:
+                if i % 2:
+                    await scene.client.concurrent(tokens, sources, seconds=patience, count=2)
+                else:
+                    await scene.client.sequential(tokens, seconds=patience, count=2)
+            except TimeoutError:
+                return True
+        return False
+
+    memory, threads = [], []
+    for start in range(0, 400, 100):
+        given_up += sum(await asyncio.gather(*(one(i) for i in range(start, start + 100))))
+        await scene.empty()
+        memory.append(sum(worker.memory_info().rss for worker in workers) / 1e6)
+        threads.append([worker.num_threads() for worker in workers])
+    check(threads[-1], threads[1], "threads")
+    if memory[-1] > memory[1] * 1.03:
+        raise AssertionError(f"memory grows: {memory} MB")
+    live = {
+        name: value
+        for server in scene.connected.values()
+        for name, value in (await server.metrics(scene.session)).items()
+        if name.startswith(("vllm:kvbaton_live_rooms", "vllm:kvbaton_quarantined_rooms")) and value
+    }
+    check(live, {}, "rooms left")
+    sizes = " ".join(f"{size:.0f}" for size in memory)
+    return f"400 requests, {given_up} given up; no room left, threads {threads[-1]}, memory {sizes} MB"
+
+
+async def contract(scene: Scene) -> str:
+    """One hand-off and one failure, alone: vLLM calls the connector as it did when the record was kept."""
+    tokens = prompt(700, 6000)
+    params = await scene.client.to_prefill(tokens)
+    await scene.client.complete(scene.decode.url, tokens, count=1, params=params)
+    dead = {"do_remote_prefill": True, "kvbaton_room": "5", "kvbaton_sources": [DEAD]}
+    await scene.client.complete(scene.decode.url, prompt(300, 6001), count=1, params=dead)
+    await scene.empty()
+    found = {name: read(server.log.parent / f"calls-{name}") for name, server in scene.connected.items()}
+    written = scene.prefill.log.parent / KEPT.name
+    written.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    kept = msgspec.json.decode(KEPT.read_bytes()) if KEPT.is_file() else {}
+    if kept != found:
+        raise AssertionError(f"vLLM calls otherwise than {KEPT.name} says: compare it with {written}")
+    return f"{sum(len(half['life']) for side in found.values() for half in side.values())} calls as kept"
+
+
+async def idle(scene: Scene) -> str:
+    """CPU time of the workers when nothing happens, in parts of a core."""
+    workers = [server.worker() for server in (scene.prefill, scene.decode)]
+    await asyncio.sleep(2.0)
+    before = [sum(worker.cpu_times()[:2]) for worker in workers]
+    await asyncio.sleep(10.0)
+    used = [(sum(worker.cpu_times()[:2]) - was) / 10.0 for worker, was in zip(workers, before, strict=True)]
+    if max(used) > 0.05:
+        raise AssertionError(f"{used} of a core")
+    return " and ".join(f"{part:.1%}" for part in used) + " of a core"
+
+
+async def metrics(scene: Scene) -> str:
+    rooms = await scene.rooms(scene.decode)
+    values = await scene.decode.metrics(scene.session)
+    size = sum(value for name, value in values.items() if name.startswith("vllm:kvbaton_received_bytes_sum"))
+    check(bool(rooms.get("received success")) and size > 0, True, f"{rooms}, {size} bytes")
+    return f"{rooms}; {size:,.0f} bytes"
