@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from stand_in import BLOCK, DENSE, FULL, HYBRID, STATE, SWA, Pool
 
+from kvbaton import Finished
 from kvbaton.engines.vllm import tally, versions
 from kvbaton.engines.vllm.groups import CacheGroups
 from kvbaton.engines.vllm.options import Options
@@ -42,9 +43,9 @@ def test_what_proxies_send_with_nulls_is_understood() -> None:
 
 
 def test_an_answer_goes_to_decode_as_it_is() -> None:
-    leg = decode_leg(answer(7, [ADDRESS], tokens=50, group="g", request_id="r", tp_size=1))
+    leg = decode_leg(answer(7, [ADDRESS], group="g", request_id="r", tp_size=1))
     assert leg is not None
-    assert (leg.room, leg.sources, leg.tokens) == (7, (ADDRESS,), 50)
+    assert (leg.room, leg.sources, leg.begun) == (7, (ADDRESS,), True)
 
 
 def test_rooms_survive_a_double() -> None:
@@ -73,8 +74,7 @@ def test_rooms_survive_a_double() -> None:
         {"kvbaton_sources": ["tcp://127.0.0.1:0"]},
         {"kvbaton_sources": [ADDRESS, "tcp://localhost:8998"]},
         {"kvbaton_sources": [f"tcp://127.0.0.1:{port}" for port in range(1, 1100)]},
-        {"kvbaton_tokens": "50"},
-        {"kvbaton_tokens": -1},
+        {"kvbaton_begun": "yes"},
         {"do_remote_prefill": 1},
     ],
 )
@@ -201,19 +201,25 @@ class OneRoom:
         self.wakeup = threading.Event()
         self.live_rooms = self.quarantined_rooms = 0
 
-    def receiver(self, room: int, sources: Any) -> SilentRoom:
-        assert (room, sources) == (5, (ADDRESS,))
+    def receiver(self, room: int, sources: Any, *, begun: bool, tag: Any) -> SilentRoom:
+        assert (room, sources, begun, tag) == (5, (ADDRESS,), True, "r")
         return self.receiving
+
+    def take_freed(self) -> list[Any]:
+        return []
 
     def take_finished(self) -> list[Any]:
         taken, self.ended = self.ended, []
         return taken
 
 
+BLOCKS = Blocks("full0", 0, 4, (1,))
+
+
 def silent(quarantine: bool) -> tuple[WorkerHalf, OneRoom]:
     manager = OneRoom()
     worker = WorkerHalf(manager, units=unit_maker([]), quarantine=quarantine)  # type: ignore[arg-type]
-    receive = Receive(request="r", room=5, sources=(ADDRESS,), tokens=4, blocks=(Blocks("full0", 0, 4, (1,)),))
+    receive = Receive(request="r", room=5, sources=(ADDRESS,), tokens=4, begun=True, blocks=(BLOCKS,))
     worker.begin(Orders(receive=[receive]))
     assert worker.results().received == set()
     manager.receiving.error = PeerLostError("silent for 10 s", room=5)
@@ -221,7 +227,7 @@ def silent(quarantine: bool) -> tuple[WorkerHalf, OneRoom]:
 
 
 def finished(manager: OneRoom) -> None:
-    manager.ended.append(types.SimpleNamespace(room=5, role="target", error=manager.receiving.error))
+    manager.ended.append(Finished(5, "target", manager.receiving.error, tag="r"))
 
 
 def test_a_silent_prefill_fails_the_request_at_once() -> None:

@@ -1,7 +1,8 @@
 """The facade as an engine sees it: what a scheduler needs, whoever stands behind it.
 
 :class:`kvbaton.manager.KVManager` is one rank's; the embedded engine has another one over a group of ranks. An adapter
-or a scheduler that is typed with these works with both.
+or a scheduler that is typed with these works with both. :class:`RankManager` is what adapters of other engines use: one
+rank's, with what step-driven engines need.
 
 A room on either side goes through :class:`KVPoll` in order, or ends as Failed. Units belong to the room from ``submit``
 or ``publish`` until ``released``: it has ended *and* no write can touch them any more. A failure is told at once, the
@@ -12,11 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvbaton.errors import KVBatonError
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.messages import Grant
+
+if TYPE_CHECKING:
+    from kvbaton.handles import Finished, Freed
+    from kvbaton.protocol.effects import PeerLost
 
 Fence = Callable[[], bool]
 
@@ -91,3 +96,34 @@ class Manager(Protocol):
     def receiver(self, room: int, sources: Sequence[str]) -> Receiver:
         """Begin to receive a room from the source ranks at these addresses. Raises LocalProtocolError,
         OverloadedError, ConfigError."""
+
+
+class RankManager(Manager, Protocol):
+    """:class:`kvbaton.manager.KVManager`, opened with ``collect_finished``; see there."""
+
+    def sender(self, room: int, *, tag: Any = None) -> Sender: ...
+
+    def receiver(self, room: int, sources: Sequence[str], *, begun: bool = False, tag: Any = None) -> Receiver: ...
+
+    def decline(self, room: int, sources: Sequence[str], reason: str, *, tag: Any = None) -> Receiver:
+        """Let the sources know that nothing is wanted of a room."""
+
+    def take_freed(self) -> list[Freed]:
+        """Rooms whose units became free, each once; senders are told before their rooms end."""
+
+    def take_finished(self) -> list[Finished]:
+        """Rooms that ended and whose units are free, each once."""
+
+    def take_lost_peers(self) -> list[PeerLost]:
+        """Peers that went silent, ended or were replaced."""
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until something has changed, at most so long."""
+
+    @property
+    def live_rooms(self) -> int:
+        """Rooms that have not ended, or whose units are still leased."""
+
+    @property
+    def quarantined_rooms(self) -> int:
+        """Of those, the ones that have failed."""

@@ -49,7 +49,7 @@ class VllmServer:
 
 def handed_over(leg: Any) -> dict[str, Any]:
     room = leg.room if leg.room is not None else 77
-    return answer(room, SOURCES, tokens=9, group="g", request_id="r", tp_size=2)
+    return answer(room, SOURCES, group="g", request_id="r", tp_size=2)
 
 
 class Setup:
@@ -83,7 +83,7 @@ def test_the_first_request_is_sequential_and_the_next_ones_are_concurrent() -> N
             assert "kv_transfer_params" not in told
             leg = decode_leg(decode.bodies[0]["kv_transfer_params"])
             assert leg is not None
-            assert (leg.room, leg.sources, leg.tokens) == (77, SOURCES, 9)
+            assert (leg.room, leg.sources, leg.begun) == (77, SOURCES, True)
             prefill.released.clear()  # decode is asked although prefill has not answered
             await setup.post(max_tokens=5)
             prefill.released.set()

@@ -20,14 +20,23 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receive:
-    """Grant blocks to a room. Without blocks: nothing is wanted of it, its prefill may free everything; ``request`` is
-    then empty and vLLM hears nothing of it."""
+    """Grant blocks to a room. ``begun``: prefill has answered that it has the room."""
 
     request: str
     room: int
     sources: tuple[str, ...]
     tokens: int
-    blocks: tuple[Blocks, ...] = ()
+    begun: bool
+    blocks: tuple[Blocks, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decline:
+    """Nothing is wanted of a room: its prefill may free everything. vLLM hears nothing of it."""
+
+    room: int
+    sources: tuple[str, ...]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +73,7 @@ class Orders:
     """
 
     receive: list[Receive] = field(default_factory=list)
+    decline: list[Decline] = field(default_factory=list)
     refuse: list[tuple[str, str]] = field(default_factory=list)
     give_up: list[str] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)

@@ -28,7 +28,6 @@ from kvbaton.errors import ConfigError
 MAX_ROOM = (1 << 53) - 1
 #: Most ranks that one prefill engine may have.
 MAX_SOURCES = 1024
-MAX_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +39,12 @@ class PrefillLeg:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLeg:
-    """``sources``: the control address of every prefill rank. ``tokens``: of the prompt as prefill handed it over, if
-    it has said so."""
+    """``sources``: the control address of every prefill rank. ``begun``: they come with prefill's answer, which has the
+    room; without, decode is asked at the same time."""
 
     room: int
     sources: tuple[str, ...]
-    tokens: int | None = None
+    begun: bool = False
 
 
 def mint_room() -> int:
@@ -68,22 +67,18 @@ def decode_leg(params: Mapping[str, Any] | None) -> DecodeLeg | None:
     if "kvbaton_room" not in params:
         hint = "prefill must run KVBatonConnector too"
         raise ConfigError("kv_transfer_params has do_remote_prefill but no kvbaton_room", hint=hint)
-    tokens = params.get("kvbaton_tokens")
-    if tokens is not None and not (type(tokens) is int and 0 < tokens < MAX_TOKENS):
-        raise ConfigError(f"kvbaton_tokens={tokens!r} is no number of tokens")
-    return DecodeLeg(_room(params["kvbaton_room"]), _sources(params.get("kvbaton_sources")), tokens)
+    begun = _flag(params, "kvbaton_begun")
+    return DecodeLeg(_room(params["kvbaton_room"]), _sources(params.get("kvbaton_sources")), begun)
 
 
-def answer(
-    room: int, sources: Sequence[str], *, tokens: int, group: str, request_id: str, tp_size: int
-) -> dict[str, Any]:
-    """Prefill's answer, which the router passes to decode as it is. ``tokens``: of the prompt, as handed over."""
+def answer(room: int, sources: Sequence[str], *, group: str, request_id: str, tp_size: int) -> dict[str, Any]:
+    """Prefill's answer, which the router passes to decode as it is."""
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "kvbaton_room": str(room),
         "kvbaton_sources": list(sources),
-        "kvbaton_tokens": tokens,
+        "kvbaton_begun": True,
         "remote_engine_id": group,
         "remote_request_id": request_id,
         "tp_size": tp_size,

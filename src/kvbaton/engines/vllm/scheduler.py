@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvbaton.engines.vllm.groups import CacheGroups, Table
-from kvbaton.engines.vllm.orders import Chunk, Drop, Orders, Receive
+from kvbaton.engines.vllm.orders import Chunk, Decline, Drop, Orders, Receive
 from kvbaton.engines.vllm.params import DecodeLeg, answer, decode_leg, mint_room, prefill_leg
 from kvbaton.engines.vllm.quarantine import Quarantine
 from kvbaton.errors import ConfigError, LayoutError
@@ -177,18 +177,25 @@ class SchedulerHalf:
             return  # a sibling's; whoever opened it has taken what there is
         tokens = self._groups.tokens(request.num_tokens)
         if not external:
-            self._decline(leg, tokens)
+            self._decline(leg, "decode has the whole prompt in its cache")
             return
         decode.parked = True
         try:
             blocks = self._groups.grant(tokens - external, tokens, tables)
         except LayoutError as error:
             self._orders.refuse.append((request.request_id, error.message))
-            self._decline(leg, tokens)
+            self._decline(leg, error.message)
             return
         self._use(leg.room, request.request_id)
         self._orders.receive.append(
-            Receive(request=request.request_id, room=leg.room, sources=leg.sources, tokens=tokens, blocks=blocks)
+            Receive(
+                request=request.request_id,
+                room=leg.room,
+                sources=leg.sources,
+                tokens=tokens,
+                begun=leg.begun,
+                blocks=blocks,
+            )
         )
         self.quarantine.grant(request.request_id, [block for part in blocks for block in part.ids])
 
@@ -206,15 +213,10 @@ class SchedulerHalf:
             if oldest is not None:
                 del self._used[oldest]
 
-    def _decline(self, leg: DecodeLeg, tokens: int) -> None:
-        """Nothing is wanted of this room: its prefill may free everything. Of a prompt too short to be handed over
-        prefill has none."""
-        if tokens == 0:
-            return
+    def _decline(self, leg: DecodeLeg, reason: str) -> None:
+        """Nothing is wanted of this room: its prefill may free everything."""
         self._use(leg.room, None)
-        self._orders.receive.append(
-            Receive(request="", room=leg.room, sources=leg.sources, tokens=leg.tokens or tokens)
-        )
+        self._orders.decline.append(Decline(room=leg.room, sources=leg.sources, reason=reason))
 
     def step(
         self,
@@ -270,7 +272,6 @@ class SchedulerHalf:
             return True, answer(
                 prefill.room,
                 self._sources,
-                tokens=prefill.tokens,
                 group=self._group,
                 request_id=request_id,
                 tp_size=self._tp_size,
@@ -286,9 +287,8 @@ class SchedulerHalf:
         if decode.parked:
             self._orders.give_up.append(request.request_id)
         elif not decode.decided and decode.leg is not None and decode.leg.room not in self._used:
-            # Rejected, or aborted in the queue. The prompt may be a stand-in: only prefill's count is to be trusted.
             self._decide(request, decode)
-            self._decline(decode.leg, 1)
+            self._decline(decode.leg, f"the decode request ended as {request.status.name}")
 
     def update(self, received: Iterable[str], failed: Iterable[str], leased: frozenset[str] | None) -> None:
         """What the workers have reported, before vLLM acts on it; see :meth:`Quarantine.update`."""
@@ -306,4 +306,6 @@ class SchedulerHalf:
     def busy(self) -> bool:
         """Steps must go on although no request is live: orders wait, or blocks are kept aside."""
         orders = self._orders
-        return bool(orders.receive or orders.give_up or orders.drop or orders.report or len(self.quarantine))
+        return bool(
+            orders.receive or orders.decline or orders.give_up or orders.drop or orders.report or len(self.quarantine)
+        )

@@ -1,9 +1,9 @@
 """The connector's half in a worker: one manager, a sender or receiver for each request. Nothing here waits.
 
-What vLLM is told is told exactly once and never early: a room is reported when it has ended and no write can touch its
-blocks (:meth:`kvbaton.KVManager.take_finished`), and a prefill request not before the scheduler half has said that vLLM
-waits for it. One exception: with quarantine a failed receive is reported at once, and :meth:`WorkerHalf.leased` names
-it until its blocks are free.
+What vLLM is told is told exactly once and never early: a receive is reported when its room has ended and no write can
+touch its blocks (:meth:`kvbaton.KVManager.take_finished`), a prefill request as soon as nothing reads its blocks any
+more (``take_freed``), and not before the scheduler half has said that vLLM waits for it. One exception: with quarantine
+a failed receive is reported at once, and :meth:`WorkerHalf.leased` names it until its blocks are free.
 
 **Chunks are held back** until decode has opened the room, or the last one has come. A preemption then costs nothing as
 long as nothing was submitted: the chunks are forgotten and computed again. A room that prefill minted is not known to
@@ -13,17 +13,15 @@ last chunk.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
-from kvbaton.engines import port
-from kvbaton.engines.port import Fence, Receiver, Sender
-from kvbaton.engines.vllm.orders import Blocks, Chunk, Drop, Orders, Receive, Results
+from kvbaton.engines.port import Fence, RankManager, Receiver, Sender
+from kvbaton.engines.vllm.orders import Blocks, Chunk, Decline, Drop, Orders, Receive, Results
 from kvbaton.engines.vllm.tally import Tally
-from kvbaton.errors import KVBatonError
+from kvbaton.errors import DeclinedError, KVBatonError
 
 if TYPE_CHECKING:
     from kvbaton import Finished, Span
@@ -32,21 +30,6 @@ logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own 
 
 #: How long a step that computes nothing waits for news, in seconds: vLLM would step on without a pause.
 IDLE_SECONDS = 0.002
-
-
-class Manager(port.Manager, Protocol):
-    """What is used of :class:`kvbaton.KVManager`, opened with ``collect_finished``."""
-
-    def take_finished(self) -> list[Finished]:
-        """Rooms that ended and whose units are free, each once."""
-
-    @property
-    def live_rooms(self) -> int:
-        """Rooms that have not ended, or whose units are still leased."""
-
-    @property
-    def quarantined_rooms(self) -> int:
-        """Of those, the ones that have failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,8 +47,7 @@ class Sending:
 
 @dataclass(slots=True, eq=False)
 class Receiving:
-    """One decode request, or a room that is declined (its ``request`` is empty). ``told``: vLLM has heard that it
-    failed, its blocks are in quarantine."""
+    """One decode request. ``told``: vLLM has heard that it failed, its blocks are in quarantine."""
 
     order: Receive
     receiver: Receiver
@@ -89,7 +71,7 @@ class WorkerHalf:
 
     def __init__(
         self,
-        manager: Manager,
+        manager: RankManager,
         *,
         units: Callable[[Blocks], Span],
         clear: Callable[[Blocks], None] = lambda _: None,
@@ -101,7 +83,6 @@ class WorkerHalf:
         self._quarantine = quarantine
         self._sends: dict[str, Sending] = {}
         self._receives: dict[str, Receiving] = {}
-        self._by_room: dict[tuple[Literal["source", "target"], int], Sending | Receiving] = {}
         self._results = Results()
         self._leased: set[str] = set()
         self._leases_changed = False
@@ -126,6 +107,8 @@ class WorkerHalf:
             self._failed(request, "refused")
         for receive in orders.receive:
             self._receive(receive)
+        for decline in orders.decline:
+            self._decline(decline)
         for request in orders.give_up:
             record = self._receives.get(request)
             if record is not None:
@@ -152,22 +135,24 @@ class WorkerHalf:
 
     def _receive(self, order: Receive) -> None:
         try:
-            receiver = self._manager.receiver(order.room, order.sources)
+            receiver = self._manager.receiver(order.room, order.sources, begun=order.begun, tag=order.request)
         except KVBatonError as error:
-            if order.request:
-                logger.error("request %s, room %d: %s", order.request, order.room, error)
-                self._failed(order.request, error.code)
+            logger.error("request %s, room %d: %s", order.request, order.room, error)
+            self._failed(order.request, error.code)
             return
-        record = Receiving(order, receiver)
-        self._by_room["target", order.room] = record
-        if order.request:
-            self._receives[order.request] = record
+        self._receives[order.request] = Receiving(order, receiver)
         try:
             for blocks in order.blocks:
                 self._clear(blocks)
             receiver.publish([self._units(blocks) for blocks in order.blocks], token_count=order.tokens)
         except KVBatonError as error:
             receiver.fail(error)
+
+    def _decline(self, order: Decline) -> None:
+        try:
+            self._manager.decline(order.room, order.sources, order.reason)
+        except KVBatonError as error:
+            logger.warning("room %d cannot be declined, its prefill frees it in its own time: %s", order.room, error)
 
     def _failed(self, request: str, code: str) -> None:
         """A request of which no room was opened here."""
@@ -179,7 +164,6 @@ class WorkerHalf:
         send = self._sends.get(chunk.request)
         if send is None:
             send = self._sends[chunk.request] = Sending(chunk.request, chunk.room)
-            self._by_room["source", chunk.room] = send
         if not send.ended and not (send.sender is not None and send.sender.error is not None):
             send.held.append(chunk)
 
@@ -199,7 +183,7 @@ class WorkerHalf:
 
     def _open(self, send: Sending) -> None:
         try:
-            send.sender = self._manager.sender(send.room)
+            send.sender = self._manager.sender(send.room, tag=send)
         except KVBatonError as error:
             logger.error("request %s, room %d is not handed over: %s", send.request, send.room, error)
             self.tally.sent(error.code)
@@ -220,7 +204,6 @@ class WorkerHalf:
             if not drop.early:
                 return
             send = self._sends[drop.request] = Sending(drop.request, drop.room)
-            self._by_room["source", drop.room] = send
         send.held.clear()
         if drop.early and send.sender is None and not send.ended:
             self._open(send)  # whoever opens the room is told at once
@@ -236,7 +219,6 @@ class WorkerHalf:
         """Nothing reads the blocks any more; vLLM hears it if it waits for it, now or when it does."""
         send.ended = True
         send.held.clear()
-        self._by_room.pop(("source", send.room), None)
         if send.awaited:
             self._results.sent.add(send.request)
             self._sends.pop(send.request, None)
@@ -246,12 +228,14 @@ class WorkerHalf:
         if idle and not self._any_news():
             self._manager.wakeup.wait(IDLE_SECONDS)
         self._manager.wakeup.clear()
+        for freed in self._manager.take_freed():
+            if freed.role == "source":  # decode may still have to confirm
+                self._sent(freed.tag)
         for finished in self._manager.take_finished():
-            record = self._by_room.pop((finished.role, finished.room), None)
-            if isinstance(record, Sending):
-                self._tell_sent(record, finished.error)
-            elif record is not None:
-                self._tell_received(record, finished.error)
+            if finished.role == "source":
+                self._count_sent(finished)
+            elif finished.tag:
+                self._tell_received(finished)
         if self._quarantine:
             self._fail_early()
         results, self._results = self._results, Results()
@@ -261,18 +245,14 @@ class WorkerHalf:
         results = self._results
         return bool(results.sent or results.received or self._manager.wakeup.is_set())
 
-    def _tell_sent(self, send: Sending, error: KVBatonError | None) -> None:
+    def _count_sent(self, finished: Finished) -> None:
+        error = finished.error
         self.tally.sent(error.code if error is not None else "success")
-        if error is not None:
-            logger.warning("request %s was not handed over: %s", send.request, error)
-        self._sent(send)
+        if error is not None and not isinstance(error, DeclinedError):
+            logger.warning("request %s was not handed over: %s", finished.tag.request, error)
 
-    def _tell_received(self, record: Receiving, error: KVBatonError | None) -> None:
-        receiver = record.receiver
-        if not record.request:
-            logger.debug("room %d was declined: %s", record.order.room, error or "its prefill has freed it")
-            return
-        self._receives.pop(record.request, None)
+    def _tell_received(self, finished: Finished) -> None:
+        record, error = self._receives.pop(finished.tag), finished.error
         if record.told:
             logger.warning("request %s: no write can touch its blocks any more", record.request)
             self._leased.discard(record.request)
@@ -280,16 +260,14 @@ class WorkerHalf:
             return
         self.tally.received(
             error.code if error is not None else "success",
-            handoff_seconds=receiver.handoff_seconds,
-            exposed_seconds=receiver.exposed_seconds,
-            size=receiver.bytes,
+            handoff_seconds=finished.handoff_seconds,
+            exposed_seconds=finished.exposed_seconds,
+            size=finished.bytes,
         )
         self._results.received.add(record.request)
         if error is not None:
             logger.log(logging.INFO if record.given_up else logging.ERROR, "request %s: %s", record.request, error)
             self._results.failed.add(record.request)
-            if record.given_up:  # if there was no session yet, prefill has not heard of it
-                self._receive(dataclasses.replace(record.order, request="", blocks=()))
         elif record.order.sources not in self._agreed:
             self._agreed.add(record.order.sources)
             logger.info("receives from %s", ", ".join(record.order.sources))
