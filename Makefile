@@ -84,8 +84,8 @@ fuzz: setup            ## look for what breaks the codec, the cores and the API,
 	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60
 	$(BIN)/python tests/fuzz/api_fuzz.py --seconds 40
 
-flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 MiB, while requests go on (about 5 minutes)
-	KVBATON_FLOOD=full $(BIN)/python -m pytest -q tests/processes/test_flood.py
+flood: setup           ## rooms, connections, bodies, registrations by the thousand while requests go on (about 8 minutes)
+	$(BIN)/python -m lab flood
 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
 	$(BIN)/python -m lab chaos --write docs/reliability.md
