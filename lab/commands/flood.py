@@ -71,7 +71,7 @@ async def _run(options: argparse.Namespace, directory: Path, model: Path) -> lis
 
 def _tell(result: Result) -> None:
     verdict = "; ".join(result.complaints) or "ok"
-    print(f"{result.name}: p99 {result.ratio:.1f} times that before, {verdict}", file=sys.stderr, flush=True)
+    print(f"{result.name}: p99 {result.ratio:.1f} times what is usual: {verdict}", file=sys.stderr, flush=True)
 
 
 def _print(results: Sequence[Result]) -> None:

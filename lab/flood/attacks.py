@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,38 @@ async def attacks_on(fleet: Fleet, sizes: Sizes, *, template: bool) -> list[Atta
     targets = [["POST", port, "/v1/completions"] for port in http] + [["PUT", registry, "/route"]]
     timed = {"seconds": sizes.seconds}
 
-    def posts(name: str, payload: str, at_once: int, status: str) -> Attack:
-        options = {"kind": "posts", "ports": http, "payload": payload, "size": LARGE_BYTES, "at_once": at_once, **timed}
+    def posts(name: str, payload: str, at_once: int, status: str, ports: Sequence[int] = http) -> Attack:
+        options = {
+            "kind": "posts",
+            "ports": ports,
+            "payload": payload,
+            "size": LARGE_BYTES,
+            "at_once": at_once,
+            **timed,
+        }
         return Attack(name=name, options=options, allowed={status, "429", "503"}, least={status: 1})
 
     return [
+        posts("six bodies of 15.9 MiB of empty tools, again and again", "tools", 6, "400"),
+        posts("six bodies of 8.3 million token ids", "token ids", 6, "400"),
+        posts("six bodies of 1.3 million unknown fields", "fields", 6, "400"),
+        Attack(
+            name=f"{sizes.posts:,} posts of one byte to each of {len(http)} ports",
+            options={"kind": "one_byte", "ports": http, "count": sizes.posts, **timed},
+            allowed={"opened", "408", "hung up"},
+            least={"opened": len(http) * sizes.posts},
+        ),
+        Attack(
+            name="100 registrations a second",
+            options={"kind": "registrations", "port": registry, "each_second": 100, "seed": 2, **timed},
+            allowed={"200", "400", "409", "503"},
+        ),
+        *([posts("six chats whose template loops", "template", 6, "400", http[:1])] if template else []),
+        Attack(
+            name=f"{sizes.silent:,} silent connections to each of {len(data)} data ports",
+            options={"kind": "half_open", "ports": data, "count": sizes.silent, "hold_seconds": sizes.seconds / 2},
+            least={"opened": len(data) * sizes.silent},
+        ),
         Attack(
             name=f"{sizes.count:,} rooms of a peer, as many of strangers",
             options={"kind": "rooms", "address": links[prefill.name], "count": sizes.count, "backend": "nixl"},
@@ -124,26 +151,6 @@ async def attacks_on(fleet: Fleet, sizes: Sizes, *, template: bool) -> list[Atta
             name=f"{sizes.bodies} bodies of {sizes.body_bytes >> 20} MiB",
             options={"kind": "bodies", "targets": targets, "size": sizes.body_bytes, "count": sizes.bodies},
             allowed={"413", "hung up", "400"},
-        ),
-        posts("six bodies of 15.9 MiB of empty tools, again and again", "tools", 6, "400"),
-        posts("six bodies of 8.3 million token ids", "token ids", 6, "400"),
-        posts("six bodies of 1.3 million unknown fields", "fields", 6, "400"),
-        Attack(
-            name=f"{sizes.posts:,} posts of one byte to each of {len(http)} ports",
-            options={"kind": "one_byte", "ports": http, "count": sizes.posts, **timed},
-            allowed={"opened", "408", "hung up"},
-            least={"opened": len(http) * sizes.posts},
-        ),
-        Attack(
-            name="100 registrations a second",
-            options={"kind": "registrations", "port": registry, "each_second": 100, "seed": 2, **timed},
-            allowed={"200", "400", "409", "503"},
-        ),
-        *([posts("six chats whose template loops", "template", 6, "400")] if template else []),
-        Attack(
-            name=f"{sizes.silent:,} silent connections to each of {len(data)} data ports",
-            options={"kind": "half_open", "ports": data, "count": sizes.silent, "hold_seconds": sizes.seconds / 2},
-            least={"opened": len(data) * sizes.silent},
         ),
     ]
 

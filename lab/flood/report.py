@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lab.flood.campaign import Result
 
-HEADINGS = ("attack", "honest", "p99 before", "during", "ratio", "peak growth, MiB", "what the attacker got")
+HEADINGS = ("attack", "honest", "p99 in calm", "during", "ratio", "peak growth, MiB", "what the attacker got")
 
 
 def row(result: Result) -> tuple[str, ...]:
