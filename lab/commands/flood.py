@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", default="", metavar="TEXT", help="attacks whose name has this in it; empty: all")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="attacks with one of these in the name, separated by commas"
+    )
     parser.add_argument("--quick", action="store_true", help="a little of each, without a look at p99")
     parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
     parser.add_argument("--logs", type=Path, default=None, metavar="DIR", help="keep the servers' logs here")
@@ -63,9 +65,11 @@ async def _run(options: argparse.Namespace, directory: Path, model: Path) -> lis
     (model / "chat_template.jinja").write_text(ENDLESS, encoding="utf-8")
     async with Fleet(directory, model=str(model), reference=True) as fleet:
         await fleet.all_ready()
-        attacks = [one for one in await attacks_on(fleet, sizes, template=True) if options.only in one.name]
+        wanted = options.only.split(",")
+        every = await attacks_on(fleet, sizes, template=True)
+        attacks = [one for one in every if any(text in one.name for text in wanted)]
         if not attacks:
-            raise ConfigError(f"--only {options.only!r}: no attack has this in its name")
+            raise ConfigError(f"--only {options.only!r}: no attack has any of this in its name")
         return await run_campaign(fleet, attacks, sizes, _tell, judge_p99=not options.quick)
 
 
