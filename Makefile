@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
+.PHONY: vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -87,8 +87,14 @@ fuzz: setup            ## look for what breaks the codec, the cores and the API,
 	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60
 	$(BIN)/python tests/fuzz/api_fuzz.py --seconds 40
 
-flood: setup           ## 10,000 rooms and half-open connections, bodies of 100 MiB, while requests go on (about 5 minutes)
-	KVBATON_FLOOD=full $(BIN)/python -m pytest -q tests/processes/test_flood.py
+flood: setup           ## rooms, connections, bodies, registrations by the thousand while requests go on (about 8 minutes)
+	$(BIN)/python -m lab flood
+
+audit:                 ## known advisories of the pinned versions; the tables of docs/advisories.md are written by hand
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt --vulnerability-service osv
 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
 	$(BIN)/python -m lab chaos --write docs/reliability.md
@@ -107,4 +113,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .venv-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,10 @@ LAB = Program(
             "lab.commands.soak",
             "hand over many small rooms while peers are killed, and watch what grows",
         ),
+        "flood": (
+            "lab.commands.flood",
+            "flood a running pair in every way known, and watch p99 of honest requests, memory and readiness",
+        ),
         "conformance": (
             "lab.commands.conformance",
             "hand over every kind of model between every topology, and compare each token with a single process",

@@ -266,7 +266,7 @@ class KVManager:
     @property
     def registered(self) -> bool:
         """Whether the registry knows this rank; true where it need not. Raises what trying again cannot cure: another
-        secret (AuthenticationError), an instance that was replaced (LocalProtocolError)."""
+        secret (AuthenticationError), a place of the registry's own process (LocalProtocolError)."""
         return self._registry is None or self._registry.registered
 
     def lookup(self, room: int, *, registry: str = "", dp_rank: int | None = None) -> Future[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -196,6 +197,43 @@ def test_a_body_that_the_router_takes_is_never_too_large_for_a_worker() -> None:
         assert max(sizes) <= MAX_BODY_BYTES
 
     run(test())
+
+
+def test_a_body_that_a_worker_refuses_is_gone_with_its_answer() -> None:
+    """Six of 16 MiB, again and again, were 668 MiB of a router: each was kept until the collector came."""
+
+    async def answer(http: web.Request) -> web.Response:
+        await http.read()
+        return web.json_response({"error": {"message": "no", "type": "t", "code": "config"}}, status=400)
+
+    async def ready(_http: web.Request) -> web.Response:
+        return web.json_response({})
+
+    worker = web.Application(client_max_size=1 << 30)
+    worker.router.add_post("/v1/completions", answer)
+    worker.router.add_get("/ready", ready)
+    prompt = "a" * (1 << 20)
+
+    async def test() -> None:
+        async with serving(worker) as one:
+            workers = (Worker("prefill", one, 1), Worker("decode", one))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0))
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                await router.workers.probe_all()
+                body = msgspec.json.encode({"prompt": prompt})
+                tracemalloc.start()
+                for _ in range(16):
+                    async with session.post(f"{url}/v1/completions", data=BytesIO(body), headers=JSON) as response:
+                        assert response.status == 400, await response.text()
+                assert tracemalloc.get_traced_memory()[0] < 8 * len(body)
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(test())
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 JSON = {"Content-Type": "application/json"}

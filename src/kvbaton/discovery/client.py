@@ -94,7 +94,8 @@ class RegistryClient:
             self._session = None
 
     async def register(self, host: str, port: int, route: Route) -> Registered:
-        """Register one rank. Raises RegistryError, AuthenticationError, ConfigError, LocalProtocolError (replaced)."""
+        """Register one rank. Raises RegistryError (also at a place that is held), AuthenticationError, ConfigError,
+        LocalProtocolError (a place of the registry's own process)."""
         body = msgspec.json.encode(route)
         answer = await self._call("PUT", host, port, body=body, signed=body)
         return _decode(answer, Registered, host, port)
@@ -115,7 +116,7 @@ class RegistryClient:
         """Register, and again every ``refresh_seconds``, until cancelled; a registry that restarts learns us anew.
 
         ``registered`` is called after each success. Raises only what waiting cannot cure: a wrong secret, a wrong
-        registration, or an instance that was replaced.
+        registration, or a place of the registry's own process.
         """
         reachable = True
         while True:

@@ -4,7 +4,7 @@ Rules:
 
 - Only ``start`` and ``close`` wait, each for a bounded time. ``sources`` returns a future to be polled.
 - A registry that cannot be reached is tried again for as long as the rank lives. What trying cannot cure (another
-  secret, an instance that was replaced) is logged, and raised by ``registered``; lookups go on.
+  secret, a place of the registry's own process) is logged, and raised by ``registered``; lookups go on.
 - ``close`` withdraws the registration, so that nobody is sent here any more, and cancels lookups that are under way.
 
 This file must not know managers, rooms' states or layouts.

@@ -3,9 +3,8 @@
 Rules:
 
 - Pure: no I/O, no clock. Time is the argument ``now`` (seconds on any clock that only goes forward).
-- A rank owns its coordinates until another *instance* registers there: the newcomer replaces it, and the instance that
-  was replaced is refused from then on (it is a process that should be dead; two that take turns would route requests
-  at random).
+- A rank owns its coordinates for as long as it lives: another *instance*, or the same one elsewhere, is told to wait
+  until the entry is withdrawn or has expired. Two processes that claim one rank never take turns.
 - The ranks of the process that keeps the table (``own``) are there from the start and for as long as it lives: nobody
   takes their place, nobody withdraws them, and only their group is served.
 - An entry lives ``ttl_seconds`` past its last registration. Ranks refresh; nothing is kept on trust.
@@ -30,14 +29,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvbaton.discovery.placement import LoadBalance
-from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError, RegistryError
+from kvbaton.errors import ConfigError, KVBatonError, LocalProtocolError, OverloadedError, RegistryError
 
 #: Most ranks of one group, and the largest size of one axis.
 MAX_RANKS = 4096
 #: Most groups that collect or serve at the same time.
 MAX_GROUPS = 8
-#: Most replaced instances that are remembered, oldest forgotten first.
-MAX_REPLACED = 1024
 #: How long an entry lives past its last registration, and how often a rank should register.
 TTL_SECONDS = 15.0
 REFRESH_SECONDS = 5.0
@@ -107,10 +104,9 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Registered(Struct, frozen=True, kw_only=True):
-    """The answer to a registration: refresh within ``ttl_seconds``; ``replaced`` is the instance that was there."""
+    """The answer to a registration: refresh within ``ttl_seconds``."""
 
     ttl_seconds: float
-    replaced: str = ""
 
 
 class RoomRank(Struct, frozen=True, kw_only=True):
@@ -163,7 +159,6 @@ class Registry:
         """``own``: ranks of this process. Raises ConfigError for those that cannot be."""
         self._ttl_seconds = ttl_seconds
         self._groups: dict[tuple[str, Sizes], _Group] = {}  # in order of appearance
-        self._replaced: dict[str, str] = {}  # instance -> the one that took its place
         for route in own:
             self._check(route)
             group = self._group(route)
@@ -173,25 +168,32 @@ class Registry:
     def register(self, route: Route, now: float) -> Registered:
         """Enter or refresh one rank.
 
-        Raises ConfigError for coordinates outside the sizes or too many ranks, LocalProtocolError for an instance that
-        was replaced, OverloadedError when the table holds too many groups.
+        Raises ConfigError for coordinates outside the sizes or too many ranks, LocalProtocolError at a place of this
+        process's own ranks, RegistryError at one that somebody else still holds, OverloadedError when the table holds
+        too many groups.
         """
         self._check(route)
         self._expire(now)
         group = self._group(route)
         before = group.entries.get(route.coordinates)
-        if before is not None and before.expires == math.inf:
-            if before.route == route:
-                return Registered(ttl_seconds=self._ttl_seconds)
-            raise LocalProtocolError(
-                f"{route.coordinates} of group {route.group} is a rank of the process that serves this registry",
-                peer=before.route.instance,
+        if before is not None and before.route != route:
+            raise self._held(before)
+        if before is None or before.expires < math.inf:
+            group.entries[route.coordinates] = _Entry(route, now + self._ttl_seconds)
+        return Registered(ttl_seconds=self._ttl_seconds)
+
+    def _held(self, entry: _Entry) -> KVBatonError:
+        """Why nobody else may register where this entry is."""
+        where = f"{entry.route.coordinates} of group {entry.route.group}"
+        if entry.expires == math.inf:
+            return LocalProtocolError(
+                f"{where} is a rank of the process that serves this registry", peer=entry.route.instance
             )
-        replaced = before.route.instance if before is not None and before.route.instance != route.instance else ""
-        if replaced:
-            self._remember(replaced, route.instance)
-        group.entries[route.coordinates] = _Entry(route, now + self._ttl_seconds)
-        return Registered(ttl_seconds=self._ttl_seconds, replaced=replaced)
+        return RegistryError(
+            f"{where} is held by instance {entry.route.instance} at {entry.route.address}, which lives: stop it; one "
+            f"that was killed is forgotten {self._ttl_seconds:g} s after it last registered",
+            peer=entry.route.instance,
+        )
 
     def unregister(self, instance: str, now: float) -> bool:
         """Take a rank out before it expires; False if it was not there."""
@@ -234,12 +236,6 @@ class Registry:
         check_inside(where, sizes)
         if not 0 < int(route.address.rpartition(":")[2]) <= 65535:
             raise ConfigError(f"address: {route.address} has no usable port")
-        if route.instance in self._replaced:
-            raise LocalProtocolError(
-                f"instance {route.instance} was replaced at {where} by {self._replaced[route.instance]}: "
-                f"stop one of the two processes that claim this rank",
-                peer=self._replaced[route.instance],
-            )
 
     def _group(self, route: Route) -> _Group:
         key = (route.group, route.sizes)
@@ -249,11 +245,6 @@ class Registry:
                 raise OverloadedError(f"{MAX_GROUPS} groups are registered already; wait for dead ones to expire")
             group = self._groups[key] = _Group(route.sizes)
         return group
-
-    def _remember(self, replaced: str, by: str) -> None:
-        self._replaced[replaced] = by
-        while len(self._replaced) > MAX_REPLACED:
-            del self._replaced[next(iter(self._replaced))]
 
     def _expire(self, now: float) -> None:
         for group in self._groups.values():

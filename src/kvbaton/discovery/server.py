@@ -10,7 +10,8 @@ Rules:
 - Without a secret the server may listen on loopback only (:func:`start_registry` refuses anything else), and takes no
   request that does not name this machine.
 - An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret
-  or host, 409 an instance that was replaced, 503 the group is not complete or the table is full.
+  or host, 409 a place of the serving process's own ranks, 503 a place that is held, a group that is not complete, or a
+  full table.
 
 This file must not know ranks' layouts, or anything of the table but its methods.
 """
@@ -18,7 +19,6 @@ This file must not know ranks' layouts, or anything of the table but its methods
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -57,7 +57,6 @@ MAX_ROOM_DIGITS = 20
 #: Seconds that a client is asked to wait while the group is not complete.
 RETRY_AFTER_SECONDS = 1
 
-_log = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[KVBatonError], int], ...] = (
     (ConfigError, 400),
     (AuthenticationError, 401),
@@ -90,11 +89,7 @@ def registry_app(
         except TimeoutError:
             raise web.HTTPRequestTimeout() from None
         _check_mac(request, secret, body)
-        route = decode_route(body)
-        answer = registry.register(route, clock())
-        if answer.replaced:
-            _log.warning("%s: instance %s replaces %s", route.coordinates, route.instance, answer.replaced)
-        return _json(answer)
+        return _json(registry.register(decode_route(body), clock()))
 
     async def lookup(_request: web.Request) -> web.Response:
         return _json(registry.lookup(clock()))

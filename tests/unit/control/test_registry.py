@@ -1,5 +1,6 @@
-"""The registry's table: completeness, replacement, expiry and bounds, with time as an argument."""
+"""The registry's table: completeness, places, expiry and bounds, with time as an argument."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +8,6 @@ from hypothesis import strategies as st
 from kvbaton.discovery.registry import (
     MAX_GROUPS,
     MAX_RANKS,
-    MAX_REPLACED,
     TTL_SECONDS,
     Registry,
     RegistryCoordinates,
@@ -15,7 +15,7 @@ from kvbaton.discovery.registry import (
     Sizes,
     decode_route,
 )
-from kvbaton.errors import ConfigError, LocalProtocolError, OverloadedError, RegistryError
+from kvbaton.errors import ConfigError, OverloadedError, RegistryError
 
 
 def route(
@@ -54,14 +54,26 @@ def test_an_empty_table_says_so():
         Registry().lookup(0.0)
 
 
-def test_a_new_instance_replaces_the_old_one_which_is_then_refused():
+def test_a_living_rank_keeps_its_place():
+    registry = Registry(ttl_seconds=10)
+    registry.register(route("old"), 0.0)
+    registry.register(route("old"), 5.0)
+    for other in (route("new"), msgspec.structs.replace(route("old"), address="tcp://127.0.0.1:1")):
+        with pytest.raises(RegistryError, match=r"is held by instance old at tcp://127\.0\.0\.1:40000, which lives"):
+            registry.register(other, 14.9)
+    assert registry.lookup(14.9).ranks == (route("old"),)
+    registry.register(route("new"), 15.0)
+    with pytest.raises(RegistryError, match="is held by instance new"):  # it was only asleep
+        registry.register(route("old"), 16.0)
+    assert registry.lookup(16.0).ranks == (route("new"),)
+
+
+def test_a_rank_that_withdraws_makes_room_at_once():
     registry = Registry()
-    assert registry.register(route("old"), 0.0).replaced == ""
-    assert registry.register(route("new"), 1.0).replaced == "old"
-    assert registry.register(route("new"), 2.0).replaced == ""
-    with pytest.raises(LocalProtocolError, match="instance old was replaced"):
-        registry.register(route("old"), 3.0)
-    assert registry.lookup(3.0).ranks[0].instance == "new"
+    registry.register(route("old"), 0.0)
+    registry.unregister("old", 1.0)
+    registry.register(route("new"), 1.0)
+    assert registry.lookup(1.0).ranks == (route("new"),)
 
 
 def test_entries_expire_unless_refreshed():
@@ -113,13 +125,6 @@ def test_groups_are_bounded_and_make_room_when_they_expire():
     with pytest.raises(OverloadedError):
         registry.register(route(group="more"), 1.0)
     registry.register(route(group="more"), TTL_SECONDS)
-
-
-def test_remembered_replacements_are_bounded():
-    registry = Registry()
-    for index in range(MAX_REPLACED + 10):
-        registry.register(route(f"i{index}"), 0.0)
-    assert len(registry._replaced) == MAX_REPLACED
 
 
 @pytest.mark.parametrize(
@@ -182,7 +187,7 @@ def test_a_topology_is_always_complete_live_and_in_order(steps):
             try:
                 registry.register(route(instance, group=group, tp=tp, tp_size=tp_size), now)
                 fresh[group, tp_size, tp] = (instance, now)
-            except LocalProtocolError:
+            except RegistryError:
                 pass
         try:
             topology = registry.lookup(now)

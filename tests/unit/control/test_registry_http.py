@@ -7,9 +7,9 @@ import pytest
 
 from kvbaton.discovery.access import bearer, bearer_matches, is_loopback, read_secret, token_of
 from kvbaton.discovery.client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
-from kvbaton.discovery.registry import Registered, Registry, Route, Sizes
+from kvbaton.discovery.registry import TTL_SECONDS, Registered, Registry, Route, Sizes
 from kvbaton.discovery.server import MAX_ROUTE_BYTES, registry_app, start_registry
-from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
+from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
 from kvbaton.serving.server.lifecycle import port_of, reserve
 from kvbaton.serving.testing.http import run, serving
 
@@ -41,7 +41,7 @@ def test_register_then_look_up():
     async def test() -> None:
         async with serving(registry_app(Registry())) as url, RegistryClient(sleep=Sleeps()) as client:
             port = port_in(url)
-            assert (await client.register("127.0.0.1", port, ROUTE)).replaced == ""
+            await client.register("127.0.0.1", port, ROUTE)
             assert await client.sources("127.0.0.1", port, 7) == ("tcp://127.0.0.1:41000",)
             assert (await client.topology("localhost", port)).ranks == (ROUTE,)
             await client.unregister("127.0.0.1", port, "i1")
@@ -155,15 +155,25 @@ def test_garbage_is_400_and_too_much_of_it_413():
     run(test())
 
 
-def test_a_replaced_instance_learns_that_it_was():
+def test_a_restarted_rank_waits_until_its_place_is_free():
     async def test() -> None:
-        async with serving(registry_app(Registry())) as url, RegistryClient(sleep=Sleeps()) as client:
-            port = port_in(url)
+        now = 0.0
+        app = registry_app(Registry(), clock=lambda: now)
+        async with serving(app) as url, RegistryClient(sleep=Sleeps(), attempts=1) as client:
+            port, newer = port_in(url), Route(**_fields(instance="i2"))
             await client.register("127.0.0.1", port, ROUTE)
-            newer = Route(**_fields(instance="i2"))
-            assert (await client.register("127.0.0.1", port, newer)).replaced == "i1"
-            with pytest.raises(LocalProtocolError, match="i1 was replaced"):
-                await client.register_forever("127.0.0.1", port, ROUTE)
+            with pytest.raises(RegistryError, match="is held by instance i1"):
+                await client.register("127.0.0.1", port, newer)
+            registered = asyncio.Event()
+            trying = asyncio.create_task(
+                client.register_forever("127.0.0.1", port, newer, registered=lambda _: registered.set())
+            )
+            await asyncio.sleep(0.05)
+            assert not registered.is_set()
+            now = TTL_SECONDS
+            await asyncio.wait_for(registered.wait(), 5)
+            trying.cancel()
+            assert (await client.topology("127.0.0.1", port)).ranks == (newer,)
 
     run(test())
 
@@ -197,6 +207,7 @@ def test_lookups_are_cached_for_a_moment_and_forgotten_on_demand():
             port = port_in(url)
             await client.register("127.0.0.1", port, ROUTE)
             first = await client.topology("127.0.0.1", port)
+            registry.unregister("i1", 0.0)
             registry.register(Route(**_fields(instance="i2", address="tcp://127.0.0.1:42000")), 0.0)
             assert await client.topology("127.0.0.1", port) is first
             now[0] = CACHE_SECONDS

@@ -77,7 +77,9 @@ class Bodies:
                             counted += self._take(len(body) - counted)
             except TimeoutError:
                 raise web.HTTPRequestTimeout(reason=f"No complete body within {self._seconds:g} s") from None
-            yield bytes(body)
+            whole = bytes(body)
+            body.clear()
+            yield whole
         finally:
             self._held -= counted
 

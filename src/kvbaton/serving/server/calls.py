@@ -140,6 +140,7 @@ class PrefillDecodeCall:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         tasks = [task for task in (self._prefill, self._decode) if task is not None]
+        self._prefill = self._decode = None  # how a leg ended holds its frames, which hold this and the bodies
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,8 @@ Mode = Literal["null", "prefill", "decode"]
 INLINE_CHARACTERS = 16 << 10
 #: No tokenizer makes one token of more characters: a longer prompt is too long, and is not tokenized to find out.
 MAX_CHARACTERS_PER_TOKEN = 256
+#: Chat templates that are rendered at once.
+MAX_TEMPLATES = 4
 #: Of a model's name that is not served, as many are said again.
 MAX_NAME_CHARACTERS = 128
 
@@ -84,6 +87,8 @@ class RequestParser:
         self._tokenizer = tokenizer
         self._config = config
         self._registry = registry
+        #: A template is a program: while it runs, what else is done beside the loop has threads of its own.
+        self._templates = ThreadPoolExecutor(MAX_TEMPLATES, "kvbaton-templates")
 
     async def accept(self, request: CompletionRequest | ChatRequest) -> Accepted:
         """Whoever sent it may name rooms and registries: that has been seen to.
@@ -202,7 +207,8 @@ class RequestParser:
         tokenizer = self._need_tokenizer("messages")
         characters = sum(len(text) for _, text in messages)
         self._check_characters("messages", characters)
-        return tuple(await asyncio.to_thread(tokenizer.encode_chat, messages))  # a template is a program
+        rendering = asyncio.get_running_loop().run_in_executor(self._templates, tokenizer.encode_chat, messages)
+        return tuple(await rendering)
 
     def _check_characters(self, field_name: str, characters: int) -> None:
         limit = self._config.max_positions * MAX_CHARACTERS_PER_TOKEN

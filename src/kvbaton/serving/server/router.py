@@ -158,6 +158,7 @@ class Router:
                         return await self._attempts(http, fields, limit, timer)
             except CallFailed as failure:
                 timer.outcome = failure.detail.code
+                failure.__traceback__ = None  # its leg holds it, and its frames the body, until the collector comes
                 return _json(failure.body, status=failure.status, headers=failure.headers)
             except KVBatonError as error:
                 timer.outcome = error.code

@@ -2,7 +2,8 @@
 
 Rules: its own copy, behind a lock: fast tokenizers refuse to be used by two threads at once, and the engine decodes
 with the original. A chat template is a program of the model directory: transformers renders it in Jinja's sandbox, here
-without the lock, and for :data:`TEMPLATE_SECONDS` at most.
+without the lock, and for :data:`TEMPLATE_SECONDS` at most; one that takes longer than others do rests most of the time,
+so that it does not keep the interpreter from the threads that serve.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from kvbaton.errors import ConfigError
 
 #: A chat template has been rendered by then.
 TEMPLATE_SECONDS = 5.0
+#: It runs for so long without a rest; from then on it runs and rests in turn.
+BRISK_SECONDS = 0.05
+RUN_SECONDS, REST_SECONDS = 0.001, 0.02
 
 
 class ServerTokenizer:
@@ -56,11 +60,17 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     A thread cannot be stopped from outside; a trace function is asked at every line of Python that the thread runs.
     """
-    until = time.monotonic() + seconds
+    begun = time.monotonic()
+    rest_at = begun + BRISK_SECONDS
 
     def check(_frame: FrameType, _event: str, _argument: object) -> Any:
-        if time.monotonic() > until:
+        nonlocal rest_at
+        now = time.monotonic()
+        if now > begun + seconds:
             raise TimeoutError(f"it takes more than {seconds:g} s")
+        if now > rest_at:
+            time.sleep(REST_SECONDS)
+            rest_at = time.monotonic() + RUN_SECONDS
         return check
 
     before = sys.gettrace()

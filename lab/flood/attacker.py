@@ -1,8 +1,10 @@
-"""An attacker as a process of its own, on loopback only: ``python flood.py '{"flood": ..., "ports": [...], ...}'``.
+"""An attacker as a process of its own, on loopback only: ``python -m lab.flood.attacker '{"kind": ..., ...}'``.
 
-Floods: ``half_open`` (connections that never say a word), ``noise`` (random bytes, some dressed as HTTP or ZMTP),
+Kinds: ``half_open`` (connections that never say a word), ``noise`` (random bytes, some dressed as HTTP or ZMTP),
 ``bodies`` (huge ones in pieces, and one whose length alone is huge), ``rooms`` (messages about rooms that nobody knows,
-from a peer that has shaken hands and from strangers). Each sends its share and says on stdout, as JSON, what it got.
+from a peer that has shaken hands and from strangers), ``posts`` (JSON that becomes millions of values, or a chat
+whose template never ends), ``one_byte`` (posts whose body does not come), ``registrations`` (ranks that are none).
+Each says on stdout, as JSON, what it got.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from random import Random
 from typing import Any
 
@@ -36,11 +39,8 @@ def main() -> None:
     os.nice(10)  # an attacker is on a machine of its own: it shall not take the servers' processor as well
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    flood = options.pop("flood")
-    if flood == "rooms":
-        result = rooms(**options)
-    else:
-        result = asyncio.run({"half_open": half_open, "noise": noise, "bodies": bodies}[flood](**options))
+    kind = options.pop("kind")
+    result = rooms(**options) if kind == "rooms" else asyncio.run(KINDS[kind](**options))
     print(json.dumps(result))
 
 
@@ -108,13 +108,119 @@ async def bodies(targets: list[list[Any]], size: int, count: int) -> dict[str, A
     return dict(statuses)
 
 
+def filled(start: str, piece: str, end: str, size: int) -> bytes:
+    """A body of about ``size`` bytes: ``piece`` again and again, with commas."""
+    return (start + ",".join([piece] * ((size - len(start) - len(end)) // (len(piece) + 1))) + end).encode()
+
+
+def distinct_fields(size: int) -> bytes:
+    """A body of about ``size`` bytes whose fields nobody knows, no two alike."""
+    fields, length = ['"prompt":"a"'], 0
+    while length < size:
+        fields.append(f'"f{len(fields)}":0')
+        length += len(fields[-1]) + 1
+    return ("{" + ",".join(fields) + "}").encode()
+
+
+#: What a body is made of: (path, body of a size).
+CHAT = '"messages":[{"role":"user","content":"q"}]'
+PAYLOADS: dict[str, tuple[str, Callable[[int], bytes]]] = {
+    "tools": ("/v1/chat/completions", lambda size: filled("{" + CHAT + ',"tools":[', "[]", "]}", size)),
+    "token ids": ("/v1/completions", lambda size: filled('{"prompt":[', "1", "]}", size)),
+    "fields": ("/v1/completions", distinct_fields),
+    "template": ("/v1/chat/completions", lambda _size: ("{" + CHAT + "}").encode()),
+}
+
+
+def head(port: int, path: str, length: int, method: str = "POST") -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{JSON}\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+async def posts(ports: list[int], payload: str, size: int, at_once: int, seconds: float) -> dict[str, Any]:
+    """``at_once`` whole bodies at a time, to one port after the other, again and again."""
+    statuses: Counter[str] = Counter()
+    path, make = PAYLOADS[payload]
+    body, until = make(size), time.monotonic() + seconds
+
+    async def one(number: int) -> None:
+        while time.monotonic() < until:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", ports[number % len(ports)])
+                writer.write(head(ports[number % len(ports)], path, len(body)) + body)
+                answer = await asyncio.wait_for(reader.readline(), PATIENCE_SECONDS)
+                statuses[answer.decode()[9:12] or "hung up"] += 1
+                writer.transport.abort()
+            except (OSError, TimeoutError):
+                statuses["hung up"] += 1
+            number += at_once
+
+    await asyncio.gather(*(one(number) for number in range(at_once)))
+    return dict(statuses)
+
+
+async def one_byte(ports: list[int], count: int, seconds: float) -> dict[str, Any]:
+    """``count`` posts at each port that send one byte of their body; what is closed is opened again."""
+    statuses: Counter[str] = Counter()
+    until = time.monotonic() + seconds
+
+    async def one(port: int) -> None:
+        while time.monotonic() < until:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head(port, "/v1/completions", 100) + b"{")
+                statuses["opened"] += 1
+                with contextlib.suppress(TimeoutError):
+                    answer = await asyncio.wait_for(reader.readline(), max(0.1, until - time.monotonic()))
+                    statuses[answer.decode()[9:12] or "hung up"] += 1
+                writer.transport.abort()
+            except OSError:
+                statuses["refused"] += 1
+                await asyncio.sleep(0.1)
+
+    await asyncio.gather(*(one(port) for port in ports for _ in range(count)))
+    return dict(statuses)
+
+
+async def registrations(port: int, each_second: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Ranks that are none, at places of all kinds; every tenth is no registration at all."""
+    statuses: Counter[str] = Counter()
+    random, started = Random(seed), time.monotonic()
+
+    async def one(number: int) -> None:
+        route = {
+            "instance": f"i{random.randrange(1 << 32)}",
+            "group": f"g{random.randrange(16)}",
+            "address": f"tcp://127.0.0.1:{random.randrange(1, 65536)}",
+            "layout_digest": "",
+            "http_port": 1,
+            "coordinates": {"tp": random.randrange(4096)},
+            "sizes": {"tp": 4096},
+        }
+        body = random.randbytes(512) if number % 10 == 9 else json.dumps(route).encode()
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head(port, "/route", len(body), "PUT") + body)
+            answer = await asyncio.wait_for(reader.readline(), PATIENCE_SECONDS)
+            statuses[answer.decode()[9:12] or "hung up"] += 1
+            writer.transport.abort()
+        except (OSError, TimeoutError):
+            statuses["hung up"] += 1
+
+    tasks = []
+    for number in range(int(each_second * seconds)):
+        await asyncio.sleep(max(0.0, started + number / each_second - time.monotonic()))
+        tasks.append(asyncio.create_task(one(number)))
+    await asyncio.gather(*tasks)
+    return dict(statuses)
+
+
 def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
     """``count`` rooms opened by a peer whose memory fits, and as many messages of strangers."""
     import msgspec
     import numpy as np
     import zmq
 
-    from kvbaton.layout import Coordinates, Region
+    from kvbaton.layout import CacheLayout, Coordinates, Region
     from kvbaton.plan.pair import pair_plan
     from kvbaton.protocol.grants import parts_of
     from kvbaton.protocol.messages import Grant, Hello, Open, Ping, TransferKey, Verdict, decode, encode
@@ -139,7 +245,7 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
                 transport=backend,
             )
 
-        empty = msgspec.convert({"model": "", "regions": (), "pools": ()}, type(_any_layout()))
+        empty = CacheLayout("", (), ())
         link.send(encode(say_hello(empty, b"", "i-spy")))
         theirs = next_of(link, Hello).layout
         buffers = [np.zeros(region.length, dtype=np.uint8) for region in theirs.regions]
@@ -185,13 +291,7 @@ def rooms(address: str, count: int, backend: str) -> dict[str, Any]:
     return dict(answers)
 
 
-def _any_layout() -> Any:
-    from kvbaton.layout import CacheLayout
-
-    return CacheLayout("", (), ())
-
-
-def next_of(socket: Any, kind: type) -> Any:
+def next_of(socket: Any, kind: type[Any]) -> Any:
     from kvbaton.protocol.messages import decode
 
     while socket.poll(int(PATIENCE_SECONDS * 1000)):
@@ -200,6 +300,15 @@ def next_of(socket: Any, kind: type) -> Any:
             return message
     raise TimeoutError(f"no {kind.__name__} came")
 
+
+KINDS: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
+    "half_open": half_open,
+    "noise": noise,
+    "bodies": bodies,
+    "posts": posts,
+    "one_byte": one_byte,
+    "registrations": registrations,
+}
 
 if __name__ == "__main__":
     main()

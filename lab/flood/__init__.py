@@ -1,0 +1,1 @@
+"""Floods against a running deployment, while honest requests go on."""
