@@ -10,7 +10,7 @@ import signal
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from lab.vllm.cases import check
@@ -19,9 +19,11 @@ from lab.vllm.requests import Client, new_room, prompt
 from lab.vllm.scene import Scene
 from lab.vllm.service import IDLE_PART, idle_parts
 
+#: So many rounds; on a machine that is busy otherwise none begins after so long.
 ROUNDS = 5
+SECONDS = 300.0
 #: Requests at once, tokens of each, and how often in a round.
-CELLS = ((1, 500, 4), (8, 500, 2), (1, 4000, 2), (8, 4000, 1))
+CELLS = ((1, 500, 4), (8, 500, 1), (1, 4000, 2), (8, 4000, 1))
 #: Our TTFT over theirs, at 8 at once, at most.
 TTFT_RATIO = 0.8
 
@@ -39,33 +41,33 @@ class Seconds:
 
 
 async def latencies(scene: Scene) -> str:
-    """TTFT, and hand-off with the first token: 1 and 8 at once, 500 and 4,000 tokens; medians over all rounds."""
+    """TTFT, and hand-off with the first token: 1 and 8 at once, 500 and 4,000 tokens; medians over all rounds.
+    Ours in both flows, theirs prefill first, as it goes."""
     pairs = {"ours": scene, "theirs": scene.rival}
     ttft: dict[tuple[int, int, str], list[float]] = defaultdict(list)
     handoff: dict[tuple[int, int, str], list[float]] = defaultdict(list)
     seed, loads = 20_000, [os.getloadavg()[0]]
-    _stop(scene)
-    _stop(scene.rival)
-    for turn in range(ROUNDS):
-        for name in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
-            async with _running(pairs[name]):
-                client = pairs[name].client
-                sources = await client.sources() if name == "ours" else []
-                for at_once, length, times in CELLS:
-                    for _ in range(times):
-                        prompts = [prompt(length, seed + i) for i in range(at_once)]
-                        seed += at_once
-                        for one in await asyncio.gather(*(_sequential(client, tokens) for tokens in prompts)):
-                            ttft[at_once, length, name].append(one.ttft)
-                            handoff[at_once, length, name].append(one.handoff)
-                        if name == "ours":
+    turn, started = 0, time.monotonic()
+    with _stopped(scene), _stopped(scene.rival):
+        while turn < ROUNDS and time.monotonic() < started + SECONDS:
+            turn += 1
+            for name in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+                async with _running(pairs[name]):
+                    client = pairs[name].client
+                    sources = await client.sources() if name == "ours" else []
+                    for at_once, length, times in CELLS:
+                        for _ in range(times):
                             prompts = [prompt(length, seed + i) for i in range(at_once)]
                             seed += at_once
-                            calls = (_concurrent(client, tokens, sources) for tokens in prompts)
-                            ttft[at_once, length, "both at once"] += await asyncio.gather(*calls)
-            loads.append(os.getloadavg()[0])
-    _go_on(scene)
-    _go_on(scene.rival)
+                            for one in await asyncio.gather(*(_sequential(client, tokens) for tokens in prompts)):
+                                ttft[at_once, length, name].append(one.ttft)
+                                handoff[at_once, length, name].append(one.handoff)
+                            if name == "ours":
+                                prompts = [prompt(length, seed + i) for i in range(at_once)]
+                                seed += at_once
+                                calls = (_concurrent(client, tokens, sources) for tokens in prompts)
+                                ttft[at_once, length, "both at once"] += await asyncio.gather(*calls)
+                loads.append(os.getloadavg()[0])
     told, slow = [], []
     for at_once, length, _ in CELLS:
         theirs = statistics.median(ttft[at_once, length, "theirs"])
@@ -80,7 +82,7 @@ async def latencies(scene: Scene) -> str:
         )
         if at_once == 8 and both > TTFT_RATIO * theirs:
             slow.append(told[-1])
-    said = "; ".join(told) + f"; load {min(loads):.0f} to {max(loads):.0f} on {os.cpu_count()} cores"
+    said = "; ".join(told) + f"; {turn} rounds, load {min(loads):.0f} to {max(loads):.0f} on {os.cpu_count()} cores"
     if slow:
         raise AssertionError(f"more than {TTFT_RATIO} of theirs: {said}")
     return said
@@ -90,13 +92,9 @@ async def idle(scene: Scene) -> str:
     """CPU time of the workers of each pair when nothing happens, in parts of a core."""
     used = {}
     for name, pair in (("ours", scene), ("theirs", scene.rival)):
-        other = scene.rival if pair is scene else scene
-        _stop(other)
-        try:
+        with _stopped(scene.rival if pair is scene else scene):
             await pair.serves()
             used[name] = await idle_parts([server.worker() for server in pair.connected.values()])
-        finally:
-            _go_on(other)
     said = ", ".join(f"{name} " + " and ".join(f"{part:.1%}" for part in parts) for name, parts in used.items())
     if max(used["ours"]) > IDLE_PART:
         raise AssertionError(f"of a core: {said}")
@@ -107,15 +105,11 @@ async def windows(scene: Scene) -> str:
     """Lengths at the edge of a sliding window: ours must all be equal to the plain instance; theirs are counted."""
     wrong: dict[str, list[int]] = {"ours": [], "theirs": []}
     for name, pair in (("ours", scene), ("theirs", scene.rival)):
-        other = scene.rival if pair is scene else scene
-        _stop(other)
-        try:
+        with _stopped(scene.rival if pair is scene else scene):
             for seed, length in enumerate((*EDGES, *OTHERS)):
                 tokens = prompt(length, 30_000 + seed)
                 if await pair.client.sequential(tokens) != await scene.client.alone(tokens):
                     wrong[name].append(length)
-        finally:
-            _go_on(other)
     edges = {name: sum(length in EDGES for length in lengths) for name, lengths in wrong.items()}
     said = "; ".join(
         f"{name} differ in {edges[name]} of {len(EDGES)} edge lengths and {len(wrong[name]) - edges[name]} of "
@@ -136,6 +130,15 @@ async def _running(pair: Scene) -> AsyncIterator[None]:
         yield
     finally:
         _stop(pair)
+
+
+@contextlib.contextmanager
+def _stopped(pair: Scene) -> Iterator[None]:
+    _stop(pair)
+    try:
+        yield
+    finally:
+        _go_on(pair)
 
 
 def _stop(pair: Scene) -> None:
