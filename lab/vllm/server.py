@@ -19,7 +19,7 @@ import psutil
 
 from kvbaton.errors import ExpiredError, PeerLostError
 
-READY_SECONDS = 240.0
+READY_SECONDS = 900.0
 STOP_SECONDS = 20.0
 LOG_LINES = 12
 
@@ -28,7 +28,8 @@ Role = Literal["plain", "kv_producer", "kv_consumer", "kv_both"]
 
 @dataclass(eq=False, kw_only=True)
 class VllmServer:
-    """``options``: ``kv_connector_extra_config``; ``arguments``: further ones of ``vllm serve``."""
+    """``options``: ``kv_connector_extra_config``; ``arguments``: further ones of ``vllm serve``; ``connector``: name
+    and module, which is empty for one of vLLM's own."""
 
     name: str
     python: Path
@@ -53,7 +54,7 @@ class VllmServer:
         command = [
             *(str(self.python.parent / "vllm"), "serve", str(self.model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "m"),
-            *("--skip-tokenizer-init", "--enforce-eager", "--dtype", self.dtype, "--seed", "0"),
+            *("--enforce-eager", "--dtype", self.dtype, "--seed", "0"),
             *("--max-model-len", "4096", "--max-num-batched-tokens", "512"),
             *("--num-gpu-blocks-override", str(self.blocks)),
             *self.arguments,
@@ -61,13 +62,21 @@ class VllmServer:
         if self.role != "plain":
             transfer = {
                 "kv_connector": self.connector[0],
-                "kv_connector_module_path": self.connector[1],
+                **({"kv_connector_module_path": self.connector[1]} if self.connector[1] else {}),
                 "kv_role": self.role,
                 "kv_load_failure_policy": self.policy,
                 "kv_connector_extra_config": dict(self.options),
             }
             command += ["--kv-transfer-config", msgspec.json.encode(transfer).decode()]
-        environment = {
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.variables, start_new_session=True, close_fds=True
+            )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of vLLM's processes."""
+        return {
             **os.environ,
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -77,10 +86,6 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
             **self.environment,
         }
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True, close_fds=True
-            )
 
     async def ready(self, session: aiohttp.ClientSession) -> None:
         """Raises PeerLostError if it ends, ExpiredError if it takes too long."""
@@ -115,6 +120,11 @@ class VllmServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To all of its processes."""
+        if self.process is not None:
+            os.killpg(self.process.pid, number)
 
     async def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:

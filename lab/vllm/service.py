@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
+import psutil
 from aiohttp import web
 
 from kvbaton.serving.fleet import free_ports
@@ -17,9 +20,19 @@ from lab.vllm.failures import DEAD
 from lab.vllm.requests import prompt
 from lab.vllm.scene import Scene
 
+#: Requests of the long case, and how many are counted at a time; one in ``GIVEN_UP`` is.
+REQUESTS, COUNTED, GIVEN_UP = 1000, 250, 20
+#: Most of a core that a worker may use when nothing happens.
+IDLE_PART = 0.02
+IDLE_SECONDS = 20.0
+#: What vLLM's own benchmark sends: requests, at once, tokens of the prompt, tokens of the answer.
+BENCH = (200, 8, 300, 8)
+BENCH_SECONDS = 600.0
 
-async def through_the_router(scene: Scene) -> str:
-    """Our router in front of both: the first request one server after the other, the others both at once."""
+
+@contextlib.asynccontextmanager
+async def _routed(scene: Scene) -> AsyncIterator[str]:
+    """The address of our router in front of both."""
     workers = (Worker("prefill", scene.prefill.url), Worker("decode", scene.decode.url))
     router = Router(RouterConfig(workers=workers, engine="vllm"))
     runner = web.AppRunner(router.app)
@@ -28,19 +41,57 @@ async def through_the_router(scene: Scene) -> str:
     await web.TCPSite(runner, "127.0.0.1", port).start()
     try:
         await router.workers.probe_all()
-        url = f"http://127.0.0.1:{port}"
-        prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
-        got = [await scene.client.complete(url, prompts[0])]
-        got += await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts[1:]))
-        for tokens, answer in zip(prompts, got, strict=True):
-            check(tokens_of(answer), await scene.client.alone(tokens), f"{len(tokens)} tokens")
+        yield f"http://127.0.0.1:{port}"
     finally:
         await runner.cleanup()
+
+
+async def through_the_router(scene: Scene) -> str:
+    """Our router in front of both: the first request one server after the other, the others both at once."""
+    prompts = [prompt(50 + 97 * i, 6100 + i) for i in range(12)]
+    async with _routed(scene) as url:
+        got = [await scene.client.complete(url, prompts[0])]
+        got += await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in prompts[1:]))
+    for tokens, answer in zip(prompts, got, strict=True):
+        check(tokens_of(answer), await scene.client.alone(tokens), f"{len(tokens)} tokens")
     return f"{len(prompts)} of {len(prompts)} equal; empty after {await scene.empty():.1f} s"
 
 
+async def bench_serve(scene: Scene) -> str:
+    """``vllm bench serve`` through our router: no request fails."""
+    count, at_once, size, answer = BENCH
+    written = scene.prefill.log.parent / "bench_serve.json"
+    written.unlink(missing_ok=True)
+    async with _routed(scene) as url:
+        process = await asyncio.create_subprocess_exec(
+            *(str(scene.prefill.python.parent / "vllm"), "bench", "serve", "--backend", "openai"),
+            *("--base-url", url, "--endpoint", "/v1/completions"),
+            *("--model", "m", "--tokenizer", str(scene.prefill.model), "--dataset-name", "random"),
+            *("--random-input-len", str(size), "--random-output-len", str(answer), "--random-range-ratio", "0.5"),
+            *("--num-prompts", str(count), "--max-concurrency", str(at_once), "--ignore-eos", "--disable-tqdm"),
+            *("--save-result", "--result-dir", str(written.parent), "--result-filename", written.name),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=scene.prefill.variables,
+        )
+        try:
+            said, _ = await asyncio.wait_for(process.communicate(), BENCH_SECONDS)
+        finally:
+            if process.returncode is None:
+                process.kill()
+    if process.returncode or not written.is_file():
+        raise AssertionError(f"it ended with {process.returncode}: {said.decode(errors='replace')[-500:]}")
+    found = msgspec.json.decode(written.read_bytes())
+    check((found["completed"], found["failed"]), (count, 0), "completed and failed")
+    rooms = await scene.rooms(scene.decode)
+    return (
+        f"{count} completed, 0 failed, {at_once} at once, {found['request_throughput']:.1f} a second, "
+        f"TTFT {found['median_ttft_ms']:.0f} ms; {rooms}; empty after {await scene.empty():.1f} s"
+    )
+
+
 async def endurance(scene: Scene) -> str:
-    """400 requests, 24 at a time, one in 20 given up: nothing is left, memory and threads stay."""
+    """1,000 requests, 24 at a time, one in 20 given up: nothing is left, memory and threads stay."""
     sources = await scene.client.sources()
     chance = random.Random(7)
     doors = asyncio.Semaphore(24)
@@ -49,7 +100,7 @@ async def endurance(scene: Scene) -> str:
 
     async def one(i: int) -> bool:
         tokens = prompt(chance.randrange(20, 900), 7000 + i)
-        patience = chance.uniform(0.01, 0.3) if i % 20 == 0 else 120.0
+        patience = chance.uniform(0.01, 0.3) if i % GIVEN_UP == 0 else 120.0
         async with doors:
             try:
                 if i % 2:
@@ -61,8 +112,8 @@ async def endurance(scene: Scene) -> str:
         return False
 
     memory, threads = [], []
-    for start in range(0, 400, 100):
-        given_up += sum(await asyncio.gather(*(one(i) for i in range(start, start + 100))))
+    for start in range(0, REQUESTS, COUNTED):
+        given_up += sum(await asyncio.gather(*(one(i) for i in range(start, start + COUNTED))))
         await scene.empty()
         memory.append(sum(worker.memory_info().rss for worker in workers) / 1e6)
         threads.append([worker.num_threads() for worker in workers])
@@ -77,7 +128,7 @@ async def endurance(scene: Scene) -> str:
     }
     check(live, {}, "rooms left")
     sizes = " ".join(f"{size:.0f}" for size in memory)
-    return f"400 requests, {given_up} given up; no room left, threads {threads[-1]}, memory {sizes} MB"
+    return f"{REQUESTS} requests, {given_up} given up; no room left, threads {threads[-1]}, memory {sizes} MB"
 
 
 async def contract(scene: Scene) -> str:
@@ -99,14 +150,18 @@ async def contract(scene: Scene) -> str:
 
 async def idle(scene: Scene) -> str:
     """CPU time of the workers when nothing happens, in parts of a core."""
-    workers = [server.worker() for server in (scene.prefill, scene.decode)]
-    await asyncio.sleep(2.0)
-    before = [sum(worker.cpu_times()[:2]) for worker in workers]
-    await asyncio.sleep(10.0)
-    used = [(sum(worker.cpu_times()[:2]) - was) / 10.0 for worker, was in zip(workers, before, strict=True)]
-    if max(used) > 0.05:
+    used = await idle_parts([server.worker() for server in scene.connected.values()])
+    if max(used) > IDLE_PART:
         raise AssertionError(f"{used} of a core")
     return " and ".join(f"{part:.1%}" for part in used) + " of a core"
+
+
+async def idle_parts(workers: Sequence[psutil.Process]) -> list[float]:
+    """Part of a core that each uses when nothing happens."""
+    await asyncio.sleep(2.0)
+    before = [sum(worker.cpu_times()[:2]) for worker in workers]
+    await asyncio.sleep(IDLE_SECONDS)
+    return [(sum(worker.cpu_times()[:2]) - was) / IDLE_SECONDS for worker, was in zip(workers, before, strict=True)]
 
 
 async def metrics(scene: Scene) -> str:

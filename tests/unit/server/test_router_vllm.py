@@ -105,7 +105,7 @@ def test_prefill_computes_one_token_of_one_answer_and_decode_what_the_client_wan
                 await setup.post(**wanted)
             for body in prefill.bodies:
                 assert (body["max_tokens"], body["n"], body["stream"]) == (1, 1, False)
-                assert not any(body[name] for name in ("logprobs", "min_tokens", "stop", "stream_options"))
+                assert not {"logprobs", "min_tokens", "stop", "stream_options"} & set(body)
             for body in decode.bodies:
                 assert {name: body[name] for name in wanted} == wanted
             await setup.post(path="/v1/chat/completions", messages=[], max_completion_tokens=9)

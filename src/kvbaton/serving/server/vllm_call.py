@@ -27,20 +27,11 @@ from kvbaton.serving.server.openai import ErrorDetail
 #: Largest answer of prefill that is read: one token, and the addresses of at most 1,024 ranks.
 MAX_PREFILL_ANSWER_BYTES = 1 << 20
 MAX_PREFILL_SERVERS = 1024
-#: What of a request makes prefill's answer long, or more than one.
-_PREFILL_OVERRIDES: dict[str, object] = {
-    "max_tokens": 1,
-    "n": 1,
-    "best_of": None,
-    "echo": None,
-    "logprobs": None,
-    "top_logprobs": None,
-    "prompt_logprobs": None,
-    "min_tokens": None,
-    "stop": None,
-    "stream": False,
-    "stream_options": None,
-}
+#: What of a request makes prefill's answer long, or more than one: sent so, or not at all (vLLM takes null for few).
+_PREFILL_OVERRIDES: dict[str, object] = {"max_tokens": 1, "n": 1, "stream": False}
+_NOT_FOR_PREFILL = frozenset(
+    ("best_of", "echo", "logprobs", "top_logprobs", "prompt_logprobs", "min_tokens", "stop", "stream_options")
+)
 
 Params = dict[str, object]
 
@@ -111,7 +102,8 @@ class VllmCall(PrefillDecodeCall):
         overrides = dict(_PREFILL_OVERRIDES)
         if "max_completion_tokens" in self._fields:
             overrides["max_completion_tokens"] = 1
-        return msgspec.json.encode({**self._fields, **overrides, "kv_transfer_params": params})
+        kept = {name: value for name, value in self._fields.items() if name not in _NOT_FOR_PREFILL}
+        return msgspec.json.encode({**kept, **overrides, "kv_transfer_params": params})
 
     def _decode_body(self) -> bytes:
         params = {"kv_transfer_params": self._params} if self._params else {}
