@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvbaton.errors import CapacityError, ConfigError
+from kvbaton.errors import CapacityError, ConfigError, ContextLengthError
 from kvbaton.manager import MAX_ROOM
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Pools
@@ -86,7 +86,7 @@ class Limits:
         if foreign is not None:
             raise ConfigError(f"prompt: token {foreign} is outside the vocabulary of {self.vocab_size}")
         if prompt + answer > self.max_positions:
-            raise CapacityError(
+            raise ContextLengthError(
                 f"max_tokens: a prompt of {prompt} tokens and max_tokens={answer} exceed "
                 f"the model's {self.max_positions} positions"
             )

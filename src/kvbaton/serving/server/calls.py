@@ -23,7 +23,7 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS
+from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
 from kvbaton.serving.server.workers import Worker, cause_of
 
@@ -65,7 +65,7 @@ class CallFailed(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status in TRY_AGAIN else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class PrefillDecodeCall:
         return decode is not None and decode.done() and not decode.cancelled() and decode.exception() is None
 
     async def _run_prefill(self) -> None:
-        body = self._body({"stream": False, "stream_options": None})
+        body = self._body({"stream": False, **({"stream_options": None} if "stream_options" in self._fields else {})})
         response = await self._open(self._pair.prefill, body)
         async with response:
             try:
