@@ -26,6 +26,8 @@ from lab.clients.environment import OPENAI, SGLANG_ROUTER
 MODEL = "recall"
 READY_SECONDS = 300.0
 ANSWER_SECONDS = 120.0
+#: Recall questions that wait for their answers at once.
+AT_ONCE = 16
 SCRIPT = Path(__file__).with_name("openai_script.py")
 PROMPT = "g6=V6QT; s9=GZTT;?s9="
 OTHER = "a1=QX7B; b2=MM30;?a1="
@@ -88,21 +90,21 @@ async def _post(http: aiohttp.ClientSession, url: str, path: str, body: dict[str
 
 
 def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
-    greedy = {"model": MODEL, "max_tokens": 6, "temperature": 0}
+    greedy: dict[str, Any] = {"model": MODEL, "max_tokens": 6, "temperature": 0}
     sampled = {**greedy, "temperature": 1.0, "seed": 5, "top_k": 20}
     chat = {**greedy, "messages": [{"role": "user", "content": PROMPT}]}
-    generate = {"text": PROMPT, "sampling_params": {"max_new_tokens": 6, "temperature": 0}}
-    bodies = {
+    params = {"max_new_tokens": 6, "temperature": 0}
+    generate: dict[str, Any] = {"text": PROMPT, "sampling_params": params}
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
         "completion": ("/v1/completions", {**greedy, "prompt": PROMPT}),
         "completion, sampled": ("/v1/completions", {**sampled, "prompt": PROMPT}),
         "completion, n=2": ("/v1/completions", {**sampled, "prompt": PROMPT, "n": 2}),
         "chat": ("/v1/chat/completions", chat),
         "generate": ("/generate", generate),
-        "generate, token ids": ("/generate", {**generate, "text": None, "input_ids": [5, 6, 7]}),
+        "generate, token ids": ("/generate", {"input_ids": [5, 6, 7], "sampling_params": params}),
         "generate, logprobs": ("/generate", {**generate, "return_logprob": True}),
         "generate, texts": ("/generate", {**generate, "text": [PROMPT, OTHER]}),
     }
-    bodies["generate, token ids"][1].pop("text")
     streams = {f"{name}, stream": (path, {**body, "stream": True}) for name, (path, body) in bodies.items()}
     return {**bodies, **streams}
 
@@ -145,13 +147,17 @@ async def shapes(http: aiohttp.ClientSession, client: str, url: str, reference: 
 
 
 async def recall(http: aiohttp.ClientSession, client: str, url: str, reference: str, count: int) -> Row:
-    started, equal = time.monotonic(), 0
-    for question in make_prompts(count, seed=1):
-        body = {"model": MODEL, "prompt": question.prompt, "max_tokens": 5, "temperature": 0}
-        found = [_said(await _post(http, each, "/v1/completions", body)) for each in (url, reference)]
-        equal += found[0] == found[1]
+    started, places = time.monotonic(), asyncio.Semaphore(AT_ONCE)
+
+    async def equal(prompt: str) -> bool:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 5, "temperature": 0}
+        async with places:
+            found = [_said(await _post(http, each, "/v1/completions", body)) for each in (url, reference)]
+        return found[0] == found[1]
+
+    ok = sum(await asyncio.gather(*(equal(question.prompt) for question in make_prompts(count, seed=1))))
     seconds = time.monotonic() - started
-    return Row(client=client, what="recall questions, equal", ok=equal, asked=count, seconds=seconds)
+    return Row(client=client, what="recall questions, equal", ok=ok, asked=count, seconds=seconds)
 
 
 async def script(python: Path, url: str) -> dict[str, Any]:

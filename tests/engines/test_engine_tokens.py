@@ -15,6 +15,7 @@ from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
 from kvbaton.serving.engine.text import Detokenizer, StopMatcher, TextStream
+from kvbaton.serving.server.tokens import ServerTokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -263,3 +264,10 @@ def test_top_k_and_min_p() -> None:
     assert seen(top_k=9) == seen(top_k=0) == {0, 1, 2, 3}
     assert seen(min_p=0.5) == {1, 2}
     assert seen(min_p=1.0) == {1}
+
+
+def test_a_token_has_its_own_bytes() -> None:
+    tokenizer = ServerTokenizer(TOKENIZER)
+    for text in ("a", " ", "日", "😀", "\ufffd"):
+        assert b"".join(map(tokenizer.token_bytes, encode(text))) == text.encode()
+    assert tokenizer.token_bytes(EOS) == b"<eos>"

@@ -64,6 +64,12 @@ class LoadedModel:
         return f"LoadedModel({self.name} {self.geometry})"
 
 
+def check_device(device: str) -> None:
+    """Raises ConfigError for one that this machine, or this build of torch, does not have."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
+
+
 def load_model(
     name: str,
     *,

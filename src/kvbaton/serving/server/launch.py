@@ -33,7 +33,7 @@ from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.model import LoadedModel, check_device
 from kvbaton.serving.engine.scheduler import STOPPING
 from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.server.allow import AllowList
@@ -188,14 +188,6 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
             )
         server = _Server(config, rank, secret, keys, allow, model, replica, placements)
         asyncio.run(server.run(port, registry, listening))
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for one that this machine, or this build of torch, does not have."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
 
 
 class _Server:
