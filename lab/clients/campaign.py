@@ -153,7 +153,7 @@ async def recall(http: aiohttp.ClientSession, client: str, url: str, reference: 
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 5, "temperature": 0}
         async with places:
             found = [_said(await _post(http, each, "/v1/completions", body)) for each in (url, reference)]
-        return found[0] == found[1]
+        return bool(found[0] == found[1])
 
     ok = sum(await asyncio.gather(*(equal(question.prompt) for question in make_prompts(count, seed=1))))
     seconds = time.monotonic() - started

@@ -19,10 +19,12 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.errors import ConfigError, RegistryError
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES
+from kvbaton.serving.server.client_fields import client_fields
 from kvbaton.serving.server.fields import FieldRule
-from kvbaton.serving.server.openai import ChatRequest, CompletionRequest, parse
+from kvbaton.serving.server.openai import ChatRequest, CompletionRequest
+from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
-from kvbaton.serving.server.router import Router, RouterConfig, _fields
+from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.tokens import ServerTokenizer
 from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
@@ -102,10 +104,10 @@ def test_a_million_unknown_fields_become_no_objects() -> None:
 def test_nor_at_the_router() -> None:
     body = b'{"prompt":"a",' + DISTINCT + b"}"
     with frugal():
-        fields, _ = _fields(body)
+        fields, _ = client_fields(body)
     assert fields.keys() == {"prompt", "rid"}
     with frugal(), pytest.raises(ConfigError, match="f0"):
-        _fields(body, FieldRule(strict=True))
+        client_fields(body, FieldRule(strict=True))
 
 
 @asynccontextmanager

@@ -17,8 +17,8 @@ from kvbaton.serving.server.openai import (
     ErrorDetail,
     event,
     param_of,
-    parse,
 )
+from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.routing import MAX_RID_CHARACTERS
 from kvbaton.serving.server.sglang import GenerateRequest
 

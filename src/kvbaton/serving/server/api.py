@@ -48,15 +48,9 @@ from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.serving.server.failure import body_of, errors
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, HandoffMetrics, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import (
-    DONE,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    event,
-    parse,
-)
+from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
 from kvbaton.serving.server.operators import is_operator, key_of_client, require_operator
+from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing

@@ -15,14 +15,14 @@ This file must not know HTTP, engines' threads or tokenizers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from kvbaton.errors import ConfigError
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, Handoff, Sampling
-from kvbaton.serving.server.fields import FieldRule, Kind, Ruled, check_known, with_known
+from kvbaton.serving.server.fields import Kind
 from kvbaton.serving.server.messages import ChatMessage, Turn, null, template_value
 from kvbaton.serving.server.prompts import Prompt, prompts_of
 from kvbaton.serving.server.routing import Id, Routed
@@ -34,10 +34,6 @@ CHAT_MAX_TOKENS = 1024
 MAX_COMPLETION_LOGPROBS = 5
 #: Longest list that is decoded where a bound on its length is checked after it: of biases, of tokens that stop.
 MAX_LIST_BYTES = 64 << 10
-#: A body up to this size is decoded a second time to name every field in it that nobody knows.
-_SMALL_BYTES = 64 << 10
-
-_T = TypeVar("_T", bound=Struct)
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 Natural = Annotated[int, Meta(ge=0, le=1 << 24)]
@@ -346,59 +342,6 @@ class ErrorBody(Struct, frozen=True):
     error: ErrorDetail
 
 
-def parse(payload: bytes, kind: type[_T], rule: FieldRule | None = None) -> _T:
-    """A request from its JSON. Raises ConfigError; the message begins with the field's name where there is one."""
-    request = _decoded(payload, kind, rule or FieldRule())
-    if isinstance(request, Ruled):
-        check_known(request, request.kind)
-        request.check()
-    return request
-
-
-def _decoded(payload: bytes, kind: type[_T], rule: FieldRule) -> _T:
-    strict, lenient = _DECODERS.get(kind) or _decoders(kind)
-    try:
-        request: _T = strict.decode(payload)
-    except msgspec.ValidationError as error:
-        name = _unknown(str(error))
-        if name is None or lenient is None:
-            raise ConfigError(explained(str(error))) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from None
-    else:
-        return request
-    try:
-        request = lenient.decode(payload)
-    except msgspec.ValidationError as error:
-        raise ConfigError(explained(str(error))) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from None
-    names = [name]
-    if len(payload) <= _SMALL_BYTES:
-        names = sorted(msgspec.json.decode(payload, type=dict[str, Raw]).keys() - set(request.__struct_fields__))
-    rule.met(names)
-    return request
-
-
-def _decoders(kind: type[Struct]) -> _Decoders:
-    """One that ends at a field that nobody knows, and one that skips it; there is no second for a request that is not
-    in the table."""
-    if issubclass(kind, Ruled):
-        strict, lenient = (msgspec.json.Decoder(with_known(kind, kind.kind, strict=each)) for each in (True, False))
-        return _DECODERS.setdefault(kind, (strict, lenient))
-    return _DECODERS.setdefault(kind, (msgspec.json.Decoder(kind), None))
-
-
-_Decoders = tuple[msgspec.json.Decoder[Any], msgspec.json.Decoder[Any] | None]
-_DECODERS: dict[type[Struct], _Decoders] = {}
-_UNKNOWN = "Object contains unknown field `"
-
-
-def _unknown(message: str) -> str | None:
-    """The unknown field of the request itself that msgspec names."""
-    return message[len(_UNKNOWN) :].rstrip("`") if message.startswith(_UNKNOWN) and " - at `" not in message else None
-
-
 def event(body: object) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
@@ -412,18 +355,6 @@ def param_of(message: str) -> str | None:
     """The field that a message of ours begins with (``top_p: must be ...``), or None."""
     field, colon, _ = message.partition(": ")
     return field if colon and len(field) <= 64 and field.replace("_", "").replace(".", "").isalnum() else None
-
-
-def explained(message: str) -> str:
-    """Put the field first: msgspec says ``Expected `int`, got `str` - at `$.max_tokens```."""
-    complaint, at, path = message.rpartition(" - at `$.")
-    if at:
-        return f"{path.rstrip('`').partition('[')[0]}: {complaint}"
-    for known in (_UNKNOWN, "Object missing required field `"):
-        if message.startswith(known):
-            field = message[len(known) :].rstrip("`")
-            return f"{field}: {'is required' if 'missing' in known else 'is not a field of this request'}"
-    return message
 
 
 def _refuse(field: str, why: str) -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -30,7 +29,6 @@ from kvbaton.discovery.guard import guard
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AbortedError,
-    ConfigError,
     ExpiredError,
     InternalError,
     KVBatonError,
@@ -41,24 +39,17 @@ from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
-from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, SMALL_BODY_BYTES, Bodies
-from kvbaton.serving.server.calls import ROUTER_FIELDS, CallFailed, Pair, PrefillDecodeCall, mint_room, strip
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, Bodies
+from kvbaton.serving.server.calls import CallFailed, Pair, PrefillDecodeCall, mint_room
+from kvbaton.serving.server.client_fields import client_fields
 from kvbaton.serving.server.failure import body_of, errors
-from kvbaton.serving.server.fields import KNOWN, FieldRule
+from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.limit import TimeLimit
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import (
-    DONE,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    checked_rid,
-    event,
-    parse,
-)
+from kvbaton.serving.server.openai import DONE, AbortRequest, event
 from kvbaton.serving.server.operators import is_operator, key_of_client
+from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
-from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
@@ -159,7 +150,7 @@ class Router:
         with self.metrics.timed(http.path) as timer:
             try:
                 async with self._bodies.read(http) as body:
-                    fields, rid = _fields(body, self._rule)
+                    fields, rid = client_fields(body, self._rule)
                     limit = TimeLimit(self._config.request_timeout_secs)
                     with (
                         self.admission.entered(),  # for requests that are here, not for those that still come
@@ -412,46 +403,6 @@ class Router:
         return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
 
 
-def _fields(payload: bytes, rule: FieldRule | None = None) -> tuple[dict[str, msgspec.Raw], str]:
-    """The client's request, field by field and otherwise as it is, and its id. Raises ConfigError.
-
-    Of a large body only fields that some request has: millions of others would each become an object.
-    """
-    try:
-        if len(payload) > SMALL_BODY_BYTES:
-            is_strict = rule is not None and rule.strict
-            found = msgspec.json.decode(payload, type=_StrictFields if is_strict else _KnownFields)
-            named = ((name, getattr(found, name)) for name in found.__struct_fields__)
-            fields = strip({name: value for name, value in named if value is not _ABSENT})
-        else:
-            fields = strip(msgspec.json.decode(payload, type=dict[str, msgspec.Raw]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not a JSON object: {error}") from None
-    if rule is not None and rule.strict:  # else the servers count them
-        rule.met(sorted(fields.keys() - _NAMES))
-    if fields.get("rid", _NULL) == _NULL:
-        fields["rid"] = _encoded(f"req-{uuid.uuid4().hex}")
-    return fields, checked_rid(fields["rid"])
-
-
-_NULL = msgspec.Raw(b"null")
-_ABSENT = msgspec.Raw(b"")
-_REQUESTS = (CompletionRequest, ChatRequest, GenerateRequest)
-_NAMES = {
-    *(name for request in _REQUESTS for name in request.__struct_fields__),
-    *(known.name for known in KNOWN),
-    *ROUTER_FIELDS,
-}
-_KnownFields, _StrictFields = (
-    msgspec.defstruct(
-        "_KnownFields",
-        [(name, msgspec.Raw, _ABSENT) for name in sorted(_NAMES)],
-        forbid_unknown_fields=strict,
-    )
-    for strict in (False, True)
-)
-
-
 async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
     """A worker's answer. Raises aiohttp.ClientPayloadError for a longer one."""
     body = bytearray()
@@ -460,10 +411,6 @@ async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
         if len(body) > most_bytes:
             raise aiohttp.ClientPayloadError(f"it answers more than {most_bytes} bytes")
     return bytes(body)
-
-
-def _encoded(value: object) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -31,10 +31,10 @@ from kvbaton.serving.server.openai import (
     TopK,
     TopP,
     bias_of,
-    explained,
     stop_tokens_of,
     stops_of,
 )
+from kvbaton.serving.server.parsing import explained
 from kvbaton.serving.server.prompts import Prompt, prompts_of
 from kvbaton.serving.server.routing import Routed
 
