@@ -109,7 +109,7 @@ def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
     return {**bodies, **streams}
 
 
-def _said(answer: Any) -> Any:
+def _said(answer: Any, *, stream: bool = False) -> Any:
     """What an answer, whole or as events, says: the text of each choice, and its logprobs."""
     texts: dict[int, str] = {}
     logprobs: dict[int, Any] = {}
@@ -118,7 +118,7 @@ def _said(answer: Any) -> Any:
             said = choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
             texts[choice["index"]] = texts.get(choice["index"], "") + said
         if "meta_info" in event:
-            index = event.get("index", place if isinstance(answer, list) and "e2e_latency" in event["meta_info"] else 0)
+            index = event.get("index", 0) if stream else place
             texts[index] = event["text"]
             found = event["meta_info"].get("output_token_logprobs")
             logprobs[index] = found and [(round(each[0], 3), each[1]) for each in found]
@@ -130,10 +130,11 @@ async def shapes(http: aiohttp.ClientSession, client: str, url: str, reference: 
     bodies = _bodies()
     for name, (path, body) in bodies.items():
         try:
-            ours, single = _said(await _post(http, url, path, body)), _said(await _post(http, reference, path, body))
+            answers = [await _post(http, each, path, body) for each in (url, reference)]
         except (aiohttp.ClientError, TimeoutError) as error:
             wrong.append(f"{name}: {error}")
             continue
+        ours, single = (_said(answer, stream="stream" in body) for answer in answers)
         if ours != single:
             wrong.append(f"{name}: {ours} is not {single}")
     return Row(
@@ -166,7 +167,7 @@ async def script(python: Path, url: str) -> dict[str, Any]:
     )
     said, _ = await process.communicate()
     rows = [json.loads(line) for line in said.decode().splitlines() if line.startswith("{")]
-    return {row["call"]: row.get("said", row.get("error")) for row in rows}
+    return {row.pop("call"): row for row in rows}
 
 
 async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], without: tuple[str, ...] = ()) -> Row:
@@ -176,7 +177,7 @@ async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], wit
     wrong = [
         f"{call}: {found.get(call)} is not {said}"
         for call, said in wanted.items()
-        if found.get(call) != said or isinstance(said, str)
+        if found.get(call) != said or "error" in said
     ]
     return Row(
         client=f"openai {OPENAI}",
