@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
+.PHONY: clients vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -78,6 +78,9 @@ conformance: setup     ## every model family times every topology, against a sin
 vllm: setup            ## the connector in real vLLM processes, in an environment of its own (about 20 minutes; `python -m lab vllm --help`)
 	$(BIN)/python -m lab vllm --json
 
+clients: setup         ## sglang-router and the openai SDK in front of our servers, in an environment of their own (about 5 minutes)
+	$(BIN)/python -m lab clients --json
+
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
 
@@ -113,4 +116,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .venv-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .venv-audit .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -30,6 +30,7 @@ LAB = Program(
         "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),
         "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
         "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
+        "clients": ("lab.commands.clients", "run clients of others, their own code, in front of our servers"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lab.docs import flags, mutants, protocol, readme
+from lab.docs import fields, flags, mutants, protocol, readme
 
 #: page → its text with its generated parts as they should be, of its text as it is.
 GENERATED: dict[Path, Callable[[str], str]] = {
     flags.PAGE: flags.rewritten,
+    fields.PAGE: fields.rewritten,
     protocol.PAGE: protocol.rewritten,
     mutants.PAGE: mutants.rewritten,
     readme.PAGE: readme.rewritten,

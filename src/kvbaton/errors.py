@@ -5,7 +5,9 @@
     KVBatonError
     ├── ConfigError               local        a setting or argument is wrong; nothing was started
     │   ├── LayoutError           local        a layout contradicts itself or its memory
-    │   └── CapacityError         local        the request can never fit the pool or a table
+    │   ├── CapacityError         local        the request can never fit the pool or a table
+    │   │   └── ContextLengthError local       prompt and answer are longer than what the model can see
+    │   └── UnknownModelError     local        a model was asked for that is not served
     ├── LocalProtocolError        local        our engine used the facade out of order
     ├── RemoteProtocolError       remote       a peer sent something that the protocol forbids
     │   └── MessageError          remote       bytes that are no message of ours (size, tag, version)
@@ -94,6 +96,14 @@ class LayoutError(ConfigError):
 
 class CapacityError(ConfigError):
     code = "capacity"
+
+
+class ContextLengthError(CapacityError):
+    code = "context_length_exceeded"
+
+
+class UnknownModelError(ConfigError):
+    code = "model_not_found"
 
 
 class LocalProtocolError(KVBatonError):

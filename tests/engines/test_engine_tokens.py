@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.errors import InternalError
+from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
 from kvbaton.serving.engine.text import Detokenizer, StopMatcher, TextStream
+from kvbaton.serving.server.tokens import ServerTokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -153,7 +155,7 @@ def test_stop_strings_cut_at_the_first_and_never_leak(text: str, stops: list[str
 
 
 def stream(text: str, **fields: object) -> tuple[list[str], str | None]:
-    options: dict = {"stops": (), "eos_tokens": frozenset([EOS]), "max_tokens": 1000, **fields}
+    options: dict = {"stops": (), "ends": frozenset([EOS]), "max_tokens": 1000, **fields}
     answer = TextStream(TOKENIZER, encode("prompt"), **options)
     shown = []
     for token in [*encode(text), EOS]:
@@ -171,4 +173,101 @@ def test_stream_ends() -> None:
     assert stream("hell", stops=("lo", "lll")) == (["h", "e", "", "", "ll"], "stop")
     assert stream("hel", stops=("lo",), max_tokens=3) == (["h", "e", "l"], "length")
     assert stream("hel", stops=("l",), max_tokens=3) == (["h", "e", ""], "stop")
-    assert stream("a", eos_tokens=frozenset(), max_tokens=2)[1] == "length"
+    assert stream("a", ends=frozenset(), max_tokens=2)[1] == "length"
+
+
+def test_what_stops_an_answer_is_named_and_may_stay() -> None:
+    def last(text: str, **fields: object) -> tuple[str, object]:
+        options: dict = {"stops": (), "ends": frozenset([EOS]), "max_tokens": 1000, **fields}
+        answer = TextStream(TOKENIZER, (), **options)
+        shown = ""
+        for token in [*encode(text), EOS]:
+            piece = answer.push(token)
+            shown += piece.text
+            if piece.finish_reason:
+                return shown, piece.matched
+        return shown, None
+
+    assert last("hello") == ("hello", EOS)
+    assert last("hello", stops=("lo", "ll")) == ("he", "ll")
+    assert last("hello", stops=("ll",), include_stop=True) == ("hell", "ll")
+    assert last("hello", ends=frozenset(encode("l"))) == ("he", encode("l")[0])
+    assert last("hello", ends=frozenset(encode("l")), include_stop=True) == ("hel", encode("l")[0])
+    assert last("hello", stops=("e",), min_tokens=3) == ("hello", EOS)
+    assert last("hello", stops=("l",), min_tokens=4) == ("hel", "l")
+    assert last("hello", max_tokens=5) == ("hello", None)
+
+
+def test_a_prompt_that_ends_within_a_character_keeps_it() -> None:
+    first, second, third = encode("日")
+    detokenizer = Detokenizer(TOKENIZER, [*encode("a"), first, second])
+    assert detokenizer.push(third) == "日"
+    broken = Detokenizer(TOKENIZER, [*encode("a"), first])
+    assert [broken.push(token) for token in encode("xy")] == ["x", "y"]
+
+
+def test_special_tokens_are_text_where_they_are_asked_for() -> None:
+    assert Detokenizer(TOKENIZER, ()).push(EOS) == ""
+    assert Detokenizer(TOKENIZER, (), skip_special_tokens=False).push(EOS) == "<eos>"
+
+
+def adjusted(logits: list[float], said: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **fields: object) -> Pick:
+    sampling = Sampling(**{"temperature": 0.0, **fields})  # type: ignore[arg-type]
+    adjustment = adjustment_of(sampling, prompt, frozenset([0]))
+    assert adjustment is not None
+    for token in said:
+        adjustment.push(token)
+    picked = pick_tokens(torch.tensor([logits]), [Draw(sampling, 1, 0, adjustment)])[0]
+    assert isinstance(picked, Pick)
+    return picked
+
+
+def test_adjustments_change_what_is_picked_and_not_its_logprob() -> None:
+    logits = [3.0, 2.0, 1.0]
+    plain = torch.tensor(logits).log_softmax(-1).tolist()
+    cases: list[tuple[int, Pick]] = [
+        (2, adjusted(logits, logit_bias=((2, 5.0),))),
+        (1, adjusted(logits, min_tokens=1)),
+        (0, adjusted(logits, said=(1,), min_tokens=1)),
+        (1, adjusted(logits, said=(0,), presence_penalty=1.5)),
+        (0, adjusted(logits, said=(0,), frequency_penalty=0.6)),
+        (1, adjusted(logits, said=(0, 0), frequency_penalty=0.6)),
+        (1, adjusted(logits, prompt=(0,), repetition_penalty=2.0)),
+        (0, adjusted(logits, prompt=(0,), presence_penalty=2.0)),
+        (2, adjusted(logits, prompt=(0,), said=(1,), repetition_penalty=4.0)),
+        (1, adjusted([-1.0, -1.5, -9.0], said=(0,), repetition_penalty=2.0)),
+    ]
+    for expected, pick in cases:
+        assert (pick.token, pick.logprob) == (expected, pytest.approx(plain[expected])) or pick.logprob < 0
+        assert pick.token == expected
+
+
+def test_what_would_leave_nothing_is_not_forbidden() -> None:
+    assert adjusted([1.0, -math.inf, -math.inf], min_tokens=1).token == 0
+
+
+def test_nothing_is_adjusted_for_a_plain_request() -> None:
+    assert adjustment_of(Sampling(top_k=5, min_p=0.1, top_p=0.9), (1, 2), {0}) is None
+    assert adjustment_of(Sampling(min_tokens=3), (1, 2), ()) is None
+
+
+def test_top_k_and_min_p() -> None:
+    logits = torch.tensor([[math.log(0.1), math.log(0.5), math.log(0.3), math.log(0.1)]]).repeat(300, 1)
+
+    def seen(**fields: float) -> set[int]:
+        picks = pick_tokens(logits, [draw(position=p, **fields) for p in range(300)])
+        return {pick.token for pick in picks if isinstance(pick, Pick)}
+
+    assert seen(top_k=1) == {1}
+    assert seen(top_k=3) == {0, 1, 2}
+    assert seen(top_k=2, top_p=0.6) == {1}
+    assert seen(top_k=9) == seen(top_k=0) == {0, 1, 2, 3}
+    assert seen(min_p=0.5) == {1, 2}
+    assert seen(min_p=1.0) == {1}
+
+
+def test_a_token_has_its_own_bytes() -> None:
+    tokenizer = ServerTokenizer(TOKENIZER)
+    for text in ("a", " ", "日", "😀", "\ufffd"):
+        assert b"".join(map(tokenizer.token_bytes, encode(text))) == text.encode()
+    assert tokenizer.token_bytes(EOS) == b"<eos>"

@@ -20,9 +20,12 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.errors import ConfigError, RegistryError
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES
-from kvbaton.serving.server.openai import ChatRequest, CompletionRequest, parse
+from kvbaton.serving.server.client_fields import client_fields
+from kvbaton.serving.server.fields import FieldRule
+from kvbaton.serving.server.openai import ChatRequest, CompletionRequest
+from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
-from kvbaton.serving.server.router import Router, RouterConfig, _fields
+from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.tokens import ServerTokenizer
 from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
@@ -44,7 +47,11 @@ def filled(start: bytes, piece: bytes, end: bytes, size: int = LARGE) -> bytes:
 def served(payload: bytes, kind: type[CompletionRequest] | type[ChatRequest]) -> None:
     request = parse(payload, kind)
     if isinstance(request, CompletionRequest):
-        request.text_or_tokens(POSITIONS)
+        request.prompts(POSITIONS)
+        request.meetings(1, 1)
+    request.sampling(max_tokens=1)
+    if isinstance(request, ChatRequest):
+        request.template_options()
 
 
 @contextmanager
@@ -65,7 +72,13 @@ MATERIALISED = {
     "token ids": (CompletionRequest, filled(b'{"prompt":[', b"1", b"]}")),
     "texts": (CompletionRequest, filled(b'{"prompt":[', b'""', b"]}")),
     "a text, then token ids": (CompletionRequest, filled(b'{"prompt":["",', b"1", b"]}")),
-    "unknown fields": (CompletionRequest, filled(b'{"prompt":"a",', b'"x":1', b"}")),
+    "texts with escapes": (CompletionRequest, filled(b'{"prompt":[', b'"\\\\"', b"]}")),
+    "prompts of token ids": (CompletionRequest, filled(b'{"prompt":[', b"[1]", b"]}")),
+    "token ids of two prompts": (CompletionRequest, filled(b'{"prompt":[[', b"1", b"],[1]]}")),
+    "tokens that stop": (CompletionRequest, filled(b'{"prompt":"a","stop_token_ids":[', b"1", b"]}")),
+    "rooms": (CompletionRequest, filled(b'{"prompt":"a","bootstrap_room":[', b"1", b"]}")),
+    "arguments of a template": (ChatRequest, filled(CHAT + b'"chat_template_kwargs":{', b'"a":1', b"}}")),
+    "a schema": (ChatRequest, filled(CHAT + b'"response_format":{', b'"a":1', b"}}")),
 }
 
 
@@ -76,11 +89,26 @@ def test_millions_of_small_values_are_refused_without_becoming_objects(name: str
         served(payload, kind)
 
 
-def test_a_million_unknown_fields_are_refused_at_the_router() -> None:
-    distinct = b",".join(b'"f%d":0' % number for number in range(1_000_000))
-    body = b'{"prompt":"a",' + distinct + b"}"
+DISTINCT = b",".join(b'"f%d":0' % number for number in range(1_000_000))
+
+
+def test_a_million_unknown_fields_become_no_objects() -> None:
+    body = b'{"prompt":"a",' + DISTINCT + b"}"
+    counted: list[str] = []
+    with frugal():
+        assert parse(body, CompletionRequest, FieldRule(count=counted.append)).prompts(1) == ["a"]
+    assert counted == ["f0"]
     with frugal(), pytest.raises(ConfigError, match="f0"):
-        _fields(body)
+        parse(body, CompletionRequest, FieldRule(strict=True))
+
+
+def test_nor_at_the_router() -> None:
+    body = b'{"prompt":"a",' + DISTINCT + b"}"
+    with frugal():
+        fields, _ = client_fields(body)
+    assert fields.keys() == {"prompt", "rid"}
+    with frugal(), pytest.raises(ConfigError, match="f0"):
+        client_fields(body, FieldRule(strict=True))
 
 
 @asynccontextmanager
@@ -144,7 +172,7 @@ def test_requests_whose_body_does_not_come_hold_no_place() -> None:
     run(test())
 
 
-def test_nor_at_the_router() -> None:
+def test_nor_do_they_at_the_router() -> None:
     async def answer(http: web.Request) -> web.Response:
         await http.read()
         return web.json_response({"choices": []})
@@ -244,7 +272,7 @@ def test_an_over_long_model_is_not_said_again_whole() -> None:
         async with half("null") as (_, url), aiohttp.ClientSession() as session:
             body = {"prompt": "a", "model": "m" * 100_000}
             async with session.post(f"{url}/v1/completions", json=body) as response:
-                assert response.status == 400
+                assert response.status == 404
                 assert len(await response.read()) < 1000
 
     run(test())
@@ -282,11 +310,9 @@ class Templates:
         self.chat_template = template
         self._render: Callable[..., tuple[list[str], object]] = render_jinja_template
 
-    def apply_chat_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool) -> str:
+    def apply_chat_template(self, turns: list[dict[str, str]], *, tokenize: bool, **options: bool) -> str:
         assert not tokenize
-        rendered, _ = self._render(
-            [turns], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
-        )
+        rendered, _ = self._render([turns], chat_template=self.chat_template, **options)
         return rendered[0]
 
     def encode(self, text: str, **_options: bool) -> list[int]:
@@ -330,7 +356,7 @@ def test_a_template_that_loops_is_ended_and_keeps_nobody_waiting(monkeypatch: py
 )
 def test_a_template_does_not_leave_its_sandbox(template: str) -> None:
     with pytest.raises(ConfigError, match="refuses"):
-        ServerTokenizer(Templates(template)).encode_chat([("user", "q")])
+        ServerTokenizer(Templates(template)).encode_chat([{"role": "user", "content": "q"}])
 
 
 def test_a_router_token_is_still_what_it_takes() -> None:

@@ -39,6 +39,8 @@ def test_codes_are_unique_and_stable() -> None:
         "config": "ConfigError",
         "layout": "LayoutError",
         "capacity": "CapacityError",
+        "context_length_exceeded": "ContextLengthError",
+        "model_not_found": "UnknownModelError",
         "misuse": "LocalProtocolError",
         "protocol": "RemoteProtocolError",
         "message": "MessageError",

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 
 from kvbaton import __version__
 from kvbaton.cli.settings import describe, start_logging, with_environment
+from kvbaton.cli.spelling import OneLineParser, check_flags
 from kvbaton.cli.stderr import forgiving_stderr
 from kvbaton.errors import ConfigError, KVBatonError
 
@@ -44,7 +45,7 @@ class Program:
 
     def parsers(self, names: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
         """The whole parser, and the complete parsers of the commands called ``names``."""
-        parser = argparse.ArgumentParser(prog=self.name, description=self.description, allow_abbrev=False)
+        parser = OneLineParser(prog=self.name, description=self.description, allow_abbrev=False)
         parser.add_argument("--version", action="version", version=f"kvbaton {__version__}")
         subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
         own = {}
@@ -80,6 +81,7 @@ class Program:
         parser, own = self.parsers((name,))
         used: set[str] = set()
         if name in own:
+            check_flags(own[name], typed)
             typed, used = with_environment(own[name], typed, environment)
         options = parser.parse_args(typed)
         if hasattr(options, "log_level"):

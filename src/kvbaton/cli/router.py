@@ -7,7 +7,16 @@ import asyncio
 import sys
 from pathlib import Path
 
-from kvbaton.cli.settings import add_allowed_host, add_log_level, config_of, port, positive, seconds
+from kvbaton.cli.settings import (
+    add_allowed_host,
+    add_api_keys,
+    add_log_level,
+    add_strict_fields,
+    config_of,
+    port,
+    positive,
+    seconds,
+)
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
@@ -63,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="seconds that running requests may take to finish after SIGTERM",
     )
+    add_strict_fields(parser)
+    add_api_keys(parser)
     add_log_level(parser)
 
 
@@ -78,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
     from kvbaton.discovery.names import ServerNames
+    from kvbaton.serving.server.api_keys import ApiKeys
     from kvbaton.serving.server.lifecycle import reserve
     from kvbaton.serving.server.lifecycle import run as run_server
     from kvbaton.serving.server.router import Router, RouterConfig
@@ -89,6 +101,7 @@ async def _route(options: argparse.Namespace) -> None:
     decode = [parse_worker("decode", values) for values in options.decode or ()]
     options.workers = (*prefill, *decode)
     options.secret = read_secret(options.secret_file) if options.secret_file is not None else None
+    options.keys = ApiKeys.of(options.api_key or (), options.api_key_file)
     options.names = ServerNames.of(options.host, allowed=options.allowed_host or ())
     config = config_of(RouterConfig, options)
     with reserve(options.host, options.port) as bound:

@@ -9,7 +9,9 @@ from typing import get_args
 
 from kvbaton.cli.settings import (
     add_allowed_host,
+    add_api_keys,
     add_log_level,
+    add_strict_fields,
     config_of,
     natural,
     port,
@@ -54,16 +56,23 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--tensor-parallel-size",
         "--tp-size",
+        "--tp",
         type=positive,
         default=1,
         help="tensor-parallel ranks: they share each layer",
     )
     model.add_argument(
-        "--pipeline-parallel-size", "--pp-size", type=positive, default=1, help="pipeline stages: they share the layers"
+        "--pipeline-parallel-size",
+        "--pp-size",
+        "--pp",
+        type=positive,
+        default=1,
+        help="pipeline stages: they share the layers",
     )
     model.add_argument(
         "--data-parallel-size",
         "--dp-size",
+        "--dp",
         type=positive,
         default=1,
         help="data-parallel replicas of the engine behind this port, each with a KV pool of its own",
@@ -82,6 +91,8 @@ def _add_http(http: argparse._ArgumentGroup) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     http.add_argument("--port", type=port, default=30000, help="port of the HTTP server; 0: any free one")
     add_allowed_host(http)
+    add_strict_fields(http)
+    add_api_keys(http)
     http.add_argument(
         "--grace-period-secs",
         type=seconds,

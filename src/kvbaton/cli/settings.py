@@ -25,6 +25,9 @@ from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 T = TypeVar("T")
 PREFIX = "KVBATON_"
 LOG_FORMAT = "[%(asctime)s] %(levelname)s %(name)s: %(message)s"
+#: Flags whose values are not for a log.
+_NOT_SAID = ("api_key",)
+HIDDEN = "(set)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -77,7 +80,8 @@ def describe(options: argparse.Namespace, parser: argparse.ArgumentParser, used:
         variable = variable_of(action)
         if variable is not None:
             origin = f" ({variable})" if variable in used else ""
-            parts.append(f"{action.dest}={getattr(options, action.dest)}{origin}")
+            value = getattr(options, action.dest)
+            parts.append(f"{action.dest}={HIDDEN if value and action.dest in _NOT_SAID else value}{origin}")
     return " ".join(parts)
 
 
@@ -99,6 +103,26 @@ def add_allowed_host(parser: argparse._ActionsContainer) -> None:
         metavar="HOST[:PORT]",
         help="further name under which clients or decode servers reach this server's ports, as behind a proxy or "
         "address translation, repeatable; on loopback requests to other names are refused",
+    )
+
+
+def add_api_keys(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="key that clients must show, repeatable; none: everybody may ask",
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, default=None, metavar="FILE", help="file with further keys, one in each line"
+    )
+
+
+def add_strict_fields(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse a request with a field that nobody knows, instead of ignoring the field",
     )
 
 

@@ -60,14 +60,19 @@ def read_secret(path: Path) -> str:
 
     Raises ConfigError for a file that cannot be read, that others can read or write, or that holds a weak secret.
     """
+    secret = read_private(path, what="the secret").strip()
+    check_secret(secret, what=f"the secret in {path}")
+    return secret
+
+
+def read_private(path: Path, *, what: str, most_bytes: int = MAX_FILE_BYTES) -> str:
+    """A file's text. Raises ConfigError for a file that cannot be read, or that others can read or write."""
     try:
         with path.open("rb") as file:
             _check_private(path, os.fstat(file.fileno()))
-            secret = file.read(MAX_FILE_BYTES + 1).decode("ascii").strip()
+            return file.read(most_bytes + 1).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the secret file {path}: {error}") from None
-    check_secret(secret, what=f"the secret in {path}")
-    return secret
+        raise ConfigError(f"cannot read {what} file {path}: {error}") from None
 
 
 def _check_private(path: Path, status: os.stat_result) -> None:

@@ -349,7 +349,7 @@ def test_large_bodies_share_a_budget_and_small_ones_need_none():
             while bodies.held_bytes < 1000:
                 await asyncio.sleep(0)
             async with session.post(url, data=b"x" * 900) as response:
-                assert response.status == 503
+                assert response.status == 429
                 assert "Retry-After" in response.headers
             async with session.post(url, data=b"x" * 100) as response:
                 assert response.status == 200

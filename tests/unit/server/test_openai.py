@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.errors import ConfigError
+from kvbaton.serving.server.fields import MAX_UNKNOWN_NAMES, FieldRule, known
 from kvbaton.serving.server.openai import (
     DONE,
-    MAX_RID_CHARACTERS,
     AbortRequest,
     ChatRequest,
     CompletionRequest,
@@ -17,8 +17,10 @@ from kvbaton.serving.server.openai import (
     ErrorDetail,
     event,
     param_of,
-    parse,
 )
+from kvbaton.serving.server.parsing import parse
+from kvbaton.serving.server.routing import MAX_RID_CHARACTERS
+from kvbaton.serving.server.sglang import GenerateRequest
 
 
 def completion(**fields: object) -> bytes:
@@ -49,28 +51,30 @@ def chat(**fields: object) -> bytes:
         ({"n": 17}, "n"),
         ({"n": "2"}, "n"),
         ({"n": 1.5}, "n"),
-        ({"best_of": 2}, "best_of"),
-        ({"best_of": 2, "n": 2}, "best_of"),
+        ({"best_of": 17}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
-        ({"echo": True}, "echo"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
         ({"suffix": "y"}, "suffix"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        ({"logit_bias": {"1": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a*"}, "guided_regex"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"return_hidden_states": True}, "return_hidden_states"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"stream": 1}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
-        ({"bootstrap_room": 0}, "bootstrap_room"),
-        ({"bootstrap_room": 1 << 63}, "bootstrap_room"),
-        ({"bootstrap_port": 0}, "bootstrap_port"),
-        ({"bootstrap_host": ""}, "bootstrap_host"),
         ({"rid": "a b"}, "rid"),
         ({"rid": "a" * (MAX_RID_CHARACTERS + 1)}, "rid"),
-        ({"surprise": 1}, "surprise"),
     ],
 )
 def test_a_wrong_completion_names_its_field(fields, field):
@@ -93,25 +97,45 @@ def test_a_wrong_completion_names_its_field(fields, field):
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
         ({"logprobs": 1}, "logprobs"),
-        ({"tools": [{}]}, "tools"),
-        ({"prompt": "x"}, "prompt"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
+        ({"tools": {}}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"functions": [{}]}, "functions"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
     ],
 )
 def test_a_wrong_chat_names_its_field(fields, field):
+    def asked():
+        request = parse(chat(**fields), ChatRequest)
+        request.turns()
+        request.template_options()
+
     with pytest.raises(ConfigError) as caught:
-        parse(chat(**fields), ChatRequest)
+        asked()
     assert param_of(caught.value.message) == field
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [True], [1.5], [[1]], "", [], [""], ["a", "b"], [1, "a"], [1] * 65])
-def test_a_prompt_is_one_text_or_one_list_of_tokens(prompt):
+@pytest.mark.parametrize(
+    "prompt", [None, 3, [True], [1.5], [[]], "", [], [""], ["a", 1], [1, "a"], [1] * 65, [[1], [1] * 65]]
+)
+def test_a_prompt_is_text_or_tokens(prompt):
     with pytest.raises(ConfigError, match=r"^prompt: "):
-        parse(completion(prompt=prompt), CompletionRequest).text_or_tokens(64)
+        parse(completion(prompt=prompt), CompletionRequest).prompts(64)
 
 
 def test_prompts_in_each_form():
-    for prompt, expected in [("ab", "ab"), (["ab"], "ab"), ([1, 2], (1, 2))]:
-        assert parse(completion(prompt=prompt), CompletionRequest).text_or_tokens(64) == expected
+    for prompt, expected in [
+        ("ab", ["ab"]),
+        (["ab"], ["ab"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+    ]:
+        assert parse(completion(prompt=prompt), CompletionRequest).prompts(64) == expected
 
 
 def test_neutral_values_of_what_we_do_not_implement_are_accepted():
@@ -120,12 +144,183 @@ def test_neutral_values_of_what_we_do_not_implement_are_accepted():
     parse(chat(n=1, tools=[], top_logprobs=0, logprobs=False), ChatRequest)
 
 
+#: What sglang-router 0.3.2 adds to every request.
+SGLANG_COMPLETION = {
+    "echo": False,
+    "no_stop_trim": False,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "return_hidden_states": False,
+}
+SGLANG_CHAT = {
+    "logprobs": False,
+    "no_stop_trim": False,
+    "ignore_eos": False,
+    "continue_final_message": False,
+    "skip_special_tokens": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "return_hidden_states": False,
+}
+OPENAI_NEUTRAL = {
+    "response_format": {"type": "text"},
+    "store": False,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "user": "someone",
+    "suffix": "",
+}
+OPENAI_CHAT = {
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "chat_template_kwargs": {"enable_thinking": False},
+    "reasoning_effort": "low",
+    "modalities": ["text"],
+}
+VLLM_NEUTRAL = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0, "use_beam_search": False, "length_penalty": 1}
+
+
+def test_what_other_clients_always_send_is_accepted():
+    for more in (SGLANG_COMPLETION, OPENAI_NEUTRAL, VLLM_NEUTRAL, dict.fromkeys(known("completions"))):
+        parse(completion(**more), CompletionRequest, FieldRule(strict=True))
+    for more in (SGLANG_CHAT, {**OPENAI_NEUTRAL, **OPENAI_CHAT}, VLLM_NEUTRAL, dict.fromkeys(known("chat"))):
+        if "suffix" in more:
+            more = {name: value for name, value in more.items() if name != "suffix"}
+        parse(chat(**more), ChatRequest, FieldRule(strict=True)).template_options()
+
+
+def test_numbers_that_are_truths_are_not_neutral():
+    for value in (0, "false", [False]):
+        with pytest.raises(ConfigError, match="use_beam_search"):
+            parse(completion(use_beam_search=value), CompletionRequest)
+
+
+def test_a_field_that_nobody_knows_is_ignored_counted_and_named_once(caplog):
+    counted = []
+    rule = FieldRule(count=counted.append)
+    for _ in range(2):
+        parse(completion(surprise=1, other={"a": []}), CompletionRequest, rule)
+        parse(completion(surprise=1, padding="x" * 100_000), CompletionRequest, rule)
+    assert counted == ["other", "surprise", "surprise"] * 2
+    assert sum("surprise" in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(ConfigError, match=r"^surprise: "):
+        parse(completion(surprise=1), CompletionRequest, FieldRule(strict=True))
+
+
+def test_unknown_names_are_bounded():
+    counted = []
+    rule = FieldRule(count=counted.append)
+    parse(completion(**{f"f{number}" * 30: 1 for number in range(200)}), CompletionRequest, rule)
+    assert len(set(counted)) == MAX_UNKNOWN_NAMES + 1
+    assert max(map(len, counted)) <= 64
+
+
+def test_messages_come_back_as_sdks_send_them():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "q", "name": "me"},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42", "cache_control": {}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "function_call": None},
+        {"role": "assistant", "refusal": "no"},
+    ]
+    turns = parse(chat(messages=messages), ChatRequest, FieldRule(strict=True)).turns()
+    assert turns[0] == {"role": "user", "content": "q", "name": "me"}
+    assert turns[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert turns[2] == {"role": "tool", "content": "42", "tool_call_id": "c1"}
+    assert [turn["content"] for turn in turns] == ["q", "", "42", "no", ""]
+
+
+def test_what_a_template_is_given():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = parse(chat(tools=tools, chat_template_kwargs={"a": 1}, reasoning_effort="low"), ChatRequest)
+    assert asked.template_options() == {
+        "a": 1,
+        "reasoning_effort": "low",
+        "tools": tools,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+    }
+    assert "tools" not in parse(chat(tools=tools, tool_choice="none"), ChatRequest).template_options()
+    continued = parse(chat(continue_final_message=True), ChatRequest).template_options()
+    assert (continued["add_generation_prompt"], continued["continue_final_message"]) == (False, True)
+
+
+def test_where_the_halves_of_each_prompt_meet():
+    def meet(prompts, choices=1, **fields):
+        found = parse(completion(**fields), CompletionRequest).meetings(prompts, choices)
+        return found and [(meeting.room, meeting.host, meeting.port) for meeting in found]
+
+    assert meet(1) is None
+    assert meet(2, bootstrap_room=7, bootstrap_host="h") == [(7, "h", 8998), (8, "h", 8998)]
+    assert meet(2, bootstrap_room=(1 << 63) - 1) == [((1 << 63) - 1, None, 8998), (1, None, 8998)]
+    lists = {"bootstrap_room": [5, 9], "bootstrap_host": ["h", "h"], "bootstrap_port": [1, None]}
+    assert meet(2, **lists) == [(5, "h", 1), (9, "h", 8998)]
+    assert meet(1, 2, **lists) == [(5, "h", 1)]
+    for wrong in (
+        {"bootstrap_room": 0},
+        {"bootstrap_room": 1 << 63},
+        {"bootstrap_room": [1, 1]},
+        {"bootstrap_room": [1, 2, 3]},
+        {"bootstrap_room": 1, "bootstrap_port": 0},
+        {"bootstrap_room": 1, "bootstrap_host": ""},
+    ):
+        with pytest.raises(ConfigError, match=r"^bootstrap_"):
+            meet(2, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
+    ],
+)
+def test_lists_of_tokens_are_checked(fields, field):
+    with pytest.raises(ConfigError, match=rf"^{field}: "):
+        parse(completion(**fields), CompletionRequest).sampling(max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "text"),
+        ({"text": "a", "input_ids": [1]}, "text"),
+        ({"text": [1]}, "text"),
+        ({"input_ids": "a"}, "input_ids"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "sampling_params": []}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"top_k": "a"}}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"regex": "a"}}, "regex"),
+        ({"text": "a", "return_hidden_states": True}, "return_hidden_states"),
+    ],
+)
+def test_a_wrong_generate_names_its_field(fields, field):
+    with pytest.raises(ConfigError, match=rf"^{field}"):
+        parse(json.dumps(fields).encode(), GenerateRequest).prompts(64)
+
+
+def test_generate_as_sglangs_clients_send_it():
+    params = {"max_new_tokens": 8, "temperature": 0.0, "stop": ["x"], "n": 2, "top_k": -1, "sampling_seed": 4}
+    fields = {"text": "a", "sampling_params": params, "return_logprob": True, "logprob_start_len": -1}
+    router = {"return_text_in_logprobs": True, "log_metrics": True, "background": False, "no_logs": False}
+    more = {"return_bytes": False, "return_entropy": False, "stream": False}
+    payload = json.dumps({**fields, **router, **more}).encode()
+    request = parse(payload, GenerateRequest, FieldRule(strict=True))
+    sampling = request.sampling(max_tokens=8)
+    assert (sampling.choices, sampling.stop, sampling.seed, sampling.logprobs) == (2, ("x",), 4, True)
+    assert request.prompts(64) == ["a"]
+    assert request.is_batch
+
+
 def test_sampling_keeps_what_was_asked():
     request = parse(completion(temperature=0, top_p=0.5, seed=-3, stop="\n", ignore_eos=True), CompletionRequest)
     sampling = request.sampling(max_tokens=7)
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (7, 0.0, 0.5, -3)
     assert (sampling.stop, sampling.ignore_eos, sampling.logprobs) == (("\n",), True, False)
-    assert parse(completion(stop=["a", "b"]), CompletionRequest).stops() == ("a", "b")
+    assert parse(completion(stop=["a", "b"]), CompletionRequest).sampling(max_tokens=1).stop == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +347,7 @@ def test_defaults_are_openais():
 def test_chat_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = parse(chat(messages=[{"role": "user", "content": parts}]), ChatRequest)
-    assert request.messages[0].text() == "ab"
+    assert request.turns() == [{"role": "user", "content": "ab"}]
 
 
 def test_events():
@@ -175,11 +370,13 @@ field_names = st.sampled_from([*CompletionRequest.__struct_fields__, *ChatReques
 
 
 def refused_or_parsed(payload: bytes) -> None:
-    for kind in (CompletionRequest, ChatRequest, AbortRequest):
+    for kind in (CompletionRequest, ChatRequest, GenerateRequest, AbortRequest):
         try:
             request = parse(payload, kind)
-            if isinstance(request, CompletionRequest):
-                request.text_or_tokens(64)
+            if isinstance(request, CompletionRequest | GenerateRequest):
+                request.sampling(max_tokens=1)
+                request.meetings(1, 1)
+                request.prompts(64)
         except ConfigError:
             continue
 

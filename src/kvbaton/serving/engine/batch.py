@@ -38,14 +38,20 @@ class ContinuousBatch:
     def running(self) -> int:
         return min(len(self._members), self._max_batch)
 
-    def join(self, choices: Sequence[Generation], firsts: Sequence[Pick], handoff: Handoff | None = None) -> None:
+    def join(
+        self,
+        choices: Sequence[Generation],
+        firsts: Sequence[Pick],
+        handoff: Handoff | None = None,
+        cached_tokens: int = 0,
+    ) -> None:
         """Add a request's answers with their first tokens; each stays only if that is not its last one, too.
 
-        ``handoff`` is told with the first of them.
+        ``handoff`` and ``cached_tokens`` are told with the first of them.
         """
         self._members += choices
         for generation, first in zip(choices, firsts, strict=True):
-            self._push(generation, first, handoff if generation is choices[0] else None)
+            self._push(generation, first, *((handoff, cached_tokens) if generation is choices[0] else ()))
 
     def remove(self, job: Job, error: KVBatonError) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
@@ -74,11 +80,11 @@ class ContinuousBatch:
     def _logits(self, batch: Sequence[Generation]) -> Any:
         return self._runner.decode([generation.step() for generation in batch])
 
-    def _push(self, generation: Generation, pick: Pick, handoff: Handoff | None = None) -> None:
+    def _push(self, generation: Generation, pick: Pick, handoff: Handoff | None = None, cached_tokens: int = 0) -> None:
         if generation.job.done:  # another of its answers has ended it meanwhile
             return
         try:
-            output = generation.push(pick, handoff)
+            output = generation.push(pick, handoff, cached_tokens)
         except KVBatonError as error:
             self._end(generation.job, Output(error=error))
             return

@@ -176,6 +176,7 @@ class Decode(Role):
             arrival.job.fail(error)
             return
         self._pools.slots.free([arrival.slot])
+        held = len(arrival.prefix.nodes) * self._pools.page_size
         if self._prefixes is not None:
             self._prefixes.extend(arrival.prefix, prompt, sequences.first.pages)
         self._held[arrival.job] = (sequences, arrival.prefix)
@@ -187,6 +188,7 @@ class Decode(Role):
                 seconds=arrival.receiver.handoff_seconds,
                 exposed_seconds=arrival.receiver.exposed_seconds,
             ),
+            held,
         )
 
     def _firsts(self, row: aux_row.AuxRow, request: Request) -> list[Pick]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import BlockTable
@@ -29,17 +30,22 @@ class Generation:
         self._tokens = list(request.prompt_tokens)
         self._newest = -1
         self._position = len(request.prompt_tokens) - 1
+        ends = model.ends_of(sampling)
+        self._adjustment = adjustment_of(sampling, request.prompt_tokens, ends)
         self._text = TextStream(
             model.tokenizer,
             request.prompt_tokens,
             stops=sampling.stop,
-            eos_tokens=frozenset() if sampling.ignore_eos else model.eos_tokens,
+            ends=ends,
             max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            include_stop=sampling.include_stop,
+            skip_special_tokens=sampling.skip_special_tokens,
         )
 
     def draw(self) -> Draw:
         """How the next token is to be picked."""
-        return Draw(self.job.request.sampling, self._seed, self._position + 1)
+        return Draw(self.job.request.sampling, self._seed, self._position + 1, self._adjustment)
 
     def step(self) -> Step:
         """What the model must compute before the next token can be picked."""
@@ -50,11 +56,13 @@ class Generation:
         """The tokens that ``block_table`` has: all but the newest."""
         return self._tokens[: self._position]
 
-    def push(self, pick: Pick, handoff: Handoff | None = None) -> Output:
+    def push(self, pick: Pick, handoff: Handoff | None = None, cached_tokens: int = 0) -> Output:
         """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
         self._newest = pick.token
         self._tokens.append(pick.token)
         self._position += 1
+        if self._adjustment is not None:
+            self._adjustment.push(pick.token)
         piece = self._text.push(pick.token)
         sampling = self.job.request.sampling
         return Output(
@@ -65,6 +73,8 @@ class Generation:
             top_logprobs=(pick.top,) if sampling.top_logprobs else (),
             finish_reason=piece.finish_reason,
             handoff=handoff,
+            matched=piece.matched,
+            cached_tokens=cached_tokens,
         )
 
     def __repr__(self) -> str:

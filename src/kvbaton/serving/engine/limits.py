@@ -9,16 +9,33 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvbaton.errors import CapacityError, ConfigError
+from kvbaton.errors import CapacityError, ConfigError, ContextLengthError
 from kvbaton.manager import MAX_ROOM
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Pools
-from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
+from kvbaton.serving.engine.request import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKENS,
+    MAX_TOP_LOGPROBS,
+    Request,
+    Sampling,
+)
 from kvbaton.serving.engine.sequence_group import most_choices
 
 #: Most stop strings, and characters of each: they are searched for at every token.
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+#: Largest bias, as OpenAI's; bounds of what changes logits.
+MAX_BIAS = 100
+_RANGES = {
+    "top_k": (0, 1 << 31),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "min_tokens": (0, 1 << 24),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +68,7 @@ class Limits:
     def validate(self, request: Request) -> None:
         """Raise ConfigError for what is wrong in itself, CapacityError for what can never fit."""
         _validate_sampling(request.sampling)
+        _validate_adjustment(request.sampling, self.vocab_size)
         if request.sampling.stop and not self.has_text:
             raise ConfigError("stop: the model has no tokenizer, so no stop string can match")
         self._validate_prompt(request)
@@ -68,7 +86,7 @@ class Limits:
         if foreign is not None:
             raise ConfigError(f"prompt: token {foreign} is outside the vocabulary of {self.vocab_size}")
         if prompt + answer > self.max_positions:
-            raise CapacityError(
+            raise ContextLengthError(
                 f"max_tokens: a prompt of {prompt} tokens and max_tokens={answer} exceed "
                 f"the model's {self.max_positions} positions"
             )
@@ -103,6 +121,26 @@ def _validate_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"stop: {len(sampling.stop)} strings are more than {MAX_STOPS}")
     if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in sampling.stop):
         raise ConfigError(f"stop: each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _validate_adjustment(sampling: Sampling, vocab_size: int) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high:  # true for NaN
+            raise ConfigError(f"{name}: {value} is outside {low:g}..{high:g}")
+    if sampling.min_tokens > sampling.max_tokens:
+        raise ConfigError(f"min_tokens: {sampling.min_tokens} are more than max_tokens={sampling.max_tokens}")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
+        raise ConfigError(f"stop_token_ids: {len(sampling.stop_token_ids)} are more than {MAX_STOP_TOKENS}")
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise ConfigError(f"logit_bias: {len(sampling.logit_bias)} tokens are more than {MAX_LOGIT_BIAS}")
+    if not all(abs(bias) <= MAX_BIAS for _, bias in sampling.logit_bias):
+        raise ConfigError(f"logit_bias: a value is outside -{MAX_BIAS}..{MAX_BIAS}")
+    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    for name, tokens in named.items():
+        foreign = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if foreign is not None:
+            raise ConfigError(f"{name}: token {foreign} is outside the vocabulary of {vocab_size}")
 
 
 def limits_of(model: LoadedModel, pools: Pools, *, keeps_answer: bool = True, needs_room: bool = False) -> Limits:

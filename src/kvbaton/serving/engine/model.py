@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from kvbaton.errors import ConfigError
 from kvbaton.plan import identity
 from kvbaton.serving.engine.geometry import DTYPES, Geometry, probe_geometry
+from kvbaton.serving.engine.request import Sampling
 from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.engine.weights import weights_digest
 from kvbaton.serving.models import builtin
@@ -55,8 +56,18 @@ class LoadedModel:
     eos_tokens: frozenset[int]
     shard: RankShard = field(default_factory=RankShard)
 
+    def ends_of(self, sampling: Sampling) -> frozenset[int]:
+        """The tokens that end an answer to such a request."""
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_tokens)
+
     def __repr__(self) -> str:
         return f"LoadedModel({self.name} {self.geometry})"
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for one that this machine, or this build of torch, does not have."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
 
 
 def load_model(

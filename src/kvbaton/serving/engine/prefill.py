@@ -16,6 +16,7 @@ from kvbaton.engines.port import Manager, Sender
 from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
+from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel
@@ -43,7 +44,10 @@ class _Handoff:
 class Prefill(Role):
     """Queues: ``bootstrap`` waits for targets, ``ready`` for pages; then one computes, some are in flight, draining."""
 
-    def __init__(self, pools: Pools, manager: Manager, runner: ModelRunner, config: SchedulerConfig) -> None:
+    def __init__(
+        self, model: LoadedModel, pools: Pools, manager: Manager, runner: ModelRunner, config: SchedulerConfig
+    ) -> None:
+        self._model = model
         self._pools = pools
         self._manager = manager
         self._chunk_tokens = config.chunked_prefill_size
@@ -141,8 +145,10 @@ class Prefill(Role):
 
     def _first_tokens(self, handoff: _Handoff, logits: object) -> list[Pick]:
         request = handoff.job.request
-        seeds = [seed_of_choice(seed_of(request), index) for index in range(request.sampling.choices)]
-        return first_tokens(logits, [Draw(request.sampling, seed, len(request.prompt_tokens)) for seed in seeds])
+        sampling, prompt = request.sampling, request.prompt_tokens
+        seeds = [seed_of_choice(seed_of(request), index) for index in range(sampling.choices)]
+        adjustment = adjustment_of(sampling, prompt, self._model.ends_of(sampling))
+        return first_tokens(logits, [Draw(sampling, seed, len(prompt), adjustment) for seed in seeds])
 
     def _write_aux(self, handoff: _Handoff) -> Span:
         assert handoff.slot is not None  # noqa: S101 - taken with the pages
@@ -237,5 +243,5 @@ def prefill_scheduler(
     of a group's leader, None for a rank by itself."""
     config = config or SchedulerConfig()
     limits = limits_of(model, pools, keeps_answer=False, needs_room=True)
-    role = Prefill(pools, manager, runner or ModelRunner(model, pools), config)
+    role = Prefill(model, pools, manager, runner or ModelRunner(model, pools), config)
     return Scheduler(role, limits, config, wakeup=manager.wakeup, name="prefill")

@@ -9,6 +9,9 @@ from kvbaton.errors import KVBatonError
 #: Most answers to one prompt, and most alternatives told of beside each token: an aux row has room for these.
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
+#: Most tokens with a bias, and most tokens that stop an answer.
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKENS = 64
 
 #: Alternatives to one token: (token, natural logarithm of its probability), likeliest first.
 Alternatives = tuple[tuple[int, float], ...]
@@ -19,7 +22,9 @@ class Sampling:
     """How to pick tokens. ``temperature`` 0 is greedy. ``seed`` makes a sampled request repeatable.
 
     ``choices`` answers are given to the one prompt. ``top_logprobs`` alternatives are told of beside each token's own
-    logprob; they need ``logprobs``.
+    logprob; they need ``logprobs``. ``top_k`` 0: all tokens. ``logit_bias``: (token, what is added to its logit).
+    ``min_tokens``: so many come before the answer may end. ``include_stop``: what stopped the answer is part of its
+    text.
     """
 
     max_tokens: int = 16
@@ -31,6 +36,16 @@ class Sampling:
     logprobs: bool = False
     top_logprobs: int = 0
     choices: int = 1
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +84,8 @@ class Output:
 
     The last of an answer has ``finish_reason`` ("stop", "length"); ``unfinished`` other answers go on after it. An
     ``error`` (AbortedError: the caller, or somebody for it) is the last word on all of them. ``top_logprobs`` has one
-    entry per token.
+    entry per token. ``matched``: the token or stop string that ended the answer. ``cached_tokens``: of the prompt, told
+    with the first output.
     """
 
     index: int = 0
@@ -81,6 +97,8 @@ class Output:
     unfinished: int = 0
     error: KVBatonError | None = None
     handoff: Handoff | None = None
+    matched: int | str | None = None
+    cached_tokens: int = 0
 
     @property
     def ends_choice(self) -> bool:

@@ -1,4 +1,5 @@
-"""Picking tokens: greedy, temperature, top-p, seeded; a pure function of logits, seed and position.
+"""Picking tokens: greedy, temperature, top-k, top-p, min-p, seeded; a pure function of logits, the tokens so far, seed
+and position.
 
 Rules: the random number behind a token depends on (seed, position) alone, never on what was drawn before, on the
 batch, or on the process: prefill draws the first token, decode the rest, and together they equal one process. Each of
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from kvbaton.errors import InternalError
+from kvbaton.serving.engine.adjustment import Adjustment
 from kvbaton.serving.engine.request import Alternatives, Request, Sampling
 
 _SEED_MASK = (1 << 64) - 1
@@ -36,6 +38,7 @@ class Draw:
     sampling: Sampling
     seed: int
     position: int
+    adjustment: Adjustment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,8 @@ def pick_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick | InternalError
     finite = [math.isfinite(total) for total in totals.tolist()]
     tokens = logits.argmax(dim=-1).tolist()
     for row, draw in enumerate(draws):
-        if finite[row] and draw.sampling.temperature > 0:
-            tokens[row] = _sample(logits[row].cpu().numpy(), draw)
+        if finite[row] and (draw.sampling.temperature > 0 or draw.adjustment is not None):
+            tokens[row] = _pick(logits[row].cpu().numpy(), draw)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs = (logits.gather(1, chosen)[:, 0] - totals).tolist()
     tops = _tops(logits, totals, [draw.sampling.top_logprobs for draw in draws])
@@ -115,16 +118,31 @@ def _tops(logits: Any, totals: Any, counts: Sequence[int]) -> list[Alternatives]
     ]
 
 
-def _sample(logits: npt.NDArray[np.float32], draw: Draw) -> int:
-    """Draw from logits of which the greatest is finite."""
-    scaled = logits.astype(np.float64)
+def _pick(logits: npt.NDArray[np.float32], draw: Draw) -> int:
+    """Pick from logits of which the greatest is finite."""
+    scaled, sampling = logits.astype(np.float64), draw.sampling
+    if draw.adjustment is not None:
+        draw.adjustment.apply(scaled)
+    if sampling.temperature == 0:
+        return int(scaled.argmax())
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to minus infinity
-        weights = np.exp((scaled - scaled.max()) / draw.sampling.temperature)
-    if draw.sampling.top_p < 1.0:
-        weights = np.where(_nucleus(weights, draw.sampling.top_p), weights, 0.0)
+        weights = np.exp((scaled - scaled.max()) / sampling.temperature)
+    if 0 < sampling.top_k < len(weights):
+        weights = np.where(_likeliest(weights, sampling.top_k), weights, 0.0)
+    if sampling.top_p < 1.0:
+        weights = np.where(_nucleus(weights, sampling.top_p), weights, 0.0)
+    if sampling.min_p > 0.0:
+        weights[weights < sampling.min_p] = 0.0  # the likeliest one has weight 1
     bounds = weights.cumsum()
     token = int(bounds.searchsorted(uniform(draw.seed, draw.position) * bounds[-1], side="right"))
     return min(token, int(weights.nonzero()[0][-1]))  # rounding may have made the last bound the draw itself
+
+
+def _likeliest(weights: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]:
+    """The ``count`` likeliest tokens; of equal ones the first."""
+    keep = np.zeros(len(weights), dtype=np.bool_)
+    keep[(-weights).argsort(kind="stable")[:count]] = True
+    return keep
 
 
 def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:

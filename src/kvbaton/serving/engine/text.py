@@ -25,11 +25,14 @@ _UNFINISHED = "\ufffd"
 class Detokenizer:
     """Text of one growing token sequence, in pieces. Without a tokenizer every piece is empty."""
 
-    def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         self._tokens = list(prompt_tokens[-CONTEXT_TOKENS:])
-        self._shown = self._decode(self._tokens)
         self._context = len(self._tokens)
+        shown = self._decode(self._tokens)
+        self._shown = shown.removesuffix(_UNFINISHED)
+        self._prompt_unfinished = self._shown != shown
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is unfinished."""
@@ -46,6 +49,9 @@ class Detokenizer:
     def _take(self, text: str) -> str:
         """Show ``text`` and forget the tokens before those just shown, which stay as context."""
         piece = text[len(self._shown) :]
+        if self._prompt_unfinished:  # the answer has completed the prompt's last character, or that is none
+            self._prompt_unfinished = False
+            piece = piece.removeprefix(_UNFINISHED)
         self._tokens = self._tokens[self._context :]
         self._shown = self._decode(self._tokens)
         self._context = len(self._tokens)
@@ -55,25 +61,33 @@ class Detokenizer:
         if self._tokenizer is None or not tokens:
             return ""
         try:
-            return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            return str(
+                self._tokenizer.decode(tokens, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False)
+            )
         except Exception as error:  # tokenizers have no common base
             raise InternalError(f"the tokenizer cannot decode {list(tokens)}: {error!r}") from error
 
 
 class StopMatcher:
-    """Cuts a text at the first of ``stops``, holding back what may be the start of one."""
+    """Cuts a text at the first of ``stops``, holding back what may be the start of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    ``include``: the stop string stays. :attr:`matched` is the one that was found.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
+        self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string ended it)."""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, stop) for at, stop in ((text.find(stop), stop) for stop in self._stops) if at >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            at, self.matched = min(found, key=lambda each: each[0])
+            return text[: at + (len(self.matched) if self._include else 0)], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -90,14 +104,19 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token adds: text that may be shown now, and whether the answer ends with it."""
+    """What one token adds: text that may be shown now, and whether the answer ends with it, and by which token or
+    string."""
 
     text: str
     finish_reason: Literal["stop", "length"] | None = None
+    matched: int | str | None = None
 
 
 class TextStream:
-    """The text of one answer of at most ``max_tokens`` tokens."""
+    """The text of one answer of ``min_tokens`` to ``max_tokens`` tokens.
+
+    ``ends``: tokens that end it; ``include_stop``: their text, or that of the stop string, is part of it.
+    """
 
     def __init__(
         self,
@@ -105,22 +124,31 @@ class TextStream:
         prompt_tokens: Sequence[int],
         *,
         stops: Sequence[str],
-        eos_tokens: Collection[int],
+        ends: Collection[int],
         max_tokens: int,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_tokens)
-        self._matcher = StopMatcher(stops)
-        self._eos_tokens = eos_tokens
+        self._detokenizer = Detokenizer(tokenizer, prompt_tokens, skip_special_tokens=skip_special_tokens)
+        self._matcher = StopMatcher(stops, include=include_stop)
+        self._include = include_stop
+        self._ends = ends
         self._remaining = max_tokens
+        self._required = min_tokens
 
     def push(self, token: int) -> Piece:
         self._remaining -= 1
-        ended = token in self._eos_tokens
-        text = "" if ended else self._detokenizer.push(token)
+        self._required -= 1
+        ended = token in self._ends
+        text = self._detokenizer.push(token) if not ended or self._include else ""
+        if self._required > 0:  # no stop string counts yet
+            return Piece(text)
         if not ended and self._remaining > 0:
             shown, stopped = self._matcher.push(text)
-            return Piece(shown, "stop" if stopped else None)
+            return Piece(shown, "stop" if stopped else None, self._matcher.matched)
         shown, stopped = self._matcher.push(text + self._detokenizer.flush())
-        if not stopped:
-            shown += self._matcher.flush()
-        return Piece(shown, "stop" if ended or stopped else "length")
+        if stopped:
+            return Piece(shown, "stop", self._matcher.matched)
+        shown += self._matcher.flush()
+        return Piece(shown, "stop", token) if ended else Piece(shown, "length")

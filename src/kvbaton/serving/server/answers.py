@@ -5,8 +5,8 @@ This file must not know HTTP or engines' threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Literal
 
@@ -26,8 +26,10 @@ from kvbaton.serving.server.openai import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    PromptDetails,
     Usage,
 )
+from kvbaton.serving.server.token_text import Offsets, TokenText, token_text
 
 _Kind = Literal["text_completion", "chat.completion", "chat.completion.chunk"]
 
@@ -38,11 +40,14 @@ class _Told:
 
     outputs: list[Output] = field(default_factory=list)
     started: bool = False
-    characters: int = 0
+    offsets: Offsets = field(default_factory=Offsets)
 
 
 class Answers:
-    """Formats the answer to one request; feed it every output, in order."""
+    """Formats the answer to one request; feed it every output, in order.
+
+    ``echo``: the text of each prompt, where it is to stand in front of its answers.
+    """
 
     def __init__(
         self,
@@ -50,17 +55,20 @@ class Answers:
         *,
         request_id: str,
         model: str,
-        prompt_tokens: int,
+        prompts: Sequence[Sequence[int]],
         tokenizer: Tokenizer | None,
+        echo: Sequence[str] = (),
     ) -> None:
         self._request = request
         self._id = request_id
         self._model = model
         self._created = int(time())
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
-        self._told = [_Told() for _ in range(request.choices)]
+        self._told = [_Told() for _ in range(len(prompts) * request.choices)]
+        self._echo = echo
         self._tokens = 0
+        self._cached_tokens = 0
         self._handoff: Handoff | UnsetType = UNSET
 
     @property
@@ -72,15 +80,19 @@ class Answers:
         """The stream event of one output."""
         told = self._told[output.index]
         self._count(output)
+        if not told.started:
+            output = self._echoed(output)
         if isinstance(self._request, ChatRequest):
             choice = self._chat_choice(output)
             choice.delta = ChatDelta(content=output.text, role=UNSET if told.started else "assistant")
             answer = self._answer("chat.completion.chunk", [choice])
         else:
-            answer = self._answer("text_completion", [self._completion_choice(output, told.characters)])
+            answer = self._answer("text_completion", [self._completion_choice(output)])
         told.started = True
-        told.characters += len(output.text)
-        if self._include_usage:
+        options = self._request.stream_options
+        if options is not None and options.continuous_usage_stats:
+            answer.usage = self._usage()
+        elif options is not None and options.include_usage:
             answer.usage = None
         if output.final:
             answer.handoff = self._handoff
@@ -102,26 +114,37 @@ class Answers:
 
     def whole(self) -> Answer:
         """The answer made of everything collected."""
-        outputs = [_whole(told.outputs) for told in self._told if told.outputs]
+        outputs = [self._echoed(_whole(told.outputs)) for told in self._told if told.outputs]
+        if isinstance(self._request, CompletionRequest) and self._request.wanted < self._request.choices:
+            outputs = _best(outputs, self._request.choices, self._request.wanted)
         if isinstance(self._request, ChatRequest):
             answer = self._answer("chat.completion", [self._chat_message(output) for output in outputs])
         else:
-            answer = self._answer("text_completion", [self._completion_choice(output, 0) for output in outputs])
+            answer = self._answer("text_completion", [self._completion_choice(output) for output in outputs])
         answer.usage = self._usage()
         answer.handoff = self._handoff
         return answer
 
     @property
     def _include_usage(self) -> bool:
+        """Whether an event of its own tells it at the end."""
         return self._request.stream_options is not None and self._request.stream_options.include_usage
 
     def _count(self, output: Output) -> None:
         self._tokens += len(output.tokens)
+        self._cached_tokens += output.cached_tokens
         if output.handoff is not None:
             self._handoff = output.handoff
 
     def _usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens)
+        details = PromptDetails(self._cached_tokens)
+        return Usage(self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens, details)
+
+    def _echoed(self, output: Output) -> Output:
+        """The first output of an answer, behind its prompt where that is asked for."""
+        if not self._echo:
+            return output
+        return replace(output, text=self._echo[output.index // self._request.choices] + output.text)
 
     def _answer(self, kind: _Kind, choices: list[CompletionChoice] | list[ChatChoice]) -> Answer:
         return Answer(id=self._id, object=kind, created=self._created, model=self._model, choices=choices)
@@ -129,18 +152,16 @@ class Answers:
     def _token_ids(self, output: Output) -> list[int] | UnsetType:
         return list(output.tokens) if self._request.return_token_ids else UNSET
 
-    def _token_texts(self, tokens: Sequence[int]) -> list[str]:
-        if self._tokenizer is None:
-            return [f"token_id:{token}" for token in tokens]
-        return [self._tokenizer.decode([token]) for token in tokens]
+    def _texts(self, tokens: Iterable[int]) -> list[TokenText]:
+        return [token_text(self._tokenizer, token) for token in tokens]
 
-    def _completion_choice(self, output: Output, offset: int) -> CompletionChoice:
-        """``offset``: characters of this choice that were told before."""
+    def _completion_choice(self, output: Output) -> CompletionChoice:
         choice = CompletionChoice(text=output.text, finish_reason=output.finish_reason, index=output.index)
         choice.token_ids = self._token_ids(output)
         if self._request.logprobs is not None and output.logprobs:
-            texts = self._token_texts(output.tokens)
-            offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+            found = self._texts(output.tokens)
+            texts = [each.text for each in found]
+            offsets = [self._told[output.index].offsets.next(each.data) for each in found]
             own = zip(texts, output.logprobs, strict=True)
             tops = [
                 self._by_text(top, text, logprob)
@@ -150,10 +171,9 @@ class Answers:
         return choice
 
     def _by_text(self, top: Alternatives, text: str, logprob: float) -> dict[str, float]:
-        texts = self._token_texts([token for token, _ in top])
         found: dict[str, float] = {}
-        for each, (_, value) in zip(texts, top, strict=True):
-            found.setdefault(each, value)
+        for each, (_, value) in zip(self._texts(token for token, _ in top), top, strict=True):
+            found.setdefault(each.text, value)
         found.setdefault(text, logprob)
         return found
 
@@ -172,20 +192,29 @@ class Answers:
     def _chat_logprobs(self, output: Output) -> ChatLogprobs | None:
         if not self._request.logprobs or not output.logprobs:
             return None
-        texts = self._token_texts(output.tokens)
+        texts = self._texts(output.tokens)
         tops = output.top_logprobs or ((),) * len(texts)
         return ChatLogprobs(
             [
-                ChatLogprob(text, logprob, list(text.encode()), self._alternatives(top))
-                for text, logprob, top in zip(texts, output.logprobs, tops, strict=True)
+                ChatLogprob(own.text, logprob, list(own.data), self._alternatives(top))
+                for own, logprob, top in zip(texts, output.logprobs, tops, strict=True)
             ]
         )
 
     def _alternatives(self, top: Alternatives) -> list[ChatAlternative]:
-        texts = self._token_texts([token for token, _ in top])
+        texts = self._texts(token for token, _ in top)
         return [
-            ChatAlternative(text, logprob, list(text.encode())) for text, (_, logprob) in zip(texts, top, strict=True)
+            ChatAlternative(own.text, logprob, list(own.data)) for own, (_, logprob) in zip(texts, top, strict=True)
         ]
+
+
+def _best(outputs: Sequence[Output], of: int, wanted: int) -> list[Output]:
+    """For each prompt the likeliest ``wanted`` of its answers, by the mean logprob of a token, numbered anew."""
+    best: list[Output] = []
+    for start in range(0, len(outputs), of):
+        ranked = sorted(outputs[start : start + of], key=lambda each: -sum(each.logprobs) / len(each.logprobs))
+        best += [replace(output, index=len(best) + place) for place, output in enumerate(ranked[:wanted])]
+    return best
 
 
 def _whole(outputs: Sequence[Output]) -> Output:
@@ -197,4 +226,5 @@ def _whole(outputs: Sequence[Output]) -> Output:
         logprobs=tuple(value for part in outputs for value in part.logprobs),
         top_logprobs=tuple(top for part in outputs for top in part.top_logprobs),
         finish_reason=outputs[-1].finish_reason,
+        matched=outputs[-1].matched,
     )

@@ -21,6 +21,7 @@ from time import time
 import msgspec
 from aiohttp import web
 
+from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, token_matches
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.guard import guard
@@ -41,21 +42,18 @@ from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
-from kvbaton.serving.server.answers import Answers
+from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, HandoffMetrics, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import (
-    DONE,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    event,
-    parse,
-)
+from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
 from kvbaton.serving.server.operators import is_operator, key_of_client, require_operator
-from kvbaton.serving.server.request_parsing import Accepted, ApiConfig, RequestParser
+from kvbaton.serving.server.parsing import parse
+from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
+from kvbaton.serving.server.sglang import GenerateRequest
+from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing
 
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
@@ -73,6 +71,7 @@ class ApiServer:
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
         names: the hosts under which this server is asked; None: loopback's.
+        keys: of which a client shows one; None: it needs none.
         registry: needed in decode mode, to find the prefill group that a request names.
     """
 
@@ -90,9 +89,11 @@ class ApiServer:
         instance: str = "",
         secret: str | None = None,
         names: ServerNames | None = None,
+        keys: ApiKeys | None = None,
     ) -> None:
         self._engine = engine
         self._parser = RequestParser(tokenizer, config, registry)
+        self._tokenizing = Tokenizing(self._parser, tokenizer, config)
         self._config = config
         self._registry = registry
         self._readiness = readiness
@@ -101,22 +102,35 @@ class ApiServer:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
+        self._keys = keys if keys is not None else ApiKeys()
         self._names = names if names is not None else ServerNames()
         self.admission = AdmissionLimit(config.max_requests)
         self._aliases = Aliases()
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
         self.metrics.gauges(lambda: _engine_gauges(engine))
+        self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
         self._handoffs = HandoffMetrics(self.metrics.registry)
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
         app = web.Application(
-            middlewares=[web.middleware(errors), web.middleware(guard(self._names))], client_max_size=MAX_BODY_BYTES
+            middlewares=[
+                web.middleware(errors),
+                web.middleware(guard(self._names)),
+                web.middleware(require_key(self._keys, self._needs_no_key)),
+            ],
+            client_max_size=MAX_BODY_BYTES,
         )
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        app.router.add_get("/get_model_info", self._model_info)
+        app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._metrics)
@@ -128,6 +142,10 @@ class ApiServer:
         app.router.add_get(openapi.PATH, self._openapi)
         return app
 
+    def _needs_no_key(self, http: web.Request) -> bool:
+        """The deployment's router, and its operators."""
+        return self._secret is not None and (self._from_router(http) or is_operator(http, self._secret))
+
     # answering
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
@@ -136,12 +154,15 @@ class ApiServer:
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         return await self._answer(http, ChatRequest)
 
-    async def _answer(self, http: web.Request, kind: type[CompletionRequest] | type[ChatRequest]) -> web.StreamResponse:
+    async def _generate(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, GenerateRequest)
+
+    async def _answer(self, http: web.Request, kind: type[AnyRequest]) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
                 self._require_router(http)  # before a byte of the body
                 async with self._bodies.read(http) as body:
-                    request = parse(body, kind)
+                    request: AnyRequest = parse(body, kind, self._rule)
                 with self.admission.entered():  # for requests that are here, not for those that still come
                     accepted = await self._parser.accept(request)
                     return await self._run(http, accepted, timer)
@@ -154,7 +175,7 @@ class ApiServer:
 
     async def _run(self, http: web.Request, accepted: Accepted, timer: RequestTimer) -> web.StreamResponse:
         try:
-            with self._aliased(http, accepted), OutputStream(self._engine, accepted.request) as outputs:
+            with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests) as outputs:
                 outputs.submit()
                 first = await outputs.next()
                 timer.first_token()
@@ -169,7 +190,8 @@ class ApiServer:
         """Let its client end the request by the id that it gave it."""
 
         def end() -> None:
-            self._engine.abort(accepted.request.request_id, "aborted through /abort_request")
+            for request in accepted.requests:
+                self._engine.abort(request.request_id, "aborted through /abort_request")
 
         return self._aliases.named(key_of_client(http), accepted.rid, end)
 
@@ -218,7 +240,7 @@ class ApiServer:
         await response.write_eof()
         return response
 
-    def _count_handoff(self, answers: Answers) -> None:
+    def _count_handoff(self, answers: Formatter) -> None:
         if answers.handoff is not None:
             self._handoffs.observe(answers.handoff)
 
@@ -226,6 +248,16 @@ class ApiServer:
         """What a failure says about more than its request."""
         if self._registry is not None and accepted.registry is not None and isinstance(error, _PEER_TROUBLE):
             self._registry.invalidate(*accepted.registry)
+
+    async def _tokenize(self, http: web.Request) -> web.Response:
+        async with self._bodies.read(http) as body:
+            request = parse(body, TokenizeRequest, self._rule)
+            return _json(await self._tokenizing.tokenize(request))
+
+    async def _detokenize(self, http: web.Request) -> web.Response:
+        async with self._bodies.read(http) as body:
+            request = parse(body, DetokenizeRequest, self._rule)
+            return _json(await self._tokenizing.detokenize(request))
 
     # operating
 
@@ -235,14 +267,26 @@ class ApiServer:
         return "the server is stopping" if self.admission.is_shut else self._readiness()
 
     async def _models(self, _http: web.Request) -> web.Response:
-        card = {
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, http: web.Request) -> web.Response:
+        self._parser.check_model(http.match_info["model"])
+        return _json(self._card())
+
+    def _card(self) -> dict[str, object]:
+        return {
             "id": self._config.model,
             "object": "model",
             "created": int(time()),
             "owned_by": "kvbaton",
             "max_model_len": self._config.max_positions,
         }
-        return _json({"object": "list", "data": [card]})
+
+    async def _model_info(self, _http: web.Request) -> web.Response:
+        """As SGLang's, of which its router reads the model's name."""
+        name = self._config.model
+        body = {"model_path": name, "tokenizer_path": name, "served_model_name": name, "is_generation": True}
+        return _json({**body, "max_model_len": self._config.max_positions, "weight_version": "default"})
 
     async def _health(self, _http: web.Request) -> web.Response:
         failure = self._engine.failure
@@ -261,6 +305,9 @@ class ApiServer:
     async def _server_info(self, _http: web.Request) -> web.Response:
         body = {
             "model": self._config.model,
+            "model_path": self._config.model,
+            "served_model_name": self._config.model,
+            "version": __version__,
             "disaggregation_mode": self._config.mode,
             "max_model_len": self._config.max_positions,
             "ready": not self._not_ready(),
@@ -281,7 +328,9 @@ class ApiServer:
         return web.Response(body=encode(self._layouts), content_type="application/json")
 
     async def _openapi(self, _http: web.Request) -> web.Response:
-        return web.Response(body=openapi.encoded(self._config.mode), content_type="application/json")
+        return web.Response(
+            body=openapi.encoded(self._config.mode, strict=self._config.strict_fields), content_type="application/json"
+        )
 
     async def _abort(self, http: web.Request) -> web.Response:
         if self._config.mode != "null" and not self._from_router(http):

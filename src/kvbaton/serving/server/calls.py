@@ -23,7 +23,7 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS
+from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
 from kvbaton.serving.server.workers import Worker, cause_of
 
@@ -65,7 +65,7 @@ class CallFailed(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status in TRY_AGAIN else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class PrefillDecodeCall:
             pass
 
     def _prefill_body(self) -> bytes:
-        return self._body({"stream": False, "stream_options": None})
+        return self._body({"stream": False, **({"stream_options": None} if "stream_options" in self._fields else {})})
 
     def _decode_body(self) -> bytes:
         return self._body({})

@@ -1,7 +1,8 @@
 """What a server needs of an engine, and the bridge from the engine's thread to the event loop.
 
 Rules: an engine calls back from its own thread and never waits for the loop; the bridge holds at most the outputs of
-one answer (``max_tokens`` bounds them). Leaving an :class:`OutputStream` before its last output aborts the request.
+the answers to one HTTP request (``max_tokens`` bounds them). Leaving an :class:`OutputStream` before its last output
+aborts what has not ended.
 
 This file must not know HTTP, models or peers.
 """
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvbaton.errors import KVBatonError
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.server.messages import Turn
 
 
 class Engine(Protocol):
@@ -46,11 +50,11 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text to tokens and back."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Tokens of a prompt, with whatever the model wants in front of one."""
+    def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
+        """Tokens of a prompt; ``special``: with whatever the model wants in front of one."""
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """Tokens of (role, text) messages up to where the assistant's answer begins.
+    def encode_chat(self, turns: Sequence[Turn], options: Mapping[str, Any] | None = None) -> Sequence[int]:
+        """Tokens of messages up to where the assistant's answer begins; ``options`` are for the template.
 
         Raises ConfigError when the model has no chat template or the template refuses the messages.
         """
@@ -58,22 +62,30 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a few tokens, special ones included."""
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, also where that is a part of a character."""
+
 
 class OutputStream:
-    """The outputs of one request, as they come. Use as a context manager, inside one event loop."""
+    """The outputs of one request for each prompt, as they come, answers numbered one prompt after the other. Use as a
+    context manager, inside one event loop."""
 
-    def __init__(self, engine: Engine, request: Request) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine = engine
-        self._request = request
+        self._requests = requests
+        self._open = len(requests)
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Output] = deque()
         self._news = asyncio.Event()
         self._finished = True  # nothing to abort before it is submitted
 
     def submit(self) -> None:
-        """Hand the request to the engine. Raises what the engine's submit raises."""
-        self._engine.submit(self._request, self._on_output)
-        self._finished = False
+        """Hand the requests to the engine. Raises what the engine's submit raises."""
+        first = 0
+        for request in self._requests:
+            self._engine.submit(request, partial(self._on_output, first))
+            self._finished = False
+            first += request.sampling.choices
 
     def __enter__(self) -> OutputStream:
         return self
@@ -82,7 +94,8 @@ class OutputStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            self._engine.abort(self._request.request_id, "the client has gone")
+            for request in self._requests:
+                self._engine.abort(request.request_id, "the client has gone")
 
     async def next(self) -> Output:
         """What is new of one choice since the last call, as one Output; waits for the first of it.
@@ -95,18 +108,22 @@ class OutputStream:
         output = self._arrived.popleft()
         while self._arrived and not output.ends_choice and _continues(output, self._arrived[0]):
             output = _joined(output, self._arrived.popleft())
-        self._finished = output.final
+        if output.final:
+            self._open -= 1
+            if self._open and output.error is None:
+                output = replace(output, unfinished=self._open)
+        self._finished = self._open == 0
         if output.error is not None:
             raise output.error
         return output
 
-    def _on_output(self, output: Output) -> None:
-        """On the engine's thread."""
-        self._arrived.append(output)
+    def _on_output(self, first: int, output: Output) -> None:
+        """On the engine's thread. ``first``: the number of the prompt's first answer."""
+        self._arrived.append(replace(output, index=first + output.index) if first else output)
         self._loop.call_soon_threadsafe(self._news.set)
 
     def __repr__(self) -> str:
-        return f"<OutputStream {self._request.request_id}{' finished' if self._finished else ''}>"
+        return f"<OutputStream {self._requests[0].request_id}{' finished' if self._finished else ''}>"
 
 
 def _continues(first: Output, second: Output) -> bool:
@@ -124,4 +141,6 @@ def _joined(first: Output, second: Output) -> Output:
         finish_reason=second.finish_reason,
         unfinished=second.unfinished,
         handoff=first.handoff or second.handoff,
+        matched=second.matched,
+        cached_tokens=first.cached_tokens,
     )

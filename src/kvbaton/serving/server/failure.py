@@ -1,7 +1,7 @@
 """Errors as HTTP: one table from the error tree to status codes, and the OpenAI error body.
 
-Rules: 4xx is the client's doing, 503 (with Retry-After) may be cured by waiting, 504 is a deadline, 499 says that the
-request was aborted, 502 that the other side said or wrote what must not be, 500 is a bug of ours. What is no
+Rules: 4xx is the client's doing, 429 and 503 (with Retry-After) may be cured by waiting, 504 is a deadline, 499 says
+that the request was aborted, 502 that the other side said or wrote what must not be, 500 is a bug of ours. What is no
 KVBatonError becomes one here and nowhere else.
 
 This file must not know of engines, workers or routes.
@@ -31,6 +31,7 @@ from kvbaton.errors import (
     RemoteProtocolError,
     TransferFailedError,
     TransportError,
+    UnknownModelError,
 )
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail, param_of
 
@@ -39,10 +40,23 @@ RETRY_AFTER_SECONDS = 1
 #: The client, or an operator, ended the request (nginx's number for it).
 CLIENT_CLOSED_REQUEST = 499
 
+#: Code of a refusal by a server that is about to stop: nothing of the request was started, another server may try.
+DRAINING = "draining"
+#: Statuses that say when to try again.
+TRY_AGAIN = (429, 503)
+
+
+class DrainingError(OverloadedError):
+    """This server is about to stop and takes no new requests."""
+
+    code = DRAINING
+
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _log = logging.getLogger(__name__)
 #: First match wins, so leaves come before their roots.
 _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
+    (UnknownModelError, 404, "invalid_request_error"),
     (ConfigError, 400, "invalid_request_error"),
     (AuthenticationError, 401, "authentication_error"),
     (LocalProtocolError, 409, "conflict_error"),  # a room or a request id that is live already
@@ -54,19 +68,10 @@ _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
     (DisconnectedError, 503, "service_unavailable_error"),
     (TransportError, 503, "service_unavailable_error"),
     (RegistryError, 503, "service_unavailable_error"),
-    (OverloadedError, 503, "service_unavailable_error"),
+    (DrainingError, 503, "service_unavailable_error"),
+    (OverloadedError, 429, "rate_limit_error"),
     (IncompatibleError, 503, "service_unavailable_error"),
 )
-
-
-#: Code of a refusal by a server that is about to stop: nothing of the request was started, another server may try.
-DRAINING = "draining"
-
-
-class DrainingError(OverloadedError):
-    """This server is about to stop and takes no new requests."""
-
-    code = DRAINING
 
 
 def status_of(error: KVBatonError) -> int:
@@ -76,7 +81,7 @@ def status_of(error: KVBatonError) -> int:
 def body_of(error: KVBatonError) -> ErrorBody:
     """The OpenAI error body; ``param`` is the field that a client's mistake is in, where the message names one."""
     status, kind = _row(error)
-    param = param_of(error.message) if status == 400 else None
+    param = param_of(error.message) if status in (400, 404) else None
     return ErrorBody(ErrorDetail(message=str(error), type=kind, code=error.code, param=param))
 
 
@@ -110,7 +115,7 @@ def _row(error: KVBatonError) -> tuple[int, str]:
 
 
 def _response(status: int, body: ErrorBody, *, reason: str | None = None) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in TRY_AGAIN else {}
     return web.Response(
         status=status,
         reason=reason,

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +33,12 @@ from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.model import LoadedModel, check_device
 from kvbaton.serving.engine.scheduler import STOPPING
 from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.api_keys import ApiKeys
 from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
 from kvbaton.serving.server.data_network import data_addresses
 from kvbaton.serving.server.failure import DrainingError
@@ -85,7 +86,10 @@ class ServeConfig:
     load_balance_method: LoadBalance | Literal["auto"] = "auto"
     decode_enable_radix_cache: bool = False
     allowed_host: tuple[str, ...] = ()
+    strict_fields: bool = False
     secret_file: Path | None = None
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
     torch_threads: int | None = None
     grace_period_secs: float = 30.0
     control_port: int = 0
@@ -156,6 +160,7 @@ class ServeConfig:
 def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _port: None) -> None:
     """Run one server until SIGTERM or SIGINT. ``listening`` is told the port. Raises KVBatonError."""
     secret = read_secret(config.secret_file) if config.secret_file is not None else None
+    keys = ApiKeys.of(config.api_key, config.api_key_file)
     allow = AllowList.parse(config.bootstrap_allow)
     if config.mode != "null":
         require_secret(config.registry_host, secret, what="the control plane")
@@ -163,6 +168,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
         listens, advertised = link_hosts(config)  # refused before a model is loaded
         if config.transfer_backend == "nixl":  # before anything is forked, and before UCX is loaded
             restrict(data_addresses(config.mode, allow, listens, advertised))
+    check_device(config.device)
     shard = RankShard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
     rank = ServerRank(shard=shard, dp_size=config.data_parallel_size)
     placements = Placements()
@@ -180,7 +186,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
             replica = Replicas(
                 ranks, config.load_balance, lambda room, to: placements.place(room, to, time.monotonic())
             )
-        server = _Server(config, rank, secret, allow, model, replica, placements)
+        server = _Server(config, rank, secret, keys, allow, model, replica, placements)
         asyncio.run(server.run(port, registry, listening))
 
 
@@ -192,6 +198,7 @@ class _Server:
         config: ServeConfig,
         rank: ServerRank,
         secret: str | None,
+        keys: ApiKeys,
         allow: AllowList,
         model: LoadedModel,
         replica: Replica,
@@ -200,6 +207,7 @@ class _Server:
         self._config = config
         self._rank = rank
         self._secret = secret
+        self._keys = keys
         self._allow = allow
         self._model = model
         self._replica = replica
@@ -242,6 +250,7 @@ class _Server:
                 bootstrap_timeout=config.bootstrap_timeout,
                 data_parallel_size=config.data_parallel_size,
                 load_balance=config.load_balance,
+                strict_fields=config.strict_fields,
             ),
             registry=client if config.mode == "decode" else None,
             info=self._info,
@@ -249,6 +258,7 @@ class _Server:
             layouts=replica.layouts,
             instance=self._instance,
             secret=self._secret,
+            keys=self._keys,
             names=ServerNames.of(config.host, allowed=config.allowed_host),
         )
         if config.mode != "null":

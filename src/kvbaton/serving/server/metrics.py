@@ -81,6 +81,16 @@ class ServerMetrics:
             registry=self.registry,
         )
 
+        self.unknown_fields = Counter(
+            "kvbaton_unknown_fields",
+            "Requests with a field that nobody knows, by its name; beyond some names as one.",
+            ["field"],
+            registry=self.registry,
+        )
+
+    def unknown_field(self, name: str) -> None:
+        self.unknown_fields.labels(name).inc()
+
     def counter(self, name: str, text: str) -> Counter:
         """One more counter, without labels."""
         return Counter(name, text, registry=self.registry)

@@ -2,108 +2,92 @@
 
 Rules:
 
-- Decoding is strict: a wrong type, a value out of range or an unknown field is a ConfigError whose message begins with
-  the field's name. Fields that we know but do not implement are accepted at their neutral value only, so that nothing
-  a client asked for is ignored in silence.
+- Decoding is strict where a field is known: a wrong type or a value out of range is a ConfigError whose message begins
+  with the field's name. Fields that others know and we do not implement are in the table of ``fields``, which says what
+  becomes of them and of fields that nobody knows.
 - What is refused, or may be long, stays bytes (``msgspec.Raw``) until its length is known to be within bounds: a body
   of 15 MiB can hold millions of small values, each of which would become an object.
-- Additions to the format: ``return_token_ids`` (answers carry ``token_ids``, as vLLM's do), ``ignore_eos``, ``rid``
-  (the answer's id, by which its client ends it at ``/abort_request``, as SGLang's), ``bootstrap_host/port/room`` (set
-  by the router, never by users), ``data_parallel_rank`` and ``disagg_prefill_dp_rank`` (the data-parallel rank that
-  answers, and the one that prefills), and ``handoff`` in the answer of a decode server.
+- Additions to the format: those of vLLM and SGLang (``top_k`` and other sampling; ``return_token_ids``: answers carry
+  ``token_ids``; ``rid``: the answer's id, by which its client ends it at ``/abort_request``), and those of ``routing``.
 
 This file must not know HTTP, engines' threads or tokenizers.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
-from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.errors import ConfigError
-from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Handoff, Sampling
+from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, Handoff, Sampling
+from kvbaton.serving.server.fields import Kind
+from kvbaton.serving.server.messages import ChatMessage, Turn, null, template_value
+from kvbaton.serving.server.prompts import Prompt, prompts_of
+from kvbaton.serving.server.routing import Id, Routed
 
-#: max_tokens of a completion that does not say, as OpenAI's; of a chat, clipped to what the model has room for.
+#: max_tokens of a completion that does not say, as OpenAI's; of a chat. Both are clipped to what there is room for.
 COMPLETION_MAX_TOKENS = 16
 CHAT_MAX_TOKENS = 1024
-#: The registry's port, where a request names only its host.
-BOOTSTRAP_PORT = 8998
-MAX_RID_CHARACTERS = 128
 #: OpenAI's bound of a completion's alternatives; a chat's is MAX_TOP_LOGPROBS, the engine's.
 MAX_COMPLETION_LOGPROBS = 5
+#: Longest list that is decoded where a bound on its length is checked after it: of biases, of tokens that stop.
+MAX_LIST_BYTES = 64 << 10
 
-#: Bytes of a raw value that are looked at before it is decoded.
-_GLANCE = 64
-
-_P = TypeVar("_P")
-_T = TypeVar("_T", bound="CompletionRequest | ChatRequest | AbortRequest")
-
-_Count = Annotated[int, Meta(ge=1, le=1 << 24)]
-_Id = Annotated[str, Meta(min_length=1, max_length=MAX_RID_CHARACTERS, pattern=r"^[\x21-\x7e]+$")]
-_Host = Annotated[str, Meta(min_length=1, max_length=255)]
-_Port = Annotated[int, Meta(ge=1, le=65535)]
-#: A room is a positive 63-bit number: 0 means "none" to other engines, and 64 bits do not survive their int64.
-_Room = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-_DpRank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
-_Stop = Annotated[str, Meta(max_length=1024)]
-
-
-def _null() -> Raw:
-    return Raw(b"null")
+Count = Annotated[int, Meta(ge=1, le=1 << 24)]
+Natural = Annotated[int, Meta(ge=0, le=1 << 24)]
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Stop = Annotated[str, Meta(max_length=1024)]
+Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+#: All tokens: -1 to both engines, 0 to vLLM.
+TopK = Annotated[int, Meta(ge=-1, le=1 << 31)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Repetition = Annotated[float, Meta(ge=0.01, le=100)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
+class _Common(Routed, kw_only=True):
     """What both kinds of request share."""
 
-    model: str | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Meta(max_length=64)] | None = None
-    max_tokens: _Count | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    user: str | None = None
-    # known, and accepted only where they change nothing
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Raw = field(default_factory=_null)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    max_tokens: Count | None = None
+    n: Choices | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Raw = field(default_factory=null)
     # additions
-    ignore_eos: bool = False
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: Repetition | None = None
+    min_tokens: Natural | None = None
+    stop_token_ids: Raw = field(default_factory=null)
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
     return_token_ids: bool | None = None
-    rid: _Id | None = None
-    bootstrap_host: _Host | None = None
-    bootstrap_port: _Port | None = None
-    bootstrap_room: _Room | None = None
-    data_parallel_rank: _DpRank | None = None
-    disagg_prefill_dp_rank: _DpRank | None = None
 
     def check(self) -> None:
-        """Raises ConfigError for a known field with a value that we do not implement."""
-        for name in ("frequency_penalty", "presence_penalty"):
-            if getattr(self, name):
-                _refuse(name, "is not implemented; leave it out or pass 0")
-        if not _is_one_of(self.logit_bias, b"null", b"{}"):
-            _refuse("logit_bias", "is not implemented; leave it out")
+        """Raises ConfigError for values that do not go together."""
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "is only allowed together with stream=true")
 
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
     @property
     def choices(self) -> int:
-        """Answers that are asked for."""
+        """Answers to each prompt that are asked for."""
         return 1 if self.n is None else self.n
 
     def told(self) -> tuple[bool, int]:
@@ -117,88 +101,83 @@ class _Common(Struct, kw_only=True, forbid_unknown_fields=True):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            stop=self.stops(),
-            ignore_eos=self.ignore_eos,
+            stop=stops_of(self.stop),
+            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             top_logprobs=top_logprobs,
             choices=self.choices,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=bias_of(self.logit_bias),
+            min_tokens=self.min_tokens or 0,
+            stop_token_ids=stop_tokens_of(self.stop_token_ids),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
         )
 
 
-class CompletionRequest(_Common, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(_Common, kw_only=True):
+    kind: ClassVar[Kind] = "completions"
+
     prompt: Raw
     logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
+    add_special_tokens: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
 
     def check(self) -> None:
         _Common.check(self)
-        if self.echo:
-            _refuse("echo", "is not implemented; leave it out")
-        if self.suffix:
-            _refuse("suffix", "is not implemented; leave it out")
-        if self.best_of is not None and (self.best_of, self.choices) != (1, 1):
-            _refuse("best_of", "is not implemented; leave it out, n answers are given as they come")
+        if self.echo and self.logprobs is not None:
+            _refuse("echo", "is not implemented together with logprobs: those of a prompt are not computed")
+        if self.best_of is None:
+            return
+        if self.best_of < self.wanted:
+            _refuse("best_of", f"{self.best_of} is less than n={self.wanted}")
+        if self.stream and self.best_of > self.wanted:
+            _refuse("best_of", "the best answers are known at their end; pass stream=false")
+
+    @property
+    def choices(self) -> int:
+        return max(self.wanted, self.best_of or 1)
+
+    @property
+    def wanted(self) -> int:
+        """Of the choices, as many are told."""
+        return 1 if self.n is None else self.n
 
     def told(self) -> tuple[bool, int]:
-        return self.logprobs is not None, self.logprobs or 0
+        return self.logprobs is not None or self.choices > self.wanted, self.logprobs or 0
 
-    def text_or_tokens(self, most_tokens: int) -> str | tuple[int, ...]:
-        """The one prompt: text, or token ids. Raises ConfigError for an empty one, for several, and for more tokens."""
-        raw = bytes(self.prompt)
-        inside = raw[1 : 1 + _GLANCE].lstrip()
-        if not raw.startswith(b"["):
-            return _decoded(raw, str) or _refuse("prompt", "must not be empty")
-        if inside.startswith((b'"', b"[")):
-            return _decoded(raw, tuple[str])[0] or _refuse("prompt", "must not be empty")
-        if raw.count(b",") >= most_tokens:
-            _refuse("prompt", f"{raw.count(b',') + 1} token ids are more than the {most_tokens} tokens of this server")
-        return tuple(_decoded(raw, list[int])) or _refuse("prompt", "must not be empty")
+    def prompts(self, most_tokens: int) -> list[Prompt]:
+        """Texts, or token ids. Raises ConfigError for an empty one, for too many, and for more tokens."""
+        return prompts_of(self.prompt, "prompt", most_tokens)[0]
 
 
-def _decoded(raw: bytes, kind: type[_P]) -> _P:
-    """A prompt. Raises ConfigError."""
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError:
-        raise ConfigError("prompt: one prompt per request is implemented: a text, or a list of token ids") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from None
+class ChatRequest(_Common, kw_only=True):
+    kind: ClassVar[Kind] = "chat"
 
-
-def _is_one_of(raw: Raw, *neutral: bytes) -> bool:
-    """Whether a value that is not implemented is one that changes nothing. Not decoded, only looked at."""
-    return len(raw) <= _GLANCE and b"".join(bytes(raw).split()) in neutral
-
-
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
-    text: str
-    type: Literal["text"] = "text"
-
-
-class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    role: Annotated[str, Meta(min_length=1, max_length=32)]
-    content: str | Annotated[list[TextPart], Meta(max_length=4096)]
-    name: str | None = None
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    max_completion_tokens: _Count | None = None
-    tools: Raw = field(default_factory=_null)
+    max_completion_tokens: Count | None = None
+    tools: Raw = field(default_factory=null)
+    tool_choice: Raw = field(default_factory=null)
+    chat_template_kwargs: Raw = field(default_factory=null)
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         _Common.check(self)
         if self.top_logprobs and not self.logprobs:
             _refuse("top_logprobs", "is only allowed together with logprobs=true")
-        if not _is_one_of(self.tools, b"null", b"[]"):
-            _refuse("tools", "is not implemented; leave it out")
+        if bytes(self.tool_choice) not in _TOOL_CHOICES:
+            _refuse("tool_choice", 'is not implemented: no tool can be forced; pass "auto" or "none"')
+        if self.continue_final_message and self.add_generation_prompt:
+            _refuse("continue_final_message", "is not allowed together with add_generation_prompt=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             _refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
 
@@ -208,23 +187,87 @@ class ChatRequest(_Common, kw_only=True, forbid_unknown_fields=True):
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    def turns(self) -> list[Turn]:
+        """Raises ConfigError."""
+        return [message.turn() for message in self.messages]
+
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given besides the messages. Raises ConfigError."""
+        options: dict[str, Any] = dict(
+            template_value(self.chat_template_kwargs, "chat_template_kwargs", dict[str, Any]) or {}
+        )
+        ours = next((name for name in options if name in _TEMPLATE_OURS), None)
+        if ours is not None:
+            _refuse("chat_template_kwargs", f"{ours!r} is not for a request to say")
+        if self.reasoning_effort is not None:
+            options["reasoning_effort"] = self.reasoning_effort
+        tools = template_value(self.tools, "tools", list[dict[str, Any]])
+        if tools and bytes(self.tool_choice) != b'"none"':
+            options["tools"] = tools
+        continues = bool(self.continue_final_message)
+        generates = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        return {**options, "add_generation_prompt": generates, "continue_final_message": continues}
+
+
+_TOOL_CHOICES = (b"null", b'"none"', b'"auto"')
+#: Arguments of ``apply_chat_template`` that a client does not choose.
+_TEMPLATE_OURS = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation"),
+        *("add_generation_prompt", "continue_final_message", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def bias_of(raw: Raw) -> tuple[tuple[int, float], ...]:
+    """``{"TOKEN": BIAS}``. Raises ConfigError."""
+    found = _bounded(raw, dict[int, float], "logit_bias")
+    return tuple(sorted(found.items())) if found else ()
+
+
+def stop_tokens_of(raw: Raw) -> tuple[int, ...]:
+    found = _bounded(raw, Annotated[list[int], Meta(max_length=MAX_STOP_TOKENS)], "stop_token_ids")
+    return tuple(found) if found else ()
+
+
+def _bounded(raw: Raw, kind: Any, name: str) -> Any:
+    if len(raw) > MAX_LIST_BYTES:
+        _refuse(name, f"{len(raw)} bytes are more than {MAX_LIST_BYTES}")
+    try:
+        return msgspec.json.decode(raw, type=kind | None, strict=True)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        _refuse(name, str(error).partition(" - at ")[0])
+
 
 class AbortRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    rid: _Id
+    rid: Id
 
 
 def checked_rid(raw: Raw) -> str:
     """The id of a request. Raises ConfigError for what cannot be one."""
     try:
-        return msgspec.json.decode(raw, type=_Id)
+        return msgspec.json.decode(raw, type=Id)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"rid: {error}") from None
+
+
+class PromptDetails(Struct, frozen=True):
+    #: Tokens of the prompts that a prefix cache had.
+    cached_tokens: int = 0
 
 
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
 
 
 class CompletionLogprobs(Struct, frozen=True):
@@ -299,19 +342,6 @@ class ErrorBody(Struct, frozen=True):
     error: ErrorDetail
 
 
-def parse(payload: bytes, kind: type[_T]) -> _T:
-    """A request from its JSON. Raises ConfigError; the message begins with the field's name where there is one."""
-    try:
-        request = msgspec.json.decode(payload, type=kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error))) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from None
-    if not isinstance(request, AbortRequest):
-        request.check()
-    return request
-
-
 def event(body: object) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
@@ -325,18 +355,6 @@ def param_of(message: str) -> str | None:
     """The field that a message of ours begins with (``top_p: must be ...``), or None."""
     field, colon, _ = message.partition(": ")
     return field if colon and len(field) <= 64 and field.replace("_", "").replace(".", "").isalnum() else None
-
-
-def _explain(message: str) -> str:
-    """Put the field first: msgspec says ``Expected `int`, got `str` - at `$.max_tokens```."""
-    complaint, at, path = message.rpartition(" - at `$.")
-    if at:
-        return f"{path.rstrip('`').partition('[')[0]}: {complaint}"
-    for known in ("Object contains unknown field `", "Object missing required field `"):
-        if message.startswith(known):
-            field = message[len(known) :].rstrip("`")
-            return f"{field}: {'is required' if 'missing' in known else 'is not a field of this request'}"
-    return message
 
 
 def _refuse(field: str, why: str) -> Any:

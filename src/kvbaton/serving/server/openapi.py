@@ -1,4 +1,5 @@
-"""The OpenAPI document of a server, made of the structs that really decode and encode: ``GET /openapi.json``.
+"""The OpenAPI document of a server, made of the structs that really decode and encode and of the table of fields that
+are known besides: ``GET /openapi.json``.
 
 Rules: what a struct cannot say (a field that is known and accepted at its neutral value only, a prompt that must not be
 empty, who may name a room) is added here and nowhere else; a test compares the paths with the routes, and a fuzzer the
@@ -16,7 +17,9 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from kvbaton import __version__
-from kvbaton.serving.engine.request import Handoff
+from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, Handoff
+from kvbaton.serving.server.fields import Kind as FieldKind
+from kvbaton.serving.server.fields import known
 from kvbaton.serving.server.openai import (
     AbortRequest,
     ChatChoice,
@@ -26,8 +29,12 @@ from kvbaton.serving.server.openai import (
     ErrorBody,
     Usage,
 )
+from kvbaton.serving.server.prompts import MAX_PROMPTS
+from kvbaton.serving.server.routing import ROOM_END
+from kvbaton.serving.server.sglang import Generated, GenerateRequest, SamplingParams
 from kvbaton.serving.server.story import PATH as STORY_PATH
 from kvbaton.serving.server.story import RoomStory
+from kvbaton.serving.server.tokenizing import DetokenizeRequest, Text, TokenizeRequest, Tokens
 
 PATH = "/openapi.json"
 LAYOUT_PATH = "/layout"
@@ -37,12 +44,13 @@ _REF = "#/components/schemas/"
 #: Statuses of a request for tokens, but for 200.
 _REFUSALS = {
     "400": "something in the request is wrong; the message begins with the field",
-    "401": "only the router may name rooms here; or another host's name, or another site's page",
-    "404": "no such route",
+    "401": "no API key of this server; not the router, that alone names rooms here; another site or host",
+    "404": "no such route, or no such model",
     "408": "the body did not arrive in time",
     "409": "this request id or room is live already",
     "413": "the body is too large",
     "415": "a body is application/json, and not compressed",
+    "429": "too many at once; try again later",
     "499": "the request was aborted",
     "500": "a bug",
     "502": "the other side broke the protocol, or a worker answers with something else than an answer",
@@ -79,6 +87,13 @@ class Model(Struct, kw_only=True):
     max_model_len: int
 
 
+class ModelInfo(Struct, kw_only=True):
+    model_path: str
+    served_model_name: str
+    is_generation: bool
+    max_model_len: int
+
+
 class Models(Struct, kw_only=True):
     object: Literal["list"]
     data: list[Model]
@@ -94,14 +109,23 @@ class Ready(Struct, kw_only=True):
     reason: str
 
 
-def document(kind: Kind) -> _Json:
-    """The document of one kind of server."""
+def document(kind: Kind, *, strict: bool = False) -> _Json:
+    """The document of one kind of server; ``strict``: it refuses fields that nobody knows."""
     types = (
         CompletionRequest,
         ChatRequest,
         AbortRequest,
+        GenerateRequest,
+        SamplingParams,
+        TokenizeRequest,
+        DetokenizeRequest,
         CompletionAnswer,
         ChatCompletionAnswer,
+        Generated,
+        Tokens,
+        Text,
+        ModelInfo,
+        Model,
         Models,
         Health,
         Ready,
@@ -110,12 +134,12 @@ def document(kind: Kind) -> _Json:
     )
     _, components = msgspec.json.schema_components(types, ref_template=_REF + "{name}")
     schemas: _Json = {name: dict(schema) for name, schema in components.items()}
-    for name in ("CompletionRequest", "ChatRequest"):
-        _tighten(schemas[name], kind)
-    prompt: _Json = {"type": "string", "minLength": 1}
-    tokens: _Json = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
-    text: _Json = {"type": "array", "items": prompt, "minItems": 1, "maxItems": 1}
-    schemas["CompletionRequest"]["properties"]["prompt"] = {"anyOf": [prompt, tokens, text]}
+    for request in (CompletionRequest, ChatRequest, GenerateRequest):
+        _tighten(schemas[request.__name__], request.kind, kind, strict=strict)
+    _fill(schemas["SamplingParams"], "sampling_params")
+    schemas["GenerateRequest"]["properties"]["sampling_params"] = _nullable(_ref("SamplingParams"))
+    for name, values in _RAW.items():
+        schemas[name]["properties"].update(values)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -128,9 +152,9 @@ def document(kind: Kind) -> _Json:
     }
 
 
-def encoded(kind: Kind) -> bytes:
+def encoded(kind: Kind, *, strict: bool = False) -> bytes:
     """The document as it is served."""
-    return msgspec.json.encode(document(kind))
+    return msgspec.json.encode(document(kind, strict=strict))
 
 
 def _paths(kind: Kind) -> _Json:
@@ -147,20 +171,34 @@ def _paths(kind: Kind) -> _Json:
     )
     room = {"type": "integer", "minimum": 0, "maximum": (1 << 63) - 1}
     story["get"]["parameters"] = [{"name": "room", "in": "path", "required": True, "schema": room}]
+    model = _get(
+        "the model of that name",
+        {"200": _json(_ref("Model")), "404": _json(_ref("ErrorBody"))},
+    )
+    model["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    model_info = _get(
+        "the model, as SGLang tells of it", {"200": _json(_ref("ModelInfo")), "503": _json(_ref("ErrorBody"))}
+    )
     paths = {
-        "/v1/completions": _answers("CompletionRequest", "CompletionAnswer"),
-        "/v1/chat/completions": _answers("ChatRequest", "ChatCompletionAnswer"),
+        "/v1/completions": _answers("CompletionRequest", _ref("CompletionAnswer")),
+        "/v1/chat/completions": _answers("ChatRequest", _ref("ChatCompletionAnswer")),
+        "/generate": _answers("GenerateRequest", {"anyOf": [_ref("Generated"), _list(_ref("Generated"))]}),
+        "/tokenize": _question("text to tokens", "TokenizeRequest", "Tokens"),
+        "/detokenize": _question("tokens to text", "DetokenizeRequest", "Text"),
         "/abort_request": {
             "post": {
                 "summary": "end a request soon; an unknown one is ignored",
                 "requestBody": _body("AbortRequest"),
                 "responses": {
                     "200": _json(_ref("AbortRequest")),
-                    **_refusals("400", "401", "408", "413", "415", "503"),
+                    **_refusals("400", "401", "408", "413", "415", "429", "503"),
                 },
             }
         },
         "/v1/models": _get("the models that are served", {"200": _json(_ref("Models"))}),
+        "/v1/models/{model}": model,
+        "/get_model_info": model_info,
+        "/model_info": model_info,
         "/health": _get("whether the process lives", {code: _json(_ref("Health")) for code in ("200", "503")}),
         "/ready": _get("whether it takes requests", {code: _json(_ref("Ready")) for code in ("200", "503")}),
         "/metrics": _get("Prometheus", {"200": _content("text/plain", {"type": "string"})}),
@@ -178,11 +216,17 @@ def _paths(kind: Kind) -> _Json:
     return paths
 
 
-def _answers(request: str, answer: str) -> _Json:
-    ok = _json(_ref(answer))
+def _answers(request: str, answer: _Json) -> _Json:
+    ok = _json(answer)
     ok["content"]["text/event-stream"] = {}
     responses = {"200": ok, **_refusals(*_REFUSALS)}
     return {"post": {"summary": "tokens", "requestBody": _body(request), "responses": responses}}
+
+
+def _question(summary: str, request: str, answer: str) -> _Json:
+    codes = ("400", "404", "408", "413", "415", "429", "503")
+    responses = {"200": _json(_ref(answer)), **_refusals(*codes)}
+    return {"post": {"summary": summary, "requestBody": _body(request), "responses": responses}}
 
 
 def _refusals(*codes: str) -> _Json:
@@ -209,24 +253,65 @@ def _content(kind: str, schema: _Json) -> _Json:
     return {"description": "see the schema", "content": {kind: {"schema": schema}}}
 
 
-_NOTHING: Mapping[str, _Json] = {
-    # known fields of the API that are accepted at these values only
-    "best_of": {"enum": [1, None]},
-    "frequency_penalty": {"enum": [0, None]},
-    "presence_penalty": {"enum": [0, None]},
-    "echo": {"enum": [False, None]},
-    "suffix": {"enum": ["", None]},
-    "logit_bias": {"anyOf": [{"type": "object", "maxProperties": 0}, {"type": "null"}]},
-    "tools": {"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]},
+def _list(items: _Json, **bounds: int) -> _Json:
+    return {"type": "array", "items": items, **bounds}
+
+
+def _nullable(*kinds: _Json) -> _Json:
+    return {"anyOf": [*kinds, {"type": "null"}]}
+
+
+_TEXT: _Json = {"type": "string", "minLength": 1}
+_TOKENS = _list({"type": "integer"}, minItems=1)
+_TEXTS = _list(_TEXT, minItems=1, maxItems=MAX_PROMPTS)
+_TOKEN_LISTS = _list(_TOKENS, minItems=1, maxItems=MAX_PROMPTS)
+_PROMPT: _Json = {"anyOf": [_TEXT, _TOKENS, _TEXTS, _TOKEN_LISTS]}
+_OBJECTS = _nullable(_list({"type": "object"}))
+_LISTS: _Json = {
+    "logit_bias": _nullable(
+        {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}
+    ),
+    "stop_token_ids": _nullable(_list({"type": "integer", "minimum": 0}, maxItems=MAX_STOP_TOKENS)),
 }
+#: What a struct keeps as bytes until its length is known.
+_RAW: Mapping[str, _Json] = {
+    "CompletionRequest": {"prompt": _PROMPT, **_LISTS},
+    "ChatRequest": {
+        **_LISTS,
+        "tools": _OBJECTS,
+        "tool_choice": {"enum": ["none", "auto", None]},
+        "chat_template_kwargs": _nullable({"type": "object"}),
+    },
+    "ChatMessage": {"tool_calls": _OBJECTS},
+    "SamplingParams": _LISTS,
+    "GenerateRequest": {
+        "text": _nullable(_TEXT, _TEXTS),
+        "input_ids": _nullable(_TOKENS, _TOKEN_LISTS),
+        "logprob_start_len": {"enum": [-1, None]},
+    },
+    "TokenizeRequest": {"prompt": _nullable(_TEXT), "messages": _OBJECTS, "tools": _OBJECTS},
+    "DetokenizeRequest": {"tokens": _TOKENS},
+}
+_ROOM: _Json = {"type": "integer", "minimum": 1, "maximum": ROOM_END - 1}
+_PORT: _Json = {"type": "integer", "minimum": 1, "maximum": 65535}
+_HOST: _Json = {"type": "string", "minLength": 1, "maxLength": 255}
+_MEETING: Mapping[str, _Json] = {"bootstrap_room": _ROOM, "bootstrap_host": _HOST, "bootstrap_port": _PORT}
 
 
-def _tighten(schema: _Json, kind: Kind) -> None:
+def _fill(schema: _Json, of: FieldKind) -> None:
+    """Add the fields of the table."""
+    more = {name: field.schema() for name, field in known(of).items()}
+    schema["properties"] = {**more, **schema["properties"]}
+
+
+def _tighten(schema: _Json, of: FieldKind, kind: Kind, *, strict: bool) -> None:
     """Say of a request what its struct cannot say."""
+    _fill(schema, of)
+    if strict:
+        schema["additionalProperties"] = False
     fields = dict(schema["properties"])
-    for name, only in _NOTHING.items():
-        if name in fields:
-            fields[name] = dict(only)
+    for name, one in _MEETING.items():
+        fields[name] = _nullable(one, _list(one, minItems=1))
     rooms = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
     if kind == "router":
         for name in rooms:
@@ -238,20 +323,29 @@ def _tighten(schema: _Json, kind: Kind) -> None:
             fields[name] = {"type": "null"}
     else:  # one half of a pair: a room is what it is asked for
         for name in ("bootstrap_room", *(("bootstrap_host",) if kind == "decode" else ())):
-            fields[name] = fields[name]["anyOf"][0]
-            schema["required"] = [*schema["required"], name]
+            fields[name] = {"anyOf": fields[name]["anyOf"][:2]}
+            schema["required"] = [*schema.get("required", ()), name]
     schema["properties"] = fields
-    schema["allOf"] = [_needs("stream_options", {"type": "object"}, "stream", {"const": True})]
+    schema["allOf"] = []
+    if "stream_options" in fields:
+        schema["allOf"].append(_needs("stream_options", {"type": "object"}, "stream", {"const": True}))
     if "top_logprobs" in fields:
         schema["allOf"].append(_needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}))
-    if "best_of" in fields:
-        one = {"if": _holds("best_of", {"const": 1}), "then": {"properties": {"n": {"enum": [1, None]}}}}
-        schema["allOf"].append(one)
+    if "echo" in fields:
+        schema["allOf"].append(_needs("echo", {"const": True}, "logprobs", {"type": "null"}, needed=False))
+        more = {"if": _holds("n", {"type": "integer", "minimum": 2}), "then": {"properties": {"best_of": _LEAST_TWO}}}
+        schema["allOf"].append(more)
+    if of == "generate":
+        schema["oneOf"] = [_holds(name, {"not": {"type": "null"}}) for name in ("text", "input_ids")]
 
 
-def _needs(name: str, value: _Json, other: str, must: _Json) -> _Json:
-    """Where ``name`` has such a value, ``other`` must be there and be as ``must`` says."""
-    return {"if": _holds(name, value), "then": _holds(other, must)}
+_LEAST_TWO = _nullable({"type": "integer", "minimum": 2, "maximum": MAX_CHOICES})
+
+
+def _needs(name: str, value: _Json, other: str, must: _Json, *, needed: bool = True) -> _Json:
+    """Where ``name`` has such a value, ``other`` must be there, if it is ``needed``, and be as ``must`` says."""
+    then = _holds(other, must) if needed else {"properties": {other: must}}
+    return {"if": _holds(name, value), "then": then}
 
 
 def _holds(name: str, value: _Json) -> _Json:

@@ -13,23 +13,32 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from kvbaton.discovery.access import unbracketed
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.placement import LoadBalance, checked_rank, known_rank
-from kvbaton.errors import AuthenticationError, CapacityError, ConfigError, InternalError, RegistryError
-from kvbaton.serving.engine.request import Request
+from kvbaton.errors import (
+    AuthenticationError,
+    ConfigError,
+    ContextLengthError,
+    InternalError,
+    RegistryError,
+    UnknownModelError,
+)
+from kvbaton.serving.engine.request import Handoff, Output, Request
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.engine import Tokenizer
+from kvbaton.serving.server.generated import GeneratedAnswers
 from kvbaton.serving.server.openai import (
-    BOOTSTRAP_PORT,
     CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
 )
+from kvbaton.serving.server.routing import Meeting
+from kvbaton.serving.server.sglang import MAX_NEW_TOKENS, GenerateRequest
 
 Mode = Literal["null", "prefill", "decode"]
 #: A prompt with more characters is tokenized beside the event loop.
@@ -40,6 +49,31 @@ MAX_CHARACTERS_PER_TOKEN = 256
 MAX_TEMPLATES = 4
 #: Of a model's name that is not served, as many are said again.
 MAX_NAME_CHARACTERS = 128
+#: What SGLang's clients say where they mean whatever is served.
+ANY_MODEL = "default"
+_PREFIXES = {"completions": "cmpl", "chat": "chatcmpl", "generate": "gen"}
+
+AnyRequest = CompletionRequest | ChatRequest | GenerateRequest
+
+
+class Formatter(Protocol):
+    """Engine outputs as one API answers them; fed every output, in order."""
+
+    @property
+    def handoff(self) -> Handoff | None:
+        """One that came with the outputs so far."""
+
+    def event(self, output: Output) -> object:
+        """The stream event of one output."""
+
+    def usage_event(self) -> object | None:
+        """The event after the last one, for a client that asked for it."""
+
+    def collect(self, output: Output) -> None:
+        """Keep one output for :meth:`whole`."""
+
+    def whole(self) -> object:
+        """The answer made of everything collected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +88,7 @@ class ApiConfig:
         bootstrap_timeout: how long it asks there for a room that the prefill server has not seen yet.
         data_parallel_size, load_balance: how many ranks there are to choose from, and how rooms are spread over them.
         max_requests: requests answered at once.
+        strict_fields: a field that nobody knows is refused, not ignored.
     """
 
     model: str
@@ -66,15 +101,16 @@ class ApiConfig:
     data_parallel_size: int = 1
     load_balance: LoadBalance = "total_requests"
     max_requests: int = 1024
+    strict_fields: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that is ready for the engine. ``rid``: what its client calls it, ``registry``: the one that was asked
-    for its sources."""
+    """A request that is ready for the engine, one for each prompt. ``rid``: what its client calls it, ``registry``: the
+    one that was asked for its sources."""
 
-    request: Request
-    answers: Answers
+    requests: tuple[Request, ...]
+    answers: Formatter
     rid: str
     stream: bool
     registry: tuple[str, int] | None
@@ -90,88 +126,106 @@ class RequestParser:
         #: A template is a program: while it runs, what else is done beside the loop has threads of its own.
         self._templates = ThreadPoolExecutor(MAX_TEMPLATES, "kvbaton-templates")
 
-    async def accept(self, request: CompletionRequest | ChatRequest) -> Accepted:
+    async def accept(self, request: AnyRequest) -> Accepted:
         """Whoever sent it may name rooms and registries: that has been seen to.
 
         Raises ConfigError or CapacityError for what is wrong, RegistryError when the prefill group is not found.
         """
-        if request.model is not None and request.model != self._config.model:
-            asked = request.model[:MAX_NAME_CHARACTERS]
-            raise ConfigError(f"model: {asked!r} is not served here; this server has {self._config.model!r}")
-        registry = self._check_room(request)
-        dp_rank = self._dp_rank(request)
-        tokens = await self._tokens(request)
-        sampling = request.sampling(max_tokens=self._max_tokens(request, len(tokens)))
-        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-        request_id = f"{prefix}-{uuid.uuid4().hex}"  # nobody's choice: what a client calls it is its own business
+        self.check_model(request.model)
+        prompts = await self._prompts(request)
+        meetings = self._meetings(request, len(prompts))
+        registry = self._registry_of(meetings)
+        dp_ranks = [self._dp_rank(request, meeting) for meeting in meetings]
+        sampling = request.sampling(max_tokens=self._max_tokens(request, max(map(len, prompts))))
+        # nobody's choice: what a client calls it is its own business
+        request_id = f"{_PREFIXES[request.kind]}-{uuid.uuid4().hex}"
         rid = request.rid or request_id
-        answers = Answers(
+        sources = [await self._sources(registry, request, meeting) for meeting in meetings]
+        requests = tuple(
+            Request(
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+                prompt_tokens=prompt,
+                sampling=sampling,
+                room=meeting.room if meeting is not None else None,
+                sources=sources[index],
+                dp_rank=dp_ranks[index],
+            )
+            for index, (prompt, meeting) in enumerate(zip(prompts, meetings, strict=True))
+        )
+        return Accepted(requests, self._answers(request, rid, prompts), rid, bool(request.stream), registry)
+
+    def check_model(self, model: str | None) -> None:
+        """Raises UnknownModelError."""
+        if model is not None and model not in (self._config.model, ANY_MODEL):
+            asked = model[:MAX_NAME_CHARACTERS]
+            raise UnknownModelError(f"model: {asked!r} is not served here; this server has {self._config.model!r}")
+
+    def _answers(self, request: AnyRequest, rid: str, prompts: Sequence[Sequence[int]]) -> Formatter:
+        if isinstance(request, GenerateRequest):
+            return GeneratedAnswers(request, request_id=rid, prompts=prompts, tokenizer=self._tokenizer)
+        echo: list[str] = []
+        if isinstance(request, CompletionRequest) and request.echo:
+            tokenizer = self._need_tokenizer("echo")
+            given = request.prompts(self._config.max_positions)
+            echo = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in given]
+        return Answers(
             request,
             request_id=rid,
             model=self._config.model,
-            prompt_tokens=len(tokens),
+            prompts=prompts,
             tokenizer=self._tokenizer,
-        )
-        sources = await self._sources(registry, request)
-        return Accepted(
-            Request(
-                request_id=request_id,
-                prompt_tokens=tokens,
-                sampling=sampling,
-                room=request.bootstrap_room,
-                sources=sources,
-                dp_rank=dp_rank,
-            ),
-            answers,
-            rid,
-            request.stream,
-            registry,
+            echo=echo,
         )
 
-    def _check_room(self, request: CompletionRequest | ChatRequest) -> tuple[str, int] | None:
-        """The registry to ask, on a decode server."""
-        mode, host = self._config.mode, request.bootstrap_host
+    def _meetings(self, request: AnyRequest, prompts: int) -> Sequence[Meeting | None]:
+        """Where the halves of each prompt meet. Raises ConfigError where it is not said, or not allowed, to be."""
+        mode = self._config.mode
         if mode == "null":
-            if (request.bootstrap_room, host, request.bootstrap_port) != (None, None, None):
+            if request.is_routed:
                 raise ConfigError("bootstrap_room: this server runs both halves itself (mode null) and takes no room")
             if request.disagg_prefill_dp_rank is not None:
                 raise ConfigError("disagg_prefill_dp_rank: this server runs both halves itself; use data_parallel_rank")
-            return None
-        if request.bootstrap_room is None:
+            return [None] * prompts
+        meetings = request.meetings(prompts, request.choices)
+        if meetings is None:
             raise ConfigError(
                 f"bootstrap_room: this is a {mode} server, one half of a pair; send requests through the router"
             )
-        if mode == "prefill":
+        return meetings
+
+    def _registry_of(self, meetings: Sequence[Meeting | None]) -> tuple[str, int] | None:
+        """The registry to ask, on a decode server; it is one for all prompts."""
+        if self._config.mode != "decode":
             return None
+        registries = {(meeting.host, meeting.port) for meeting in meetings if meeting is not None}
+        (host, port), *others = registries
+        if others:
+            raise ConfigError("bootstrap_host: the prompts of one request have one prefill server")
         if host is None:
             raise ConfigError("bootstrap_host: is required on a decode server; send requests through the router")
-        port = request.bootstrap_port or BOOTSTRAP_PORT
         self._config.bootstrap_allow.check(host, port)
         return host, port
 
-    def _dp_rank(self, request: CompletionRequest | ChatRequest) -> int | None:
-        """The data-parallel rank that is to serve a request here, where that is not for the server to choose."""
+    def _dp_rank(self, request: AnyRequest, meeting: Meeting | None) -> int | None:
+        """The data-parallel rank that is to serve a prompt here, where that is not for the server to choose."""
         size, named = self._config.data_parallel_size, request.data_parallel_rank
-        if self._config.mode == "prefill" and request.bootstrap_room is not None:
+        if self._config.mode == "prefill" and meeting is not None:
             return known_rank(
-                request.bootstrap_room,
-                size=size,
-                balance=self._config.load_balance,
-                named=request.disagg_prefill_dp_rank,
+                meeting.room, size=size, balance=self._config.load_balance, named=request.disagg_prefill_dp_rank
             )
         return None if named is None else checked_rank(named, size, "data_parallel_rank")
 
     async def _sources(
-        self, registry: tuple[str, int] | None, request: CompletionRequest | ChatRequest
+        self, registry: tuple[str, int] | None, request: AnyRequest, meeting: Meeting | None
     ) -> tuple[str, ...]:
-        if registry is None or request.bootstrap_room is None:
+        if registry is None or meeting is None:
             return ()
         if self._registry is None:
             raise InternalError("a decode server was built without a registry client")
         try:
             sources = await self._registry.sources(
                 *registry,
-                request.bootstrap_room,
+                meeting.room,
                 named=request.disagg_prefill_dp_rank,
                 patience_seconds=self._config.bootstrap_timeout,
             )
@@ -195,25 +249,33 @@ class RequestParser:
         for source in sources:
             allow.check_link(source, registry)
 
-    async def _tokens(self, request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
-        if isinstance(request, CompletionRequest):
-            prompt = request.text_or_tokens(self._config.max_positions)
-            if not isinstance(prompt, str):
-                return prompt
-            tokenizer = self._need_tokenizer("prompt")
-            self._check_characters("prompt", len(prompt))
-            return await _tokenized(lambda: tokenizer.encode(prompt), len(prompt))
-        messages = [(message.role, message.text()) for message in request.messages]
+    async def _prompts(self, request: AnyRequest) -> list[tuple[int, ...]]:
+        if isinstance(request, ChatRequest):
+            return [await self.chat_tokens(request)]
+        special = request.add_special_tokens is not False if isinstance(request, CompletionRequest) else True
+        found = []
+        for prompt in request.prompts(self._config.max_positions):
+            found.append(await self.text_tokens(prompt, special=special) if isinstance(prompt, str) else prompt)
+        return found
+
+    async def text_tokens(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Raises ConfigError where there is no tokenizer, CapacityError where the text can never fit."""
+        tokenizer = self._need_tokenizer("prompt")
+        self._check_characters("prompt", len(text))
+        return await _tokenized(lambda: tokenizer.encode(text, special=special), len(text))
+
+    async def chat_tokens(self, request: ChatRequest) -> tuple[int, ...]:
+        """Raises ConfigError, CapacityError."""
+        turns, options = request.turns(), request.template_options()
         tokenizer = self._need_tokenizer("messages")
-        characters = sum(len(text) for _, text in messages)
-        self._check_characters("messages", characters)
-        rendering = asyncio.get_running_loop().run_in_executor(self._templates, tokenizer.encode_chat, messages)
-        return tuple(await rendering)
+        self._check_characters("messages", sum(len(turn["content"]) for turn in turns))
+        loop = asyncio.get_running_loop()
+        return tuple(await loop.run_in_executor(self._templates, tokenizer.encode_chat, turns, options))
 
     def _check_characters(self, field_name: str, characters: int) -> None:
         limit = self._config.max_positions * MAX_CHARACTERS_PER_TOKEN
         if characters > limit:
-            raise CapacityError(
+            raise ContextLengthError(
                 f"{field_name}: {characters} characters cannot be within {self._config.max_positions} tokens"
             )
 
@@ -222,16 +284,23 @@ class RequestParser:
             raise ConfigError(f"{field_name}: this model has no tokenizer; send a completion with a list of token ids")
         return self._tokenizer
 
-    def _max_tokens(self, request: CompletionRequest | ChatRequest, prompt_tokens: int) -> int:
-        if isinstance(request, CompletionRequest):
-            return COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        asked = request.asked_tokens()
+    def _max_tokens(self, request: AnyRequest, prompt_tokens: int) -> int:
+        """Those that were asked for; else the default, clipped to what fits beside the longest prompt."""
+        if isinstance(request, ChatRequest):
+            asked, default = request.asked_tokens(), CHAT_MAX_TOKENS
+        elif isinstance(request, GenerateRequest):
+            asked, default = request.params().max_new_tokens, MAX_NEW_TOKENS
+        else:
+            asked, default = request.max_tokens, COMPLETION_MAX_TOKENS
         if asked is not None:
             return asked
         limit = min(self._config.max_positions, self._share(prompt_tokens, request.choices))
         if prompt_tokens >= limit:
-            raise CapacityError(f"messages: {prompt_tokens} tokens leave no room for an answer within {limit} tokens")
-        return min(CHAT_MAX_TOKENS, limit - prompt_tokens)
+            name = "messages" if isinstance(request, ChatRequest) else "prompt"
+            raise ContextLengthError(
+                f"{name}: {prompt_tokens} tokens leave no room for an answer within {limit} tokens"
+            )
+        return min(default, limit - prompt_tokens)
 
     def _share(self, prompt_tokens: int, choices: int) -> int:
         """Tokens, prompt and answer, that each of ``choices`` may have in the pool; they share the prompt's pages."""

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Literal
 
 import aiohttp
@@ -29,25 +29,29 @@ from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.discovery.guard import guard
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.vllm import params
-from kvbaton.errors import AbortedError, ConfigError, ExpiredError, InternalError, KVBatonError, PeerLostError
+from kvbaton.errors import (
+    AbortedError,
+    ExpiredError,
+    InternalError,
+    KVBatonError,
+    PeerLostError,
+    UnknownModelError,
+)
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
-from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, SMALL_BODY_BYTES, Bodies
-from kvbaton.serving.server.calls import ROUTER_FIELDS, CallFailed, Pair, PrefillDecodeCall, mint_room, strip
+from kvbaton.serving.server.api_keys import ApiKeys, require_key
+from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, Bodies
+from kvbaton.serving.server.calls import CallFailed, Pair, PrefillDecodeCall, mint_room
+from kvbaton.serving.server.client_fields import client_fields
 from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.limit import TimeLimit
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import (
-    DONE,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    checked_rid,
-    event,
-    parse,
-)
+from kvbaton.serving.server.openai import DONE, AbortRequest, event
 from kvbaton.serving.server.operators import is_operator, key_of_client
+from kvbaton.serving.server.parsing import parse
+from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
 from kvbaton.serving.server.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
@@ -78,8 +82,10 @@ class RouterConfig:
     health_check_interval_secs: float = 1.0
     health_check_endpoint: str = ""
     max_concurrent_requests: int = 1024
+    strict_fields: bool = False
     secret: str | None = field(default=None, repr=False)
     names: ServerNames = field(default_factory=ServerNames)
+    keys: ApiKeys = field(default_factory=ApiKeys)
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
@@ -111,18 +117,29 @@ class Router:
         self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
+        self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
         self._retries = self.metrics.counter("kvbaton_router_retries", "Requests that were sent to a second pair.")
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
         app = web.Application(
-            middlewares=[web.middleware(errors), web.middleware(guard(self._config.names))],
+            middlewares=[
+                web.middleware(errors),
+                web.middleware(guard(self._config.names)),
+                web.middleware(require_key(self._config.keys, lambda http: is_operator(http, self._config.secret))),
+            ],
             client_max_size=MAX_BODY_BYTES,
         )
         app.router.add_post("/v1/completions", self._route)
         app.router.add_post("/v1/chat/completions", self._route)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/generate", self._route)
+        app.router.add_post("/tokenize", self._pass_on)
+        app.router.add_post("/detokenize", self._pass_on)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        app.router.add_get("/get_model_info", self._model_info)
+        app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._metrics)
@@ -149,7 +166,7 @@ class Router:
         with self.metrics.timed(http.path) as timer:
             try:
                 async with self._bodies.read(http) as body:
-                    fields, rid = _fields(body)
+                    fields, rid = client_fields(body, self._rule)
                     limit = TimeLimit(self._config.request_timeout_secs)
                     with (
                         self.admission.entered(),  # for requests that are here, not for those that still come
@@ -297,14 +314,46 @@ class Router:
 
         return await asyncio.gather(*(ask(worker) for worker in workers))
 
+    async def _pass_on(self, http: web.Request) -> web.Response:
+        """To any decode server: what needs no pair."""
+        worker = await self.workers.find("decode")
+        async with self._bodies.read(http) as body:
+            timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
+            headers = {"Content-Type": "application/json", **self._headers}
+            try:
+                async with self._session.post(
+                    worker.url + http.path, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
+                ) as response:
+                    answer = await _bounded(response, MAX_ANSWER_BYTES)
+            except (aiohttp.ClientError, OSError) as error:
+                raise PeerLostError(f"{worker} does not answer ({cause_of(error)})") from None
+        return web.Response(status=response.status, body=answer, content_type="application/json")
+
+    async def _model_info(self, http: web.Request) -> web.Response:
+        worker = await self.workers.find("decode")
+        ((_, told),) = await self._ask_all([worker], http.path)
+        if not isinstance(told, dict) or "error" in told:
+            raise PeerLostError(f"{worker} does not answer")
+        return _json(told)
+
+    async def _model(self, http: web.Request) -> web.Response:
+        asked = http.match_info["model"]
+        models = await self._cards()
+        if asked not in models:
+            raise UnknownModelError(f"model: {asked[:MAX_NAME_CHARACTERS]!r} is not served here")
+        return _json(models[asked])
+
     async def _models(self, _http: web.Request) -> web.Response:
+        return _json({"object": "list", "data": list((await self._cards()).values())})
+
+    async def _cards(self) -> dict[str, object]:
         models: dict[str, object] = {}
         for _, listing in await self._ask_all(self.workers.usable("decode"), "/v1/models"):
             cards = listing.get("data", []) if isinstance(listing, dict) else []
             for card in cards:
                 if isinstance(card, dict):
                     models.setdefault(str(card.get("id")), card)
-        return _json({"object": "list", "data": list(models.values())})
+        return models
 
     async def _server_info(self, _http: web.Request) -> web.Response:
         answers = await self._ask_all(list(self.workers.all), "/get_server_info")
@@ -338,7 +387,9 @@ class Router:
         return story.response(room, sides)
 
     async def _openapi(self, _http: web.Request) -> web.Response:
-        return web.Response(body=openapi.encoded("router"), content_type="application/json")
+        return web.Response(
+            body=openapi.encoded("router", strict=self._config.strict_fields), content_type="application/json"
+        )
 
     async def _abort(self, http: web.Request) -> web.Response:
         async with self._bodies.read(http) as asked:
@@ -374,30 +425,6 @@ class Router:
         return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
 
 
-def _fields(payload: bytes) -> tuple[dict[str, msgspec.Raw], str]:
-    """The client's request, field by field and otherwise as it is, and its id. Raises ConfigError."""
-    try:
-        if len(payload) > SMALL_BODY_BYTES:
-            msgspec.json.decode(payload, type=_KnownFields)  # ends at the first field that no request has
-        fields = strip(msgspec.json.decode(payload, type=dict[str, msgspec.Raw]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the body is not a JSON object of known fields: {error}") from None
-    if fields.get("rid", _NULL) == _NULL:
-        fields["rid"] = _encoded(f"req-{uuid.uuid4().hex}")
-    return fields, checked_rid(fields["rid"])
-
-
-_NULL = msgspec.Raw(b"null")
-_KnownFields = msgspec.defstruct(
-    "_KnownFields",
-    [
-        (name, msgspec.Raw, _NULL)
-        for name in sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *ROUTER_FIELDS})
-    ],
-    forbid_unknown_fields=True,
-)
-
-
 async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
     """A worker's answer. Raises aiohttp.ClientPayloadError for a longer one."""
     body = bytearray()
@@ -406,10 +433,6 @@ async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
         if len(body) > most_bytes:
             raise aiohttp.ClientPayloadError(f"it answers more than {most_bytes} bytes")
     return bytes(body)
-
-
-def _encoded(value: object) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -9,15 +9,17 @@ so that it does not keep the interpreter from the threads that serve.
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from kvbaton.errors import ConfigError
+from kvbaton.serving.server.messages import Turn
 
 #: A chat template has been rendered by then.
 TEMPLATE_SECONDS = 5.0
@@ -33,17 +35,17 @@ class ServerTokenizer:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
         with self._lock:
-            return [int(token) for token in self._tokenizer.encode(text)]
+            return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Sequence[int]:
+    def encode_chat(self, turns: Sequence[Turn], options: Mapping[str, Any] | None = None) -> Sequence[int]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise ConfigError("messages: the model has no chat template; use /v1/completions")
-        turns = [{"role": role, "content": text} for role, text in messages]
+        given = {"add_generation_prompt": True, **(options or {})}
         try:
             with _deadline(TEMPLATE_SECONDS):
-                text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, **given)
         except Exception as error:  # noqa: BLE001 - templates are programs: they raise what they like at bad input
             raise ConfigError(f"messages: the model's chat template refuses them: {error}") from None
         with self._lock:
@@ -52,6 +54,35 @@ class ServerTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         with self._lock:
             return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        text = self.decode([token])
+        if _UNFINISHED not in text:
+            return text.encode()
+        with self._lock:
+            piece = self._tokenizer.convert_ids_to_tokens(token)
+        return _own_bytes(str(piece)) or text.encode()
+
+
+def _own_bytes(piece: str) -> bytes:
+    """The bytes that a piece of a vocabulary stands for: ``<0xE6>``, or letters of GPT-2's alphabet for bytes."""
+    fallback = _FALLBACK.fullmatch(piece)
+    if fallback:
+        return bytes([int(fallback[1], 16)])
+    found = [_ALPHABET.get(letter) for letter in piece]
+    return b"" if None in found else bytes(byte for byte in found if byte is not None)
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes are themselves, the others the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_UNFINISHED = "\ufffd"
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ALPHABET = _alphabet()
 
 
 @contextmanager

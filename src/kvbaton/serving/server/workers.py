@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.serving.server.openai import BOOTSTRAP_PORT
+from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
 #: Probes in a row that may go unanswered before a worker is out.
 SILENT_PROBES = 2

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from kvbaton.errors import AbortedError, InternalError, KVBatonError
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.server.messages import Turn
 
 PATIENCE_SECONDS = 10.0
 
@@ -113,11 +114,17 @@ class ScriptedEngine:
 class CharacterTokenizer:
     """Implements ``kvbaton.serving.server.engine.Tokenizer``: a token is a character's code point."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        del special  # there are none
         return [ord(letter) for letter in text]
 
-    def encode_chat(self, messages: Iterable[tuple[str, str]]) -> list[int]:
-        return self.encode("".join(f"<{role}>{text}" for role, text in messages) + "<assistant>")
+    def encode_chat(self, turns: Iterable[Turn], options: Mapping[str, Any] | None = None) -> list[int]:
+        del options  # there is no template
+        said = "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
+        return self.encode(said + "<assistant>")
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(map(chr, tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        return chr(token).encode()

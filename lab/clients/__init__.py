@@ -1,0 +1,1 @@
+"""Clients of others, their own code, against servers of ours."""

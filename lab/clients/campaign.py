@@ -1,0 +1,215 @@
+"""Clients of others in front of one prefill and one decode server: every answer is that of a single process.
+
+Rules: SGLang's two routers stand in front of the same pair as ours; each is asked completions, chats and ``/generate``,
+whole and streamed, and recall questions. The openai SDK's script runs against the single process, our router, and
+SGLang's, and what it prints must be equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from msgspec import Struct
+
+from kvbaton.errors import ExpiredError
+from kvbaton.serving.evaluation.recall import make_prompts
+from kvbaton.serving.fleet import Fleet, free_ports
+from lab.clients.environment import OPENAI, SGLANG_ROUTER
+
+MODEL = "recall"
+READY_SECONDS = 300.0
+ANSWER_SECONDS = 120.0
+#: Recall questions that wait for their answers at once.
+AT_ONCE = 16
+SCRIPT = Path(__file__).with_name("openai_script.py")
+PROMPT = "g6=V6QT; s9=GZTT;?s9="
+OTHER = "a1=QX7B; b2=MM30;?a1="
+#: What the script asks and SGLang's Rust router answers by itself, otherwise than its workers do.
+ROUTERS_OWN = ("models", "model", "refused: model")
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    client: str
+    what: str
+    ok: int
+    asked: int
+    seconds: float
+    said: str = ""
+
+
+@asynccontextmanager
+async def sglang_router(python: Path, fleet: Fleet, logs: Path, *more: str) -> AsyncIterator[str]:
+    """SGLang's router in front of the fleet's servers, and its URL."""
+    port, metrics = free_ports(2)
+    prefill = ("--prefill", fleet.prefills[0].url, str(fleet.registry_ports[0]))
+    command = [
+        *(str(python), "-m", "sglang_router.launch_router", "--pd-disaggregation", "--host", "127.0.0.1"),
+        *("--port", str(port), "--prometheus-port", str(metrics), *prefill, "--decode", fleet.decodes[0].url, *more),
+    ]
+    with (logs / f"sglang-router{'-'.join(more)}.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            await _answers(fleet.http, url)
+            yield url
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+
+
+async def _answers(http: aiohttp.ClientSession, url: str) -> None:
+    until = time.monotonic() + READY_SECONDS
+    while time.monotonic() < until:
+        try:
+            await _post(http, url, "/v1/completions", {"model": MODEL, "prompt": PROMPT, "max_tokens": 1})
+        except (aiohttp.ClientError, TimeoutError):
+            await asyncio.sleep(1.0)
+        else:
+            return
+    raise ExpiredError(f"{url} has not answered within {READY_SECONDS:g} s")
+
+
+async def _post(http: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
+    timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+    async with http.post(url + path, json=body, timeout=timeout) as response:
+        payload = await response.text()
+        if response.status != 200:
+            raise aiohttp.ClientError(f"{response.status}: {payload[:300]}")
+        if not body.get("stream"):
+            return json.loads(payload)
+        events = [line[6:] for line in payload.splitlines() if line.startswith("data: ")]
+        return [json.loads(event) for event in events if event != "[DONE]"]
+
+
+def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
+    greedy: dict[str, Any] = {"model": MODEL, "max_tokens": 6, "temperature": 0}
+    sampled = {**greedy, "temperature": 1.0, "seed": 5, "top_k": 20}
+    chat = {**greedy, "messages": [{"role": "user", "content": PROMPT}]}
+    params = {"max_new_tokens": 6, "temperature": 0}
+    generate: dict[str, Any] = {"text": PROMPT, "sampling_params": params}
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "completion": ("/v1/completions", {**greedy, "prompt": PROMPT}),
+        "completion, sampled": ("/v1/completions", {**sampled, "prompt": PROMPT}),
+        "completion, n=2": ("/v1/completions", {**sampled, "prompt": PROMPT, "n": 2}),
+        "chat": ("/v1/chat/completions", chat),
+        "generate": ("/generate", generate),
+        "generate, token ids": ("/generate", {"input_ids": [5, 6, 7], "sampling_params": params}),
+        "generate, logprobs": ("/generate", {**generate, "return_logprob": True}),
+        "generate, texts": ("/generate", {**generate, "text": [PROMPT, OTHER]}),
+    }
+    streams = {f"{name}, stream": (path, {**body, "stream": True}) for name, (path, body) in bodies.items()}
+    return {**bodies, **streams}
+
+
+def _said(answer: Any, *, stream: bool = False) -> Any:
+    """What an answer, whole or as events, says: the text of each choice, and its logprobs."""
+    texts: dict[int, str] = {}
+    logprobs: dict[int, Any] = {}
+    for place, event in enumerate(answer if isinstance(answer, list) else [answer]):
+        for choice in event.get("choices", ()):
+            said = choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + said
+        if "meta_info" in event:
+            index = event.get("index", 0) if stream else place
+            texts[index] = event["text"]
+            found = event["meta_info"].get("output_token_logprobs")
+            logprobs[index] = found and [(round(each[0], 3), each[1]) for each in found]
+    return sorted(texts.values()), [logprobs[index] for index in sorted(logprobs)]
+
+
+async def shapes(http: aiohttp.ClientSession, client: str, url: str, reference: str) -> Row:
+    started, wrong = time.monotonic(), []
+    bodies = _bodies()
+    for name, (path, body) in bodies.items():
+        try:
+            answers = [await _post(http, each, path, body) for each in (url, reference)]
+        except (aiohttp.ClientError, TimeoutError) as error:
+            wrong.append(f"{name}: {error}")
+            continue
+        ours, single = (_said(answer, stream="stream" in body) for answer in answers)
+        if ours != single:
+            wrong.append(f"{name}: {ours} is not {single}")
+    return Row(
+        client=client,
+        what="completions, chats, /generate, whole and streamed: equal to the single process",
+        ok=len(bodies) - len(wrong),
+        asked=len(bodies),
+        seconds=time.monotonic() - started,
+        said="; ".join(wrong),
+    )
+
+
+async def recall(http: aiohttp.ClientSession, client: str, url: str, reference: str, count: int) -> Row:
+    started, places = time.monotonic(), asyncio.Semaphore(AT_ONCE)
+
+    async def equal(prompt: str) -> bool:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 5, "temperature": 0}
+        async with places:
+            found = [_said(await _post(http, each, "/v1/completions", body)) for each in (url, reference)]
+        return bool(found[0] == found[1])
+
+    ok = sum(await asyncio.gather(*(equal(question.prompt) for question in make_prompts(count, seed=1))))
+    seconds = time.monotonic() - started
+    return Row(client=client, what="recall questions, equal", ok=ok, asked=count, seconds=seconds)
+
+
+async def script(python: Path, url: str) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        str(python), str(SCRIPT), url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    said, _ = await process.communicate()
+    rows = [json.loads(line) for line in said.decode().splitlines() if line.startswith("{")]
+    return {row.pop("call"): row for row in rows}
+
+
+async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], without: tuple[str, ...] = ()) -> Row:
+    started = time.monotonic()
+    found = await script(python, url)
+    wanted = {call: said for call, said in expected.items() if call not in without}
+    wrong = [
+        f"{call}: {found.get(call)} is not {said}"
+        for call, said in wanted.items()
+        if found.get(call) != said or "error" in said
+    ]
+    return Row(
+        client=f"openai {OPENAI}",
+        what=f"the script by way of {client}: equal to the single process",
+        ok=len(wanted) - len(wrong),
+        asked=len(wanted),
+        seconds=time.monotonic() - started,
+        said="; ".join(wrong),
+    )
+
+
+async def perform(python: Path, logs: Path, *, count: int, tell: Callable[[Row], None]) -> list[Row]:
+    """Everything; each row is told as it comes."""
+    rows: list[Row] = []
+
+    async def note(row: Awaitable[Row]) -> None:
+        rows.append(await row)
+        tell(rows[-1])
+
+    async with Fleet(logs, model=MODEL, reference=True) as fleet:
+        for server in fleet.servers:
+            await fleet.ready(server, READY_SECONDS)
+        assert fleet.reference is not None  # noqa: S101 - asked for above
+        single, http = fleet.reference.url, fleet.http
+        expected = await script(python, single)
+        await note(sdk(python, "the single process", single, expected))
+        await note(shapes(http, "kvbaton router", fleet.router.url, single))
+        await note(sdk(python, "kvbaton router", fleet.router.url, expected))
+        for name, more in ((f"sglang-router {SGLANG_ROUTER}", ()), ("its --mini-lb", ("--mini-lb",))):
+            async with sglang_router(python, fleet, logs, *more) as url:
+                await note(shapes(http, name, url, single))
+                await note(recall(http, name, url, single, count))
+                if not more:
+                    await note(sdk(python, name, url, expected, ROUTERS_OWN))
+    return rows

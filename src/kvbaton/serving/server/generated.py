@@ -1,0 +1,107 @@
+"""Engine outputs as SGLang's ``/generate`` answers them: whole ones and stream events.
+
+This file must not know HTTP or engines' threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+from msgspec import UNSET
+
+from kvbaton.serving.engine.request import Alternatives, Handoff, Output
+from kvbaton.serving.server.engine import Tokenizer
+from kvbaton.serving.server.sglang import FinishReason, Generated, GenerateRequest, MetaInfo, TokenLogprob
+from kvbaton.serving.server.token_text import token_text
+
+
+class GeneratedAnswers:
+    """Formats the answers to one request; feed it every output, in order."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._request = request
+        self._tokenizer = tokenizer
+        self._started = perf_counter()
+        self._choices = request.choices
+        self._is_batch = request.is_batch
+        count = len(prompts) * self._choices
+        self._told = [
+            Generated(
+                text="",
+                output_ids=[],
+                meta_info=MetaInfo(
+                    id=request_id if count == 1 else f"{request_id}-{index}",
+                    finish_reason=None,
+                    prompt_tokens=len(prompts[index // self._choices]),
+                    completion_tokens=0,
+                    cached_tokens=0,
+                ),
+                index=index if self._is_batch else UNSET,
+            )
+            for index in range(count)
+        ]
+        if request.return_logprob:
+            for told in self._told:
+                told.meta_info.input_token_logprobs, told.meta_info.output_token_logprobs = [], []
+                if request.top_logprobs_num:
+                    told.meta_info.input_top_logprobs, told.meta_info.output_top_logprobs = [], []
+
+    @property
+    def handoff(self) -> Handoff | None:
+        return next((told.handoff for told in self._told if isinstance(told.handoff, Handoff)), None)
+
+    def event(self, output: Output) -> Generated:
+        """The stream event of one output: all of its answer so far."""
+        self.collect(output)
+        return self._told[output.index]
+
+    def usage_event(self) -> None:
+        """Every event tells it."""
+
+    def collect(self, output: Output) -> None:
+        told = self._told[output.index]
+        meta = told.meta_info
+        told.text += output.text
+        told.output_ids += output.tokens
+        meta.completion_tokens += len(output.tokens)
+        if output.cached_tokens:
+            first = output.index // self._choices * self._choices
+            for other in self._told[first : first + self._choices]:
+                other.meta_info.cached_tokens = output.cached_tokens
+        if output.handoff is not None:
+            told.handoff = output.handoff
+        if isinstance(meta.output_token_logprobs, list):
+            pairs = zip(output.logprobs, output.tokens, strict=True)
+            meta.output_token_logprobs += [self._logprob(token, logprob) for logprob, token in pairs]
+        if isinstance(meta.output_top_logprobs, list):
+            meta.output_top_logprobs += [self._alternatives(top) for top in output.top_logprobs]
+        if output.finish_reason is not None:
+            meta.finish_reason = self._reason(output, meta.completion_tokens)
+            meta.e2e_latency = perf_counter() - self._started
+
+    def whole(self) -> Generated | list[Generated]:
+        if self._is_batch:
+            for told in self._told:
+                told.index = UNSET
+            return self._told
+        return self._told[0]
+
+    def _reason(self, output: Output, tokens: int) -> FinishReason:
+        if output.finish_reason == "length":
+            return FinishReason(type="length", length=tokens)
+        return FinishReason(type="stop", matched=UNSET if output.matched is None else output.matched)
+
+    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+        text = token_text(self._tokenizer, token).text if self._request.return_text_in_logprobs else None
+        return logprob, token, text
+
+    def _alternatives(self, top: Alternatives) -> list[TokenLogprob]:
+        return [self._logprob(token, logprob) for token, logprob in top]

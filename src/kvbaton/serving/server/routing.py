@@ -1,0 +1,103 @@
+"""What every request for tokens says besides its prompt and its sampling: whose it is, and where its halves meet.
+
+``bootstrap_host/port/room`` are set by a router, never by users: one value, or a list with one for each prompt (or for
+each of its choices: SGLang's routers send as many as there are answers). ``data_parallel_rank`` and
+``disagg_prefill_dp_rank`` name the data-parallel rank that answers, and the one that prefills.
+
+This file must not know HTTP, engines or tokenizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+from msgspec import Meta, Raw, field
+
+from kvbaton.discovery.registry import MAX_RANKS
+from kvbaton.errors import ConfigError
+from kvbaton.serving.server.fields import Ruled
+from kvbaton.serving.server.messages import null
+
+#: The registry's port, where a request names only its host.
+BOOTSTRAP_PORT = 8998
+MAX_RID_CHARACTERS = 128
+#: Rooms end below this: 0 means "none" to other engines, and 64 bits do not survive their int64.
+ROOM_END = 1 << 63
+#: Longest list of hosts, ports or rooms.
+MAX_LIST_BYTES = 256 << 10
+
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_RID_CHARACTERS, pattern=r"^[\x21-\x7e]+$")]
+Host = Annotated[str, Meta(min_length=1, max_length=255)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Room = Annotated[int, Meta(ge=1, le=ROOM_END - 1)]
+DpRank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the halves of one prompt meet; ``host`` is set by a router for decode."""
+
+    room: int
+    host: str | None
+    port: int
+
+
+class Routed(Ruled, kw_only=True):
+    model: str | None = None
+    stream: bool | None = None
+    rid: Id | None = None
+    bootstrap_host: Raw = field(default_factory=null)
+    bootstrap_port: Raw = field(default_factory=null)
+    bootstrap_room: Raw = field(default_factory=null)
+    data_parallel_rank: DpRank | None = None
+    disagg_prefill_dp_rank: DpRank | None = None
+
+    @property
+    def is_routed(self) -> bool:
+        return any(bytes(raw) != b"null" for raw in (self.bootstrap_host, self.bootstrap_port, self.bootstrap_room))
+
+    def meetings(self, prompts: int, choices: int) -> list[Meeting] | None:
+        """One for each prompt; None where no room is named. Raises ConfigError.
+
+        One room for several prompts is the first of as many in a row.
+        """
+        rooms = _values(self.bootstrap_room, Room, "bootstrap_room")
+        hosts = _values(self.bootstrap_host, Host, "bootstrap_host")
+        ports = _values(self.bootstrap_port, Port | None, "bootstrap_port")
+        if rooms is None:
+            return None
+        if not isinstance(rooms, list):
+            rooms = [(rooms - 1 + index) % (ROOM_END - 1) + 1 for index in range(prompts)]
+        found = []
+        for index in range(prompts):
+            room, host, port = (
+                _one(values, index, prompts, choices, name)
+                for values, name in ((rooms, "bootstrap_room"), (hosts, "bootstrap_host"), (ports, "bootstrap_port"))
+            )
+            found.append(Meeting(room, host, port or BOOTSTRAP_PORT))
+        if len({meeting.room for meeting in found}) < prompts:
+            _refuse("bootstrap_room", "two prompts have the same room")
+        return found
+
+
+def _values(raw: Raw, kind: Any, name: str) -> Any:
+    if len(raw) > MAX_LIST_BYTES:
+        _refuse(name, f"{len(raw)} bytes are more than {MAX_LIST_BYTES}")
+    try:
+        return msgspec.json.decode(raw, type=kind | Annotated[list[kind], Meta(min_length=1)] | None)
+    except msgspec.MsgspecError as error:
+        _refuse(name, str(error).partition(" - at ")[0])
+
+
+def _one(values: Any, index: int, prompts: int, choices: int, name: str) -> Any:
+    if not isinstance(values, list):
+        return values
+    if len(values) not in (prompts, prompts * choices):
+        _refuse(name, f"{len(values)} values are not one for each of {prompts} prompts")
+    return values[index * (len(values) // prompts)]
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise ConfigError(f"{name}: {why}")

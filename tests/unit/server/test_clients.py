@@ -1,0 +1,338 @@
+"""Shapes in which clients of OpenAI, vLLM and SGLang ask and want their answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import aiohttp
+import pytest
+from test_api import Client, api, decode_events, usage
+
+from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.server.api import ApiServer
+from kvbaton.serving.server.api_keys import ApiKeys
+from kvbaton.serving.server.request_parsing import ApiConfig
+from kvbaton.serving.server.router import Router, RouterConfig
+from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
+from kvbaton.serving.testing.http import run, serving
+
+
+def echoed(request: Request) -> list[Output]:
+    """Each choice says the prompt again, and its number."""
+    said = "".join(map(chr, request.prompt_tokens))
+    outputs = spell_all(said, request.sampling.choices)
+    return [replace(outputs[0], cached_tokens=2), *outputs[1:]]
+
+
+def test_batches_of_prompts_have_their_indices_and_usage() -> None:
+    async def test() -> None:
+        async with api(echoed) as client:
+            for prompts in (["ab", "cde"], [[97, 98], [99, 100, 101]]):
+                body = await client.post(prompt=prompts, n=2)
+                told = [(choice["index"], choice["text"]) for choice in body["choices"]]
+                assert told == [(0, "ab"), (1, "ab"), (2, "cde"), (3, "cde")]
+                assert body["usage"] == usage(5, 10, cached=4)
+            events = await client.events(prompt=["ab", "cde"], stream_options={"include_usage": True})
+            assert events.pop() == "[DONE]"
+            assert events.pop()["usage"] == usage(5, 5, cached=4)
+            texts: dict[int, str] = {}
+            for event in events:
+                (choice,) = event["choices"]
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+            assert texts == {0: "ab", 1: "cde"}
+            assert len({request.request_id for request in client.engine.requests}) == 6
+
+    run(test())
+
+
+def test_a_batch_fails_and_is_aborted_as_one() -> None:
+    async def test() -> None:
+        def script(request: Request) -> list[Output]:
+            return [] if request.prompt_tokens == (97,) else [Output(error=PeerLostError("gone"))]
+
+        async with api(script) as client:
+            assert (await client.post(status=503, prompt=["a", "b"]))["error"]["code"] == "peer_lost"
+            first = client.engine.requests[0].request_id
+            await client.engine.until(lambda: first in client.engine.aborted)
+            assert not client.engine.live
+
+    run(test())
+
+
+def test_usage_in_every_event() -> None:
+    async def test() -> None:
+        async with api(lambda _request: spell("hi")) as client:
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            *events, last, done = await client.events(prompt="abc", stream_options=options)
+            assert [event["usage"]["completion_tokens"] for event in events][-1] == 2
+            assert (last["usage"], done) == (usage(3, 2), "[DONE]")
+
+    run(test())
+
+
+def test_best_of_and_echo() -> None:
+    async def test() -> None:
+        def script(request: Request) -> list[Output]:
+            ends = [
+                Output(
+                    index=index, tokens=(97 + index,), text=chr(97 + index), logprobs=(logprob,), finish_reason="stop"
+                )
+                for index, logprob in enumerate((-3.0, -0.1, -2.0)[: request.sampling.choices])
+            ]
+            return [replace(end, unfinished=len(ends) - 1 - place) for place, end in enumerate(ends)]
+
+        async with api(script) as client:
+            body = await client.post(prompt="x", best_of=3, n=2)
+            assert [(c["index"], c["text"], c["logprobs"]) for c in body["choices"]] == [(0, "b", None), (1, "c", None)]
+            assert body["usage"] == usage(1, 3)
+            assert (await client.post(prompt="x", echo=True))["choices"][0]["text"] == "xa"
+            assert (await client.post(prompt=[120], echo=True))["choices"][0]["text"] == "xa"
+
+    run(test())
+
+
+class SplitTokenizer(CharacterTokenizer):
+    """A token is a byte."""
+
+    def decode(self, tokens: object) -> str:
+        return bytes(tokens).decode("utf-8", "replace")  # type: ignore[call-overload, no-any-return]
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def test_logprobs_of_a_character_in_three_tokens() -> None:
+    data = "a日b".encode()
+    texts = ["a", "", "", "日", "b"]
+    outputs = [Output(tokens=(byte,), text=text, logprobs=(-0.5,)) for byte, text in zip(data, texts, strict=True)]
+    outputs[-1] = replace(outputs[-1], finish_reason="stop")
+
+    async def test() -> None:
+        engine = ScriptedEngine(lambda _request: outputs)
+        server = ApiServer(engine, SplitTokenizer(), ApiConfig(model="m", max_positions=99))
+        async with serving(server.app) as url, aiohttp.ClientSession() as session:
+            client = Client(engine, server, session, url)
+            whole = (await client.post(prompt="x", logprobs=0))["choices"][0]["logprobs"]
+            assert whole["text_offset"] == [0, 1, 1, 1, 2]
+            assert whole["tokens"] == ["a", "bytes:\\xe6", "bytes:\\x97", "bytes:\\xa5", "b"]
+            *events, _ = await client.events(prompt="x", logprobs=0)
+            assert [at for e in events for at in e["choices"][0]["logprobs"]["text_offset"]] == [0, 1, 1, 1, 2]
+            question = {"messages": [{"role": "user", "content": "q"}], "logprobs": True}
+            content = (await client.post("/v1/chat/completions", **question))["choices"][0]["logprobs"]["content"]
+            assert bytes(byte for entry in content for byte in entry["bytes"]) == data
+
+    run(test())
+
+
+def test_generate() -> None:
+    async def test() -> None:
+        async with api(echoed) as client:
+            one = await client.post("/generate", text="hey", sampling_params={"max_new_tokens": 9}, rid="r")
+            assert (one["text"], one["output_ids"]) == ("hey", [104, 101, 121])
+            meta = one["meta_info"]
+            assert meta.pop("e2e_latency") >= 0
+            assert meta == {
+                "id": "r",
+                "finish_reason": {"type": "stop"},
+                "prompt_tokens": 3,
+                "completion_tokens": 3,
+                "cached_tokens": 2,
+                "weight_version": "default",
+            }
+            assert client.engine.requests[-1].sampling.max_tokens == 9
+            asked = {"return_logprob": True, "return_text_in_logprobs": True}
+            told = (await client.post("/generate", input_ids=[97], **asked))["meta_info"]
+            assert told["output_token_logprobs"] == [[-0.5, 97, "a"]]
+            assert told["input_token_logprobs"] == []
+            many = await client.post("/generate", text=["ab", "c"], sampling_params={"n": 2})
+            assert [answer["text"] for answer in many] == ["ab", "ab", "c", "c"]
+            *events, done = await client.events("/generate", text="hey")
+            assert [event["text"] for event in events][-1] == "hey"
+            assert all(event["text"] == "hey"[: len(event["text"])] for event in events)
+            assert ("index" in events[0], done) == (False, "[DONE]")
+            *events, _ = await client.events("/generate", input_ids=[[97, 98], [99]])
+            assert {event["index"]: event["text"] for event in events} == {0: "ab", 1: "c"}
+
+    run(test())
+
+
+def test_what_ended_an_answer_of_generate() -> None:
+    async def test() -> None:
+        ends = iter(
+            [
+                Output(tokens=(97,), text="a", finish_reason="length"),
+                Output(tokens=(97,), text="a", finish_reason="stop", matched=7),
+                Output(tokens=(97,), text="a", finish_reason="stop", matched="x"),
+            ]
+        )
+        async with api(lambda _request: [next(ends)]) as client:
+            found = [(await client.post("/generate", text="a"))["meta_info"]["finish_reason"] for _ in range(3)]
+            assert found == [
+                {"type": "length", "length": 1},
+                {"type": "stop", "matched": 7},
+                {"type": "stop", "matched": "x"},
+            ]
+
+    run(test())
+
+
+def test_tokenize_and_detokenize() -> None:
+    async def test() -> None:
+        async with api() as client:
+            told = await client.post("/tokenize", prompt="ab", return_token_strs=True)
+            assert told == {"count": 2, "max_model_len": 4096, "tokens": [97, 98], "token_strs": ["a", "b"]}
+            chat = await client.post("/tokenize", messages=[{"role": "user", "content": "q"}])
+            assert bytes(chat["tokens"]) == b"<user>q<assistant>"
+            assert await client.post("/detokenize", tokens=[97, 98]) == {"prompt": "ab", "text": "ab"}
+            for path, fields in (
+                ("/tokenize", {}),
+                ("/tokenize", {"prompt": ["a", "b"]}),
+                ("/detokenize", {"tokens": "ab"}),
+                ("/detokenize", {"tokens": [[1]]}),
+            ):
+                await client.post(path, status=400, **fields)
+            assert not client.engine.requests
+
+    run(test())
+
+
+def test_models_and_what_is_told_of_them() -> None:
+    async def test() -> None:
+        async with api() as client:
+            assert (await client.get("/v1/models/m"))["id"] == "m"
+            missing = await client.get("/v1/models/a/b", status=404)
+            assert (missing["error"]["code"], missing["error"]["param"]) == ("model_not_found", "model")
+            assert (await client.post(status=404, prompt="x", model="other"))["error"]["code"] == "model_not_found"
+            for path in ("/model_info", "/get_model_info"):
+                assert (await client.get(path))["model_path"] == "m"
+            assert (await client.get("/server_info"))["served_model_name"] == "m"
+
+    run(test())
+
+
+def test_too_long_and_clipped() -> None:
+    async def test() -> None:
+        async with api(config=ApiConfig(model="m", max_positions=20)) as client:
+            await client.post(prompt="x" * 15)
+            assert client.engine.requests[-1].sampling.max_tokens == 5
+            for fields in ({"prompt": "x" * 20}, {"prompt": [1] * 21}):
+                error = (await client.post(status=400, **fields))["error"]
+                assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+    run(test())
+
+
+def test_unknown_fields_are_counted_or_refused() -> None:
+    async def test() -> None:
+        async with api() as client:
+            await client.post(prompt="x", surprise=1)
+            assert await client.metric('kvbaton_unknown_fields_total{field="surprise"}') == 1
+        async with api(config=ApiConfig(model="m", max_positions=99, strict_fields=True)) as client:
+            assert (await client.post(status=400, prompt="x", surprise=1))["error"]["param"] == "surprise"
+
+    run(test())
+
+
+def test_each_prompt_of_a_batch_has_its_room() -> None:
+    async def test() -> None:
+        async with api(echoed, ApiConfig(model="m", max_positions=99, mode="prefill")) as client:
+            await client.post(prompt=["a", "b"], bootstrap_room=7)
+            assert [request.room for request in client.engine.requests] == [7, 8]
+            lists = {"bootstrap_room": [4, 5], "bootstrap_host": ["h", "h"], "bootstrap_port": [1, 1]}
+            await client.post("/generate", text=["a", "b"], **lists)
+            assert [request.room for request in client.engine.requests[2:]] == [4, 5]
+            await client.post(prompt="a", n=2, **lists)
+            assert [request.room for request in client.engine.requests[4:]] == [4]
+
+    run(test())
+
+
+@pytest.mark.parametrize("key", ["short", "has a space in it", "ümlauts-are-none"])
+def test_keys_that_are_none(key: str) -> None:
+    with pytest.raises(ConfigError, match="API key"):
+        ApiKeys([key])
+
+
+def test_api_keys() -> None:
+    keys = ApiKeys(["first-key-123", "second-key-456"])
+
+    async def test() -> None:
+        async with api(keys=keys) as client:
+            for header, status in (
+                (None, 401),
+                ("Bearer wrong-key-789", 401),
+                ("Bearer first-key-123", 200),
+                ("Bearer second-key-456", 200),
+            ):
+                headers = {} if header is None else {"Authorization": header}
+                async with client.session.post(
+                    f"{client.url}/v1/completions", json={"prompt": "x"}, headers=headers
+                ) as response:
+                    assert response.status == status
+                    if status == 401:
+                        assert (await response.json())["error"]["code"] == "invalid_api_key"
+            await client.get("/v1/models", status=401)
+            await client.get("/health")
+            await client.get("/server_info")
+            assert "first-key" not in repr(client.server._keys)
+
+    run(test())
+
+
+@asynccontextmanager
+async def routed(**settings: object) -> AsyncIterator[tuple[Client, ScriptedEngine]]:
+    """A router in front of two servers that both take rooms and have nobody to wait for."""
+    engines = [ScriptedEngine(echoed) for _ in range(2)]
+    servers = [
+        ApiServer(engine, CharacterTokenizer(), ApiConfig(model="m", max_positions=99, mode="prefill"))
+        for engine in engines
+    ]
+    async with serving(servers[0].app) as prefill, serving(servers[1].app) as decode:
+        workers = (Worker("prefill", prefill, 1), Worker("decode", decode))
+        router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0, **settings))  # type: ignore[arg-type]
+        async with serving(router.app) as url, aiohttp.ClientSession() as session:
+            await router.workers.probe_all()
+            yield Client(engines[1], servers[1], session, url), engines[0]
+
+
+def test_the_router_passes_all_of_it_on() -> None:
+    async def test() -> None:
+        async with routed() as (client, prefill):
+            body = await client.post(prompt=["ab", "c"], n=2, no_stop_trim=False, surprise=1)
+            assert [choice["text"] for choice in body["choices"]] == ["ab", "ab", "c", "c"]
+            rooms = [[request.room for request in engine.requests] for engine in (prefill, client.engine)]
+            assert rooms[0] == rooms[1]
+            assert len(set(rooms[0])) == 2
+            assert (await client.post("/generate", text="hey"))["text"] == "hey"
+            async with client.session.post(f"{client.url}/generate", json={"text": "hey", "stream": True}) as response:
+                assert decode_events(await response.read())[-2]["text"] == "hey"
+            assert (await client.post("/tokenize", prompt="ab"))["tokens"] == [97, 98]
+            assert (await client.post("/detokenize", tokens=[97]))["text"] == "a"
+            assert (await client.get("/v1/models/m"))["id"] == "m"
+            assert (await client.get("/v1/models/n", status=404))["error"]["code"] == "model_not_found"
+            assert (await client.get("/model_info"))["model_path"] == "m"
+        async with routed(strict_fields=True, keys=ApiKeys(["some-key-123"])) as (client, _):
+            await client.get("/v1/models", status=401)
+            client.session.headers["Authorization"] = "Bearer some-key-123"
+            assert (await client.post(status=400, prompt="a", surprise=1))["error"]["param"] == "surprise"
+            await client.post(prompt="a")
+
+    run(test())
+
+
+def test_a_batch_is_ended_by_its_one_rid() -> None:
+    async def test() -> None:
+        async with api(lambda _request: []) as client:
+            rid = "a-name-that-nobody-guesses-1"
+            asking = asyncio.create_task(client.post(status=499, prompt=["a", "b"], rid=rid))
+            await client.engine.until(lambda: len(client.engine.live) == 2)
+            await client.post("/abort_request", rid=rid)
+            await asking
+            assert not client.engine.live
+
+    run(test())
