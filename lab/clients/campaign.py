@@ -32,7 +32,12 @@ SCRIPT = Path(__file__).with_name("openai_script.py")
 PROMPT = "g6=V6QT; s9=GZTT;?s9="
 OTHER = "a1=QX7B; b2=MM30;?a1="
 #: What the script asks and SGLang's Rust router answers by itself, otherwise than its workers do.
-ROUTERS_OWN = ("models", "model", "refused: model")
+ROUTERS_OWN = (
+    *("models", "model", "prompts as token ids"),
+    *("refused: model", "refused: too long", "refused: grammar"),
+)
+#: It takes one text for ``/generate``.
+ROUTER_REFUSES = ("generate, texts", "generate, texts, stream")
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -99,6 +104,8 @@ def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
         "completion": ("/v1/completions", {**greedy, "prompt": PROMPT}),
         "completion, sampled": ("/v1/completions", {**sampled, "prompt": PROMPT}),
         "completion, n=2": ("/v1/completions", {**sampled, "prompt": PROMPT, "n": 2}),
+        "completion, prompts": ("/v1/completions", {**greedy, "prompt": [PROMPT, OTHER]}),
+        "completion, prompts, n=2": ("/v1/completions", {**sampled, "prompt": [PROMPT, OTHER], "n": 2}),
         "chat": ("/v1/chat/completions", chat),
         "generate": ("/generate", generate),
         "generate, token ids": ("/generate", {"input_ids": [5, 6, 7], "sampling_params": params}),
@@ -125,9 +132,11 @@ def _said(answer: Any, *, stream: bool = False) -> Any:
     return sorted(texts.values()), [logprobs[index] for index in sorted(logprobs)]
 
 
-async def shapes(http: aiohttp.ClientSession, client: str, url: str, reference: str) -> Row:
+async def shapes(
+    http: aiohttp.ClientSession, client: str, url: str, reference: str, without: tuple[str, ...] = ()
+) -> Row:
     started, wrong = time.monotonic(), []
-    bodies = _bodies()
+    bodies = {name: body for name, body in _bodies().items() if name not in without}
     for name, (path, body) in bodies.items():
         try:
             answers = [await _post(http, each, path, body) for each in (url, reference)]
@@ -208,7 +217,7 @@ async def perform(python: Path, logs: Path, *, count: int, tell: Callable[[Row],
         await note(sdk(python, "kvbaton router", fleet.router.url, expected))
         for name, more in ((f"sglang-router {SGLANG_ROUTER}", ()), ("its --mini-lb", ("--mini-lb",))):
             async with sglang_router(python, fleet, logs, *more) as url:
-                await note(shapes(http, name, url, single))
+                await note(shapes(http, name, url, single, () if more else ROUTER_REFUSES))
                 await note(recall(http, name, url, single, count))
                 if not more:
                     await note(sdk(python, name, url, expected, ROUTERS_OWN))

@@ -10,7 +10,7 @@ from engine_kit import EOS, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.errors import InternalError
+from kvbaton.errors import ConfigError, InternalError
 from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
@@ -271,3 +271,6 @@ def test_a_token_has_its_own_bytes() -> None:
     for text in ("a", " ", "日", "😀", "\ufffd"):
         assert b"".join(map(tokenizer.token_bytes, encode(text))) == text.encode()
     assert tokenizer.token_bytes(EOS) == b"<eos>"
+    for foreign in (-1, 1 << 40):
+        with pytest.raises(ConfigError, match="outside the vocabulary"):
+            tokenizer.decode([foreign])

@@ -194,6 +194,9 @@ def test_tokenize_and_detokenize() -> None:
                 ("/tokenize", {"prompt": ["a", "b"]}),
                 ("/detokenize", {"tokens": "ab"}),
                 ("/detokenize", {"tokens": [[1]]}),
+                ("/detokenize", {"tokens": [1 << 40]}),
+                ("/detokenize", {"tokens": [-1]}),
+                ("/v1/completions", {"prompt": [1 << 40], "echo": True}),
             ):
                 await client.post(path, status=400, **fields)
             assert not client.engine.requests

@@ -52,8 +52,11 @@ class ServerTokenizer:
             return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        with self._lock:
-            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        try:
+            with self._lock:
+                return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        except (OverflowError, ValueError, TypeError, IndexError):  # tokenizers have no common base
+            raise ConfigError("tokens: one of them is outside the vocabulary") from None
 
     def token_bytes(self, token: int) -> bytes:
         text = self.decode([token])

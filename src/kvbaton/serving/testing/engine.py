@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvbaton.errors import AbortedError, InternalError, KVBatonError
+from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Stats
 from kvbaton.serving.server.messages import Turn
@@ -124,7 +124,10 @@ class CharacterTokenizer:
         return self.encode(said + "<assistant>")
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return "".join(map(chr, tokens))
+        try:
+            return "".join(map(chr, tokens))
+        except (OverflowError, ValueError):
+            raise ConfigError("tokens: one of them is outside the vocabulary") from None
 
     def token_bytes(self, token: int) -> bytes:
         return chr(token).encode()
