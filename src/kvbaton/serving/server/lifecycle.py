@@ -28,6 +28,8 @@ from kvbaton.serving.server.connections import KEEPALIVE_SECONDS, Connections, H
 
 #: Connections that wait to be accepted.
 BACKLOG = 1024
+#: New connections that one turn of the loop takes: those that are served already come in between.
+ACCEPTED_AT_ONCE = 16
 #: How long cancelled handlers may take to end.
 CLEANUP_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -87,7 +89,8 @@ async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--p
     await runner.setup()
     host, port = bound.getsockname()[:2]
     try:
-        await web.SockSite(runner, bound, backlog=BACKLOG).start()
+        await web.SockSite(runner, bound, backlog=ACCEPTED_AT_ONCE).start()
+        bound.listen(BACKLOG)  # asyncio takes one number for both
     except OSError as error:
         await runner.cleanup()
         raise _cannot_listen(host, port, error, flag) from None
