@@ -120,8 +120,11 @@ async def endurance(scene: Scene) -> str:
     check(threads[-1], threads[1], "threads")
     if memory[-1] > memory[1] * 1.03:
         raise AssertionError(f"memory grows: {memory} MB")
+    for server in scene.connected.values():  # gauges are as of the last step: let there be one
+        await asyncio.sleep(1.0)
+        await scene.client.complete(server.url, prompt(40, 9), count=1)
     live = {
-        name: value
+        f"{server.name} {name}": value
         for server in scene.connected.values()
         for name, value in (await server.metrics(scene.session)).items()
         if name.startswith(("vllm:kvbaton_live_rooms", "vllm:kvbaton_quarantined_rooms")) and value

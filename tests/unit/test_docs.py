@@ -32,7 +32,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_exist(page: Path) -> None:
     prose = re.sub(r"```python\n.*?```", "", page.read_text(), flags=re.DOTALL)
-    text = " ".join(re.findall(r"`([^`]*)`", prose))
+    text = "\n".join(re.findall(r"`([^`]*)`", prose))
     for program, words in ((KVBATON, r"\bkvbaton ([a-z]+)\b"), (LAB, r"\bpython -m lab ([a-z]+)\b")):
         named = set(re.findall(words, text))
         missing = named - program.commands.keys()
