@@ -30,7 +30,7 @@ LAYERS = (
     ("kvbaton.engines", "kvbaton.explain"),
     ("kvbaton.testing", "kvbaton.bench"),
     ("kvbaton",),
-    ("kvbaton.engines.vllm",),
+    ("kvbaton.engines.vllm", "kvbaton.engines.sglang"),
     ("kvbaton.serving.models", "kvbaton.serving.evaluation"),
     ("kvbaton.serving.engine",),
     ("kvbaton.serving.server",),
@@ -60,6 +60,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.engines.vllm.memory",
         "kvbaton.engines.vllm.metrics",
     ),
+    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin"),
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.guard",
