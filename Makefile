@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
+.PHONY: vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -77,6 +77,9 @@ conformance: setup     ## every model family times every topology, against a sin
 
 vllm: setup            ## the connector in real vLLM processes, in an environment of its own (about 20 minutes; `python -m lab vllm --help`)
 	$(BIN)/python -m lab vllm --json
+
+sglang: setup          ## the transfer backend in real SGLang processes, in an environment of its own (`python -m lab sglang --help`)
+	$(BIN)/python -m lab sglang --json
 
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite

@@ -26,6 +26,7 @@ LAB = Program(
         "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),
         "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
         "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
+        "sglang": ("lab.commands.sglang", "run the transfer backend in real SGLang processes, likewise"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )

@@ -54,7 +54,13 @@ HOMES: dict[str, tuple[str, ...]] = {
         "lab.conformance",
         "lab.training",
     ),
-    "transformers": ("kvbaton.serving.engine", "lab.conformance", "lab.training", "lab.vllm.models"),
+    "transformers": (
+        "kvbaton.serving.engine",
+        "lab.conformance",
+        "lab.training",
+        "lab.vllm.models",
+        "lab.sglang.models",
+    ),
     "vllm": (
         "kvbaton.engines.vllm.connector",
         "kvbaton.engines.vllm.memory",
