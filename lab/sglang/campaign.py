@@ -63,6 +63,11 @@ PLAYS: Sequence[Play] = (
         setting=Setting(family="qwen3", tokens=2_048, decode_arguments=("--num-reserved-decode-tokens", "16")),
         cases=(cases.retraction,),
     ),
+    Play(
+        name="qwen3, with a secret",
+        setting=Setting(family="qwen3", secret=True),
+        cases=(cases.lengths, cases.strangers),
+    ),
     Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),
     Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=TOKENS),

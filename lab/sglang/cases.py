@@ -124,6 +124,24 @@ async def duplicate_room(scene: Scene) -> str:
     return f"{[_short(answer) for answer in got]}; empty after {seconds:.1f} s"
 
 
+async def strangers(scene: Scene) -> str:
+    """Who does not know the secret is told nothing by the bootstrap server, and registers nothing."""
+    url = f"http://127.0.0.1:{scene.prefill.bootstrap_port}"
+    query = "prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0"
+    said = []
+    for method, path, body in (
+        ("GET", f"/route?{query}", None),
+        ("PUT", "/route", {"rank_ip": "127.0.0.1", "rank_port": 9}),
+        ("POST", "/register_dp_rank", {"bootstrap_room": 1, "dp_rank": 0}),
+    ):
+        async with scene.session.request(method, url + path, json=body) as answer:
+            check(answer.status, 401, f"{method} {path}")
+            said.append(f"{method} {path.partition('?')[0]} {answer.status}")
+    async with scene.session.get(f"{url}/health") as answer:
+        check(answer.status, 200, "/health")
+    return ", ".join(said)
+
+
 async def client_gone(scene: Scene) -> str:
     """Half a request, whose client goes away: on prefill, then on decode."""
     said = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Setting:
     decode_arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     tp: tuple[int, int] = (1, 1)
+    secret: bool = False
     tokens: int = 16_384
 
 
@@ -80,6 +82,12 @@ async def opened(setting: Setting, *, name: str, python: Path, models: Path, log
     """Start the three servers; ends them."""
     model = write_model(setting.family, models / setting.family)
     ports = free_ports(4)
+    options = dict(setting.options)
+    if setting.secret:
+        file = logs.absolute() / "secret"
+        file.touch(0o600)
+        file.write_text(secrets.token_hex(32))
+        options["secret_file"] = str(file)
     servers = []
     for port, role in zip(ports[:3], ("plain", "prefill", "decode"), strict=True):
         own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[role]
@@ -97,7 +105,7 @@ async def opened(setting: Setting, *, name: str, python: Path, models: Path, log
                 backend=setting.backend,
                 tp={"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[role],
                 tokens=setting.tokens if role == "decode" else 16_384,
-                options=setting.options,
+                options=options,
                 arguments=(*setting.arguments, *own),
                 environment=setting.environment,
             )

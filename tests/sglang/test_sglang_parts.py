@@ -90,7 +90,7 @@ def test_a_group_is_asked_once_and_forgotten_with_its_ranks(server: Any) -> None
         for tp in range(2)
         for pp in range(2)
     }
-    groups = bootstrap.Groups()
+    groups = bootstrap.Groups(bootstrap.Client().ask)
     found = groups.sources(server.place, 1, tp_size=2, pp_size=2)
     assert found == tuple(f"tcp://127.0.0.1:{port}" for port in range(5000, 5004))
     assert groups.sources(server.place, 1, tp_size=2, pp_size=2) == found
@@ -103,7 +103,7 @@ def test_a_group_is_asked_once_and_forgotten_with_its_ranks(server: Any) -> None
 
 
 def test_what_does_not_answer_or_answers_nonsense_is_named(server: Any) -> None:
-    groups = bootstrap.Groups()
+    groups = bootstrap.Groups(bootstrap.Client().ask)
     with pytest.raises(RegistryError, match="404"):
         groups.sources(server.place, 0, tp_size=1, pp_size=1)
     server.handler.answers = {"route": {"rank_ip": "somewhere", "rank_port": "x"}}

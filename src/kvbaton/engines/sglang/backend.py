@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -29,7 +30,8 @@ from sglang.srt.utils.network import get_local_ip_auto
 
 from kvbaton import ALWAYS_READY, Coordinates, KVBatonError, KVManager, KVPoll, Settings, Sizes, new_instance
 from kvbaton.control.address import Address
-from kvbaton.engines.sglang import bootstrap
+from kvbaton.discovery.names import ServerNames
+from kvbaton.engines.sglang.bootstrap import Client, Groups
 from kvbaton.engines.sglang.memory import Cache, Rank, cache_of
 from kvbaton.engines.sglang.options import Options
 from kvbaton.engines.sglang.receiving import Receiving
@@ -56,7 +58,8 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         options = Options.from_environment(os.environ)
         rank = _rank(args, server_args, bool(is_mla_backend), prefill, options.weights)
         self.cache = cache_of(args, rank)
-        self.groups = bootstrap.Groups()
+        self.bootstrap = Client(options.secret())
+        self.groups = Groups(self.bootstrap.ask)
         self.draining: dict[int, Receiving] = {}
         self.kv = _open(self.cache, rank, options, prefill)
         atexit.register(self.kv.close)
@@ -82,7 +85,7 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         super().register_to_bootstrap()
 
     def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
-        bootstrap.register(url, payload)
+        self.bootstrap.register(url, payload)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """Sizes of the prefill group. Whether it fits is found by the handshake, which tells both sides."""
@@ -90,7 +93,7 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
             return True
         try:
             self.prefill_info_table[bootstrap_addr] = PrefillServerInfo(**self.groups.sizes(bootstrap_addr))
-        except (RegistryError, TypeError, ValueError) as error:
+        except (KVBatonError, TypeError, ValueError) as error:
             logger.error("prefill at %s: %s", bootstrap_addr, error)
             return False
         return True
@@ -141,6 +144,14 @@ class KVBatonSender(CommonKVSender):  # type: ignore[misc]
             self.sending.refuse(LocalProtocolError(refused, room=bootstrap_room))
         if mgr.pp_size > 1:
             mgr.senders[bootstrap_room] = self
+
+    def _register_prefill_dp_rank(self) -> None:
+        url = f"http://{self.bootstrap_server_url}/register_dp_rank"
+        body = {"bootstrap_room": self.bootstrap_room, "dp_rank": self.kv_mgr.attn_dp_rank}
+        try:
+            self.kv_mgr.bootstrap.ask(url, body=body, method="POST")
+        except KVBatonError as error:
+            self.kv_mgr.record_failure(self.bootstrap_room, str(error))
 
     def pop_decode_prefix_len(self) -> int:
         return self.sending.prefix
@@ -249,7 +260,28 @@ class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
 
 
 class KVBatonBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
-    """SGLang's own."""
+    """SGLang's own; with a secret, who asks or registers has to know it."""
+
+    def _setup_routes(self) -> None:
+        super()._setup_routes()
+        secret = Options.from_environment(os.environ).secret()
+        if secret is not None:
+            from kvbaton.discovery.server import doors
+
+            self.app.middlewares.extend(doors(secret, ServerNames.of(self.host)))
+
+
+def query_prefill_dp_ranks(original: Callable[..., Any], bootstrap_addr: str, bootstrap_rooms: list[int]) -> Any:
+    """Around SGLang's question of which data-parallel rank has a room: with a secret, with a token."""
+    secret = Options.from_environment(os.environ).secret()
+    if secret is None:
+        return original(bootstrap_addr, bootstrap_rooms)
+    url = f"http://{bootstrap_addr}/query_dp_ranks"
+    try:
+        return Client(secret).ask(url, body={"bootstrap_rooms": bootstrap_rooms}, method="POST")
+    except KVBatonError as error:
+        logger.error("%s", error)
+        return {}
 
 
 def _failure(room: int | None, error: KVBatonError | None) -> Exception:

@@ -7,15 +7,19 @@ of the group and then for the address of every rank of one data-parallel rank.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from kvbaton.control.address import Address
-from kvbaton.errors import RegistryError
+from kvbaton.discovery.access import MAC_HEADER, NONCE_HEADER, bearer, is_printable_host, mac_matches, mac_of
+from kvbaton.discovery.names import audience_of
+from kvbaton.errors import AuthenticationError, RegistryError
 
 #: One question, in seconds; SGLang asks on its scheduler's thread.
 ASK_SECONDS = 2.0
@@ -27,21 +31,59 @@ MAX_ANSWER_BYTES = 1 << 20
 MAX_GROUPS = 1024
 
 
-def ask(url: str, *, body: object = None, method: str = "GET", seconds: float = ASK_SECONDS) -> Any:
-    """The answer's JSON; of what is no JSON its text. Raises RegistryError."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, method=method, headers={"Content-Type": "application/json"})
-    try:
-        with _OPENER.open(request, timeout=seconds) as answer:
-            text = answer.read(MAX_ANSWER_BYTES).decode()
-    except urllib.error.HTTPError as error:
-        raise RegistryError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
-    except (OSError, ValueError) as error:
-        raise RegistryError(f"{url} does not answer: {error}") from None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+class Client:
+    """Asks bootstrap servers. With a secret it shows each server a token for that one alone, and believes an answer
+    only from a server that knows the secret: the address may have come from a request."""
+
+    def __init__(self, secret: str | None = None) -> None:
+        self._secret = secret
+
+    def ask(self, url: str, *, body: object = None, method: str = "GET", seconds: float = ASK_SECONDS) -> Any:
+        """The answer's JSON; of what is no JSON its text. Raises RegistryError, AuthenticationError."""
+        data = None if body is None else json.dumps(body).encode()
+        parts = urlsplit(url)
+        if parts.hostname is None or not is_printable_host(parts.hostname):
+            raise RegistryError(f"{url!r} names no server")
+        audience, path = audience_of(parts.hostname, parts.port or 80), f"{parts.path}?{parts.query}".rstrip("?")
+        nonce = secrets.token_hex(16)
+        headers = {"Content-Type": "application/json", "Host": audience}
+        if self._secret is not None:
+            headers |= {
+                **bearer(self._secret, "look-up" if data is None else "register", audience),
+                NONCE_HEADER: nonce,
+            }
+            if data is not None:
+                headers[MAC_HEADER] = mac_of(self._secret, "registration", audience.encode(), method.encode(), data)
+        request = urllib.request.Request(url, data=data, method=method, headers=headers)
+        try:
+            with _OPENER.open(request, timeout=seconds) as answer:
+                content = answer.read(MAX_ANSWER_BYTES)
+                code = answer.headers.get(MAC_HEADER)
+        except urllib.error.HTTPError as error:
+            raise RegistryError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
+        except (OSError, ValueError) as error:
+            raise RegistryError(f"{url} does not answer: {error}") from None
+        if self._secret is not None and not mac_matches(
+            code, self._secret, "answer", audience.encode(), path.encode(), nonce.encode(), content
+        ):
+            raise AuthenticationError(f"{url}: whoever answers there does not know this deployment's secret")
+        try:
+            return json.loads(content)
+        except ValueError:
+            return content.decode(errors="replace")
+
+    def register(self, url: str, row: Mapping[str, object], *, seconds: float = REGISTER_SECONDS) -> None:
+        """Register a prefill rank at ``url``; the server may still be starting. Raises RegistryError,
+        AuthenticationError."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                self.ask(url, body=dict(row), method="PUT")
+                return
+            except RegistryError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(PAUSE_SECONDS)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -52,27 +94,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 
 
-def register(url: str, row: Mapping[str, object], *, seconds: float = REGISTER_SECONDS) -> None:
-    """Register a prefill rank at ``url``; the server may still be starting. Raises RegistryError."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            ask(url, body=dict(row), method="PUT")
-            return
-        except RegistryError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(PAUSE_SECONDS)
-
-
 class Groups:
     """Where the ranks of prefill groups listen, by the server's address and the data-parallel rank; asked once.
 
     Args:
-        fetch: asks a URL, as :func:`ask`.
+        fetch: asks a URL, as :meth:`Client.ask`.
     """
 
-    def __init__(self, fetch: Callable[[str], Any] = ask) -> None:
+    def __init__(self, fetch: Callable[[str], Any]) -> None:
         self._fetch = fetch
         self._lock = threading.Lock()
         self._sources: dict[tuple[str, int], tuple[str, ...]] = {}

@@ -55,6 +55,8 @@ def _install() -> None:
             return original(transfer_backend, class_type)
         from kvbaton.engines.sglang import backend
 
+        if class_type is KVClassType.MANAGER:
+            _install_chosen(HookRegistry, HookType)
         return {
             KVClassType.MANAGER: backend.KVBatonManager,
             KVClassType.SENDER: backend.KVBatonSender,
@@ -63,9 +65,21 @@ def _install() -> None:
         }[class_type]
 
     HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", get_kv_class, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.disaggregation.decode.DecodeTransferQueue._defer_release", no_timer, HookType.BEFORE
+
+
+def _install_chosen(registry: Any, kind: Any) -> None:
+    """What only a scheduler with this backend needs; naming a hook's target imports it."""
+    registry.register("sglang.srt.disaggregation.decode.DecodeTransferQueue._defer_release", no_timer, kind.BEFORE)
+    registry.register(
+        "sglang.srt.disaggregation.common.conn.CommonKVReceiver.query_prefill_dp_ranks", _query_dp, kind.AROUND
     )
+    registry.apply_hooks()
+
+
+def _query_dp(original: Callable[..., Any], *arguments: Any) -> Any:
+    from kvbaton.engines.sglang import backend
+
+    return backend.query_prefill_dp_ranks(original, *arguments)
 
 
 def add_member(kind: type[Enum], name: str, value: str) -> Enum:
