@@ -53,6 +53,7 @@ PLAYS: Sequence[Play] = (
             cases.prefill_killed,
         ),
     ),
+    Play(name="qwen3, recorded", setting=Setting(family="qwen3", recorded=True), cases=(cases.contract,)),
     Play(
         name="qwen3, radix cache on decode",
         setting=Setting(family="qwen3", decode_arguments=("--disaggregation-decode-enable-radix-cache",)),

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from kvbaton.serving.fleet import free_ports
+from lab.sglang.contract import DIRECTORY, KEPT, read
 from lab.sglang.requests import Refused, new_room, prompt
 from lab.sglang.scene import Scene
 
@@ -80,13 +82,13 @@ async def through_a_router(scene: Scene, command: list[str], prompts: int = 12) 
         until = time.monotonic() + 120
         while True:
             with contextlib.suppress(aiohttp.ClientError, Refused, TimeoutError):
-                await scene.client.generate(url, prompt(20, 1), seconds=20)
+                await asyncio.wait_for(scene.client.complete(url, prompt(20, 1)), 20)
                 break
             if time.monotonic() > until or router.poll() is not None:
                 raise AssertionError(f"the router does not serve, see {log.name}")
             await asyncio.sleep(0.5)
         listed = [prompt(50 + 97 * i, 6100 + i) for i in range(prompts)]
-        got = await asyncio.gather(*(scene.client.generate(url, tokens) for tokens in listed))
+        got = await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in listed))
         for tokens, answer in zip(listed, got, strict=True):
             check(answer, await scene.client.alone(tokens), f"{len(tokens)} tokens")
     finally:
@@ -122,6 +124,24 @@ async def duplicate_room(scene: Scene) -> str:
     seconds = await scene.empty()
     check(await scene.client.pair(tokens), expected, "afterwards")
     return f"{[_short(answer) for answer in got]}; empty after {seconds:.1f} s"
+
+
+async def contract(scene: Scene) -> str:
+    """One hand-off and two halves of a request, on recording servers: the calls that SGLang makes are those that are
+    kept."""
+    await scene.client.pair(prompt(700, 5900))
+    for server in (scene.prefill, scene.decode):
+        with contextlib.suppress(TimeoutError):
+            await scene.client.generate(server.url, prompt(300, 5901), seconds=2, **scene.client.place(new_room()))
+        await scene.empty()
+    directory = Path(scene.prefill.environment[DIRECTORY])
+    record = read(directory)
+    found = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    (directory / "found.json").write_bytes(found)
+    if not KEPT.is_file():
+        KEPT.write_bytes(found + b"\n")
+    check(record, msgspec.json.decode(KEPT.read_bytes()), f"calls (see {directory / 'found.json'})")
+    return f"{sum(len(calls) for half in record.values() for calls in half)} calls as kept"
 
 
 async def strangers(scene: Scene) -> str:

@@ -66,8 +66,19 @@ def write_model(family: str, directory: Path) -> Path:
     """Make the checkpoint of one family in ``directory``, unless it is there."""
     import transformers
 
-    if not (directory / "config.json").exists():
+    if not (directory / "tokenizer.json").exists():
         name, own = FAMILIES[family]
         settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None or key.endswith("_id")}
         write_weights(getattr(transformers, name)(**settings), directory)
+        _write_tokenizer(directory)
     return directory
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One word for each token: what is compared are their numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)

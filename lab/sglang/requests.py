@@ -59,6 +59,24 @@ class Client:
             found: list[int] = (await answer.json())["output_ids"]
             return found
 
+    async def complete(self, url: str, tokens: Sequence[int], *, count: int = TOKENS, **more: Any) -> list[int]:
+        """The same by OpenAI's route. Raises Refused, TimeoutError, aiohttp.ClientError."""
+        body = {
+            "model": "m",
+            "prompt": list(tokens),
+            "max_tokens": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **more,
+        }
+        timeout = aiohttp.ClientTimeout(total=SECONDS)
+        async with self.session.post(f"{url}/v1/completions", json=body, timeout=timeout) as answer:
+            if answer.status != 200:
+                raise Refused(answer.status, await answer.text())
+            found: list[int] = (await answer.json())["choices"][0]["token_ids"]
+            return found
+
     async def alone(self, tokens: Sequence[int], **more: Any) -> list[int]:
         """The answer of the plain instance."""
         return await self.generate(self.plain, tokens, **more)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from kvbaton.serving.fleet import free_ports
+from lab.sglang.contract import DIRECTORY, plug_in
 from lab.sglang.models import write_model
 from lab.sglang.requests import Client
 from lab.sglang.server import SglangServer
@@ -35,6 +38,7 @@ class Setting:
     environment: Mapping[str, str] = field(default_factory=dict)
     tp: tuple[int, int] = (1, 1)
     secret: bool = False
+    recorded: bool = False
     tokens: int = 16_384
 
 
@@ -88,6 +92,7 @@ async def opened(setting: Setting, *, name: str, python: Path, models: Path, log
         file.touch(0o600)
         file.write_text(secrets.token_hex(32))
         options["secret_file"] = str(file)
+    shutil.rmtree(logs / "calls", ignore_errors=True)
     servers = []
     for port, role in zip(ports[:3], ("plain", "prefill", "decode"), strict=True):
         own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[role]
@@ -107,7 +112,7 @@ async def opened(setting: Setting, *, name: str, python: Path, models: Path, log
                 tokens=setting.tokens if role == "decode" else 16_384,
                 options=options,
                 arguments=(*setting.arguments, *own),
-                environment=setting.environment,
+                environment={**setting.environment, **(_recording(logs / "calls") if setting.recorded else {})},
             )
         )
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
@@ -119,3 +124,10 @@ async def opened(setting: Setting, *, name: str, python: Path, models: Path, log
             yield Scene(servers, session)
         finally:
             await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _recording(directory: Path) -> dict[str, str]:
+    """A further plug-in, which writes down the calls."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = (plug_in(directory.absolute() / "plug-in"), Path(__file__).parents[2])
+    return {DIRECTORY: str(directory.absolute()), "PYTHONPATH": os.pathsep.join(map(str, paths))}

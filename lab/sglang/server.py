@@ -55,7 +55,7 @@ class SglangServer:
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "m"),
             *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
             *("--dtype", "float32", "--disable-cuda-graph", "--disable-overlap-schedule", "--skip-server-warmup"),
-            *("--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0", "--sleep-on-idle"),
+            *("--grammar-backend", "none", "--random-seed", "0", "--sleep-on-idle"),
             *("--page-size", "16", "--max-running-requests", "8", "--chunked-prefill-size", "512"),
             *("--mem-fraction-static", "0.3", "--max-total-tokens", str(self.tokens), "--enable-metrics"),
             *("--tp-size", str(self.tp)),

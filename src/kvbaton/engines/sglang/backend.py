@@ -337,6 +337,7 @@ def _model_text(model: Any, args: Any, weights: str) -> str:
             "dtype": str(model.dtype),
             "quantization": str(model.quantization or ""),
             "cache_dtype": str(args.kv_cache_dtype_str),
+            "page_size": int(args.page_size),
             "cache_layout": str(args.kv_layout or ""),
             "states": ",".join(str(getattr(kind, "value", kind)) for kind in args.state_types),
             "engine": "sglang",
