@@ -167,6 +167,16 @@ def test_a_room_that_is_live_is_refused_and_left_alone(pair: Pair) -> None:
     assert not first.wrong()
 
 
+@pytest.mark.parametrize("room", [-1, 1 << 63])
+def test_what_is_no_room_is_refused(pair: Pair, room: int) -> None:
+    (source,), (target,) = pair()
+    assert Sending(source.manager, room, source.cache).poll() is KVPoll.Failed
+    receiving = Receiving(target.manager, room, target.cache)
+    receiving.begin([source.manager.address])
+    assert receiving.poll() is KVPoll.Failed
+    assert receiving.drained
+
+
 def test_a_shortened_prompt_is_no_success(pair: Pair) -> None:
     """SGLang 30233: prefill has replaced an over-long prompt by one token and sends that."""
     hand_off = HandOff(*pair(), room=20, length=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
@@ -12,10 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
+from kvbaton.discovery.names import ServerNames
+from kvbaton.discovery.server import doors
 from kvbaton.engines.sglang import bootstrap, plugin, versions
 from kvbaton.engines.sglang.options import Options
-from kvbaton.errors import ConfigError, RegistryError
+from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
+
+SECRET = "0123456789abcdef" * 4
 
 
 class Backends(Enum):
@@ -100,6 +106,47 @@ def test_a_group_is_asked_once_and_forgotten_with_its_ranks(server: Any) -> None
     assert groups.forget(found[2]) == [server.place]
     groups.sources(server.place, 1, tp_size=2, pp_size=2)
     assert len(server.handler.asked) == 8
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """A bootstrap server as SGLang's, behind the doors of a secret."""
+    app = web.Application()
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"got": (await request.read()).decode()})
+
+    app.router.add_route("*", "/route", answer)
+    app.middlewares.extend(doors(SECRET, ServerNames.of("127.0.0.1")))
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    assert site._server is not None
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+    yield f"127.0.0.1:{port}"
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_with_a_secret_both_ends_prove_that_they_know_it(guarded: str, server: Any) -> None:
+    url = f"http://{guarded}/route?prefill_dp_rank=0"
+    client = bootstrap.Client(SECRET)
+    assert client.ask(url) == {"got": ""}
+    assert client.ask(url, body={"rank_port": 9}, method="PUT") == {"got": '{"rank_port": 9}'}
+    for stranger in (bootstrap.Client(), bootstrap.Client(SECRET[::-1])):
+        with pytest.raises(RegistryError, match="401"):
+            stranger.ask(url)
+        with pytest.raises(RegistryError, match="401"):
+            stranger.ask(url, body={}, method="PUT")
+    server.handler.answers = {"route": {"rank_ip": "127.0.0.1", "rank_port": 9}}
+    with pytest.raises(AuthenticationError, match="does not know"):
+        client.ask(f"http://{server.place}/route")
 
 
 def test_what_does_not_answer_or_answers_nonsense_is_named(server: Any) -> None:

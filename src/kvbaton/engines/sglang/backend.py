@@ -138,7 +138,7 @@ class KVBatonSender(CommonKVSender):  # type: ignore[misc]
         req_has_disagg_prefill_dp_rank: bool = False,
     ) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
-        self.sending = Sending(mgr.kv, bootstrap_room, mgr.cache)
+        self.sending = Sending(mgr.kv, _room(bootstrap_room), mgr.cache)
         refused = mgr.failure_records.pop(bootstrap_room, None)  # SGLang's own: another rank has this room
         if refused is not None:
             self.sending.refuse(LocalProtocolError(refused, room=bootstrap_room))
@@ -193,9 +193,10 @@ class KVBatonSender(CommonKVSender):  # type: ignore[misc]
         self.kv_mgr.request_status.pop(self.bootstrap_room, None)
 
     def failure_exception(self) -> None:
+        error = self.sending.error
         self.sending.give_up("another prefill rank failed")
         self.clear()
-        raise _failure(self.bootstrap_room, self.sending.error)
+        raise _failure(self.bootstrap_room, error)
 
 
 class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
@@ -204,7 +205,7 @@ class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
     def __init__(self, mgr: KVBatonManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
-        self.receiving = Receiving(mgr.kv, bootstrap_room or 0, mgr.cache)
+        self.receiving = Receiving(mgr.kv, _room(bootstrap_room), mgr.cache)
         self.bootstrap_infos: list[Any] = []  # SGLang counts them; nothing of ours is counted
 
     def init(self, prefill_dp_rank: int) -> None:
@@ -252,10 +253,10 @@ class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
         super().clear()
 
     def failure_exception(self) -> None:
-        self.clear()
         error = self.receiving.error
-        if error is not None and error.code == "peer_lost":
-            self.kv_mgr.forget(self.bootstrap_addr)
+        self.clear()
+        if error is not None and error.code not in ("aborted", "declined"):
+            self.kv_mgr.forget(self.bootstrap_addr)  # it may have been started anew at other ports
         raise _failure(self.bootstrap_room, error)
 
 
@@ -282,6 +283,11 @@ def query_prefill_dp_ranks(original: Callable[..., Any], bootstrap_addr: str, bo
     except KVBatonError as error:
         logger.error("%s", error)
         return {}
+
+
+def _room(given: object) -> int:
+    """What a request names, or what is no room at all and is refused as such."""
+    return given if isinstance(given, int) else -1
 
 
 def _failure(room: int | None, error: KVBatonError | None) -> Exception:
