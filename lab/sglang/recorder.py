@@ -7,12 +7,12 @@ Only what the contract fixes is kept: order, numbers of pages and states, no ids
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kvbaton.engines.sglang import plugin
 from lab.sglang.contract import DIRECTORY
 
 _POLLED = (0, 2, 4)
@@ -21,24 +21,19 @@ RECEIVER = ("__init__", "init", "send_metadata", "poll", "abort", "ensure_abort_
 
 
 def load() -> None:
-    """The entry point."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    """The entry point; it may come before that of the backend or after it."""
+    install = plugin.install_chosen
 
-    done: list[bool] = []
+    def install_recorded(registry: Any, kind: Any) -> None:
+        install(registry, kind)
+        from kvbaton.engines.sglang import backend
 
-    def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-        found = original(transfer_backend, class_type)
-        if transfer_backend.value == "kvbaton" and class_type.value == "manager" and not done:
-            from kvbaton.engines.sglang import backend
+        for name in SENDER:
+            _record(backend.KVBatonSender, "prefill", name)
+        for name in RECEIVER:
+            _record(backend.KVBatonReceiver, "decode", name)
 
-            done.append(True)
-            for name in SENDER:
-                _record(backend.KVBatonSender, "prefill", name)
-            for name in RECEIVER:
-                _record(backend.KVBatonReceiver, "decode", name)
-        return found
-
-    HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", get_kv_class, HookType.AROUND)
+    plugin.install_chosen = install_recorded
 
 
 def _record(kind: type, role: str, name: str) -> None:

@@ -218,6 +218,17 @@ def test_an_unknown_component_ends_the_start_by_name(pair: Pair, kind: str) -> N
         cache_of(source.args, Rank(heads=4))
 
 
+def test_a_draft_model_has_the_pages_of_the_target(pair: Pair) -> None:
+    from kvbaton.engines.sglang.memory import Rank, cache_of
+
+    (source,), _ = pair()
+    source.args.num_draft_entries = 2  # K and V of the last layer, say
+    cache = cache_of(source.args, Rank(heads=4))
+    assert [(pool.name, len(pool.planes)) for pool in cache.layout.pools] == [("kv", 4), ("draft", 2), ("aux", 3)]
+    assert [(span.pool, len(span.units)) for span in cache.spans(np.arange(3), 8)] == [("kv", 3), ("draft", 3)]
+    cache.layout.validate()
+
+
 def test_states_that_nobody_tells_apart_need_equal_sizes(pair: Pair) -> None:
     """SGLang 23746: a slice of a convolution of unknown blocks would be wrong bytes."""
     from kvbaton.engines.sglang.memory import Rank, cache_of

@@ -66,7 +66,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.engines.vllm.memory",
         "kvbaton.engines.vllm.metrics",
     ),
-    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin", "lab.sglang.recorder"),
+    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin"),
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.guard",

@@ -56,7 +56,7 @@ def _install() -> None:
         from kvbaton.engines.sglang import backend
 
         if class_type is KVClassType.MANAGER:
-            _install_chosen(HookRegistry, HookType)
+            install_chosen(HookRegistry, HookType)
         return {
             KVClassType.MANAGER: backend.KVBatonManager,
             KVClassType.SENDER: backend.KVBatonSender,
@@ -67,7 +67,7 @@ def _install() -> None:
     HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", get_kv_class, HookType.AROUND)
 
 
-def _install_chosen(registry: Any, kind: Any) -> None:
+def install_chosen(registry: Any, kind: Any) -> None:
     """What only a scheduler with this backend needs; naming a hook's target imports it."""
     registry.register("sglang.srt.disaggregation.decode.DecodeTransferQueue._defer_release", no_timer, kind.BEFORE)
     registry.register(
