@@ -19,7 +19,7 @@ import psutil
 
 from kvbaton.errors import ExpiredError, PeerLostError
 
-READY_SECONDS = 420.0
+READY_SECONDS = 900.0
 STOP_SECONDS = 20.0
 LOG_LINES = 12
 
