@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from kvbaton import ALWAYS_READY, Coordinates, KVManager, KVPoll, Settings, Sizes, new_instance
+from kvbaton import ALWAYS_READY, Coordinates, KVManager, KVPoll, Region, Settings, Sizes, new_instance
 from kvbaton.engines.sglang.memory import Rank, cache_of
 from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
@@ -36,6 +36,7 @@ class StandIn:
     pp: tuple[int, int] = (1, 0)
     group: str = field(default_factory=new_instance)
     model: str = "stand-in"
+    staging: int = 0
 
     def __post_init__(self) -> None:
         size, rank = self.tp
@@ -67,11 +68,16 @@ class StandIn:
                 prefill=self.prefill,
             ),
         )
+        settings = QUICK
+        if self.staging:
+            self.buffer = np.zeros(self.staging * self.cache.slot_bytes, np.uint8)
+            self.cache = self.cache.staged(Region(self.buffer.ctypes.data, self.buffer.nbytes), self.staging)
+            settings = replace(QUICK, staging="always")
         self.manager = KVManager.open(
             self.cache.layout,
             role="prefill" if self.prefill else "decode",
             backend="memory",
-            settings=QUICK,
+            settings=settings,
             group=self.group,
             sizes=Sizes(tp=size, pp=stages),
             coordinates=Coordinates(tp=rank, pp=stage),

@@ -63,6 +63,15 @@ def test_latents(pair: Pair, sizes: tuple[int, int]) -> None:
     assert not hand_off.wrong()
 
 
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 1), (1, 4)])
+def test_small_pieces_travel_through_staging(pair: Pair, sizes: tuple[int, int]) -> None:
+    sources, targets = pair(*sizes, staging=2, kinds=("mamba",))
+    hand_off = HandOff(sources, targets, room=25, length=21)
+    assert hand_off.run() == DONE
+    assert not hand_off.wrong()
+    assert any(side.manager.counters().get("writes_staged", 0) for side in sources), sources[0].manager.counters()
+
+
 @pytest.mark.parametrize("prefix", [4, 8, 20, 24])
 def test_decode_holds_a_prefix(pair: Pair, prefix: int) -> None:
     """Up to the whole prompt: then nothing but the aux row is sent."""

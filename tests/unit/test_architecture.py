@@ -51,6 +51,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.serving.engine",
         "kvbaton.runtime.gather_torch",
         "kvbaton.engines.vllm.memory",
+        "kvbaton.engines.sglang.backend",
         "lab.conformance",
         "lab.training",
     ),

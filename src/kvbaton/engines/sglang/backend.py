@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
@@ -37,10 +38,12 @@ from kvbaton.engines.sglang.options import Options
 from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
 from kvbaton.errors import ConfigError, LocalProtocolError, RegistryError
+from kvbaton.layout import Region
 from kvbaton.plan import identity
 
 logger = logging.getLogger("sglang.kvbaton")  # SGLang prints what is below its own name
 
+_ALIGNMENT_BYTES = 4096
 #: Fields of a model's config that say where it came from or how it is run, not what its cache means.
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
@@ -57,7 +60,7 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         _refuse(prefill)
         options = Options.from_environment(os.environ)
         rank = _rank(args, server_args, bool(is_mla_backend), prefill, options.weights)
-        self.cache = cache_of(args, rank)
+        self.cache, self._staging = _staged(cache_of(args, rank), rank, options)
         self.bootstrap = Client(options.secret())
         self.groups = Groups(self.bootstrap.ask)
         self.draining: dict[int, Receiving] = {}
@@ -349,6 +352,18 @@ def _model_text(model: Any, args: Any, weights: str) -> str:
             "engine": "sglang",
         }
     )
+
+
+def _staged(cache: Cache, rank: Rank, options: Options) -> tuple[Cache, Any]:
+    """The cache with staging memory, and the tensor that owns it. Not zeroed: what is not used costs a host nothing."""
+    slots = (options.staging_mib << 20) // cache.slot_bytes
+    if not slots:
+        return cache, None
+    device = "cpu" if rank.memory == "DRAM" else f"cuda:{rank.device}"
+    length = slots * cache.slot_bytes
+    buffer = torch.empty(length + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    address = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return cache.staged(Region(address, length, rank.memory, rank.device), slots), buffer
 
 
 def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManager:

@@ -28,6 +28,8 @@ class Options:
         secret_file: file with the secret that all ranks share; needed beyond loopback.
         weights: names the weights, for example their revision. Configurations are compared, weights are not told apart;
             equal on both sides.
+        staging_mib: memory through which small pieces travel together where tensor-parallel sizes differ, in MiB, on
+            the device of the pages; 0: none.
         settings: every other key, by the names of :class:`kvbaton.Settings`. The deadlines are SGLang's own unless they
             are given here.
     """
@@ -37,6 +39,7 @@ class Options:
     backend: str = "nixl"
     secret_file: str = ""
     weights: str = ""
+    staging_mib: int = 64
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -70,6 +73,8 @@ class Options:
         options = cls(**own, settings=settings)  # type: ignore[arg-type]
         if not 0 <= options.port < 1 << 16:
             raise ConfigError(f"{VARIABLE}: port={options.port} must be from 0 to 65535")
+        if options.staging_mib < 0:
+            raise ConfigError(f"{VARIABLE}: staging_mib={options.staging_mib} must not be negative")
         return options
 
     def secret(self) -> str | None:
