@@ -70,6 +70,11 @@ PLAYS: Sequence[Play] = (
         cases=(cases.lengths, cases.strangers),
     ),
     Play(name="qwen3, TP 2 to 1", setting=Setting(family="qwen3", tp=(2, 1)), cases=TOKENS),
+    Play(
+        name="qwen3, staged, TP 2 to 1",
+        setting=Setting(family="qwen3", tp=(2, 1), options={"staging": "always"}),
+        cases=TOKENS,
+    ),
     Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=TOKENS),
     Play(name="gemma3", setting=Setting(family="gemma3"), cases=TOKENS),
