@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: clients vllm wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
+.PHONY: clients vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -80,6 +80,9 @@ vllm: setup            ## the connector in real vLLM processes, in an environmen
 
 clients: setup         ## sglang-router and the openai SDK in front of our servers, in an environment of their own (about 5 minutes)
 	$(BIN)/python -m lab clients --json
+
+sglang: setup          ## the transfer backend in real SGLang processes, in an environment of its own (`python -m lab sglang --help`)
+	$(BIN)/python -m lab sglang --json
 
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite

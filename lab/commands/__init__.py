@@ -31,6 +31,7 @@ LAB = Program(
         "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
         "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
         "clients": ("lab.commands.clients", "run clients of others, their own code, in front of our servers"),
+        "sglang": ("lab.commands.sglang", "run the transfer backend in real SGLang processes, likewise"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )

@@ -143,6 +143,17 @@ async def start_registry(app: web.Application, *, host: str, port: int, secret: 
     return runner
 
 
+def doors(secret: str, names: ServerNames) -> tuple[Callable[..., Awaitable[web.StreamResponse]], ...]:
+    """Middlewares for the application of somebody else that is asked, and registered at, as a registry is."""
+
+    async def unchanged(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method not in ("GET", "HEAD"):
+            _check_mac(request, secret, await request.read())
+        return await handler(request)
+
+    return web.middleware(_errors), web.middleware(_authenticate(secret, names)), web.middleware(unchanged)
+
+
 def _authenticate(secret: str | None, names: ServerNames) -> Callable[..., Awaitable[web.StreamResponse]]:
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
         if secret is None or request.path == "/health":

@@ -1,0 +1,1 @@
+"""Real SGLang processes with kvbaton's transfer backend: tokens against one plain instance, and failures."""

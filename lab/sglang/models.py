@@ -1,0 +1,84 @@
+"""Tiny random checkpoints in sizes that SGLang runs on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lab.conformance.families import write_weights
+
+VOCABULARY = 512
+#: Tokens that a sliding window sees.
+WINDOW = 128
+MAX_POSITIONS = 4096
+
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+_COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_DEEPSEEK: Mapping[str, Any] = {
+    "head_dim": None,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 4,
+}
+
+#: Family: configuration class of transformers, what it sets beside the common sizes.
+FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3": ("Qwen3Config", {}),
+    "deepseek_v2": ("DeepseekV2Config", {**_DEEPSEEK, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3Config", {**_DEEPSEEK, "q_lora_rank": 64}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "query_pre_attn_scalar": 32,
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 6,
+            "layer_types": [_WINDOW] * 5 + [_FULL],
+        },
+    ),
+}
+
+
+def write_model(family: str, directory: Path) -> Path:
+    """Make the checkpoint of one family in ``directory``, unless it is there."""
+    import transformers
+
+    if not (directory / "tokenizer.json").exists():
+        name, own = FAMILIES[family]
+        settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None or key.endswith("_id")}
+        write_weights(getattr(transformers, name)(**settings), directory)
+        _write_tokenizer(directory)
+    return directory
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One word for each token: what is compared are their numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)

@@ -1,0 +1,133 @@
+"""The servers that cases run on: one plain, one prefill, one decode; and what a case may ask and break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from kvbaton.serving.fleet import free_ports
+from lab.sglang.contract import DIRECTORY, plug_in
+from lab.sglang.models import write_model
+from lab.sglang.requests import Client
+from lab.sglang.server import SglangServer
+
+#: After a case nothing may be in use within so many seconds.
+EMPTY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``tokens``: of decode's pool."""
+
+    family: str
+    backend: str = "kvbaton"
+    options: Mapping[str, object] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    prefill_arguments: tuple[str, ...] = ()
+    decode_arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tp: tuple[int, int] = (1, 1)
+    secret: bool = False
+    recorded: bool = False
+    tokens: int = 16_384
+
+
+class Scene:
+    """``name`` names the logs."""
+
+    def __init__(self, servers: Sequence[SglangServer], session: aiohttp.ClientSession) -> None:
+        self.plain, self.prefill, self.decode = servers
+        self.session = session
+        self.client = Client(session, self.plain.url, self.prefill.url, self.decode.url, self.prefill.bootstrap_port)
+
+    async def busy(self, server: SglangServer) -> dict[str, float]:
+        """What a server has under way, of what it counts."""
+        async with self.session.get(f"{server.url}/v1/loads", params={"include": "all"}) as answer:
+            loads = (await answer.json())["loads"]
+        found: dict[str, float] = {}
+        for load in loads:
+            for name in ("num_running_reqs", "num_waiting_reqs", "num_used_tokens"):
+                found[name] = found.get(name, 0) + load[name]
+            for name, value in (load.get("disaggregation") or {}).items():
+                if name.endswith("_reqs"):
+                    found[name] = found.get(name, 0) + value
+        return {name: value for name, value in found.items() if value}
+
+    async def empty(self, *servers: SglangServer, seconds: float = EMPTY_SECONDS) -> float:
+        """Seconds until prefill and decode have nothing under way. Raises AssertionError."""
+        started = time.monotonic()
+        busy: list[Any] = []
+        while time.monotonic() < started + seconds:
+            busy = [await self.busy(server) for server in servers or (self.prefill, self.decode)]
+            if not any(busy):
+                return time.monotonic() - started
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"busy after {seconds:g} s: {busy}")
+
+    async def again(self, server: SglangServer) -> None:
+        """A server that was killed, started anew."""
+        server.kill()
+        server.start()
+        await server.ready(self.session)
+
+
+@contextlib.asynccontextmanager
+async def opened(setting: Setting, *, name: str, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
+    """Start the three servers; ends them."""
+    model = write_model(setting.family, models / setting.family)
+    ports = free_ports(4)
+    options = dict(setting.options)
+    if setting.secret:
+        file = logs.absolute() / "secret"
+        file.touch(0o600)
+        file.write_text(secrets.token_hex(32))
+        options["secret_file"] = str(file)
+    shutil.rmtree(logs / "calls", ignore_errors=True)
+    servers = []
+    for port, role in zip(ports[:3], ("plain", "prefill", "decode"), strict=True):
+        own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[role]
+        log = logs / f"{name}-{role}.log".replace(" ", "_").replace(",", "")
+        log.unlink(missing_ok=True)
+        servers.append(
+            SglangServer(
+                name=role,
+                python=python,
+                model=model,
+                port=port,
+                bootstrap_port=ports[3],
+                log=log,
+                role=role,  # type: ignore[arg-type]
+                backend=setting.backend,
+                tp={"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[role],
+                tokens=setting.tokens if role == "decode" else 16_384,
+                options=options,
+                arguments=(*setting.arguments, *own),
+                environment={**setting.environment, **(_recording(logs / "calls") if setting.recorded else {})},
+            )
+        )
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+        try:
+            for server in servers:
+                server.start()
+            for server in servers:
+                await server.ready(session)
+            yield Scene(servers, session)
+        finally:
+            await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _recording(directory: Path) -> dict[str, str]:
+    """A further plug-in, which writes down the calls."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = (plug_in(directory.absolute() / "plug-in"), Path(__file__).parents[2])
+    return {DIRECTORY: str(directory.absolute()), "PYTHONPATH": os.pathsep.join(map(str, paths))}

@@ -1,0 +1,403 @@
+"""SGLang's classes for a transfer backend: its calls to ours, our answers to its. No protocol of its own.
+
+SGLang's base classes stay, for what its schedulers read of them (topology, data-parallel ranks, its bootstrap server);
+their sockets, counts, heartbeats and deadlines are not used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.disaggregation.base.conn import KVTransferMetric
+from sglang.srt.disaggregation.common.conn import (
+    CommonKVBootstrapServer,
+    CommonKVManager,
+    CommonKVReceiver,
+    CommonKVSender,
+    KVTransferError,
+    PrefillServerInfo,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.environ import envs
+from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
+from sglang.srt.utils.network import get_local_ip_auto
+
+from kvbaton import ALWAYS_READY, Coordinates, KVBatonError, KVManager, KVPoll, Settings, Sizes, new_instance
+from kvbaton.control.address import Address
+from kvbaton.discovery.names import ServerNames
+from kvbaton.engines.sglang.bootstrap import Client, Groups
+from kvbaton.engines.sglang.memory import Cache, Rank, cache_of
+from kvbaton.engines.sglang.options import Options
+from kvbaton.engines.sglang.receiving import Receiving
+from kvbaton.engines.sglang.sending import Sending
+from kvbaton.errors import ConfigError, LocalProtocolError, RegistryError
+from kvbaton.layout import Region
+from kvbaton.plan import identity
+
+logger = logging.getLogger("sglang.kvbaton")  # SGLang prints what is below its own name
+
+_ALIGNMENT_BYTES = 4096
+#: Fields of a model's config that say where it came from or how it is run, not what its cache means.
+_NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
+
+
+class KVBatonManager(CommonKVManager):  # type: ignore[misc]
+    """One scheduler's rank. Raises what :meth:`kvbaton.KVManager.open` raises, and ConfigError for what is not done."""
+
+    supports_deferred_decode_kv_release = True
+    reports_transfer_latency = True
+    proves_release = True  #: see :func:`kvbaton.engines.sglang.plugin.no_timer`
+
+    def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
+        prefill = disaggregation_mode == DisaggregationMode.PREFILL
+        _refuse(prefill)
+        options = Options.from_environment(os.environ)
+        rank = _rank(args, server_args, bool(is_mla_backend), prefill, options.weights)
+        self.cache, self._staging = _staged(cache_of(args, rank), rank, options)
+        self.bootstrap = Client(options.secret())
+        self.groups = Groups(self.bootstrap.ask)
+        self.draining: dict[int, Receiving] = {}
+        self.kv = _open(self.cache, rank, options, prefill)
+        atexit.register(self.kv.close)
+        try:
+            super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        except BaseException:
+            self.kv.close()
+            raise
+        self.server_socket.close(linger=0)
+        self.senders: dict[int, KVBatonSender] = {}
+        if prefill and self.pp_size > 1:
+            threading.Thread(target=self._tell_stages, name="kvbaton-stages", daemon=True).start()
+        logger.info(
+            "kvbaton hands over %s%s",
+            ", ".join(f"{pool.name} ({len(pool.planes)} x {pool.units})" for pool in self.cache.layout.pools),
+            f", listens at {self.kv.address}" if prefill else "",
+        )
+
+    def register_to_bootstrap(self) -> None:
+        """The address that SGLang hands on is that of our control links."""
+        address = Address.parse(self.kv.address)
+        self.local_ip, self.rank_port = address.host, address.port
+        super().register_to_bootstrap()
+
+    def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
+        self.bootstrap.register(url, payload)
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Sizes of the prefill group. Whether it fits is found by the handshake, which tells both sides."""
+        if bootstrap_addr in self.prefill_info_table:
+            return True
+        try:
+            self.prefill_info_table[bootstrap_addr] = PrefillServerInfo(**self.groups.sizes(bootstrap_addr))
+        except (KVBatonError, TypeError, ValueError) as error:
+            logger.error("prefill at %s: %s", bootstrap_addr, error)
+            return False
+        return True
+
+    def forget_lost_peers(self) -> None:
+        """What is remembered of a prefill that is gone is asked anew."""
+        for lost in self.kv.take_lost_peers():
+            for server in self.groups.forget(lost.address):
+                self.forget(server)
+                logger.warning("prefill at %s: %s", server, lost.error)
+
+    def forget(self, server: str) -> None:
+        self.groups.forget_server(server)
+        self.prefill_info_table.pop(server, None)
+
+    def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:  # noqa: ARG002
+        """Proof, not a count: every writer has drained or is gone."""
+        receiving = self.draining.get(bootstrap_room)
+        return receiving is None or receiving.drained
+
+    def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
+        self.draining.pop(bootstrap_room, None)
+
+    def _tell_stages(self) -> None:
+        """Pipeline stages agree through a store that the first one reads; it alone polls."""
+        while True:
+            self.kv.wait(0.05)
+            for sender in list(self.senders.values()):
+                sender.tell_stages()
+
+
+class KVBatonSender(CommonKVSender):  # type: ignore[misc]
+    """One request on the prefill side."""
+
+    _early_send_wait_event: Any = None  #: set by SGLang before it sends what a forward pass may still be writing
+
+    def __init__(
+        self,
+        mgr: KVBatonManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ) -> None:
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
+        self.sending = Sending(mgr.kv, _room(bootstrap_room), mgr.cache)
+        refused = mgr.failure_records.pop(bootstrap_room, None)  # SGLang's own: another rank has this room
+        if refused is not None:
+            self.sending.refuse(LocalProtocolError(refused, room=bootstrap_room))
+        if mgr.pp_size > 1:
+            mgr.senders[bootstrap_room] = self
+
+    def _register_prefill_dp_rank(self) -> None:
+        url = f"http://{self.bootstrap_server_url}/register_dp_rank"
+        body = {"bootstrap_room": self.bootstrap_room, "dp_rank": self.kv_mgr.attn_dp_rank}
+        try:
+            self.kv_mgr.bootstrap.ask(url, body=body, method="POST")
+        except KVBatonError as error:
+            self.kv_mgr.record_failure(self.bootstrap_room, str(error))
+
+    def pop_decode_prefix_len(self) -> int:
+        return self.sending.prefix
+
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        self.sending.begin(int(num_kv_indices), aux_index)
+
+    def send(
+        self,
+        kv_indices: Any,
+        state_indices: list[Any] | None = None,
+        num_kv_tokens: int | None = None,  # noqa: ARG002
+        indices_event: Any = None,  # noqa: ARG002
+    ) -> None:
+        event, self._early_send_wait_event = self._early_send_wait_event, None
+        self.sending.send(kv_indices, state_indices, event.query if event is not None else ALWAYS_READY)
+
+    def poll(self) -> int:
+        return int(self.sending.poll())
+
+    def poll_pp_consensus(self) -> int:
+        self.tell_stages()
+        return int(self.kv_mgr.check_status_pp_consensus(self.bootstrap_room))
+
+    def tell_stages(self) -> None:
+        poll = int(self.sending.poll())
+        store = self.kv_mgr.request_status
+        if store.get(self.bootstrap_room) != poll:
+            store[self.bootstrap_room] = poll
+
+    def get_transfer_metric(self) -> Any:
+        return KVTransferMetric(transfer_latency_s=self.sending.seconds, transfer_total_bytes=self.sending.bytes)
+
+    def abort(self) -> None:
+        self.sending.give_up("SGLang aborted the request on the prefill side")
+
+    def clear(self) -> None:
+        self.kv_mgr.senders.pop(self.bootstrap_room, None)
+        self.kv_mgr.request_status.pop(self.bootstrap_room, None)
+
+    def failure_exception(self) -> None:
+        error = self.sending.error
+        self.sending.give_up("another prefill rank failed")
+        self.clear()
+        raise _failure(self.bootstrap_room, error)
+
+
+class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
+    """One request on the decode side."""
+
+    def __init__(self, mgr: KVBatonManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        mgr.forget_lost_peers()
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
+        self.receiving = Receiving(mgr.kv, _room(bootstrap_room), mgr.cache)
+        self.bootstrap_infos: list[Any] = []  # SGLang counts them; nothing of ours is counted
+
+    def init(self, prefill_dp_rank: int) -> None:
+        info = self.kv_mgr.prefill_info_table.get(self.bootstrap_addr)
+        try:
+            if info is None:
+                raise RegistryError(f"the prefill at {self.bootstrap_addr} is gone")
+            if info.attn_cp_size != 1:
+                raise ConfigError(f"the prefill at {self.bootstrap_addr} has context parallelism")
+            self.receiving.begin(
+                self.kv_mgr.groups.sources(
+                    self.bootstrap_addr, prefill_dp_rank, tp_size=info.attn_tp_size, pp_size=info.pp_size
+                )
+            )
+        except KVBatonError as error:
+            self.kv_mgr.forget(self.bootstrap_addr)
+            self.receiving.refuse(error)
+
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+        **_: Any,
+    ) -> None:
+        self.receiving.publish(kv_indices, aux_index, state_indices, decode_prefix_len or 0)
+
+    def poll(self) -> int:
+        return int(self.receiving.poll())
+
+    def abort(self) -> None:
+        self.receiving.give_up("SGLang aborted the request on the decode side")
+        self.ensure_abort_notified()
+
+    def ensure_abort_notified(self, *, force_arm: bool = False) -> None:  # noqa: ARG002
+        """From here on SGLang asks :meth:`KVBatonManager.is_abort_release_safe` before it frees anything."""
+        self.receiving.give_up("another decode rank failed")
+        self.abort_notified = True
+        if not self.receiving.drained:
+            self.kv_mgr.draining[self.bootstrap_room] = self.receiving
+
+    def clear(self) -> None:
+        self.receiving.give_up("SGLang has no use for the request any more")
+        super().clear()
+
+    def failure_exception(self) -> None:
+        error = self.receiving.error
+        self.clear()
+        if error is not None and error.code not in ("aborted", "declined"):
+            self.kv_mgr.forget(self.bootstrap_addr)  # it may have been started anew at other ports
+        raise _failure(self.bootstrap_room, error)
+
+
+class KVBatonBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
+    """SGLang's own; with a secret, who asks or registers has to know it."""
+
+    def _setup_routes(self) -> None:
+        super()._setup_routes()
+        secret = Options.from_environment(os.environ).secret()
+        if secret is not None:
+            from kvbaton.discovery.server import doors
+
+            self.app.middlewares.extend(doors(secret, ServerNames.of(self.host)))
+
+
+def query_prefill_dp_ranks(original: Callable[..., Any], bootstrap_addr: str, bootstrap_rooms: list[int]) -> Any:
+    """Around SGLang's question of which data-parallel rank has a room: with a secret, with a token."""
+    secret = Options.from_environment(os.environ).secret()
+    if secret is None:
+        return original(bootstrap_addr, bootstrap_rooms)
+    url = f"http://{bootstrap_addr}/query_dp_ranks"
+    try:
+        return Client(secret).ask(url, body={"bootstrap_rooms": bootstrap_rooms}, method="POST")
+    except KVBatonError as error:
+        logger.error("%s", error)
+        return {}
+
+
+def _room(given: object) -> int:
+    """What a request names, or what is no room at all and is refused as such."""
+    return given if isinstance(given, int) else -1
+
+
+def _failure(room: int | None, error: KVBatonError | None) -> Exception:
+    reason = f"{error.code}: {error}" if error is not None else "another rank failed"
+    found: Exception = KVTransferError(room, reason, is_from_another_rank=error is None)
+    return found
+
+
+def _refuse(prefill: bool) -> None:
+    """What SGLang can be asked for and is not done. Raises ConfigError."""
+    parallel, disagg = get_parallel(), get_disagg()
+    wrong = {
+        "context parallelism": parallel.attn_cp_size > 1,
+        "decode context parallelism": parallel.attn_dcp_size > 1,
+        "a KV cache that is sharded by pages": parallel.enable_kv_cache_sharding,
+        "--disaggregation-decode-allocation-policy prefill_complete": (
+            disagg.disaggregation_decode_allocation_policy != "early"
+        ),
+        "--enable-pd-role-switch": disagg.enable_pd_role_switch,
+        "SGLANG_DISAGG_STAGING_BUFFER": envs.SGLANG_DISAGG_STAGING_BUFFER.get(),
+        "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE=false": (
+            not prefill and not envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE.get()
+        ),
+    }
+    for what, found in wrong.items():
+        if found:
+            raise ConfigError(f"{what} does not work with the transfer backend kvbaton")
+
+
+def _rank(args: Any, server_args: Any, latent: bool, prefill: bool, weights: str) -> Rank:
+    parallel, device = get_parallel(), get_device()
+    model = ModelConfig.from_server_args(server_args)
+    return Rank(
+        heads=int(model.get_total_num_kv_heads()),
+        latent=latent or bool(getattr(args, "is_hybrid_mla_backend", False)),
+        tp_size=parallel.attn_tp_size,
+        tp_rank=parallel.attn_tp_rank,
+        pp_size=parallel.pp_size,
+        pp_rank=int(args.pp_rank or 0),
+        memory="DRAM" if device.device == "cpu" else "VRAM",
+        device=0 if device.device == "cpu" else int(device.gpu_id),
+        model=_model_text(model, args, weights),
+        prefill=prefill,
+    )
+
+
+def _model_text(model: Any, args: Any, weights: str) -> str:
+    config = {name: value for name, value in model.hf_text_config.to_dict().items() if name not in _NO_NUMBERS}
+    return identity.encode(
+        {
+            **config,
+            "weights": weights,
+            "dtype": str(model.dtype),
+            "quantization": str(model.quantization or ""),
+            "cache_dtype": str(args.kv_cache_dtype_str),
+            "page_size": int(args.page_size),
+            "cache_layout": str(args.kv_layout or ""),
+            "states": ",".join(str(getattr(kind, "value", kind)) for kind in args.state_types),
+            "engine": "sglang",
+        }
+    )
+
+
+def _staged(cache: Cache, rank: Rank, options: Options) -> tuple[Cache, Any]:
+    """The cache with staging memory, and the tensor that owns it. Not zeroed: what is not used costs a host nothing."""
+    slots = (options.staging_mib << 20) // cache.slot_bytes
+    if not slots:
+        return cache, None
+    device = "cpu" if rank.memory == "DRAM" else f"cuda:{rank.device}"
+    length = slots * cache.slot_bytes
+    buffer = torch.empty(length + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    address = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return cache.staged(Region(address, length, rank.memory, rank.device), slots), buffer
+
+
+def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManager:
+    parallel = get_parallel()
+    dp_size = parallel.attn_dp_size if parallel.dp_size == 1 else parallel.dp_size
+    sizes = Sizes(dp=dp_size, pp=rank.pp_size, tp=rank.tp_size)
+    dp_rank = parallel.attn_dp_rank if parallel.dp_size == 1 else int(parallel.dp_rank or 0)
+    group = new_instance()
+    if parallel.world_group.world_size > 1:  # alike on all ranks, new at each launch
+        group = parallel.world_group.broadcast_object(group, src=0)
+    number = (dp_rank * rank.pp_size + rank.pp_rank) * rank.tp_size + rank.tp_rank
+    settings = {
+        "bootstrap_timeout": float(envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()),
+        "waiting_timeout": float(envs.SGLANG_DISAGGREGATION_WAITING_TIMEOUT.get()),
+        **options.settings,
+    }
+    return KVManager.open(
+        cache.layout,
+        role="prefill" if prefill else "decode",
+        backend=options.backend,
+        host=(options.host or _host()) if prefill else "127.0.0.1",
+        port=options.port + number if options.port and prefill else 0,
+        secret=options.secret(),
+        group=group,
+        sizes=sizes,
+        coordinates=Coordinates(dp=dp_rank, pp=rank.pp_rank, tp=rank.tp_rank),
+        settings=Settings.from_mapping(settings),
+    )
+
+
+def _host() -> str:
+    from kvbaton.discovery.access import is_loopback
+
+    return "127.0.0.1" if is_loopback(str(get_serving().host)) else str(get_local_ip_auto())
+
+
+__all__ = ["KVBatonBootstrapServer", "KVBatonManager", "KVBatonReceiver", "KVBatonSender", "KVPoll"]
