@@ -46,7 +46,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         nixl_package.PACKAGES, ()
     ),  # imported by name, whichever there is, by kvbaton.transports.nixl_package
-    "zmq": ("kvbaton.control", "kvbaton.testing"),
+    "zmq": ("kvbaton.control", "kvbaton.testing", "lab.flood.attacker"),
     "torch": (
         "kvbaton.serving.engine",
         "kvbaton.runtime.gather_torch",

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from stand_in import Request, StandIn, run
 from test_vllm_engines import asks_decode, asks_prefill, prompt
+from vllm_stand_in import Request, StandIn, run
 
 from kvbaton.engines.vllm.groups import CacheGroup, CacheGroups
 from lab.vllm.contract import KEPT, any_of

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from stand_in import BLOCK, DENSE, HASTY, HYBRID, Request, StandIn, Status, run
+from vllm_stand_in import BLOCK, DENSE, HASTY, HYBRID, Request, StandIn, Status, run
 
 from kvbaton.engines.vllm.groups import CacheGroups
 

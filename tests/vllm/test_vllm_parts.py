@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from stand_in import BLOCK, DENSE, FULL, HYBRID, STATE, SWA, Pool
+from vllm_stand_in import BLOCK, DENSE, FULL, HYBRID, STATE, SWA, Pool
 
 from kvbaton import Finished
 from kvbaton.engines.vllm import tally, versions

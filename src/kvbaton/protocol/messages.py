@@ -140,7 +140,7 @@ class TransferMessage(Message, frozen=True):
     key: TransferKey
 
 
-class Open(TransferMessage, frozen=True, tag="open"):
+class Open(TransferMessage, frozen=True, tag="open", omit_defaults=True):
     """Target → source: these units are leased to you, fill them. Repeated until acknowledged."""
 
     token_count: Count

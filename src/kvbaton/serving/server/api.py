@@ -140,7 +140,11 @@ class ApiServer:
         app.router.add_get(story.PATH, self._story)
         app.router.add_get(openapi.LAYOUT_PATH, self._layout)
         app.router.add_get(openapi.PATH, self._openapi)
+        app.on_cleanup.append(self._close)
         return app
+
+    async def _close(self, _app: web.Application) -> None:
+        self._parser.close()
 
     def _needs_no_key(self, http: web.Request) -> bool:
         """The deployment's router, and its operators."""

@@ -126,6 +126,10 @@ class RequestParser:
         #: A template is a program: while it runs, what else is done beside the loop has threads of its own.
         self._templates = ThreadPoolExecutor(MAX_TEMPLATES, "kvbaton-templates")
 
+    def close(self) -> None:
+        """Templates that still render are left to their deadline. Idempotent."""
+        self._templates.shutdown(wait=False, cancel_futures=True)
+
     async def accept(self, request: AnyRequest) -> Accepted:
         """Whoever sent it may name rooms and registries: that has been seen to.
 
