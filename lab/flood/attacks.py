@@ -54,9 +54,9 @@ SMALL = Sizes(
     noise=48,
     posts=64,
     silent=64,
-    seconds=1.0,
+    seconds=0.5,
     hold_seconds=0.2,
-    calm_seconds=1.0,
+    calm_seconds=0.2,
 )
 #: Just under what a router takes.
 LARGE_BYTES = (16 << 20) - (96 << 10)
