@@ -147,8 +147,9 @@ class KVManager:
             given.pop_all()
         self._lock = threading.Lock()
         self._sides: dict[tuple[Role, int], RoomHandle] = {}
-        self._finished: deque[Finished] | None = deque() if collect_finished else None
-        self._freed: deque[Freed] = deque()
+        self._collects = collect_finished
+        self._finished: deque[RoomHandle] = deque()
+        self._freed: dict[RoomHandle, None] = {}
         self._lost_peers: deque[PeerLost] = deque(maxlen=MAX_LOST_PEERS)
         self.outcomes: Counter[str] = Counter()
 
@@ -329,12 +330,20 @@ class KVManager:
 
     def take_finished(self) -> list[Finished]:
         """Rooms that ended and whose units are free since the last call; each exactly once."""
-        return _take(self._collected(self._finished))
+        self._need_collecting()
+        ended = _take(self._finished)
+        for side in ended:
+            self._freed.pop(side, None)
+        return [side.finished() for side in ended]
 
     def take_freed(self) -> list[Freed]:
         """Rooms whose units became free since the last call; each exactly once, never after :meth:`take_finished` has
         told it. Senders are told before their rooms end."""
-        return _take(self._collected(self._freed))
+        self._need_collecting()
+        freed = list(self._freed)
+        for side in freed:
+            del self._freed[side]
+        return [Freed(side.room, side.role, side.tag) for side in freed]
 
     def take_lost_peers(self) -> list[PeerLost]:
         """Peers that went silent, ended or were replaced since the last call: what is remembered of them (addresses,
@@ -348,10 +357,9 @@ class KVManager:
         self.wakeup.clear()
         return changed
 
-    def _collected(self, items: deque[T] | None) -> deque[T]:
-        if self._finished is None or items is None:
+    def _need_collecting(self) -> None:
+        if not self._collects:
             raise LocalProtocolError("this manager does not collect finished rooms; pass collect_finished=True")
-        return items
 
     @property
     def live_rooms(self) -> int:
@@ -400,7 +408,7 @@ class KVManager:
     def sizes(self) -> dict[str, int]:
         """Entries of every table of this rank, by name; waits for the driver's thread like :meth:`timeline`."""
         tables = self._driver.ask(lambda core, _now: {**core.sizes(), **self._driver.sizes()})
-        return {"sides": len(self._sides), **tables}
+        return {"sides": len(self._sides), "freed_untold": len(self._freed), **tables}
 
     def evidence(self) -> str:
         """How bytes were seen to travel from here to each peer, distinct answers joined; empty before any has."""
@@ -431,13 +439,13 @@ class KVManager:
             return
         if side.on_status(report.status):
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
-        if self._finished is not None and side.note_freed():
-            self._freed.append(Freed(side.room, side.role, side.tag))
+        if self._collects and side.note_freed():
+            self._freed[side] = None
         if side.released:
             with self._lock:
                 self._sides.pop((report.role, report.room), None)
-            if self._finished is not None:
-                self._finished.append(side.finished())
+            if self._collects:
+                self._finished.append(side)
         self._wake()
 
     def _note_lost_peer(self, lost: PeerLost) -> None:

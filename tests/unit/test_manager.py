@@ -102,6 +102,19 @@ def test_a_sender_frees_its_units_while_decode_has_not_confirmed_yet(make_rank: 
     assert source.manager.take_freed() == []
 
 
+def test_an_engine_that_takes_what_has_finished_need_not_take_what_is_freed(make_rank: MakeRank) -> None:
+    """What it had not taken was kept for ever."""
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    for _ in range(3):
+        sender, receiver = begin(source, target)
+        sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+        finish(source, target, sender, receiver)
+        for rank in (source, target):
+            assert len(rank.manager.take_finished()) == 1
+            assert rank.manager.sizes()["freed_untold"] == 0
+            assert rank.manager.take_freed() == []
+
+
 def test_a_receiver_agrees_before_anything_is_published(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill"), make_rank("decode")
     receiver = target.manager.receiver(next(ROOMS), [source.manager.address])
