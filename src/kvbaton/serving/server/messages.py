@@ -9,12 +9,13 @@ This file must not know HTTP or tokenizers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw, Struct, field
 
 from kvbaton.errors import ConfigError
+from kvbaton.serving.server.raw import decoded, null, refuse
 
 #: Bytes of what is handed to a chat template as it is, and levels of it.
 MAX_TEMPLATE_BYTES = 256 << 10
@@ -23,10 +24,6 @@ _MAY_BE_SILENT = ("assistant",)
 
 #: One message as a chat template is given it.
 Turn = dict[str, Any]
-
-
-def null() -> Raw:
-    return Raw(b"null")
 
 
 class ContentPart(Struct, frozen=True):
@@ -56,7 +53,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
         """Raises ConfigError for content that is none."""
         if self.content is None:
             if self.role not in _MAY_BE_SILENT:
-                _refuse("messages", f"a message of the role {self.role!r} needs a content")
+                refuse("messages", f"a message of the role {self.role!r} needs a content")
             return ""
         return self.content if isinstance(self.content, str) else "".join(part.said() for part in self.content)
 
@@ -74,12 +71,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 
 def template_value(raw: Raw, name: str, kind: Any) -> Any:
     """What a template is given as it came, within bounds; None for null. Raises ConfigError."""
-    if len(raw) > MAX_TEMPLATE_BYTES:
-        _refuse(name, f"{len(raw)} bytes are more than {MAX_TEMPLATE_BYTES}")
-    try:
-        return msgspec.json.decode(raw, type=kind | None)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        _refuse(name, str(error).partition(" - at ")[0])
+    return decoded(raw, kind, name, MAX_TEMPLATE_BYTES)
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +84,3 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     except (msgspec.MsgspecError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise ConfigError(f"{name}: {why}")

@@ -23,8 +23,9 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 from kvbaton.errors import ConfigError
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, Handoff, Sampling
 from kvbaton.serving.server.fields import Kind
-from kvbaton.serving.server.messages import ChatMessage, Turn, null, template_value
+from kvbaton.serving.server.messages import ChatMessage, Turn, template_value
 from kvbaton.serving.server.prompts import Prompt, prompts_of
+from kvbaton.serving.server.raw import decoded, null, refuse
 from kvbaton.serving.server.routing import Id, Routed
 
 #: max_tokens of a completion that does not say, as OpenAI's; of a chat. Both are clipped to what there is room for.
@@ -83,7 +84,7 @@ class _Common(Routed, kw_only=True):
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""
         if self.stream_options is not None and not self.stream:
-            _refuse("stream_options", "is only allowed together with stream=true")
+            refuse("stream_options", "is only allowed together with stream=true")
 
     @property
     def choices(self) -> int:
@@ -131,13 +132,13 @@ class CompletionRequest(_Common, kw_only=True):
     def check(self) -> None:
         _Common.check(self)
         if self.echo and self.logprobs is not None:
-            _refuse("echo", "is not implemented together with logprobs: those of a prompt are not computed")
+            refuse("echo", "is not implemented together with logprobs: those of a prompt are not computed")
         if self.best_of is None:
             return
         if self.best_of < self.wanted:
-            _refuse("best_of", f"{self.best_of} is less than n={self.wanted}")
+            refuse("best_of", f"{self.best_of} is less than n={self.wanted}")
         if self.stream and self.best_of > self.wanted:
-            _refuse("best_of", "the best answers are known at their end; pass stream=false")
+            refuse("best_of", "the best answers are known at their end; pass stream=false")
 
     @property
     def choices(self) -> int:
@@ -173,13 +174,13 @@ class ChatRequest(_Common, kw_only=True):
     def check(self) -> None:
         _Common.check(self)
         if self.top_logprobs and not self.logprobs:
-            _refuse("top_logprobs", "is only allowed together with logprobs=true")
+            refuse("top_logprobs", "is only allowed together with logprobs=true")
         if bytes(self.tool_choice) not in _TOOL_CHOICES:
-            _refuse("tool_choice", 'is not implemented: no tool can be forced; pass "auto" or "none"')
+            refuse("tool_choice", 'is not implemented: no tool can be forced; pass "auto" or "none"')
         if self.continue_final_message and self.add_generation_prompt:
-            _refuse("continue_final_message", "is not allowed together with add_generation_prompt=true")
+            refuse("continue_final_message", "is not allowed together with add_generation_prompt=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            _refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
+            refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
 
     def told(self) -> tuple[bool, int]:
         return bool(self.logprobs), self.top_logprobs or 0
@@ -198,7 +199,7 @@ class ChatRequest(_Common, kw_only=True):
         )
         ours = next((name for name in options if name in _TEMPLATE_OURS), None)
         if ours is not None:
-            _refuse("chat_template_kwargs", f"{ours!r} is not for a request to say")
+            refuse("chat_template_kwargs", f"{ours!r} is not for a request to say")
         if self.reasoning_effort is not None:
             options["reasoning_effort"] = self.reasoning_effort
         tools = template_value(self.tools, "tools", list[dict[str, Any]])
@@ -220,6 +221,9 @@ _TEMPLATE_OURS = frozenset(
 )
 
 
+_STOP_TOKENS = Annotated[list[int], Meta(max_length=MAX_STOP_TOKENS)]
+
+
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
@@ -228,22 +232,13 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
 
 def bias_of(raw: Raw) -> tuple[tuple[int, float], ...]:
     """``{"TOKEN": BIAS}``. Raises ConfigError."""
-    found = _bounded(raw, dict[int, float], "logit_bias")
+    found = decoded(raw, dict[int, float], "logit_bias", MAX_LIST_BYTES)
     return tuple(sorted(found.items())) if found else ()
 
 
 def stop_tokens_of(raw: Raw) -> tuple[int, ...]:
-    found = _bounded(raw, Annotated[list[int], Meta(max_length=MAX_STOP_TOKENS)], "stop_token_ids")
+    found = decoded(raw, _STOP_TOKENS, "stop_token_ids", MAX_LIST_BYTES)
     return tuple(found) if found else ()
-
-
-def _bounded(raw: Raw, kind: Any, name: str) -> Any:
-    if len(raw) > MAX_LIST_BYTES:
-        _refuse(name, f"{len(raw)} bytes are more than {MAX_LIST_BYTES}")
-    try:
-        return msgspec.json.decode(raw, type=kind | None, strict=True)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        _refuse(name, str(error).partition(" - at ")[0])
 
 
 class AbortRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -355,7 +350,3 @@ def param_of(message: str) -> str | None:
     """The field that a message of ours begins with (``top_p: must be ...``), or None."""
     field, colon, _ = message.partition(": ")
     return field if colon and len(field) <= 64 and field.replace("_", "").replace(".", "").isalnum() else None
-
-
-def _refuse(field: str, why: str) -> Any:
-    raise ConfigError(f"{field}: {why}")

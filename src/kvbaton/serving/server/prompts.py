@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from kvbaton.errors import ConfigError, ContextLengthError
+from kvbaton.serving.server.raw import refuse
 
 #: Most prompts of one request.
 MAX_PROMPTS = 256
@@ -50,18 +51,18 @@ def prompts_of(raw: Raw, name: str, most_tokens: int) -> tuple[list[Prompt], boo
 
 
 def _text(text: str, name: str) -> str:
-    return text or _refuse(name, "must not be empty")
+    return text or refuse(name, "must not be empty")
 
 
 def _tokens(tokens: list[int], most_tokens: int, name: str) -> tuple[int, ...]:
     if len(tokens) > most_tokens:
         _too_many(len(tokens), most_tokens, name)
-    return tuple(tokens) or _refuse(name, "must not be empty")
+    return tuple(tokens) or refuse(name, "must not be empty")
 
 
 def _check_count(count: int, name: str) -> None:
     if count > MAX_PROMPTS:
-        _refuse(name, f"a request has at most {MAX_PROMPTS} prompts")
+        refuse(name, f"a request has at most {MAX_PROMPTS} prompts")
 
 
 def _check_tokens(data: bytes, most_tokens: int, name: str) -> None:
@@ -73,14 +74,10 @@ def _decoded(data: bytes, kind: type[_T], name: str) -> _T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError:
-        _refuse(name, "must be a text, a list of token ids, or a list of texts or of lists of token ids")
+        refuse(name, "must be a text, a list of token ids, or a list of texts or of lists of token ids")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the body is not JSON: {error}") from None
 
 
 def _too_many(count: int, most_tokens: int, name: str) -> NoReturn:
     raise ContextLengthError(f"{name}: {count} token ids are more than the {most_tokens} tokens of this server")
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise ConfigError(f"{name}: {why}")

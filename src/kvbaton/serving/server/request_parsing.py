@@ -293,7 +293,7 @@ class RequestParser:
         if isinstance(request, ChatRequest):
             asked, default = request.asked_tokens(), CHAT_MAX_TOKENS
         elif isinstance(request, GenerateRequest):
-            asked, default = request.params().max_new_tokens, MAX_NEW_TOKENS
+            asked, default = request.params.max_new_tokens, MAX_NEW_TOKENS
         else:
             asked, default = request.max_tokens, COMPLETION_MAX_TOKENS
         if asked is not None:

@@ -10,15 +10,13 @@ This file must not know HTTP, engines or tokenizers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Raw, field
 
 from kvbaton.discovery.registry import MAX_RANKS
-from kvbaton.errors import ConfigError
 from kvbaton.serving.server.fields import Ruled
-from kvbaton.serving.server.messages import null
+from kvbaton.serving.server.raw import decoded, null, refuse
 
 #: The registry's port, where a request names only its host.
 BOOTSTRAP_PORT = 8998
@@ -78,26 +76,17 @@ class Routed(Ruled, kw_only=True):
             )
             found.append(Meeting(room, host, port or BOOTSTRAP_PORT))
         if len({meeting.room for meeting in found}) < prompts:
-            _refuse("bootstrap_room", "two prompts have the same room")
+            refuse("bootstrap_room", "two prompts have the same room")
         return found
 
 
 def _values(raw: Raw, kind: Any, name: str) -> Any:
-    if len(raw) > MAX_LIST_BYTES:
-        _refuse(name, f"{len(raw)} bytes are more than {MAX_LIST_BYTES}")
-    try:
-        return msgspec.json.decode(raw, type=kind | Annotated[list[kind], Meta(min_length=1)] | None)
-    except msgspec.MsgspecError as error:
-        _refuse(name, str(error).partition(" - at ")[0])
+    return decoded(raw, kind | Annotated[list[kind], Meta(min_length=1)], name, MAX_LIST_BYTES)
 
 
 def _one(values: Any, index: int, prompts: int, choices: int, name: str) -> Any:
     if not isinstance(values, list):
         return values
     if len(values) not in (prompts, prompts * choices):
-        _refuse(name, f"{len(values)} values are not one for each of {prompts} prompts")
+        refuse(name, f"{len(values)} values are not one for each of {prompts} prompts")
     return values[index * (len(values) // prompts)]
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise ConfigError(f"{name}: {why}")

@@ -9,15 +9,14 @@ This file must not know HTTP, engines' threads or tokenizers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, NoReturn
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
-from kvbaton.errors import ConfigError
 from kvbaton.serving.engine.request import MAX_TOP_LOGPROBS, Handoff, Sampling
 from kvbaton.serving.server.fields import Kind, check_known, with_known
-from kvbaton.serving.server.messages import null
 from kvbaton.serving.server.openai import (
     Choices,
     Count,
@@ -36,6 +35,7 @@ from kvbaton.serving.server.openai import (
 )
 from kvbaton.serving.server.parsing import explained
 from kvbaton.serving.server.prompts import Prompt, prompts_of
+from kvbaton.serving.server.raw import null, refuse
 from kvbaton.serving.server.routing import Routed
 
 #: max_new_tokens of a request that does not say, as SGLang's; clipped to what there is room for.
@@ -66,7 +66,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 _PARAMS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(with_known(SamplingParams, "sampling_params", strict=False))
 
 
-class GenerateRequest(Routed, kw_only=True):
+class GenerateRequest(Routed, kw_only=True, dict=True):
     kind: ClassVar[Kind] = "generate"
 
     text: Raw = field(default_factory=null)
@@ -79,27 +79,28 @@ class GenerateRequest(Routed, kw_only=True):
 
     def check(self) -> None:
         if (bytes(self.text) == b"null") == (bytes(self.input_ids) == b"null"):
-            _refuse("text", "or input_ids is required, and not both")
+            refuse("text", "or input_ids is required, and not both")
         if self.logprob_start_len not in (None, -1):
-            _refuse("logprob_start_len", "is not implemented: logprobs of prompts are not computed; leave it out")
-        self.params()
+            refuse("logprob_start_len", "is not implemented: logprobs of prompts are not computed; leave it out")
+        _ = self.params
 
+    @cached_property
     def params(self) -> SamplingParams:
-        """Raises ConfigError."""
+        """Decoded once. Raises ConfigError."""
         if bytes(self.sampling_params) == b"null":
             return SamplingParams()
         if len(self.sampling_params) > MAX_PARAMS_BYTES:
-            _refuse("sampling_params", f"{len(self.sampling_params)} bytes are more than {MAX_PARAMS_BYTES}")
+            refuse("sampling_params", f"{len(self.sampling_params)} bytes are more than {MAX_PARAMS_BYTES}")
         try:
             params: SamplingParams = _PARAMS.decode(self.sampling_params)
         except (msgspec.MsgspecError, RecursionError) as error:
-            _refuse("sampling_params", explained(str(error)))
+            refuse("sampling_params", explained(str(error)))
         check_known(params, "sampling_params")
         return params
 
     @property
     def choices(self) -> int:
-        return self.params().n or 1
+        return self.params.n or 1
 
     @property
     def is_batch(self) -> bool:
@@ -112,11 +113,11 @@ class GenerateRequest(Routed, kw_only=True):
         name = "text" if bytes(self.text) != b"null" else "input_ids"
         prompts = prompts_of(getattr(self, name), name, most_tokens)[0]
         if any(isinstance(prompt, str) != (name == "text") for prompt in prompts):
-            _refuse(name, "has the wrong type; texts are text, token ids are input_ids")
+            refuse(name, "has the wrong type; texts are text, token ids are input_ids")
         return prompts
 
     def sampling(self, *, max_tokens: int) -> Sampling:
-        params = self.params()
+        params = self.params
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if params.temperature is None else params.temperature,
@@ -172,7 +173,3 @@ class Generated(Struct, kw_only=True):
     meta_info: MetaInfo
     index: int | UnsetType = UNSET
     handoff: Handoff | UnsetType = UNSET
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise ConfigError(f"{name}: {why}")

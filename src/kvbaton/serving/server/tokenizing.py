@@ -14,10 +14,10 @@ from msgspec import UNSET, Raw, Struct, UnsetType, field
 from kvbaton.errors import ConfigError
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.fields import Kind, Ruled
-from kvbaton.serving.server.messages import null
 from kvbaton.serving.server.openai import ChatRequest
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.prompts import prompts_of
+from kvbaton.serving.server.raw import null
 from kvbaton.serving.server.request_parsing import ApiConfig, RequestParser
 
 
