@@ -106,17 +106,23 @@ def audience_of(host: str, port: int) -> str:
 
 def split(authority: str) -> tuple[str, int]:
     """The plain host and the port of a ``Host`` header; without one HTTP's own, and 0 for what is no port."""
-    host, colon, port = authority.rpartition(":")
-    if not colon or authority.endswith("]") or (":" in host and not host.endswith("]")):
-        return plain(authority), HTTP_PORT
+    host, port = _parted(authority)
+    if port is None:
+        return plain(host), HTTP_PORT
     return plain(host), int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else 0
 
 
 def host_and_port(text: str, *, flag: str) -> tuple[str, int | None]:
     """``HOST``, ``HOST:PORT``, ``[IPv6]`` or ``[IPv6]:PORT``, as an operator writes it. Raises ConfigError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
-        host, port = text, ""
+    host, port = _parted(text)
     if not is_printable_host(host) or (port and not (port.isdecimal() and 0 < int(port) <= 65535)):
         raise ConfigError(f"{flag} {text!r} is neither HOST nor HOST:PORT")
     return unbracketed(host).lower(), int(port) if port else None
+
+
+def _parted(text: str) -> tuple[str, str | None]:
+    """``HOST`` and what stands where a port does; None without one. An IPv6 address with a port is in brackets."""
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
+        return text, None
+    return host, port

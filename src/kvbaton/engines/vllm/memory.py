@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -206,15 +206,7 @@ def _paged_pool(
 
 
 def _without_heads(row: Strided) -> Strided:
-    return Strided(
-        layer=row.layer,
-        name=row.name,
-        region=row.region,
-        offset=row.offset,
-        shape=(row.shape[0], *row.shape[2:]),
-        strides=(row.strides[0], *row.strides[2:]),
-        element_bytes=row.element_bytes,
-    )
+    return replace(row, shape=(row.shape[0], *row.shape[2:]), strides=(row.strides[0], *row.strides[2:]))
 
 
 def _total_heads(spec: Any, vllm_config: Any, tp_size: int) -> int:
