@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import sys
-from pathlib import Path
-
-import msgspec
 
 from kvbaton.cli.signals import exit_on_sigterm
-from kvbaton.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scene", default="", help="only the scene of this name, or those with it in their name")
-    parser.add_argument("--case", default="", help="only cases with one of these in their name, separated by commas")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row on stdout")
-    parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="vLLM's environment, made if missing")
-    parser.add_argument("--build", type=Path, default=Path("build/vllm"), help="where models and logs go")
+    from lab.engines.command import add_campaign_arguments
+
+    add_campaign_arguments(parser, "vllm", "vLLM")
 
 
 def run(options: argparse.Namespace) -> int:
     exit_on_sigterm()
-    from lab.vllm.campaign import PLAYS, Row, perform
+    from lab.engines.command import run_campaign
+    from lab.vllm.campaign import PLAYS
     from lab.vllm.environment import prepare
+    from lab.vllm.scene import opened
 
-    plays = [play for play in PLAYS if play.name == options.scene]
-    plays = plays or [play for play in PLAYS if options.scene in play.name]
-    if not plays:
-        raise ConfigError(f"no scene is called {options.scene!r}; there are: {', '.join(play.name for play in PLAYS)}")
-    python = prepare(options.venv.absolute())
-    logs = options.build / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-
-    def tell(row: Row) -> None:
-        if options.json:
-            print(msgspec.json.encode(row).decode(), flush=True)
-        mark = "ok  " if row.ok else "FAIL"
-        print(f"{mark} {row.scene}: {row.case} ({row.seconds:.0f} s): {row.said}", file=sys.stderr, flush=True)
-
-    rows = asyncio.run(
-        perform(plays, only=options.case, python=python, models=options.build / "models", logs=logs, tell=tell)
-    )
-    print(f"{sum(row.ok for row in rows)} of {len(rows)} cases green", file=sys.stderr)
-    return 0 if rows and all(row.ok for row in rows) else 1
+    return run_campaign(options, PLAYS, opened, prepare)

@@ -1,42 +1,16 @@
-"""Which cases run on which scene, and a row for each."""
+"""Which cases run on which scene."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import aiohttp
-
-from kvbaton.errors import KVBatonError
+from lab.engines.campaign import Play
 from lab.sglang import cases
-from lab.sglang.cases import Case
-from lab.sglang.requests import Refused
-from lab.sglang.scene import Scene, Setting, opened
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    scene: str
-    case: str
-    ok: bool
-    seconds: float
-    said: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Play:
-    """One scene and its cases, in order."""
-
-    name: str
-    setting: Setting
-    cases: tuple[Case, ...]
-
+from lab.sglang.scene import Scene, Setting
 
 TOKENS = (cases.lengths, cases.many_at_once)
 
-PLAYS: Sequence[Play] = (
+PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(
         name="qwen3",
         setting=Setting(family="qwen3"),
@@ -79,35 +53,3 @@ PLAYS: Sequence[Play] = (
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=TOKENS),
     Play(name="gemma3", setting=Setting(family="gemma3"), cases=TOKENS),
 )
-
-
-async def perform(
-    plays: Sequence[Play], *, only: str, python: Path, models: Path, logs: Path, tell: Callable[[Row], None]
-) -> list[Row]:
-    """Run what ``only`` names (a part of a case's name; empty: all)."""
-    rows: list[Row] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
-        tell(row)
-
-    for play in plays:
-        chosen = [case for case in play.cases if only in case.__name__]
-        if not chosen:
-            continue
-        try:
-            async with opened(play.setting, name=play.name, python=python, models=models, logs=logs) as scene:
-                for case in chosen:
-                    add(await _row(play, case, scene))
-        except KVBatonError as error:
-            add(Row(scene=play.name, case="start", ok=False, seconds=0.0, said=str(error)))
-    return rows
-
-
-async def _row(play: Play, case: Case, scene: Scene) -> Row:
-    started = time.monotonic()
-    try:
-        ok, said = True, await case(scene)
-    except (AssertionError, KVBatonError, Refused, aiohttp.ClientError, TimeoutError) as error:
-        ok, said = False, f"{type(error).__name__}: {error}"
-    return Row(scene=play.name, case=case.__name__, ok=ok, seconds=time.monotonic() - started, said=said)

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,15 @@ import aiohttp
 import msgspec
 
 from kvbaton.serving.fleet import free_ports
+from lab.engines.campaign import check
+from lab.engines.requests import Refused, prompt
 from lab.sglang.contract import DIRECTORY, KEPT, read
-from lab.sglang.requests import Refused, new_room, prompt
+from lab.sglang.requests import new_room
 from lab.sglang.scene import Scene
-
-Case = Callable[[Scene], Awaitable[str]]
 
 #: Around one page of 16 tokens and chunks of 512.
 LENGTHS = (5, 15, 16, 17, 100, 127, 511, 512, 513, 800, 1024, 1300)
 LONG = 3500
-
-
-def check(got: Any, expected: Any, what: str) -> None:
-    if got != expected:
-        raise AssertionError(f"{what}: {got} instead of {expected}")
 
 
 async def lengths(scene: Scene) -> str:
@@ -244,7 +238,7 @@ async def retraction(scene: Scene) -> str:
         [answer == await scene.client.alone(tokens, count=200) for tokens, answer in zip(prompts, got, strict=True)]
     )
     check(equal, len(prompts), "equal")
-    values = await scene.decode.metrics(scene.session)
+    values = await scene.decode.sums(scene.session)
     count = values.get("sglang:num_retracted_requests_total", 0.0)
     if not count:
         raise AssertionError("nothing was retracted")
@@ -253,7 +247,7 @@ async def retraction(scene: Scene) -> str:
 
 async def metrics(scene: Scene) -> str:
     """SGLang's own metrics of hand-offs are fed."""
-    values = await scene.prefill.metrics(scene.session)
+    values = await scene.prefill.sums(scene.session)
     found = {
         name: values[name] for name in sorted(values) if "kv_transfer" in name and name.endswith(("_sum", "_count"))
     }

@@ -6,11 +6,10 @@ SGLang asks for the CUDA builds of its kernels and of torchvision. Neither is ca
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from kvbaton.errors import ConfigError
+from lab.engines.environment import pip, run
 
 SGLANG = "0.5.23"
 TORCH = "torch==2.13.0"
@@ -39,11 +38,11 @@ def prepare(directory: Path) -> Path:
     ready = directory / ".ready"
     if ready.is_file() and ready.read_text() == SGLANG:
         return python
-    _run(sys.executable, "-m", "venv", "--clear", str(directory))
-    _pip(python, "install", "--no-deps", TORCH)
-    _pip(python, "install", "--no-deps", "--requirement", str(PINNED))
-    _pip(python, "install", "--no-deps", *BARE)
-    _pip(python, "install", "--no-deps", "--editable", str(ROOT))
+    run(sys.executable, "-m", "venv", "--clear", str(directory))
+    pip(python, "install", "--no-deps", TORCH)
+    pip(python, "install", "--no-deps", "--requirement", str(PINNED))
+    pip(python, "install", "--no-deps", *BARE)
+    pip(python, "install", "--no-deps", "--editable", str(ROOT))
     patch(next((directory / "lib").glob("python*/site-packages")))
     ready.write_text(SGLANG)
     return python
@@ -56,13 +55,3 @@ def patch(packages: Path) -> None:
     (stub / "__init__.py").write_text(_STUB)
     vision = packages / "torchvision" / "__init__.py"
     vision.write_text(vision.read_text().replace("    _meta_registrations,\n", ""))
-
-
-def _pip(python: Path, *arguments: str) -> None:
-    _run(str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
-
-
-def _run(*command: str) -> None:
-    ended = subprocess.run(command, check=False, stdout=sys.stderr)
-    if ended.returncode:
-        raise ConfigError(f"{' '.join(command)} ended with {ended.returncode}")

@@ -6,29 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.conformance.families import write_weights
+from lab.engines.models import FULL_ATTENTION, SLIDING_ATTENTION, VOCABULARY, WINDOW, write_weights_of
 
-VOCABULARY = 512
-#: Tokens that a sliding window sees.
-WINDOW = 128
-MAX_POSITIONS = 4096
-
-_FULL, _WINDOW = "full_attention", "sliding_attention"
-_COMMON: Mapping[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": MAX_POSITIONS,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": VOCABULARY - 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
 _DEEPSEEK: Mapping[str, Any] = {
     "head_dim": None,
     "num_key_value_heads": 8,
@@ -56,7 +35,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
             "query_pre_attn_scalar": 32,
             "sliding_window": WINDOW,
             "num_hidden_layers": 6,
-            "layer_types": [_WINDOW] * 5 + [_FULL],
+            "layer_types": [SLIDING_ATTENTION] * 5 + [FULL_ATTENTION],
         },
     ),
 }
@@ -64,12 +43,9 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
 
 def write_model(family: str, directory: Path) -> Path:
     """Make the checkpoint of one family in ``directory``, unless it is there."""
-    import transformers
-
     if not (directory / "tokenizer.json").exists():
         name, own = FAMILIES[family]
-        settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None or key.endswith("_id")}
-        write_weights(getattr(transformers, name)(**settings), directory)
+        write_weights_of(name, own, directory)
         _write_tokenizer(directory)
     return directory
 

@@ -10,24 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from lab.sglang.models import VOCABULARY
+from lab.engines.requests import Refused
 
 SECONDS = 240.0
 TOKENS = 8
-
-
-class Refused(Exception):
-    """A server answered with an error: status and text."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"HTTP {status}: {text[:300]}")
-        self.status = status
-        self.text = text
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    chance = random.Random(seed)
-    return [chance.randrange(3, VOCABULARY - 2) for _ in range(length)]
 
 
 def new_room() -> int:

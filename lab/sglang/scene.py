@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from kvbaton.serving.fleet import free_ports
+from lab.engines.campaign import Play
 from lab.sglang.contract import DIRECTORY, plug_in
 from lab.sglang.models import write_model
 from lab.sglang.requests import Client
@@ -76,14 +77,13 @@ class Scene:
 
     async def again(self, server: SglangServer) -> None:
         """A server that was killed, started anew."""
-        server.kill()
-        server.start()
-        await server.ready(self.session)
+        await server.again(self.session)
 
 
 @contextlib.asynccontextmanager
-async def opened(setting: Setting, *, name: str, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
-    """Start the three servers; ends them."""
+async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
+    """Start the three servers; ends them. The play's name names the logs."""
+    name, setting = play.name, play.setting
     model = write_model(setting.family, models / setting.family)
     ports = free_ports(4)
     options = dict(setting.options)

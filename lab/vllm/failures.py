@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lab.vllm.cases import check, tokens_of
-from lab.vllm.requests import Refused, new_room, prompt
+from lab.engines.campaign import check
+from lab.engines.requests import Refused, prompt
+from lab.vllm.requests import new_room, tokens_of
 from lab.vllm.scene import Scene
 
 #: Tokens of a prompt that takes several steps.

@@ -6,29 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.conformance.families import write_weights
-
-VOCABULARY = 512
-#: Tokens that a sliding window sees; vLLM's block on a CPU is as large.
-WINDOW = 128
-MAX_POSITIONS = 4096
-
-_FULL, _WINDOW = "full_attention", "sliding_attention"
-_COMMON: Mapping[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": MAX_POSITIONS,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": VOCABULARY - 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
+from lab.engines.models import FULL_ATTENTION, MAX_POSITIONS, SLIDING_ATTENTION, VOCABULARY, WINDOW, write_weights_of
 
 #: Family: configuration class of transformers, what it sets beside the common sizes, and the dtype it runs in.
 FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
@@ -39,7 +17,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
-            "layer_types": [_WINDOW, _FULL] * 2,
+            "layer_types": [SLIDING_ATTENTION, FULL_ATTENTION] * 2,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 150000.0,
@@ -58,7 +36,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
             "query_pre_attn_scalar": 32,
             "sliding_window": WINDOW,
             "num_hidden_layers": 6,
-            "layer_types": [_WINDOW] * 5 + [_FULL],
+            "layer_types": [SLIDING_ATTENTION] * 5 + [FULL_ATTENTION],
         },
         "float32",
     ),
@@ -107,12 +85,9 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
 
 def write_model(family: str, directory: Path) -> Path:
     """Make the checkpoint and the tokenizer of one family in ``directory``, unless they are there."""
-    import transformers
-
     if not (directory / "config.json").exists():
         name, own, _ = FAMILIES[family]
-        settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None or key.endswith("_id")}
-        write_weights(getattr(transformers, name)(**settings), directory)
+        write_weights_of(name, own, directory)
     if not (directory / "tokenizer.json").exists():
         _write_tokenizer(directory)
     return directory

@@ -10,23 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from lab.vllm.models import VOCABULARY
+from lab.engines.requests import Refused, prompt
 
 SECONDS = 120.0
 TOKENS = 8
-
-
-class Refused(Exception):
-    """A server answered with an error: status and text."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"HTTP {status}: {text[:200]}")
-        self.status = status
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    chance = random.Random(seed)
-    return [chance.randrange(3, VOCABULARY - 2) for _ in range(length)]
 
 
 def new_room() -> str:
@@ -70,7 +57,7 @@ class Client:
 
     async def alone(self, tokens: Sequence[int], **more: Any) -> list[list[int]]:
         """The answers of the plain instance."""
-        return answers(await self.complete(self.plain, tokens, **more))
+        return tokens_of(await self.complete(self.plain, tokens, **more))
 
     async def to_prefill(self, tokens: Sequence[int], room: str | None = None) -> dict[str, Any]:
         """Prefill's ``kv_transfer_params``."""
@@ -82,14 +69,14 @@ class Client:
 
     async def sequential(self, tokens: Sequence[int], **more: Any) -> list[list[int]]:
         params = await self.to_prefill(tokens)
-        return answers(await self.complete(self.decode, tokens, params=params or None, **more))
+        return tokens_of(await self.complete(self.decode, tokens, params=params or None, **more))
 
     async def concurrent(self, tokens: Sequence[int], sources: Sequence[str], **more: Any) -> list[list[int]]:
         room = new_room()
         params = {"do_remote_prefill": True, "kvbaton_room": room, "kvbaton_sources": list(sources)}
         prefill = asyncio.create_task(self.to_prefill(tokens, room))
         try:
-            return answers(await self.complete(self.decode, tokens, params=params, **more))
+            return tokens_of(await self.complete(self.decode, tokens, params=params, **more))
         finally:
             await asyncio.gather(prefill, return_exceptions=True)
 
@@ -102,5 +89,6 @@ class Client:
         return found
 
 
-def answers(answer: dict[str, Any]) -> list[list[int]]:
+def tokens_of(answer: dict[str, Any]) -> list[list[int]]:
+    """The tokens of each answer."""
     return [choice["token_ids"] for choice in answer["choices"]]

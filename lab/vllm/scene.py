@@ -15,6 +15,7 @@ import aiohttp
 
 from kvbaton.errors import ConfigError
 from kvbaton.serving.fleet import free_ports
+from lab.engines.campaign import Play
 from lab.vllm.contract import DIRECTORY
 from lab.vllm.models import FAMILIES, write_model
 from lab.vllm.requests import Client
@@ -84,9 +85,7 @@ class Scene:
 
     async def again(self, server: VllmServer) -> None:
         """A server that was killed, started anew."""
-        server.kill()
-        server.start()
-        await server.ready(self.session)
+        await server.again(self.session)
 
     async def serves(self) -> Any:
         """One hand-off, to see that everybody is alive."""
@@ -94,8 +93,9 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
-async def opened(setting: Setting, *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
+async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
     """Start the three servers, or five; ends them."""
+    setting = play.setting
     model = write_model(setting.family, models / setting.family)
     pairs = ["", "rival "] if setting.rival else [""]
     places: list[tuple[str, str, Role]] = [("", "plain", "plain")]

@@ -14,10 +14,11 @@ from aiohttp import web
 from kvbaton.serving.fleet import free_ports
 from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.workers import Worker
-from lab.vllm.cases import check, tokens_of
+from lab.engines.campaign import check
+from lab.engines.requests import prompt
 from lab.vllm.contract import KEPT, read
 from lab.vllm.failures import DEAD
-from lab.vllm.requests import prompt
+from lab.vllm.requests import tokens_of
 from lab.vllm.scene import Scene
 
 #: Requests of the long case, and how many are counted at a time; one in ``GIVEN_UP`` is.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from lab.vllm.cases import check, tokens_of
-from lab.vllm.requests import Refused, prompt
+from lab.engines.campaign import check
+from lab.engines.requests import Refused, prompt
+from lab.vllm.requests import tokens_of
 from lab.vllm.scene import Scene
 
 #: Around one, two and three blocks, where windows have their edges; and several chunks of 512 tokens.

@@ -59,6 +59,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.serving.engine",
         "lab.conformance",
         "lab.training",
+        "lab.engines.models",
         "lab.vllm.models",
         "lab.sglang.models",
     ),
