@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,11 +67,10 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         self.draining: dict[int, Receiving] = {}
         self.kv = _open(self.cache, rank, options, prefill)
         atexit.register(self.kv.close)
-        try:
+        with ExitStack() as failed:
+            failed.callback(self.kv.close)
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
-        except BaseException:
-            self.kv.close()
-            raise
+            failed.pop_all()
         self.server_socket.close(linger=0)
         self.senders: dict[int, KVBatonSender] = {}
         if prefill and self.pp_size > 1:
