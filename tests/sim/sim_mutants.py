@@ -17,7 +17,7 @@ import msgspec
 
 from kvbaton.handles import KVSender
 from kvbaton.plan import pair as plan
-from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, transfer, transfers
+from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, target_rooms, transfer, transfers
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import AbortRequested
@@ -402,7 +402,7 @@ def closed_rank_does_not_wait(patches: Patches) -> None:
 
 @mutant("a target that gives a room up before it is open tells nobody (our own)")
 def unopened_given_up_in_silence(patches: Patches) -> None:
-    patches.set(rooms.Rooms, "_give_up_unopened", lambda _self, _room: None)
+    patches.set(target_rooms.TargetRooms, "give_up_unopened", lambda _self, _room: None)
 
 
 @mutant("a source frees its units when the last chunk has been posted, not when it has settled (our own)")

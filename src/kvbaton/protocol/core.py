@@ -106,8 +106,8 @@ class Core:
             WriteBroken: self._transfers.on_write_broken,
             SenderOpened: self._rooms.on_sender_opened,
             ChunkSubmitted: self._rooms.on_chunk_submitted,
-            ReceiverOpened: self._rooms.on_receiver_opened,
-            GrantsPublished: self._rooms.on_grants_published,
+            ReceiverOpened: self._rooms.targets.on_receiver_opened,
+            GrantsPublished: self._rooms.targets.on_grants_published,
             AbortRequested: self._rooms.on_abort_requested,
             ShutdownRequested: self._rooms.on_shutdown,
             MessageArrived: self._on_message,
@@ -288,7 +288,7 @@ class Core:
 
     def _on_dial_failed(self, event: DialFailed) -> None:
         self._peers.on_dial_failed(event)
-        self._rooms.dial_failed(event.address, event.error)
+        self._rooms.targets.dial_failed(event.address, event.error)
 
     def _session_changed(self, session: Session) -> None:
         """A session entered a state: transfers and rooms that depend on it learn it at once."""
@@ -300,12 +300,12 @@ class Core:
         elif session.state is SessionState.GONE:
             self._transfers.step_peer(session, On.PEER_GONE, error)
         if session.role == "target":
-            self._rooms.session_changed(session)
+            self._rooms.targets.session_changed(session)
         else:
             self._rooms.staging.sends = True
 
     def _session_needed(self, session: Session) -> bool:
-        return self._rooms.needs(session) or self._transfers.any_with(session)
+        return self._rooms.targets.needs(session) or self._transfers.any_with(session)
 
     def _transfer_changed(self, transfer: Transfer) -> None:
         self._rooms.transfer_changed(transfer)

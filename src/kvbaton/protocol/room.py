@@ -7,6 +7,7 @@ leased. These are plain records and pure functions of them; the core moves them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvbaton.errors import KVBatonError
 from kvbaton.protocol.effects import KVPoll, RoomStatus
@@ -136,3 +137,16 @@ class TargetRoom:
 
 
 Room = SourceRoom | TargetRoom
+
+
+class RoomKeeper(Protocol):
+    """Whoever knows all rooms of a rank, as the parts that look after one half of them see it."""
+
+    def touch(self, room: Room) -> None:
+        """Something happened to a room: conclusions are drawn once the event is done."""
+
+    def fail(self, room: Room, error: KVBatonError) -> None:
+        """End a room for its engine; the first root cause wins."""
+
+    def begin(self, room: Room, transfer: Transfer) -> None:
+        """Begin one of a room's transfers."""

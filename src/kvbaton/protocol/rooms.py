@@ -14,9 +14,7 @@ had them: a target that opens late gets all of them at once. Three memories make
   and then the number is free for another request (:class:`_Unmet`);
 - tombstones of transfers (see ``transfers``): a copy of an ``Open`` that was answered begins nothing.
 
-Target rooms. A room is opened with all source ranks in one step, when pages are granted *and* every session is ready:
-one id is minted for all of them, and the set of sources is checked to be one whole group that writes each byte of ours
-once. Until then nothing of ours may be written, so a failure needs no drain.
+Target rooms are opened in ``target_rooms``.
 
 Conclusions are drawn in one place. Whatever happens touches a room; :meth:`Rooms.settle` looks at each touched room
 once, after the event is done: it fails the room if one of its transfers has failed (the first root cause wins, and
@@ -31,38 +29,31 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import cast
 
 from kvbaton.errors import (
-    CapacityError,
-    ConfigError,
     ExpiredError,
-    IncompatibleError,
     InternalError,
     KVBatonError,
     OverloadedError,
-    PeerLostError,
     RemoteProtocolError,
     TransferFailedError,
 )
-from kvbaton.plan.pair import PairPlan, PartId, check_coverage
 from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
     ChunkSubmitted,
-    GrantsPublished,
-    ReceiverOpened,
     SenderOpened,
     ShutdownRequested,
 )
 from kvbaton.protocol.grants import check_grants, check_staging, parts_of
-from kvbaton.protocol.messages import MAX_UNITS_PER_GRANT, Failed, Grant, Open, PartBytes, Role, TransferKey, clip
+from kvbaton.protocol.messages import Failed, Open, Role, clip
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.room import Room, SourceRoom, TargetRoom
 from kvbaton.protocol.session import Session, SessionState
-from kvbaton.protocol.transfer import Incoming, Lease, On, Outgoing, State, Transfer
+from kvbaton.protocol.target_rooms import TargetRooms
+from kvbaton.protocol.transfer import On, Outgoing, State, Transfer
 from kvbaton.protocol.transfers import Transfers
 
 #: Rooms that failed before the other party came (our engine, or a target), remembered so that it learns why.
@@ -95,29 +86,28 @@ class Rooms:
         self._peers = peers
         self._transfers = transfers
         self._sources: dict[int, SourceRoom] = {}
-        self._targets: dict[int, TargetRoom] = {}
         self._touched: dict[int, Room] = {}
         self.staging = StagingPool(context.identity.layout, context.settings.staging, context.settings.costs)
         self._homes: dict[Transfer, Room] = {}
         self._failed_before_sender: OrderedDict[int, _Unmet] = OrderedDict()
         self._failed_before_open: OrderedDict[int, _Unmet] = OrderedDict()
-        self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self.targets = TargetRooms(context, peers, self, self.staging)
 
     def all(self) -> list[Room]:
-        return [*self._sources.values(), *self._targets.values()]
+        return [*self._sources.values(), *self.targets.rooms.values()]
 
     def sizes(self) -> dict[str, int]:
         return {
-            "rooms": len(self._sources) + len(self._targets),
+            "rooms": len(self._sources) + len(self.targets.rooms),
             "homes": len(self._homes),
             "early_failures": len(self._failed_before_sender) + len(self._failed_before_open),
-            "groups_covered": len(self._covered),
+            "groups_covered": self.targets.groups_covered,
             "staging_slots_busy": self.staging.slots - len(self.staging),
         }
 
     def find(self, room: int) -> list[Room]:
         """The records of a room, as source and as target."""
-        return [record for record in (self._sources.get(room), self._targets.get(room)) if record is not None]
+        return [record for record in (self._sources.get(room), self.targets.rooms.get(room)) if record is not None]
 
     def wants_chunks(self, room: int) -> bool:
         """Whether a chunk for this room would still be used."""
@@ -131,32 +121,7 @@ class Rooms:
             transfer.incoming.leases = {}
         room = self._homes.get(transfer)
         if room is not None:
-            self._touch(room)
-
-    def needs(self, session: Session) -> bool:
-        """Whether a room of ours still waits for a session."""
-        return any(
-            session.address in (room.sources if room.error is None else room.untold) for room in self._targets.values()
-        )
-
-    def dial_failed(self, address: str, error: KVBatonError) -> None:
-        for room in list(self._targets.values()):
-            if address in room.sources and not room.transfers:
-                self.fail(room, error)
-            room.untold.discard(address)
-
-    def session_changed(self, session: Session) -> None:
-        """Rooms that wait for a session go on, or fail with its reason."""
-        for room in list(self._targets.values()):
-            if session.address in room.untold:
-                self._tell_unopened(room, session)
-                self._touch(room)
-            if session.address not in room.sources or room.transfers:
-                continue
-            if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
-                self.fail(room, session.error or PeerLostError("the peer is gone", peer=session.name))
-            elif session.state is SessionState.READY:
-                self._go_on(room)
+            self.touch(room)
 
     # ---- source rooms -------------------------------------------------------------------------------------------
 
@@ -170,7 +135,7 @@ class Rooms:
         room.has_sender = True
         self._context.record(event.room, "sender opened")
         self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
-        self._touch(room)
+        self.touch(room)
 
     def on_open(self, session: Session, message: Open) -> None:
         """A target opens a room here, perhaps before our engine knows it."""
@@ -209,17 +174,15 @@ class Rooms:
         transfer = Transfer(key, session.peer, self._context, outgoing=outgoing)
         self._sources[key.room] = room
         room.group, room.expected = session.hello.group, session.hello.group_size
-        room.transfers[session.peer] = transfer
-        self._homes[transfer] = room
         self._failed_before_sender.pop(key.room, None)
         self._failed_before_open.pop(key.room, None)
         self._context.record(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
-        self._transfers.begin(transfer)
+        self.begin(room, transfer)
         if room.error is not None:
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
         for chunk in room.chunks:
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, chunk)
-        self._touch(room)
+        self.touch(room)
 
     def _room_for(self, session: Session, message: Open) -> SourceRoom:
         key = message.key
@@ -259,115 +222,13 @@ class Rooms:
         )
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, event.chunk)
-        self._touch(room)
+        self.touch(room)
 
-    # ---- target rooms -------------------------------------------------------------------------------------------
-
-    def on_receiver_opened(self, event: ReceiverOpened) -> None:
-        room = self._targets[event.room] = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
-        self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
-        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
-        for address in event.sources:
-            self._peers.dial(address)
-            session = self._peers.at(address)
-            if session is not None and session.refused_for_now:
-                session.say_hello_again(self._context.now)
-            elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
-                self.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
-        self._go_on(room)
-
-    def on_grants_published(self, event: GrantsPublished) -> None:
-        room = self._targets.get(event.room)
-        if room is None or room.error is not None:
-            return
-        room.grants, room.token_count = event.grants, event.token_count
-        self._go_on(room)
-
-    def _go_on(self, room: TargetRoom) -> None:
-        """Agree once all sessions are ready; then open the room if it is granted."""
-        self._touch(room)
-        ready = self._ready(room)
-        if room.transfers or room.error is not None or len(ready) < len(room.sources):
-            return
-        try:
-            self._check_group(ready)
-        except (IncompatibleError, ConfigError) as error:
-            self.fail(room, error)
-            return
-        room.agreed = True
-        if room.grants is not None:
-            self._open(room, ready, room.grants)
-
-    def _ready(self, room: TargetRoom) -> list[Session]:
-        sessions = [self._peers.at(address) for address in room.sources]
-        return [s for s in sessions if s is not None and s.state is SessionState.READY]
-
-    def _open(self, room: TargetRoom, ready: list[Session], grants: tuple[Grant, ...]) -> None:
-        """Open the room with every source rank."""
-        try:
-            manifests = [parts_of(cast(PairPlan, session.pair), grants) for session in ready]
-            for grant in grants:
-                if len(grant.units) > MAX_UNITS_PER_GRANT:
-                    raise CapacityError(
-                        f"pool {grant.pool!r}: {len(grant.units)} units are more than the {MAX_UNITS_PER_GRANT} that a "
-                        "message carries; use larger pages"
-                    )
-        except (IncompatibleError, ConfigError) as error:
-            self.fail(room, error)
-            return
-        key = TransferKey(room.room, self._context.mint())
-        for session, parts in zip(ready, manifests, strict=True):
-            incoming = Incoming(
-                grants=grants,
-                parts=parts,
-                token_count=room.token_count,
-                begun=room.begun,
-                leases=self._lease_staging(session, parts, grants),
-            )
-            transfer = Transfer(key, session.peer, self._context, incoming=incoming)
-            room.transfers[session.peer] = transfer
-            self._homes[transfer] = room
-            self._transfers.begin(transfer)
-        self._context.timers.cancel(room, "deadline")
-        self._context.record(room.room, f"{key} opened with {len(ready)} source ranks")
-
-    def _lease_staging(
-        self, session: Session, parts: tuple[PartBytes, ...], grants: tuple[Grant, ...]
-    ) -> dict[PartId, Lease]:
-        """Staging slots for the parts of one writer that travel cheaper that way, as far as slots are free."""
-        wanted = {part.part for part in parts}
-        by_pool = {grant.pool: grant for grant in grants}
-        leases = {}
-        for staged in session.staged:
-            if staged is None or staged.part.id not in wanted:
-                continue
-            grant = by_pool[staged.part.id.pool]
-            blocks = staged.part.blocks(grant.token_start, grant.token_stop)
-            slots = self.staging.lease(staged, len(blocks))
-            if slots:
-                leases[staged.part.id] = Lease(staged=staged, slots=slots, first=blocks.start)
-        return leases
-
-    def _check_group(self, sessions: list[Session]) -> None:
-        """The sources must be one whole group whose ranks together write all of our memory, once."""
-        instances = tuple(session.peer for session in sessions)
-        if instances in self._covered:
-            return
-        hellos = [session.hello for session in sessions if session.hello is not None]
-        if len({hello.group for hello in hellos}) != 1 or len(hellos) != hellos[0].group_size:
-            raise IncompatibleError(
-                f"the source addresses belong to groups {sorted({h.group for h in hellos})} with "
-                f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the address of every rank",
-                field="sources",
-            )
-        check_coverage([hello.layout for hello in hellos], self._context.identity.layout)
-        self._covered[instances] = None
-        if len(self._covered) > self._context.settings.sessions:
-            self._covered.popitem(last=False)
+    # ---- conclusions -------------------------------------------------------------------------------------------------
 
     def on_abort_requested(self, event: AbortRequested) -> None:
         room: Room | None
-        room = self._sources.get(event.room) if event.role == "source" else self._targets.get(event.room)
+        room = self._sources.get(event.room) if event.role == "source" else self.targets.rooms.get(event.room)
         if room is None or room.status().poll in (KVPoll.Failed, KVPoll.Success):
             return
         self.fail(room, event.error)
@@ -383,34 +244,17 @@ class Rooms:
             room.error = error.in_room(room.room, room.reported.poll.name)
             self._context.record(room.room, f"failed: {room.error}")
             if isinstance(room, TargetRoom) and not room.transfers:
-                self._give_up_unopened(room)
+                self.targets.give_up_unopened(room)
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
-        self._touch(room)
+        self.touch(room)
 
-    def _give_up_unopened(self, room: TargetRoom) -> None:
-        """Tell every source, now or as soon as it can be reached: it would wait for an Open that never comes."""
-        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.announce_seconds)
-        room.untold.update(room.sources)
-        for address in room.sources:
-            session = self._peers.at(address)
-            if session is not None:
-                self._tell_unopened(room, session)
-
-    def _tell_unopened(self, room: TargetRoom, session: Session) -> None:
-        if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
-            room.untold.discard(session.address)
-        if session.state is not SessionState.READY:
-            return
-        room.untold.discard(session.address)
-        key = TransferKey(room.room, self._context.mint())
-        transfer = Transfer(key, session.peer, self._context, incoming=Incoming(grants=(), parts=(), token_count=0))
-        transfer.error = room.error
-        room.transfers[session.peer] = transfer
+    def begin(self, room: Room, transfer: Transfer) -> None:
+        room.transfers[transfer.peer] = transfer
         self._homes[transfer] = room
         self._transfers.begin(transfer)
 
-    def _touch(self, room: Room) -> None:
+    def touch(self, room: Room) -> None:
         self._touched[id(room)] = room
 
     def settle(self) -> None:
@@ -440,7 +284,7 @@ class Rooms:
 
     def _is_current(self, room: Room) -> bool:
         """Whether this record is the one that its number stands for; an older one only ends what it owes."""
-        return self._sources.get(room.room) is room or self._targets.get(room.room) is room
+        return self._sources.get(room.room) is room or self.targets.rooms.get(room.room) is room
 
     def _remove(self, room: Room) -> None:
         self._context.timers.cancel(room, "deadline")
@@ -449,7 +293,7 @@ class Rooms:
         if not self._is_current(room):
             return
         if isinstance(room, TargetRoom):
-            del self._targets[room.room]
+            del self.targets.rooms[room.room]
             return
         del self._sources[room.room]
         if room.error is not None and not (room.has_sender and room.opened):
@@ -498,7 +342,7 @@ class Rooms:
         """A room did not start in time, or those that are to hear of its end have stayed away."""
         if isinstance(room, TargetRoom) and room.error is not None:
             room.untold.clear()
-            self._touch(room)
+            self.touch(room)
         else:
             self.fail(room, self._bootstrap_error(room))
 

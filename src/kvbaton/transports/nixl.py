@@ -18,12 +18,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -33,7 +30,6 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import ConfigError, DisconnectedError, TransportError
 from kvbaton.layout import Region
-from kvbaton.transports import nixl_package
 from kvbaton.transports.base import (
     Capabilities,
     Handle,
@@ -44,7 +40,7 @@ from kvbaton.transports.base import (
     check_entries,
     check_table,
 )
-from kvbaton.transports.ucxlog import UcxLog
+from kvbaton.transports.nixl_library import library
 
 #: How long ``fence`` lets writes to the fenced peer settle before it replaces the agent.
 FENCE_SETTLE_SECONDS = 0.05
@@ -96,58 +92,6 @@ class _Write:
     forgotten: bool = False
 
 
-class _Library:
-    """nixl, imported once, and its exceptions."""
-
-    def __init__(self) -> None:
-        self.log = UcxLog()
-        with ExitStack() as failed:
-            failed.callback(self.log.close)
-            self.api = self._import()
-            failed.pop_all()
-        bindings: ModuleType = self.api.nixlBind
-        raised: list[type[Exception]] = [
-            kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)
-        ]
-        self.errors: tuple[type[Exception], ...] = (*raised, RuntimeError, ValueError, TypeError, LookupError)
-        self._gone = (bindings.nixlRemoteDisconnectError,)
-        self._no_table = (bindings.nixlNotFoundError,)
-
-    @staticmethod
-    def _import() -> Any:
-        raise_exceptions = logging.raiseExceptions
-        api = nixl_package.load()
-        logging.raiseExceptions = raise_exceptions  # nixl turns it off for the whole process
-        if "NIXL_LOG_LEVEL" not in os.environ:  # and writes INFO lines to stdout, which belongs to data
-            logger = logging.getLogger("nixl")
-            logger.handlers.clear()
-            logger.propagate = True
-            logger.setLevel(logging.WARNING)
-        return api
-
-    def is_disconnect(self, error: Exception) -> bool:
-        return isinstance(error, self._gone)
-
-    def translate(self, error: Exception, doing: str, peer: str = "") -> TransportError:
-        """The one place where nixl's exceptions become ours."""
-        name = type(error).__name__
-        if self.is_disconnect(error):
-            return DisconnectedError(f"{doing}: the peer is gone ({name})", peer=peer)
-        if isinstance(error, self._no_table):
-            return TransportError(f"{doing}: memory is not registered, or the peer is not known ({name})", peer=peer)
-        return TransportError(f"{doing}: {name}: {error}", peer=peer)
-
-
-_library: _Library | None = None
-
-
-def _load() -> _Library:
-    global _library
-    if _library is None:
-        _library = _Library()
-    return _library
-
-
 class NixlTransport(Transport):
     """See the module. ``instance`` becomes the name of the nixl agent."""
 
@@ -155,7 +99,7 @@ class NixlTransport(Transport):
         if not instance:
             raise ConfigError("a nixl agent needs a name: pass the instance id")
         self._instance = instance
-        self._nixl = _load()
+        self._nixl = library()
         self._closed = False
         self._regions: list[Region] = []
         self._registered: list[tuple[list[Region], Any]] = []  # with the agent that is there

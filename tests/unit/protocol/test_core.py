@@ -11,7 +11,7 @@ import pytest
 from kvbaton.errors import AbortedError, DisconnectedError, InternalError
 from kvbaton.layout import CacheLayout
 from kvbaton.plan.pair import check_coverage
-from kvbaton.protocol import rooms
+from kvbaton.protocol import rooms, target_rooms
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import Dial, KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
@@ -373,7 +373,7 @@ def test_of_the_groups_that_were_checked_the_latest_are_remembered(monkeypatch: 
         checked.append(sources)
         check_coverage(sources, target)
 
-    monkeypatch.setattr(rooms, "check_coverage", check)
+    monkeypatch.setattr(target_rooms, "check_coverage", check)
     world = World(Settings(sessions=1))
     first, second = (add_group(world, PAIR, side="source", name=name)[0] for name in ("a", "b"))
     target = add_group(world, PAIR, side="target")[0]

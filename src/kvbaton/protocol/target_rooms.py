@@ -1,0 +1,187 @@
+"""The target half of a rank's rooms: agree with every source, open a room with all of them at once, or say that it
+never will be opened.
+
+A room is opened with all source ranks in one step, when pages are granted *and* every session is ready: one id is
+minted for all of them, and the set of sources is checked to be one whole group that writes each byte of ours once.
+Until then nothing of ours may be written, so a failure needs no drain; but its sources wait for an Open, so each is
+told, now or as soon as it can be reached.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import cast
+
+from kvbaton.errors import CapacityError, ConfigError, IncompatibleError, KVBatonError, PeerLostError
+from kvbaton.plan.pair import PairPlan, PartId, check_coverage
+from kvbaton.plan.staging import StagingPool
+from kvbaton.protocol.context import Context
+from kvbaton.protocol.events import GrantsPublished, ReceiverOpened
+from kvbaton.protocol.grants import parts_of
+from kvbaton.protocol.messages import MAX_UNITS_PER_GRANT, Grant, PartBytes, TransferKey
+from kvbaton.protocol.peers import Peers
+from kvbaton.protocol.room import RoomKeeper, TargetRoom
+from kvbaton.protocol.session import Session, SessionState
+from kvbaton.protocol.transfer import Incoming, Lease, Transfer
+
+
+class TargetRooms:
+    """See the module. ``keeper`` draws the conclusions from what happens to a room."""
+
+    def __init__(self, context: Context, peers: Peers, keeper: RoomKeeper, staging: StagingPool) -> None:
+        self._context = context
+        self._peers = peers
+        self._keeper = keeper
+        self._staging = staging
+        self.rooms: dict[int, TargetRoom] = {}  #: current records, by number
+        self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
+
+    @property
+    def groups_covered(self) -> int:
+        """Groups of sources that are known to write all of our memory, each byte once."""
+        return len(self._covered)
+
+    def needs(self, session: Session) -> bool:
+        """Whether a room of ours still waits for a session."""
+        return any(
+            session.address in (room.sources if room.error is None else room.untold) for room in self.rooms.values()
+        )
+
+    def on_receiver_opened(self, event: ReceiverOpened) -> None:
+        room = self.rooms[event.room] = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
+        self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
+        for address in event.sources:
+            self._peers.dial(address)
+            session = self._peers.at(address)
+            if session is not None and session.refused_for_now:
+                session.say_hello_again(self._context.now)
+            elif session is not None and session.state in (SessionState.REFUSED, SessionState.LOST):
+                self._keeper.fail(room, session.error or PeerLostError("the peer is lost", peer=session.name))
+        self._go_on(room)
+
+    def on_grants_published(self, event: GrantsPublished) -> None:
+        room = self.rooms.get(event.room)
+        if room is None or room.error is not None:
+            return
+        room.grants, room.token_count = event.grants, event.token_count
+        self._go_on(room)
+
+    def _go_on(self, room: TargetRoom) -> None:
+        """Agree once all sessions are ready; then open the room if it is granted."""
+        self._keeper.touch(room)
+        ready = self._ready(room)
+        if room.transfers or room.error is not None or len(ready) < len(room.sources):
+            return
+        try:
+            self._check_group(ready)
+        except (IncompatibleError, ConfigError) as error:
+            self._keeper.fail(room, error)
+            return
+        room.agreed = True
+        if room.grants is not None:
+            self._open(room, ready, room.grants)
+
+    def _ready(self, room: TargetRoom) -> list[Session]:
+        sessions = [self._peers.at(address) for address in room.sources]
+        return [s for s in sessions if s is not None and s.state is SessionState.READY]
+
+    def _open(self, room: TargetRoom, ready: list[Session], grants: tuple[Grant, ...]) -> None:
+        """Open the room with every source rank."""
+        try:
+            manifests = [parts_of(cast(PairPlan, session.pair), grants) for session in ready]
+            for grant in grants:
+                if len(grant.units) > MAX_UNITS_PER_GRANT:
+                    raise CapacityError(
+                        f"pool {grant.pool!r}: {len(grant.units)} units are more than the {MAX_UNITS_PER_GRANT} that a "
+                        "message carries; use larger pages"
+                    )
+        except (IncompatibleError, ConfigError) as error:
+            self._keeper.fail(room, error)
+            return
+        key = TransferKey(room.room, self._context.mint())
+        for session, parts in zip(ready, manifests, strict=True):
+            incoming = Incoming(
+                grants=grants,
+                parts=parts,
+                token_count=room.token_count,
+                begun=room.begun,
+                leases=self._lease_staging(session, parts, grants),
+            )
+            transfer = Transfer(key, session.peer, self._context, incoming=incoming)
+            self._keeper.begin(room, transfer)
+        self._context.timers.cancel(room, "deadline")
+        self._context.record(room.room, f"{key} opened with {len(ready)} source ranks")
+
+    def _lease_staging(
+        self, session: Session, parts: tuple[PartBytes, ...], grants: tuple[Grant, ...]
+    ) -> dict[PartId, Lease]:
+        """Staging slots for the parts of one writer that travel cheaper that way, as far as slots are free."""
+        wanted = {part.part for part in parts}
+        by_pool = {grant.pool: grant for grant in grants}
+        leases = {}
+        for staged in session.staged:
+            if staged is None or staged.part.id not in wanted:
+                continue
+            grant = by_pool[staged.part.id.pool]
+            blocks = staged.part.blocks(grant.token_start, grant.token_stop)
+            slots = self._staging.lease(staged, len(blocks))
+            if slots:
+                leases[staged.part.id] = Lease(staged=staged, slots=slots, first=blocks.start)
+        return leases
+
+    def _check_group(self, sessions: list[Session]) -> None:
+        """The sources must be one whole group whose ranks together write all of our memory, once."""
+        instances = tuple(session.peer for session in sessions)
+        if instances in self._covered:
+            return
+        hellos = [session.hello for session in sessions if session.hello is not None]
+        if len({hello.group for hello in hellos}) != 1 or len(hellos) != hellos[0].group_size:
+            raise IncompatibleError(
+                f"the source addresses belong to groups {sorted({h.group for h in hellos})} with "
+                f"{len(hellos)} ranks, a group of {hellos[0].group_size} is needed: give the address of every rank",
+                field="sources",
+            )
+        check_coverage([hello.layout for hello in hellos], self._context.identity.layout)
+        self._covered[instances] = None
+        if len(self._covered) > self._context.settings.sessions:
+            self._covered.popitem(last=False)
+
+    def give_up_unopened(self, room: TargetRoom) -> None:
+        """Tell every source, now or as soon as it can be reached: it would wait for an Open that never comes."""
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.announce_seconds)
+        room.untold.update(room.sources)
+        for address in room.sources:
+            session = self._peers.at(address)
+            if session is not None:
+                self._tell_unopened(room, session)
+
+    def _tell_unopened(self, room: TargetRoom, session: Session) -> None:
+        if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
+            room.untold.discard(session.address)
+        if session.state is not SessionState.READY:
+            return
+        room.untold.discard(session.address)
+        key = TransferKey(room.room, self._context.mint())
+        transfer = Transfer(key, session.peer, self._context, incoming=Incoming(grants=(), parts=(), token_count=0))
+        transfer.error = room.error
+        self._keeper.begin(room, transfer)
+
+    def dial_failed(self, address: str, error: KVBatonError) -> None:
+        for room in list(self.rooms.values()):
+            if address in room.sources and not room.transfers:
+                self._keeper.fail(room, error)
+            room.untold.discard(address)
+
+    def session_changed(self, session: Session) -> None:
+        """Rooms that wait for a session go on, or fail with its reason."""
+        for room in list(self.rooms.values()):
+            if session.address in room.untold:
+                self._tell_unopened(room, session)
+                self._keeper.touch(room)
+            if session.address not in room.sources or room.transfers:
+                continue
+            if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
+                self._keeper.fail(room, session.error or PeerLostError("the peer is gone", peer=session.name))
+            elif session.state is SessionState.READY:
+                self._go_on(room)
