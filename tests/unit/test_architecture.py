@@ -72,6 +72,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.guard",
+        "kvbaton.discovery.json_response",
         "kvbaton.discovery.server",
         "kvbaton.serving",
         "kvbaton.cli",

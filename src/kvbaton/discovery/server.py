@@ -22,7 +22,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-import msgspec
 from aiohttp import web
 
 from kvbaton.discovery.access import (
@@ -35,7 +34,8 @@ from kvbaton.discovery.access import (
     mac_of,
     require_secret,
 )
-from kvbaton.discovery.guard import JSON, Handler, guard, hide_versions
+from kvbaton.discovery.guard import Handler, guard, hide_versions
+from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ALLOWED_HOST_FLAG, ServerNames, audience_of, split
 from kvbaton.discovery.placement import Placements
 from kvbaton.discovery.registry import Registry, RoomRank, decode_route
@@ -89,26 +89,26 @@ def registry_app(
         except TimeoutError:
             raise web.HTTPRequestTimeout() from None
         _check_mac(request, secret, body)
-        return _json(registry.register(decode_route(body), clock()))
+        return json_response(registry.register(decode_route(body), clock()))
 
     async def lookup(_request: web.Request) -> web.Response:
-        return _json(registry.lookup(clock()))
+        return json_response(registry.lookup(clock()))
 
     async def dp_rank(request: web.Request) -> web.Response:
         room = request.query.get("room", "")
         if not (room.isascii() and room.isdecimal() and len(room) <= MAX_ROOM_DIGITS):
             raise ConfigError("room: name the room, as in GET /dp_rank?room=7")
-        return _json(RoomRank(dp_rank=placed.find(int(room), clock())))
+        return json_response(RoomRank(dp_rank=placed.find(int(room), clock())))
 
     async def unregister(request: web.Request) -> web.Response:
         instance = request.query.get("instance", "")
         if not instance:
             raise ConfigError("instance: name the instance to take out, as in DELETE /route?instance=ID")
         _check_mac(request, secret, instance.encode())
-        return _json({"removed": registry.unregister(instance, clock())})
+        return json_response({"removed": registry.unregister(instance, clock())})
 
     async def health(_request: web.Request) -> web.Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     app = web.Application(
         middlewares=[
@@ -226,8 +226,4 @@ def _failure(status: int, code: str, message: str) -> web.Response:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return _json({"error": {"code": code, "message": message}}, status=status, headers=headers)
-
-
-def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type=JSON)
+    return json_response({"error": {"code": code, "message": message}}, status=status, headers=headers)

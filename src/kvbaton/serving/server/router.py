@@ -27,6 +27,7 @@ from aiohttp import web
 from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.discovery.guard import guard
+from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.vllm import params
 from kvbaton.errors import (
@@ -176,7 +177,7 @@ class Router:
             except CallFailed as failure:
                 timer.outcome = failure.detail.code
                 failure.__traceback__ = None  # its leg holds it, and its frames the body, until the collector comes
-                return _json(failure.body, status=failure.status, headers=failure.headers)
+                return json_response(failure.body, status=failure.status, headers=failure.headers)
             except KVBatonError as error:
                 timer.outcome = error.code
                 raise
@@ -334,17 +335,17 @@ class Router:
         ((_, told),) = await self._ask_all([worker], http.path)
         if not isinstance(told, dict) or "error" in told:
             raise PeerLostError(f"{worker} does not answer")
-        return _json(told)
+        return json_response(told)
 
     async def _model(self, http: web.Request) -> web.Response:
         asked = http.match_info["model"]
         models = await self._cards()
         if asked not in models:
             raise UnknownModelError(f"model: {asked[:MAX_NAME_CHARACTERS]!r} is not served here")
-        return _json(models[asked])
+        return json_response(models[asked])
 
     async def _models(self, _http: web.Request) -> web.Response:
-        return _json({"object": "list", "data": list((await self._cards()).values())})
+        return json_response({"object": "list", "data": list((await self._cards()).values())})
 
     async def _cards(self) -> dict[str, object]:
         models: dict[str, object] = {}
@@ -370,7 +371,7 @@ class Router:
                 for worker, info in answers
                 if worker.role == role
             ]
-        return _json(body)
+        return json_response(body)
 
     async def _story(self, http: web.Request) -> web.Response:
         """Both sides of a room: every worker is asked, those that know it answer."""
@@ -398,7 +399,7 @@ class Router:
             self._aliases.end_for_operator(rid)
         else:
             self._aliases.end(key_of_client(http), rid)
-        return _json({"rid": rid})
+        return json_response({"rid": rid})
 
     def _not_ready(self) -> str:
         if self.admission.is_shut:
@@ -407,11 +408,11 @@ class Router:
         return f"no {' and no '.join(missing)} server takes requests" if missing else ""
 
     async def _health(self, _http: web.Request) -> web.Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _ready(self, _http: web.Request) -> web.Response:
         reason = self._not_ready()
-        return _json({"ready": not reason, "reason": reason}, status=503 if reason else 200)
+        return json_response({"ready": not reason, "reason": reason}, status=503 if reason else 200)
 
     async def _metrics(self, _http: web.Request) -> web.Response:
         return web.Response(body=self.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
@@ -433,7 +434,3 @@ async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
         if len(body) > most_bytes:
             raise aiohttp.ClientPayloadError(f"it answers more than {most_bytes} bytes")
     return bytes(body)
-
-
-def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(body), headers=headers, content_type="application/json")
