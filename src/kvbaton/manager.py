@@ -389,9 +389,9 @@ class KVManager:
 
     def trace(self, room: int) -> list[str]:
         """What happened to a room and what it waits for now, one line each, times in seconds since the first."""
-        moments = self.timeline(room)
-        start = moments[0].seconds_ago if moments else 0.0
-        return [f"+{start - moment.seconds_ago:.6f} {moment.text}" for moment in moments]
+        events = self.timeline(room)
+        start = events[0].seconds_ago if events else 0.0
+        return [f"+{start - event.seconds_ago:.6f} {event.text}" for event in events]
 
     def timeline(self, room: int) -> list[TraceEvent]:
         """The same as data, oldest first; what it waits for now is the last, of age 0. Waits for the driver's thread.

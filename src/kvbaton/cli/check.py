@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     secret = read_secret(options.secret_file) if options.secret_file is not None else None
     sides = [load(where, secret) for where in (options.prefill, options.decode)]
-    found = judge(*sides)
+    found = differences(*sides)
     if options.json:
         sys.stdout.write(msgspec.json.encode(_data(options, sides, found)).decode() + "\n")
     else:
@@ -74,7 +74,7 @@ def _fetch(url: str, secret: str | None) -> bytes:
         raise PeerLostError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from None
 
 
-def judge(prefill: Sequence[RankLayout], decode_side: Sequence[RankLayout]) -> list[IncompatibleError]:
+def differences(prefill: Sequence[RankLayout], decode_side: Sequence[RankLayout]) -> list[IncompatibleError]:
     """Every difference between two groups; missing ranks first, because much else follows from them."""
     found = []
     for side, ranks in (("prefill", prefill), ("decode", decode_side)):
@@ -115,14 +115,14 @@ def _data(
 
 def _pools(ranks: Sequence[RankLayout]) -> dict[str, str]:
     """Kind, page size, element type and memory of each pool, for people."""
-    told: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for rank in ranks:
         for pool in rank.layout.pools:
             unit = f"pages of {pool.rows} tokens" if pool.paged else "slots"
             window = f", window {pool.window}" if pool.window else ""
             memory = rank.layout.regions[pool.planes[0].region].memory
-            told.setdefault(pool.name, f"{pool.units} {unit}{window}, {pool.dtype}, {memory}")
-    return told
+            lines.setdefault(pool.name, f"{pool.units} {unit}{window}, {pool.dtype}, {memory}")
+    return lines
 
 
 def _as_text(
@@ -137,8 +137,8 @@ def _as_text(
     console = Console(file=out, width=TABLE_COLUMNS, force_terminal=False, highlight=False, markup=False)
     for name, where, ranks in (("prefill", options.prefill, sides[0]), ("decode", options.decode, sides[1])):
         console.print(f"{name}: {where}, {len(ranks)} rank{'s' if len(ranks) > 1 else ''}")
-        for pool, told in _pools(ranks).items():
-            console.print(f"  {pool}: {told}")
+        for pool, line in _pools(ranks).items():
+            console.print(f"  {pool}: {line}")
     if found:
         table = Table()
         for heading in ("field", "prefill", "decode", "what would work"):

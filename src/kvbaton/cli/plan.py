@@ -145,5 +145,5 @@ def _conclusions(explanation: Explanation) -> list[str]:
         names = ", ".join(explanation.sources[s].name.removeprefix("prefill ") for s in explanation.writers_of(t))
         lines.append(f"{rank.name} is written by {names}")
     idle = [explanation.sources[s].name.removeprefix("prefill ") for s in explanation.bystanders]
-    lines.append(f"bystanders: {', '.join(idle)} (told, so that they conclude)" if idle else "bystanders: none")
+    lines.append(f"bystanders: {', '.join(idle)} (informed, so that they complete)" if idle else "bystanders: none")
     return lines

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvbaton.testing.sim.campaign import Summary
     from kvbaton.testing.sim.scenario import Scenario
 
-#: Failing seeds that are shrunk and told in full; the rest are listed.
+#: Failing seeds that are shrunk and printed in full; the rest are listed.
 MOST_TOLD = 3
 
 
@@ -73,7 +73,7 @@ def _run_one(options: argparse.Namespace) -> int:
         verdict = f"{outcome.kind}: {outcome.text}" if outcome.kind else "every invariant held"
         print(f"seed {scenario.seed}: {verdict} ({outcome.steps} steps, {outcome.seconds:.1f} simulated seconds)")
     if outcome.kind:
-        _tell(scenario, options.shrink, source=_source(options))
+        _print_failure(scenario, options.shrink, source=_source(options))
     return 1 if outcome.kind else 0
 
 
@@ -92,7 +92,7 @@ def _run_many(options: argparse.Namespace) -> int:
         coverage.write_plot(options.plot, summary.cells, caption)
     print(msgspec.json.encode(report).decode() if options.json else _table(report))
     for finding in summary.findings[:MOST_TOLD]:
-        _tell(generate(finding.seed), options.shrink, source=f"--seed {finding.seed}")
+        _print_failure(generate(finding.seed), options.shrink, source=f"--seed {finding.seed}")
     return 1 if summary.findings else 0
 
 
@@ -139,7 +139,7 @@ def _source(options: argparse.Namespace) -> str:
     return f"--seed {options.seed}" if options.scenario is None else f"--scenario {shlex.quote(str(options.scenario))}"
 
 
-def _tell(scenario: Scenario, shrinking: bool, *, source: str) -> None:
+def _print_failure(scenario: Scenario, shrinking: bool, *, source: str) -> None:
     """A failing scenario's story, for people: on stderr. ``source``: the flags that it comes from."""
     from kvbaton.testing.sim.shrink import shrink
     from kvbaton.testing.sim.world import run as run_scenario
@@ -147,10 +147,10 @@ def _tell(scenario: Scenario, shrinking: bool, *, source: str) -> None:
     failed = run_scenario(scenario)
     if shrinking and failed.kind:
         failed = shrink(failed)
-    told = run_scenario(failed.scenario, tracing=True)
+    traced = run_scenario(failed.scenario, tracing=True)
     print(f"\n{source.removeprefix('--')} breaks an invariant{', made small' if shrinking else ''}:", file=sys.stderr)
     print(failed.scenario.to_json().decode(), file=sys.stderr)
-    print("\n".join(told.trace[-200:]), file=sys.stderr)
+    print("\n".join(traced.trace[-200:]), file=sys.stderr)
     print(f"replay: kvbaton sim {source} --trace", file=sys.stderr)
 
 

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         body = {"room": options.room, "sides": sides}
         sys.stdout.write(msgspec.json.encode(body).decode() + "\n")
     else:
-        print("\n".join(tell(options.room, sides)))
+        print("\n".join(render(options.room, sides)))
     return 0 if any(side.lines for side in sides) else 1
 
 
@@ -82,15 +82,15 @@ def _message(payload: bytes) -> str:
         return payload[:200].decode(errors="replace")
 
 
-def tell(room: int, sides: Sequence[Side]) -> list[str]:
+def render(room: int, sides: Sequence[Side]) -> list[str]:
     """Lines for a person: who speaks, then all lines by age, then what is awaited."""
     lines = [f"room {room}"]
     lines += [f"  {side.role:<8} {side.url} {side.error or side.instance}" for side in sides]
-    told = [(line, side.role) for side in sides for line in side.lines]
-    if not told:
+    events = [(line, side.role) for side in sides for line in side.lines]
+    if not events:
         return [*lines, "nobody has heard of this room, or it is forgotten"]
-    past = [(line, role) for line, role in told if line.seconds_ago > 0]
-    now = [(line, role) for line, role in told if line.seconds_ago <= 0]
+    past = [(line, role) for line, role in events if line.seconds_ago > 0]
+    now = [(line, role) for line, role in events if line.seconds_ago <= 0]
     for line, role in sorted(past, key=lambda item: -item[0].seconds_ago):
         lines.append(f"{-line.seconds_ago:12.6f} s  {role:<8} {line.text}")
     lines += [f"{'now':>12}    {role:<8} {line.text.removeprefix('now ')}" for line, role in now]

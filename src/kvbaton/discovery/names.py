@@ -41,9 +41,9 @@ class ServerNames:
     def of(host: str, *advertised: str, allowed: Sequence[str] = ()) -> ServerNames:
         """Of a server that listens at ``host``. Raises ConfigError for what is neither HOST nor HOST:PORT."""
         listed = [host_and_port(text, flag=ALLOWED_HOST_FLAG) for text in allowed]
-        told = tuple(plain(name) for name in (host, *advertised) if name)
+        configured = tuple(plain(name) for name in (host, *advertised) if name)
         others = tuple((plain(name), port) for name, port in listed)
-        return ServerNames(told, others, checks=is_loopback(host) or bool(others))
+        return ServerNames(configured, others, checks=is_loopback(host) or bool(others))
 
     def check(self, host_header: str | None, origin: str | None) -> None:
         """Raises AuthenticationError for a request to another host, or from another site's page."""

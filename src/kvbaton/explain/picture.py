@@ -202,12 +202,12 @@ def _shared(source: RankOnPaper, target: RankOnPaper, number: int) -> list[_Patc
 def _frame(rank: RankOnPaper, place: _Box, width: float, height: float, *, idle: bool) -> list[str]:
     x, y = place
     dash = ' stroke-dasharray="5 4"' if idle else ""
-    told = "bystander: writes nothing" if idle else _holding(rank)
+    caption = "bystander: writes nothing" if idle else _holding(rank)
     return [
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="7" fill="{PAPER}" '
         f'stroke="{QUIET if idle else INK}" stroke-width="1.2"{dash}/>',
         _text(x + BOX_PADDING, y + 17, rank.name, size=12, weight="bold", fill=QUIET if idle else INK),
-        _text(x + BOX_PADDING, y + 30, told, size=9, fill=QUIET),
+        _text(x + BOX_PADDING, y + 30, caption, size=9, fill=QUIET),
     ]
 
 

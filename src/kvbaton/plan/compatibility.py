@@ -1,7 +1,7 @@
 """Whether two layouts, or two groups of ranks, can hand over: every difference that matters, named before any traffic.
 
 A sentence for each difference says which field, which values and what would work (also in ``hint``). The handshake's
-verdict is the first difference of a pair, told to both sides; tools print all, of whole groups.
+verdict is the first difference of a pair, sent to both sides; tools print all, of whole groups.
 
 Not a difference: tensor, pipeline and data parallel sizes, page sizes of which one divides the other, interior orders
 and fusions that strides express, kinds of memory, the number of pages, the prefix.
@@ -50,7 +50,7 @@ def differences(source: CacheLayout, target: CacheLayout) -> list[IncompatibleEr
 
 
 def group_differences(sources: Sequence[CacheLayout], targets: Sequence[CacheLayout]) -> list[IncompatibleError]:
-    """All reasons why a group of ranks cannot write for another one, each told once.
+    """All reasons why a group of ranks cannot write for another one, each reported once.
 
     Beyond what pairs of ranks show: what the targets need and no source has, and what the sources have and no target
     takes.
@@ -79,14 +79,14 @@ def _pool_differences(source: Pool, target: Pool) -> Iterator[IncompatibleError]
             yield _difference(f"{name}.{field}", ours, theirs, advice)
     yield from _row_differences(source, target)
     twins = {(plane.layer, plane.name): plane for plane in target.planes}
-    told: set[tuple[object, ...]] = set()
+    reported: set[tuple[object, ...]] = set()
     for plane in source.planes:
         twin = twins.get((plane.layer, plane.name))
         if twin is None:
             continue
         for field, ours, theirs, advice in _plane_differences(source, plane, target, twin):
-            if (plane.name, field, ours, theirs) not in told:  # once, not for every layer
-                told.add((plane.name, field, ours, theirs))
+            if (plane.name, field, ours, theirs) not in reported:  # once, not for every layer
+                reported.add((plane.name, field, ours, theirs))
                 yield _difference(f"{name}.{plane.layer}.{plane.name}.{field}", ours, theirs, advice)
     yield from _tensor_differences(source, target)
 

@@ -37,9 +37,9 @@ def restrict(addresses: Iterable[str]) -> None:
     Where one of them is no address of this machine (address translation, a name) nothing is restricted, and the log
     says so.
     """
-    told = os.environ.get(VARIABLE)
-    if told is not None:
-        _log.info("UCX listens on %s, as %s says", told, VARIABLE)
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        _log.info("UCX listens on %s, as %s says", chosen, VARIABLE)
         return
     wanted = dict.fromkeys(addresses)
     found = {address: interface_of(address) for address in wanted}

@@ -22,9 +22,9 @@ def data_addresses(mode: str, allow: AllowList, listens: str, advertised: str) -
     """
     if mode == "decode":
         return [_towards(host) for host, _ in allow.entries] or [LOOPBACK]
-    told = advertised or listens
-    translated = interface_of(told) is None and not Address(listens, 0).is_wildcard
-    return [listens if translated else told]
+    reached = advertised or listens
+    translated = interface_of(reached) is None and not Address(listens, 0).is_wildcard
+    return [listens if translated else reached]
 
 
 def _towards(host: str) -> str:

@@ -30,7 +30,7 @@ class EndAll(Struct, frozen=True, tag="end_all"):
     error: KVBatonError
 
 
-class Ask(Struct, frozen=True, tag="ask"):
+class ReplicaQuery(Struct, frozen=True, tag="query"):
     """How it fares; with ``room``, what happened to a room. ``number``: of the question."""
 
     number: int
@@ -48,22 +48,22 @@ class ReplicaReady(Struct, frozen=True, tag="ready"):
     layouts: tuple[RankLayout, ...]
 
 
-class Said(Struct, frozen=True, tag="said"):
+class ReplicaOutput(Struct, frozen=True, tag="output"):
     """An output of a request; a refusal is one with an error."""
 
     request_id: str
     output: Output
 
 
-class Told(Struct, frozen=True, tag="told"):
-    """The answer to an :class:`Ask`."""
+class ReplicaAnswer(Struct, frozen=True, tag="answer"):
+    """The answer to an :class:`ReplicaQuery`."""
 
     number: int
     stats: Stats | None = None
     handoffs: Handoffs | None = None
-    moments: tuple[TraceEvent, ...] = ()
+    events: tuple[TraceEvent, ...] = ()
     error: KVBatonError | None = None
 
 
-Order = SubmitRequest | EndRequest | EndAll | Ask | StopReplica
-Report = ReplicaReady | Said | Told | Died
+Order = SubmitRequest | EndRequest | EndAll | ReplicaQuery | StopReplica
+Report = ReplicaReady | ReplicaOutput | ReplicaAnswer | Died

@@ -1,6 +1,6 @@
 """A data-parallel rank in its own process: it does what the server orders, and passes on what its engine says.
 
-Rules: what it refuses is an output with the reason. It ends when it is told to, when the server is gone, or when its
+Rules: what it refuses is an output with the reason. It ends when it is ordered to, when the server is gone, or when its
 engine or a rank of its group is lost: without it the server cannot serve.
 
 This file must not know of HTTP, or of the other data-parallel ranks.
@@ -17,15 +17,15 @@ from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.server.replica import Replica
 from kvbaton.serving.server.replica_orders import (
-    Ask,
     EndAll,
     EndRequest,
     Order,
+    ReplicaAnswer,
+    ReplicaOutput,
+    ReplicaQuery,
     ReplicaReady,
-    Said,
     StopReplica,
     SubmitRequest,
-    Told,
 )
 
 #: How often a rank that nobody asks anything looks after its engine.
@@ -65,37 +65,37 @@ class ReplicaProcess:
     def _lose(self, error: KVBatonError) -> None:
         self._lost = error
 
-    def _do(self, order: SubmitRequest | EndRequest | EndAll | Ask) -> None:
+    def _do(self, order: SubmitRequest | EndRequest | EndAll | ReplicaQuery) -> None:
         if isinstance(order, EndRequest):
             self._replica.abort(order.request_id, order.reason)
         elif isinstance(order, EndAll):
             self._replica.end_all(order.error)
-        elif isinstance(order, Ask):
+        elif isinstance(order, ReplicaQuery):
             self._answering.submit(self._answer, order)
         else:
             request_id = order.request.request_id
             try:
-                self._replica.submit(order.request, lambda output: self._say(request_id, output))
+                self._replica.submit(order.request, lambda output: self._send_output(request_id, output))
             except KVBatonError as error:
-                self._say(request_id, Output(error=error))
+                self._send_output(request_id, Output(error=error))
 
-    def _answer(self, ask: Ask) -> None:
+    def _answer(self, query: ReplicaQuery) -> None:
         """On a thread of its own: it may wait, and requests must not."""
         try:
-            if ask.room is not None:
-                told = Told(ask.number, moments=tuple(self._replica.timeline(ask.room)))
+            if query.room is not None:
+                answer = ReplicaAnswer(query.number, events=tuple(self._replica.timeline(query.room)))
             else:
-                told = Told(ask.number, stats=self._replica.stats(), handoffs=self._replica.handoffs())
+                answer = ReplicaAnswer(query.number, stats=self._replica.stats(), handoffs=self._replica.handoffs())
         except KVBatonError as error:
-            told = Told(ask.number, error=error)
-        self._tell(told)
+            answer = ReplicaAnswer(query.number, error=error)
+        self._send(answer)
 
-    def _say(self, request_id: str, output: Output) -> None:
+    def _send_output(self, request_id: str, output: Output) -> None:
         """On the engine's thread, too."""
-        self._tell(Said(request_id, output))
+        self._send(ReplicaOutput(request_id, output))
 
-    def _tell(self, report: Said | Told) -> None:
+    def _send(self, report: ReplicaOutput | ReplicaAnswer) -> None:
         try:
             self._pipe.send(report)
-        except InternalError as error:  # the loop hears of it as well
+        except InternalError as error:  # the loop finds the pipe broken as well
             logger.debug("%s", error)

@@ -28,21 +28,21 @@ from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Stats
 from kvbaton.serving.server.replica import Handoffs, sum_of
 from kvbaton.serving.server.replica_orders import (
-    Ask,
     EndAll,
     EndRequest,
     Order,
+    ReplicaAnswer,
+    ReplicaOutput,
+    ReplicaQuery,
     ReplicaReady,
     Report,
-    Said,
     StopReplica,
     SubmitRequest,
-    Told,
 )
 
 #: How long a rank may take to say how it fares.
 ASK_SECONDS = 5.0
-#: How long a rank may take to end once it was told to.
+#: How long a rank may take to end once it was ordered to.
 STOP_SECONDS = 20.0
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class RemoteReplica:
         self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report, kill=kill)
         self._lock = threading.Lock()
         self._listeners: dict[str, Callable[[Output], None]] = {}
-        self._questions: dict[int, Future[Told]] = {}
+        self._questions: dict[int, Future[ReplicaAnswer]] = {}
         self._numbers = itertools.count(1)
         self._closing = False
         self._thread = threading.Thread(target=self._listen, name=f"kvbaton-dp-{rank}", daemon=True)
@@ -94,25 +94,25 @@ class RemoteReplica:
     def end_all(self, error: KVBatonError) -> None:
         self._order(EndAll(error))
 
-    def ask(self, room: int | None = None) -> Told:
+    def ask(self, room: int | None = None) -> ReplicaAnswer:
         """Raises ExpiredError when it does not answer, InternalError when it is lost."""
-        answer: Future[Told] = Future()
+        pending: Future[ReplicaAnswer] = Future()
         number = next(self._numbers)
         with self._lock:
             if self.lost is not None:
                 raise self.lost.again()
-            self._questions[number] = answer
-        self._order(Ask(number, room))
+            self._questions[number] = pending
+        self._order(ReplicaQuery(number, room))
         try:
-            told = answer.result(ASK_SECONDS)
+            answer = pending.result(ASK_SECONDS)
         except TimeoutError:
             raise ExpiredError(f"{self._pipe.who} does not answer within {ASK_SECONDS:g} s") from None
         finally:
             with self._lock:
                 self._questions.pop(number, None)
-        if told.error is not None:
-            raise told.error
-        return told
+        if answer.error is not None:
+            raise answer.error
+        return answer
 
     def stop(self) -> None:
         """Tell it to end."""
@@ -136,9 +136,9 @@ class RemoteReplica:
         """The thread."""
         while True:
             report = self._pipe.recv()
-            if isinstance(report, Said):
+            if isinstance(report, ReplicaOutput):
                 self._pass_on(report)
-            elif isinstance(report, Told):
+            elif isinstance(report, ReplicaAnswer):
                 with self._lock:
                     question = self._questions.get(report.number)
                 if question is not None:
@@ -148,13 +148,13 @@ class RemoteReplica:
                 self._lose(self._pipe.lost(report))
                 return
 
-    def _pass_on(self, said: Said) -> None:
+    def _pass_on(self, report: ReplicaOutput) -> None:
         with self._lock:
-            listener = self._listeners.get(said.request_id)
-            if said.output.final:
-                self._listeners.pop(said.request_id, None)
+            listener = self._listeners.get(report.request_id)
+            if report.output.final:
+                self._listeners.pop(report.request_id, None)
         if listener is not None:
-            _tell(listener, said.output)
+            _send(listener, report.output)
 
     def _lose(self, error: InternalError) -> None:
         with self._lock:
@@ -162,7 +162,7 @@ class RemoteReplica:
             listeners, questions = list(self._listeners.values()), list(self._questions.values())
             self._listeners.clear()
         for listener in listeners:
-            _tell(listener, Output(error=error.again()))
+            _send(listener, Output(error=error.again()))
         for question in questions:
             with suppress(InvalidStateError):  # whoever asked has its answer, or has given up
                 question.set_exception(error.again())
@@ -171,7 +171,7 @@ class RemoteReplica:
             self.on_lost(error)
 
 
-def _tell(listener: Callable[[Output], None], output: Output) -> None:
+def _send(listener: Callable[[Output], None], output: Output) -> None:
     """A caller that cannot be reached (its event loop has ended) must not end the others."""
     try:
         listener(output)
@@ -182,7 +182,7 @@ def _tell(listener: Callable[[Output], None], output: Output) -> None:
 class Replicas:
     """All of them: the :class:`Replica` of a server with data parallelism.
 
-    ``placed`` is told the rank of each room, on the thread that submits.
+    ``placed`` is called with the rank of each room, on the thread that submits.
     """
 
     def __init__(
@@ -221,19 +221,19 @@ class Replicas:
 
     def stats(self) -> Stats:
         """The sum."""
-        return _sum([told.stats for told in self._ask_all() if told.stats is not None])
+        return _sum([answer.stats for answer in self._ask_all() if answer.stats is not None])
 
     @property
     def failure(self) -> KVBatonError | None:
         return next((rank.lost for rank in self._ranks if rank.lost is not None), None)
 
     def handoffs(self) -> Handoffs | None:
-        found = [told.handoffs for told in self._ask_all() if told.handoffs is not None]
+        found = [answer.handoffs for answer in self._ask_all() if answer.handoffs is not None]
         return sum_of(found) if found else None
 
     def timeline(self, room: int) -> Sequence[TraceEvent]:
-        moments = [moment for told in self._ask_all(room) for moment in told.moments]
-        return sorted(moments, key=lambda moment: -moment.seconds_ago)
+        events = [event for answer in self._ask_all(room) for event in answer.events]
+        return sorted(events, key=lambda event: -event.seconds_ago)
 
     def watch(self, on_lost: Callable[[KVBatonError], None]) -> None:
         for rank in self._ranks:
@@ -249,7 +249,7 @@ class Replicas:
             return self._ranks[turn]
         return min(self._ranks[turn:] + self._ranks[:turn], key=lambda rank: rank.alive)
 
-    def _ask_all(self, room: int | None = None) -> list[Told]:
+    def _ask_all(self, room: int | None = None) -> list[ReplicaAnswer]:
         return [rank.ask(room) for rank in self._ranks]
 
 

@@ -106,8 +106,8 @@ class StatusRoutes:
 
     async def _story(self, http: web.Request) -> web.Response:
         room = story.room_of(http, self._secret)
-        moments = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
-        lines = tuple(story.StoryLine(moment.seconds_ago, moment.text) for moment in moments)
+        events = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
+        lines = tuple(story.StoryLine(event.seconds_ago, event.text) for event in events)
         return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
 
     async def _layout(self, http: web.Request) -> web.Response:
