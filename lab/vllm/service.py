@@ -12,8 +12,8 @@ import psutil
 from aiohttp import web
 
 from kvbaton.serving.fleet import free_ports
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from lab.engines.campaign import check
 from lab.engines.requests import prompt
 from lab.vllm.contract import KEPT, read

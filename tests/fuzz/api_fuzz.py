@@ -26,12 +26,12 @@ sys.path[:0] = [path for path in (str(ROOT / "src"), str(ROOT / "tests")) if pat
 from kvbaton.discovery.client import RegistryClient  # noqa: E402
 from kvbaton.discovery.registry import Registry, Route  # noqa: E402 - found only now
 from kvbaton.discovery.server import registry_app  # noqa: E402
+from kvbaton.serving.router.router import Router, RouterConfig  # noqa: E402
+from kvbaton.serving.router.worker import Worker  # noqa: E402
 from kvbaton.serving.server.allow import AllowList  # noqa: E402
 from kvbaton.serving.server.api import ApiServer  # noqa: E402
 from kvbaton.serving.server.lifecycle import listen, port_of, reserve  # noqa: E402
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode  # noqa: E402
-from kvbaton.serving.server.router import Router, RouterConfig  # noqa: E402
-from kvbaton.serving.server.workers import Worker  # noqa: E402
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell_all  # noqa: E402
 
 KINDS = ("null", "prefill", "decode", "router")

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 from aiohttp import web
 
-from kvbaton.serving.server.router import MAX_TOLD_BYTES, Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.router.router import MAX_TOLD_BYTES, Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.testing.http import run, serving
 
 PIECE = b" " * (1 << 16)

@@ -18,16 +18,16 @@ from aiohttp import web
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.errors import ConfigError, RegistryError
+from kvbaton.serving.router.client_fields import client_fields
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES
-from kvbaton.serving.server.client_fields import client_fields
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.openai import ChatRequest, CompletionRequest
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
-from kvbaton.serving.server.router import Router, RouterConfig
 from kvbaton.serving.server.tokens import ServerTokenizer
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

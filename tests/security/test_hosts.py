@@ -13,10 +13,10 @@ from kvbaton.discovery.names import ServerNames, split
 from kvbaton.discovery.registry import Registry
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.aliases import MIN_PROOF_CHARACTERS, Aliases
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

@@ -34,6 +34,7 @@ LAYERS = (
     ("kvbaton.serving.models", "kvbaton.serving.evaluation"),
     ("kvbaton.serving.engine",),
     ("kvbaton.serving.server",),
+    ("kvbaton.serving.router",),
     ("kvbaton.serving",),
     ("kvbaton.cli",),
     ("lab",),

@@ -52,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--health-check-interval-secs", type=seconds, default=1.0, help="seconds between health checks of a server"
     )
     parser.add_argument(
+        "--health-check-timeout-secs", type=seconds, default=2.0, help="seconds that a server may take to answer one"
+    )
+    parser.add_argument(
+        "--health-failure-threshold",
+        type=positive,
+        default=2,
+        help="unanswered health checks in a row that make a server silent: what it was asked is asked elsewhere",
+    )
+    parser.add_argument(
         "--health-check-endpoint", default="", help="route of a health check; /ready if left out, of vLLM's /health"
     )
     parser.add_argument(
@@ -89,11 +98,11 @@ def run(options: argparse.Namespace) -> int:
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
     from kvbaton.discovery.names import ServerNames
+    from kvbaton.serving.router.router import Router, RouterConfig
+    from kvbaton.serving.router.workers import parse_worker
     from kvbaton.serving.server.api_keys import ApiKeys
     from kvbaton.serving.server.lifecycle import reserve
     from kvbaton.serving.server.lifecycle import run as run_server
-    from kvbaton.serving.server.router import Router, RouterConfig
-    from kvbaton.serving.server.workers import parse_worker
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")

@@ -13,11 +13,11 @@ from test_api import Client, api, decode_events, usage
 
 from kvbaton.errors import ConfigError, PeerLostError
 from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.api_keys import ApiKeys
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell, spell_all
 from kvbaton.serving.testing.http import run, serving
 

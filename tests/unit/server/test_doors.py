@@ -19,6 +19,8 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import Bodies
@@ -26,8 +28,6 @@ from kvbaton.serving.server.connections import Connections, affordable
 from kvbaton.serving.server.launch import ServeConfig, serve
 from kvbaton.serving.server.openapi import document
 from kvbaton.serving.server.request_parsing import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

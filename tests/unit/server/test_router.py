@@ -15,12 +15,13 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.router.calls import mint_room, strip
+from kvbaton.serving.router.router import MAX_BODY_BYTES, Router, RouterConfig
+from kvbaton.serving.router.worker import State, Worker
+from kvbaton.serving.router.workers import HealthChecks, Workers, parse_worker
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.calls import mint_room, strip
 from kvbaton.serving.server.lifecycle import listen, port_of, reserve
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import MAX_BODY_BYTES, Router, RouterConfig
-from kvbaton.serving.server.workers import Worker, Workers, parse_worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 
@@ -40,6 +41,7 @@ class Backend:
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.ready = 200
+        self.frozen = asyncio.Event()
         self.probed: asyncio.Queue[None] = asyncio.Queue()
         self.app = web.Application(client_max_size=64 << 20)
         self.app.router.add_post("/v1/completions", self._completions)
@@ -59,6 +61,8 @@ class Backend:
 
     async def _ready(self, _request: web.Request) -> web.Response:
         self.probed.put_nowait(None)
+        if self.frozen.is_set():
+            await asyncio.Event().wait()
         return web.json_response({"reason": "still loading"}, status=self.ready)
 
     async def _models(self, _request: web.Request) -> web.Response:
@@ -372,6 +376,7 @@ def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
         if role == "prefill":
             other.behave = answer_after(prefills)
         async with routed(prefills, decodes) as setup:
+            bad.ready = 503
             assert await setup.post(rid="mine") == ANSWER
             assert good.bodies[0]["bootstrap_room"] != bad.bodies[0]["bootstrap_room"]
             assert good.bodies[0]["rid"] == other.bodies[-1]["rid"] == "mine"
@@ -380,6 +385,7 @@ def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
             assert await setup.metric(line) == 0
             await setup.post()
             assert len(bad.bodies) == 1  # it is out until a probe succeeds
+            bad.ready = 200
             await setup.router.workers.probe_all()
             await setup.post()
             await setup.post()
@@ -489,18 +495,81 @@ def test_silence_takes_a_worker_out_at_the_second_probe():
         prefill, decode = Backend(answer), Backend(answer)
         async with serving(prefill.app) as one, serving(decode.app) as two, aiohttp.ClientSession() as session:
             workers = (Worker("prefill", one), Worker("decode", two))
-            probes = Workers(workers, session, probe_timeout_seconds=0.2)
+            probes = Workers(workers, session, HealthChecks(timeout_secs=0.2))
             await probes.probe_all()
             assert probes.usable("decode")
-            silent = Workers(workers, session, probe_timeout_seconds=1e-9)
+            silent = Workers(workers, session, HealthChecks(timeout_secs=1e-9))
             await silent.probe_all()
             assert silent.usable("decode")
             await silent.probe_all()
             assert workers[1].trouble == "/ready does not answer"
+            assert workers[1].state is State.SILENT
             with pytest.raises(PeerLostError, match="does not answer"):
                 silent.next("decode")
             await probes.probe_all()
             assert probes.usable("decode")
+
+    run(test())
+
+
+def test_a_worker_from_which_anything_comes_is_not_silent():
+    async def test() -> None:
+        backend = Backend(answer)
+        async with serving(backend.app) as url, aiohttp.ClientSession() as session:
+            worker = Worker("decode", url, state=State.READY)
+            probes = Workers((worker,), session, HealthChecks(timeout_secs=0.1, failure_threshold=1))
+            backend.frozen.set()
+            probing = asyncio.create_task(probes.probe_all())
+            await backend.probed.get()
+            worker.heard()
+            await probing
+            assert worker.usable
+            await probes.probe_all()
+            assert worker.state is State.SILENT
+
+    run(test())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_a_silent_worker_was_asked_is_asked_elsewhere_at_once(role, streamed):
+    """A stopped process: its port takes connections, and nothing comes."""
+
+    async def test() -> None:
+        frozen, good, other = Backend(hang), Backend(answer), Backend(hang)
+        prefills, decodes = ([frozen, good], [other]) if role == "prefill" else ([other], [frozen, good])
+        if role == "prefill":
+            other.behave = answer_after(prefills)
+        async with routed(prefills, decodes) as setup:
+            asking = [asyncio.create_task(setup.post(stream=streamed)) for _ in range(4)]
+            while len(frozen.bodies) < 2:
+                await frozen.arrived.wait()
+                frozen.arrived.clear()
+            (worker,) = (w for w in setup.router.workers.all if w.url == setup.urls[frozen])
+            worker.become(State.SILENT, "/ready does not answer")
+            assert await asyncio.gather(*asking) == [ANSWER] * 4
+            assert worker.legs == 0
+            assert await setup.metric("kvbaton_router_retries_total") == 2
+
+    run(test())
+
+
+def test_a_stream_whose_decode_falls_silent_ends_with_an_error_event_at_once():
+    async def test() -> None:
+        async def freeze(request: web.Request, body: dict) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(EVENTS[0])
+            return await hang(request, body)
+
+        async with routed([Backend(answer)], [decode := Backend(freeze)]) as setup:
+            url = f"{setup.url}/v1/completions"
+            async with setup.session.post(url, json={"prompt": "x", "stream": True}) as response:
+                assert await response.content.readuntil(b"\n\n") == EVENTS[0]
+                setup.router.workers.all[1].become(State.SILENT, "/ready does not answer")
+                error = json.loads((await response.read()).removeprefix(b"data: "))["error"]
+            assert error["code"] == "peer_lost"
+            assert setup.urls[decode] in error["message"]
 
     run(test())
 

@@ -9,8 +9,8 @@ import aiohttp
 from aiohttp import web
 
 from kvbaton.engines.vllm.params import answer, decode_leg, prefill_leg
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.testing.http import run, serving
 
 SOURCES = ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7002")

@@ -11,10 +11,10 @@ import pytest
 
 from kvbaton.cli.main import main
 from kvbaton.manager import TraceEvent
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.request_parsing import ApiConfig
-from kvbaton.serving.server.router import Router, RouterConfig
-from kvbaton.serving.server.workers import Worker
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 

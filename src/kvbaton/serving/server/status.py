@@ -85,7 +85,8 @@ class StatusRoutes:
 
     async def _ready(self, _http: web.Request) -> web.Response:
         reason = self._not_ready()
-        return json_response({"ready": not reason, "reason": reason}, status=503 if reason else 200)
+        body = {"ready": not reason, "reason": reason, "draining": self._admission.is_shut}
+        return json_response(body, status=503 if reason else 200)
 
     async def _exposition(self, _http: web.Request) -> web.Response:
         body = await asyncio.to_thread(self._metrics.exposition)  # an engine may wait for its processes

@@ -10,8 +10,8 @@ import uuid
 import msgspec
 
 from kvbaton.errors import ConfigError
+from kvbaton.serving.router.calls import ROUTER_FIELDS, strip
 from kvbaton.serving.server.bodies import SMALL_BODY_BYTES
-from kvbaton.serving.server.calls import ROUTER_FIELDS, strip
 from kvbaton.serving.server.fields import KNOWN, FieldRule
 from kvbaton.serving.server.openai import ChatRequest, CompletionRequest, checked_rid
 from kvbaton.serving.server.sglang import GenerateRequest

@@ -38,23 +38,24 @@ from kvbaton.errors import (
     PeerLostError,
     UnknownModelError,
 )
+from kvbaton.serving.router.calls import CallFailed, Pair, PrefillDecodeCall, lost, mint_room
+from kvbaton.serving.router.client_fields import client_fields
+from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
+from kvbaton.serving.router.worker import ROLES, Worker
+from kvbaton.serving.router.workers import HealthChecks, Workers, cause_of, check_roles
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, Bodies
-from kvbaton.serving.server.calls import CallFailed, Pair, PrefillDecodeCall, mint_room
-from kvbaton.serving.server.client_fields import client_fields
 from kvbaton.serving.server.failure import body_of, errors
 from kvbaton.serving.server.fields import FieldRule
-from kvbaton.serving.server.limit import TimeLimit
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, event
 from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
-from kvbaton.serving.server.vllm_call import KnownSources, VllmCall
-from kvbaton.serving.server.workers import ROLES, Worker, Workers, cause_of, check_roles
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
 READ_BUFFER_BYTES = 256 << 10
@@ -75,12 +76,14 @@ HEALTH_ROUTES: dict[Engine, str] = {"kvbaton": "/ready", "vllm": "/health"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """Settings of one router; ``workers`` as :func:`kvbaton.serving.server.workers.parse_worker` makes them."""
+    """Settings of one router; ``workers`` as :func:`kvbaton.serving.router.workers.parse_worker` makes them."""
 
     workers: tuple[Worker, ...]
     engine: Engine = "kvbaton"
     request_timeout_secs: float = 1800.0
     health_check_interval_secs: float = 1.0
+    health_check_timeout_secs: float = 2.0
+    health_failure_threshold: int = 2
     health_check_endpoint: str = ""
     max_concurrent_requests: int = 1024
     strict_fields: bool = False
@@ -92,8 +95,13 @@ class RouterConfig:
         check_roles(self.workers)
 
     @property
-    def health_route(self) -> str:
-        return self.health_check_endpoint or HEALTH_ROUTES[self.engine]
+    def health_checks(self) -> HealthChecks:
+        return HealthChecks(
+            endpoint=self.health_check_endpoint or HEALTH_ROUTES[self.engine],
+            interval_secs=self.health_check_interval_secs,
+            timeout_secs=self.health_check_timeout_secs,
+            failure_threshold=self.health_failure_threshold,
+        )
 
 
 class Router:
@@ -110,7 +118,7 @@ class Router:
         )
         self._story_headers = bearer(config.secret, "story")
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
-        self.workers = Workers(config.workers, self._session, health_check_endpoint=config.health_route)
+        self.workers = Workers(config.workers, self._session, config.health_checks)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
         self._known = KnownSources()
@@ -152,7 +160,7 @@ class Router:
         return app
 
     async def _running(self, _app: web.Application) -> AsyncIterator[None]:
-        probes = asyncio.create_task(self.workers.probe_forever(self._config.health_check_interval_secs))
+        probes = asyncio.create_task(self.workers.probe_forever())
         try:
             yield
         finally:
@@ -202,7 +210,7 @@ class Router:
         """The pair to try after a failure, if there is one."""
         if not failure.again:
             return None
-        self.workers.take_out(failure.worker, failure.detail.message)
+        self.workers.suspect(failure.worker, failure.detail.message)
         with contextlib.suppress(PeerLostError):
             if failure.worker is pair.prefill:
                 return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, self._mint())
@@ -217,6 +225,7 @@ class Router:
         try:
             async with (
                 limit.attempt(),
+                pair.decode.leg(),
                 self._call(http.path, fields, pair) as call,
             ):
                 answer = await call.answer()
@@ -231,8 +240,10 @@ class Router:
                 is_told = True
                 await call.settle()
                 return out
-        except TimeoutError:
-            error = self._ended(pair, limit)
+        except (TimeoutError, PeerLostError) as ended:
+            if out is None and isinstance(ended, PeerLostError):
+                raise lost(pair.decode, ended, pair.room) from None
+            error = ended if isinstance(ended, PeerLostError) else self._ended(pair, limit)
             if out is None:
                 raise error from None
             if is_told:  # only prefill's end was still waited for
@@ -276,24 +287,19 @@ class Router:
     async def _relay(self, answer: aiohttp.ClientResponse, pair: Pair, out: web.StreamResponse) -> str:
         """Pass a stream on. Returns the outcome."""
         tail = b""
-        while True:
-            try:
-                piece = await self._piece(answer, pair)
-            except PeerLostError as lost:
-                await out.write(event(body_of(lost)))
-                return lost.code
-            if not piece:
-                return "ok" if tail.endswith(DONE) else "stream_error"
+        while piece := await self._piece(answer, pair):
             await out.write(piece)
             tail = (tail + piece)[-len(DONE) :]
+        return "ok" if tail.endswith(DONE) else "stream_error"
 
     async def _piece(self, answer: aiohttp.ClientResponse, pair: Pair) -> bytes:
         """The next bytes of decode's answer, empty at its end. Raises PeerLostError."""
         try:
             piece: bytes = await answer.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            message = f"{pair.decode} went away within its answer ({cause_of(error)})"
-            raise PeerLostError(message, room=pair.room) from None
+            message = f"the server went away within its answer ({cause_of(error)})"
+            raise PeerLostError(message, peer=str(pair.decode)) from None
+        pair.decode.heard()
         return piece
 
     # operating

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import aiohttp
 import msgspec
 
-from kvbaton.serving.server.calls import CallFailed, Fields, Pair, PrefillDecodeCall
+from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall
 from kvbaton.serving.server.openai import ErrorDetail
 
 #: Largest answer of prefill that is read: one token, and the addresses of at most 1,024 ranks.

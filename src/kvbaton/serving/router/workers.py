@@ -3,9 +3,11 @@
 Rules:
 
 - A worker is usable once a probe has succeeded, and again after every later one: nothing is held against it for good.
-- A refused connection or an answer other than 200 takes it out at once; silence does so at the second probe in a row,
-  because a busy server may be slow. A request that finds it gone takes it out without waiting for a probe.
-- Probes ask a worker's ``/ready``, so that one that is starting or draining gets no request, though it lives.
+- A refused connection or an answer other than 200 takes it out at once; silence does so after ``failure_threshold``
+  probes in a row in which nothing came from it, because a busy server may be slow.
+- A request that loses its connection proves nothing of other requests: the worker is suspect, and probed at once.
+- Probes ask a worker's ``/ready``, so that one that is starting or draining gets no request, though it lives. An answer
+  of any kind is a sign of life.
 
 This file must not know of rooms or requests.
 """
@@ -13,47 +15,35 @@ This file must not know of rooms or requests.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.router.worker import ROLES, Role, State, Worker
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
-#: Probes in a row that may go unanswered before a worker is out.
-SILENT_PROBES = 2
 MAX_REASON_BYTES = 4096
-Role = Literal["prefill", "decode"]
-ROLES: tuple[Role, ...] = ("prefill", "decode")
-_log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One server. ``trouble`` says why it gets no requests; empty when it does."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthChecks:
+    """How workers are probed.
 
-    role: Role
-    url: str
-    bootstrap_port: int = BOOTSTRAP_PORT
-    trouble: str = "not probed yet"
-    silent: int = 0
+    Args:
+        endpoint: the route that is asked.
+        interval_secs: from the end of one round of probes to the next.
+        timeout_secs: how long a worker may take to answer one.
+        failure_threshold: unanswered probes in a row, with nothing else from the worker either, that make it silent.
+    """
 
-    @property
-    def usable(self) -> bool:
-        return not self.trouble
-
-    @property
-    def host(self) -> str:
-        """The host of the URL: where its registry listens, too."""
-        return urlsplit(self.url).hostname or ""
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.url}"
+    endpoint: str = "/ready"
+    interval_secs: float = 1.0
+    timeout_secs: float = 2.0
+    failure_threshold: int = 2
 
 
 def parse_worker(role: Role, values: Sequence[str]) -> Worker:
@@ -91,15 +81,14 @@ class Workers:
         self,
         workers: Sequence[Worker],
         session: aiohttp.ClientSession,
-        *,
-        health_check_endpoint: str = "/ready",
-        probe_timeout_seconds: float = 2.0,
+        checks: HealthChecks | None = None,
     ) -> None:
         self._workers = tuple(workers)
         self._session = session
-        self._probe_path = health_check_endpoint
-        self._timeout = aiohttp.ClientTimeout(total=probe_timeout_seconds)
+        self._checks = checks if checks is not None else HealthChecks()
+        self._unanswered: dict[Worker, int] = {}
         self._round: asyncio.Task[None] | None = None
+        self._extra: set[asyncio.Task[None]] = set()
         self._turns: dict[str, int] = {"prefill": 0, "decode": 0}
 
     @property
@@ -124,53 +113,78 @@ class Workers:
     async def find(self, role: Role) -> Worker:
         """Like :meth:`next`, but where no worker is usable it probes once more before it gives up: the first request
         after a restart must not wait for the next round of probes."""
-        if not self.usable(role):
-            await self._probe_once()
+        for _ in range(2):  # a round that was under way may have asked before the server was there
+            if not self.usable(role):
+                await self._probe_once()
         return self.next(role)
 
-    def take_out(self, worker: Worker, trouble: str) -> None:
-        """Send no more requests until a probe succeeds."""
+    def suspect(self, worker: Worker, trouble: str) -> None:
+        """A request lost its connection to it, or was never let in: no more requests until a probe succeeds."""
         if worker.usable:
-            _log.warning("%s takes no requests now: %s", worker, trouble)
-        worker.trouble = trouble or "it failed"
+            worker.become(State.SUSPECT, trouble or "it failed")
+        if not self._extra:
+            probe = asyncio.create_task(self._probe_once())
+            self._extra.add(probe)
+            probe.add_done_callback(self._extra.discard)
 
     async def probe_all(self) -> None:
         """Probe every worker once."""
         await asyncio.gather(*(self._probe(worker) for worker in self._workers))
 
     async def _probe_once(self) -> None:
-        """Join the round of probes that is under way for other requests, or start one."""
+        """Join the round of probes that is under way, or start one."""
         if self._round is None or self._round.done():
             self._round = asyncio.create_task(self.probe_all())
         await asyncio.shield(self._round)
 
-    async def probe_forever(self, interval_seconds: float) -> None:
+    async def probe_forever(self) -> None:
         """Probe until cancelled."""
         while True:
-            await self.probe_all()
-            await asyncio.sleep(interval_seconds)
+            await self._probe_once()
+            await asyncio.sleep(self._checks.interval_secs)
 
     async def _probe(self, worker: Worker) -> None:
+        signs = worker.signs_of_life
+        path = self._checks.endpoint
+        timeout = aiohttp.ClientTimeout(total=self._checks.timeout_secs)
         try:
-            async with self._session.get(
-                worker.url + self._probe_path, timeout=self._timeout, allow_redirects=False
-            ) as response:
-                if response.status != 200:
-                    reason = _reason(await response.content.read(MAX_REASON_BYTES))
-                    self.take_out(worker, f"{self._probe_path} answers HTTP {response.status}{reason}")
-                    return
+            async with self._session.get(worker.url + path, timeout=timeout, allow_redirects=False) as response:
+                worker.heard()
+                told = _told(await response.content.read(MAX_REASON_BYTES)) if response.status != 200 else None
         except TimeoutError:
-            worker.silent += 1
-            if worker.silent >= SILENT_PROBES or not worker.usable:
-                self.take_out(worker, f"{self._probe_path} does not answer")
+            self._no_answer(worker, signs, f"{path} does not answer")
             return
         except (aiohttp.ClientError, OSError) as error:
-            self.take_out(worker, f"cannot be reached ({cause_of(error)})")
+            trouble = f"cannot be reached ({cause_of(error)})"
+            if is_refusal(error):
+                worker.become(State.GONE, trouble)
+            else:
+                self._no_answer(worker, signs, trouble)
             return
-        if not worker.usable:
-            _log.info("%s takes requests", worker)
-        worker.trouble = ""
-        worker.silent = 0
+        self._unanswered.pop(worker, None)
+        if told is None:
+            worker.become(State.READY)
+        else:
+            reason = f" ({told.reason})" if told.reason else ""
+            state = State.DRAINING if told.draining else State.NEW
+            worker.become(state, f"{path} answers HTTP {response.status}{reason}")
+
+    def _no_answer(self, worker: Worker, signs: int, trouble: str) -> None:
+        if worker.signs_of_life != signs:  # it answers requests, so it is only slow
+            self._unanswered.pop(worker, None)
+            return
+        unanswered = self._unanswered[worker] = self._unanswered.get(worker, 0) + 1
+        if unanswered >= self._checks.failure_threshold:
+            worker.become(State.SILENT, trouble)
+        elif not worker.usable:
+            worker.become(worker.state, trouble)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Nobody listens at the worker's port: its process is gone."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return isinstance(error, ConnectionRefusedError)
 
 
 def cause_of(error: Exception) -> str:
@@ -180,10 +194,15 @@ def cause_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _reason(payload: bytes) -> str:
-    """What a server that is not ready says about it, for our log."""
+class _Told(msgspec.Struct):
+    """What a server that is not ready says about it."""
+
+    reason: str = ""
+    draining: bool = False
+
+
+def _told(payload: bytes) -> _Told:
     try:
-        answer = msgspec.json.decode(payload, type=dict[str, object])
+        return msgspec.json.decode(payload, type=_Told)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""
-    return f" ({answer['reason']})" if answer.get("reason") else ""
+        return _Told()

@@ -6,7 +6,9 @@ Rules:
   its answer is only the proof that the prompt was handed over.
 - Until decode answers, the first failure of either leg is the request's, and the other leg's connection is closed,
   which makes its server abort. Once decode has answered, the cache has arrived, and prefill can no longer hurt.
-- A leg that failed before its server could take the request in (unreachable, or draining) says so: ``again`` is true.
+- A leg that failed before its server could take the request in (unreachable, or draining) says so, and so does one
+  whose server is lost meanwhile: ``again`` is true.
+- Prefill's leg is held here. Decode's is for the caller to hold, because it lasts for as long as its answer is read.
 
 This file must not know of turns, retries or how the client is answered.
 """
@@ -23,9 +25,11 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
+from kvbaton.errors import PeerLostError
+from kvbaton.serving.router.worker import Worker
+from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
-from kvbaton.serving.server.workers import Worker, cause_of
 
 #: Largest error body, and largest whole answer, that is read from a worker.
 MAX_ERROR_BYTES = 64 << 10
@@ -154,12 +158,14 @@ class PrefillDecodeCall:
         return decode is not None and decode.done() and not decode.cancelled() and decode.exception() is None
 
     async def _run_prefill(self) -> None:
-        response = await self._open(self._pair.prefill, self._prefill_body())
-        async with response:
-            try:
+        prefill = self._pair.prefill
+        try:
+            async with prefill.leg(), await self._open(prefill, self._prefill_body()) as response:
                 await self._read_prefill(response)
-            except (aiohttp.ClientError, OSError) as error:
-                raise _unreachable(self._pair.prefill, error, self._pair.room) from None
+        except PeerLostError as error:
+            raise lost(prefill, error, self._pair.room) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _unreachable(prefill, error, self._pair.room) from None
 
     async def _read_prefill(self, response: aiohttp.ClientResponse) -> None:
         async for _ in response.content.iter_any():  # nobody needs it, and it may be long
@@ -188,6 +194,7 @@ class PrefillDecodeCall:
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
             raise _unreachable(worker, error, self._pair.room) from None
+        worker.heard()
         if response.status == 200:
             return response
         async with response:
@@ -211,9 +218,18 @@ class _Told(msgspec.Struct):
     error: _ToldDetail
 
 
+def lost(worker: Worker, error: PeerLostError, room: int) -> CallFailed:
+    """How an attempt fails whose leg has ended with ``error``."""
+    return _gone(worker, f"{error.message} [room {room}]")
+
+
 def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
-    message = f"the server cannot be reached or went away ({cause_of(error)}); send the request again [room {room}]"
-    detail = ErrorDetail(message=message, type="service_unavailable_error", code="peer_lost")
+    cause = f"the server cannot be reached or went away ({cause_of(error)})"
+    return _gone(worker, f"{cause}; send the request again [room {room}]")
+
+
+def _gone(worker: Worker, message: str) -> CallFailed:
+    detail = ErrorDetail(message=message, type="service_unavailable_error", code=PeerLostError.code)
     return CallFailed(worker, 503, detail, again=True)
 
 
