@@ -196,7 +196,8 @@ async def registrations(port: int, each_second: int, seconds: float, seed: int) 
             "coordinates": {"tp": random.randrange(4096)},
             "sizes": {"tp": 4096},
         }
-        body = random.randbytes(512) if number % 10 == 9 else json.dumps(route).encode()
+        registration = {"route": route, "lock": f"{number:064x}"}
+        body = random.randbytes(512) if number % 10 == 9 else json.dumps(registration).encode()
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head(port, "/route", len(body), "PUT") + body)

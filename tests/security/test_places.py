@@ -14,8 +14,19 @@ from multidict import CIMultiDict
 
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.freshness import FRESH_SECONDS
+from kvbaton.discovery.guard import JSON
 from kvbaton.discovery.names import ServerNames
-from kvbaton.discovery.registry import Registry, RegistryCoordinates, Route, Sizes
+from kvbaton.discovery.proof import NONCE_HEADER, TIME_HEADER, TIME_PATH, message_headers
+from kvbaton.discovery.registry import (
+    TTL_SECONDS,
+    Registration,
+    Registry,
+    RegistryCoordinates,
+    Route,
+    Sizes,
+    lock_of,
+)
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
 from kvbaton.serving.server.allow import AllowList
@@ -27,6 +38,8 @@ from kvbaton.serving.testing.http import run, serving
 SECRET = "kX7-a-secret-that-must-stay-one-Q2w"
 ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
 NEWCOMER = msgspec.structs.replace(ROUTE, instance="evil", address="tcp://127.0.0.1:666")
+#: The body of ROUTE's registration.
+BODY = msgspec.json.encode(Registration(route=ROUTE, lock=lock_of("key")))
 
 
 def port_in(url: str) -> int:
@@ -207,38 +220,141 @@ def test_register_and_look_up_are_separate_doors() -> None:
     run(test())
 
 
+async def time_of(url: str) -> str:
+    """The registry's time, as one who may look up gets it."""
+    audience = f"127.0.0.1:{port_in(url)}"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url + TIME_PATH, headers=bearer(SECRET, "look-up", audience)) as response,
+    ):
+        told: str = (await response.json())["time"]
+        return told
+
+
+def registration(
+    url: str, told: str, *, nonce: str = "n", method: str = "PUT", path: str = "/route"
+) -> CIMultiDict[str]:
+    """The headers of a rank's message to the registry at ``url``, as somebody overhears them."""
+    audience = f"127.0.0.1:{port_in(url)}"
+    body = BODY if method == "PUT" else b""
+    return CIMultiDict({**message_headers(SECRET, audience, nonce, told, method, path, body), "Content-Type": JSON})
+
+
 def test_an_overheard_registration_is_good_for_nothing_else() -> None:
     """Neither with other content, nor as a withdrawal, nor at another registry."""
 
     async def test() -> None:
-        listener, registry = Listener(), Registry()
+        registry, other = Registry(), Registry()
         async with (
             serving(registry_app(registry, secret=SECRET)) as real,
-            serving(listener.app) as lure,
-            RegistryClient(secret=SECRET, attempts=1) as client,
+            serving(registry_app(other, secret=SECRET)) as second,
         ):
+            overheard = registration(real, await time_of(real))
+            whole = msgspec.json.decode(BODY)
+            changed = {"http_port": 1, "coordinates": {"tp": 1}, "sizes": {"tp": 2}, "load_balance": "round_robin"}
+            for name in ROUTE.__struct_fields__:
+                route = {**whole["route"], name: changed.get(name, "tcp://127.0.0.1:666")}
+                assert (
+                    await send(real, "PUT", "/route", overheard, msgspec.json.encode({**whole, "route": route})) == 401
+                )
+            body = msgspec.json.encode({**whole, "lock": lock_of("mine")})
+            assert await send(real, "PUT", "/route", overheard, body) == 401
+            for header in (TIME_HEADER, NONCE_HEADER):
+                changed_headers = CIMultiDict({**overheard, header: await time_of(real)})
+                assert await send(real, "PUT", "/route", changed_headers, BODY) == 401, header
+            assert await send(real, "DELETE", "/route?instance=i1", overheard, b"") == 401
+            assert await send(real, "PUT", "/route?more=1", overheard, BODY) == 401
+            for host in (f"127.0.0.1:{port_in(real)}", f"127.0.0.1:{port_in(second)}"):
+                overheard["Host"] = host
+                assert await send(second, "PUT", "/route", overheard, BODY) == 401, host
+            del overheard["Host"]
+            assert await send(real, "PUT", "/route", overheard, BODY) == 200
+            assert (len(registry), len(other)) == (1, 0)
+
+    run(test())
+
+
+def test_a_registration_counts_once() -> None:
+    """One that was overheard keeps nothing of a rank that has ended."""
+
+    async def test() -> None:
+        now = 0.0
+        registry = Registry()
+        async with serving(registry_app(registry, secret=SECRET, clock=lambda: now)) as url:
+            overheard = registration(url, await time_of(url))
+            assert await send(url, "PUT", "/route", overheard, BODY) == 200
+            for later in (FRESH_SECONDS / 2, FRESH_SECONDS, TTL_SECONDS - 1.0):
+                now = later
+                assert await send(url, "PUT", "/route", overheard, BODY) == 503
+            with pytest.raises(RegistryError, match="no prefill rank is registered"):
+                registry.lookup(TTL_SECONDS)
+
+            again = registration(url, await time_of(url), nonce="another")
+            assert await send(url, "PUT", "/route", again, BODY) == 200
+            path = "/route?instance=i1&key=key"
+            withdrawal = registration(url, await time_of(url), method="DELETE", path=path)
+            assert await send(url, "DELETE", path, withdrawal, b"") == 200
+            for headers, method, where, body in ((again, "PUT", "/route", BODY), (withdrawal, "DELETE", path, b"")):
+                assert await send(url, method, where, headers, body) == 503
+            assert len(registry) == 0, "nobody brings back a rank that has withdrawn"
+
+    run(test())
+
+
+def test_a_registration_names_the_time_of_the_registry_it_is_for() -> None:
+    """Nothing that was made for a registry before its restart, too long ago or ahead of time counts."""
+
+    async def test() -> None:
+        now = 100.0
+        registry = Registry()
+        async with (
+            serving(registry_app(Registry(), secret=SECRET)) as before,
+            serving(registry_app(registry, secret=SECRET, clock=lambda: now)) as url,
+        ):
+            told = await time_of(url)
+            epoch, _, at = told.partition(".")
+            ahead = f"{epoch}.{int(at) + 1_000_000}"
+            for wrong in ("", "x", epoch, f"{epoch}.", f"{epoch}.-1", f"{epoch}.1e9", ahead, await time_of(before)):
+                assert await send(url, "PUT", "/route", registration(url, wrong), BODY) == 503, wrong
+            now += FRESH_SECONDS
+            assert await send(url, "PUT", "/route", registration(url, told), BODY) == 503
+            assert len(registry) == 0
+            assert await send(url, "PUT", "/route", registration(url, await time_of(url)), BODY) == 200
+
+    run(test())
+
+
+def test_who_lures_a_registration_away_gets_none() -> None:
+    async def test() -> None:
+        listener = Listener()
+        async with serving(listener.app) as lure, RegistryClient(secret=SECRET, attempts=1) as client:
             with pytest.raises(RegistryError, match="does not prove"):
                 await client.register("127.0.0.1", port_in(lure), ROUTE)
-            method, path, headers, body = listener.heard[0]
-            headers.popall("Content-Length")
-            for host in (headers["Host"], f"127.0.0.1:{port_in(real)}"):
-                headers["Host"] = host
-                assert await send(real, method, path, headers, body) == 401
+        assert [(method, body) for method, _, _, body in listener.heard] == [("GET", b"")]
 
-            await client.register("127.0.0.1", port_in(real), ROUTE)
-            audience = f"127.0.0.1:{port_in(real)}"
-            mine = CIMultiDict(client._credentials("PUT", audience, body))
-            assert await send(real, "PUT", "/route", mine, body) == 200
-            for name in ROUTE.__struct_fields__:
-                changed = {**msgspec.to_builtins(ROUTE), name: msgspec.to_builtins(getattr(NEWCOMER, name))}
-                if changed == msgspec.to_builtins(ROUTE):
-                    changed[name] = {"http_port": 1, "coordinates": {"tp": 0}, "sizes": {"tp": 2}}.get(
-                        name, "round_robin"
-                    )
-                assert await send(real, "PUT", "/route", mine, msgspec.json.encode(changed)) == 401, name
-            assert await send(real, "DELETE", "/route?instance=i1", mine, b"") == 401
-            assert registry.lookup(0.0).ranks == (ROUTE,)
-            await client.unregister("127.0.0.1", port_in(real), "i1")
+    run(test())
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_only_who_registered_a_rank_withdraws_or_refreshes_it(secret: str | None) -> None:
+    async def test() -> None:
+        now = 0.0
+        registry = Registry()
+        async with (
+            serving(registry_app(registry, secret=secret, clock=lambda: now)) as url,
+            RegistryClient(secret=secret, attempts=1) as rank,
+            RegistryClient(secret=secret, attempts=1) as other,
+        ):
+            here = ("127.0.0.1", port_in(url))
+            strange = msgspec.structs.replace(ROUTE, instance="i%/?#&=+;'\"\\~")
+            for route in (ROUTE, strange):
+                await rank.register(*here, route)
+                await other.unregister(*here, route.instance)
+                with pytest.raises(RegistryError, match="is held by instance"):
+                    await other.register(*here, route)
+                assert registry.lookup(now).ranks == (route,)
+                await rank.unregister(*here, route.instance)
+                assert len(registry) == 0
 
     run(test())
 
@@ -289,7 +405,8 @@ def test_nobody_takes_the_place_of_a_rank_of_the_servers_own_process(secret: str
             ):
                 await client.register(*here, other)
             await client.unregister(*here, "i1")
-            await client.register(*here, ROUTE)
+            with pytest.raises(LocalProtocolError, match="a rank of the process"):  # as it is, but with another's key
+                await client.register(*here, ROUTE)
             assert (await client.topology(*here)).ranks == (ROUTE,)
 
     run(test())

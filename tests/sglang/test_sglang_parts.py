@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from kvbaton.discovery.names import ServerNames
-from kvbaton.discovery.server import doors
+from kvbaton.discovery.server import middlewares
 from kvbaton.engines.sglang import bootstrap, plugin, versions
 from kvbaton.engines.sglang.options import Options
 from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
@@ -117,7 +117,7 @@ def guarded() -> Iterator[str]:
         return web.json_response({"got": (await request.read()).decode()})
 
     app.router.add_route("*", "/route", answer)
-    app.middlewares.extend(doors(SECRET, ServerNames.of("127.0.0.1")))
+    app.middlewares.extend(middlewares(SECRET, ServerNames.of("127.0.0.1")))
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(app)
     loop.run_until_complete(runner.setup())

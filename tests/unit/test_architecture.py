@@ -72,6 +72,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin"),
     "aiohttp": (
         "kvbaton.discovery.client",
+        "kvbaton.discovery.doors",
         "kvbaton.discovery.guard",
         "kvbaton.discovery.json_response",
         "kvbaton.discovery.server",

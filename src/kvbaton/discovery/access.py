@@ -3,8 +3,8 @@
 HTTP is not encrypted, so the secret itself never travels: a process shows a token that follows from the secret and from
 the door it is for. Who overhears a token can knock at that one door; the links' keys stay unknown to him. The tokens
 for registries follow from the registry's host and port as well: where a request leads a decode server to a listener of
-somebody else, what he gets opens nothing. What must not be changed on its way, a registration and the answer to a
-look-up, carries a code over its content (MAC). Servers take the secret itself, too, from people who have it
+somebody else, what he gets opens nothing. What must not be changed on its way or sent twice carries a code
+(:mod:`kvbaton.discovery.proof`). Servers take the secret itself, too, from people who have it
 (``curl -H "Authorization: Bearer $(cat FILE)"``), but for registering.
 
 This file must not know HTTP frameworks or links; it answers questions about hosts and tokens.
@@ -27,11 +27,6 @@ from kvbaton.secret import MAX_SECRET_CHARACTERS, check_secret, key_of
 MAX_FILE_BYTES = 4 * MAX_SECRET_CHARACTERS
 #: The header in which a router shows prefill and decode servers its token; what a client sends there goes nowhere.
 ROUTER_HEADER = "X-KVBaton-Router"
-
-#: The header with the code over a message's content, and the one with what a question's answer must repeat in it.
-MAC_HEADER = "X-KVBaton-MAC"
-NONCE_HEADER = "X-KVBaton-Nonce"
-MAX_NONCE_CHARACTERS = 64
 
 Door = Literal["look-up", "register", "router", "story"]
 
@@ -122,19 +117,6 @@ def _shown(header: str | None) -> str | None:
     """The token of an ``Authorization`` header."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else None
-
-
-def mac_of(secret: str, purpose: str, *parts: bytes) -> str:
-    """The code over a message, part by part."""
-    key = key_of(secret, f"mac {purpose}")
-    lengths = b"".join(len(part).to_bytes(8, "big") for part in parts)
-    return hmac.new(key, b"".join((len(parts).to_bytes(8, "big"), lengths, *parts)), "sha256").hexdigest()
-
-
-def mac_matches(header: str | None, secret: str, purpose: str, *parts: bytes) -> bool:
-    """Whether this is the code over a message. Compared in constant time."""
-    shown = (header or "").encode("utf-8", "surrogateescape")
-    return hmac.compare_digest(shown, mac_of(secret, purpose, *parts).encode())
 
 
 def is_local_name(host_header: str | None) -> bool:

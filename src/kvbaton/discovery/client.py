@@ -8,6 +8,8 @@ Rules:
 - Redirects are not followed and answers are read up to a bound: the address may have come from a request. For the same
   reason tokens are made for the host and port that is asked, and with a secret an answer counts only if it proves that
   whoever gave it knows the secret.
+- With a secret whoever registers asks for the registry's time first, and signs it: no registration counts twice.
+- What one client has registered it alone withdraws: it has the key.
 - Lookups are cached for less time than a process needs to start, so a cached address never outlives a restart, and
   callers :meth:`RegistryClient.invalidate` when a peer turned out to be lost.
 """
@@ -19,17 +21,35 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import aiohttp
 import msgspec
+from yarl import URL
 
-from kvbaton.discovery.access import MAC_HEADER, NONCE_HEADER, bearer, is_printable_host, mac_matches, mac_of
+from kvbaton.discovery.access import is_printable_host
+from kvbaton.discovery.freshness import MAX_TIME_CHARACTERS
 from kvbaton.discovery.names import audience_of
 from kvbaton.discovery.placement import PLACED_SECONDS, checked_rank, known_rank
-from kvbaton.discovery.registry import REFRESH_SECONDS, Registered, RoomRank, Route, Topology
+from kvbaton.discovery.proof import (
+    MAC_HEADER,
+    TIME_PATH,
+    answer_code,
+    is_code,
+    message_headers,
+    question_headers,
+)
+from kvbaton.discovery.registry import (
+    REFRESH_SECONDS,
+    Registered,
+    Registration,
+    RoomRank,
+    Route,
+    Topology,
+    lock_of,
+)
 from kvbaton.errors import AuthenticationError, ConfigError, KVBatonError, LocalProtocolError, RegistryError
 
 CACHE_SECONDS = 1.0
@@ -76,6 +96,7 @@ class RegistryClient:
         self._clock = clock
         self._sleep = sleep
         self._session: aiohttp.ClientSession | None = None
+        self._key = secrets.token_hex(16)  # of what it registers
         self._cache: OrderedDict[tuple[str, int], tuple[float, Topology]] = OrderedDict()
         self._locks: OrderedDict[tuple[str, int], asyncio.Lock] = OrderedDict()
 
@@ -96,13 +117,13 @@ class RegistryClient:
     async def register(self, host: str, port: int, route: Route) -> Registered:
         """Register one rank. Raises RegistryError (also at a place that is held), AuthenticationError, ConfigError,
         LocalProtocolError (a place of the registry's own process)."""
-        body = msgspec.json.encode(route)
-        answer = await self._call("PUT", host, port, body=body, signed=body)
+        body = msgspec.json.encode(Registration(route=route, lock=lock_of(self._key)))
+        answer = await self._call("PUT", host, port, body=body)
         return _decode(answer, Registered, host, port)
 
     async def unregister(self, host: str, port: int, instance: str) -> None:
-        """Take a rank out. Raises like :meth:`register`."""
-        await self._call("DELETE", host, port, query={"instance": instance}, signed=instance.encode())
+        """Take out a rank that this client registered. Raises like :meth:`register`."""
+        await self._call("DELETE", host, port, query={"instance": instance, "key": self._key})
 
     async def register_forever(
         self,
@@ -209,18 +230,15 @@ class RegistryClient:
         port: int,
         *,
         path: str = "/route",
-        body: bytes | None = None,
+        body: bytes = b"",
         query: dict[str, str] | None = None,
-        signed: bytes | None = None,
     ) -> bytes:
-        """``signed``: what a registration or withdrawal says, for its code."""
-        audience = _audience(host, port)
-        url = f"http://{audience}{path}"
-        headers = self._credentials(method, audience, signed)
+        url = URL(f"http://{_audience(host, port)}{path}").with_query(query)
         pause = FIRST_PAUSE_SECONDS
         for attempt in range(1, self._attempts + 1):
             try:
-                return await self._attempt(method, url, body, query, headers)
+                told = await self._time(url) if method != "GET" else ""
+                return await self._attempt(method, url, body, told)
             except _Refused as refused:
                 if attempt == self._attempts:
                     raise RegistryError(
@@ -235,18 +253,23 @@ class RegistryClient:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
         raise ConfigError(f"a registry client needs at least one attempt, not {self._attempts}")
 
-    def _credentials(self, method: str, audience: str, signed: bytes | None) -> dict[str, str]:
+    async def _time(self, url: URL) -> str:
+        """The registry's time, as a registration must repeat it; nothing where there is no secret to sign it with."""
+        if self._secret is None:
+            return ""
+        answer = await self._attempt("GET", url.with_path(TIME_PATH), b"", "")
+        return _decode(answer, _Time, url.host or "", url.port or 0).time
+
+    def _headers(self, method: str, url: URL, nonce: str, told: str, body: bytes) -> Mapping[str, str]:
         headers = {"Content-Type": "application/json"} if method == "PUT" else {}
         if self._secret is None:
             return headers
-        headers |= bearer(self._secret, "look-up" if signed is None else "register", audience)
-        if signed is not None:
-            headers[MAC_HEADER] = mac_of(self._secret, "registration", audience.encode(), method.encode(), signed)
-        return headers
+        audience = audience_of(url.host or "", url.port or 0)
+        if method == "GET":
+            return question_headers(self._secret, audience, nonce)
+        return {**headers, **message_headers(self._secret, audience, nonce, told, method, url.raw_path_qs, body)}
 
-    async def _attempt(
-        self, method: str, url: str, body: bytes | None, query: dict[str, str] | None, headers: dict[str, str]
-    ) -> bytes:
+    async def _attempt(self, method: str, url: URL, body: bytes, told: str) -> bytes:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
             self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False)
@@ -255,9 +278,8 @@ class RegistryClient:
             async with self._session.request(
                 method,
                 url,
-                data=body,
-                params=query,
-                headers={**headers, NONCE_HEADER: nonce},
+                data=body or None,
+                headers=self._headers(method, url, nonce, told, body),
                 allow_redirects=False,
             ) as response:
                 payload = bytearray()
@@ -266,23 +288,25 @@ class RegistryClient:
                     if len(payload) > MAX_ANSWER_BYTES:
                         raise _Refused(f"answered more than {MAX_ANSWER_BYTES} bytes")
                 _raise_for(response.status, bytes(payload))
-                self._check_answer(response, nonce, bytes(payload))
+                self._check_answer(response, url, nonce, bytes(payload))
                 return bytes(payload)
         except TimeoutError:
             raise _Refused(f"did not answer within {self._timeout_seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Refused(f"cannot be reached ({type(error).__name__}: {error})") from None
 
-    def _check_answer(self, response: aiohttp.ClientResponse, nonce: str, payload: bytes) -> None:
+    def _check_answer(self, response: aiohttp.ClientResponse, url: URL, nonce: str, payload: bytes) -> None:
         """Raises RegistryError unless whoever answers knows the secret, where there is one."""
         if self._secret is None:
             return
-        url = response.url
-        parts = (audience_of(url.host or "", url.port or 0), url.raw_path_qs, nonce)
-        if not mac_matches(
-            response.headers.get(MAC_HEADER), self._secret, "answer", *(part.encode() for part in parts), payload
-        ):
-            raise RegistryError(f"what answers at {parts[0]} does not prove that it knows this deployment's secret")
+        audience = audience_of(url.host or "", url.port or 0)
+        code = answer_code(self._secret, audience, nonce, url.raw_path_qs, payload)
+        if not is_code(response.headers.get(MAC_HEADER), code):
+            raise RegistryError(f"what answers at {audience} does not prove that it knows this deployment's secret")
+
+
+class _Time(msgspec.Struct):
+    time: Annotated[str, msgspec.Meta(max_length=MAX_TIME_CHARACTERS, pattern=r"^[0-9A-Za-z.]+$")]
 
 
 class _Complaint(msgspec.Struct):

@@ -5,6 +5,8 @@ Rules:
 - Pure: no I/O, no clock. Time is the argument ``now`` (seconds on any clock that only goes forward).
 - A rank owns its coordinates for as long as it lives: another *instance*, or the same one elsewhere, is told to wait
   until the entry is withdrawn or has expired. Two processes that claim one rank never take turns.
+- A registration brings a lock, and is refreshed with the same one: only who has its key withdraws it. Look-ups tell
+  neither.
 - The ranks of the process that keeps the table (``own``) are there from the start and for as long as it lives: nobody
   takes their place, nobody withdraws them, and only their group is served.
 - An entry lives ``ttl_seconds`` past its last registration. Ranks refresh; nothing is kept on trust.
@@ -19,6 +21,8 @@ This file must not know HTTP, layouts or secrets.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import itertools
 import math
 from collections.abc import Iterable
@@ -103,6 +107,18 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     load_balance: LoadBalance = "follow_bootstrap_room"
 
 
+class Registration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a rank sends. ``lock``: :func:`lock_of` the key that it withdraws itself with."""
+
+    route: Route
+    lock: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+def lock_of(key: str) -> str:
+    """The lock that a key opens: its SHA-256."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 class Registered(Struct, frozen=True, kw_only=True):
     """The answer to a registration: refresh within ``ttl_seconds``."""
 
@@ -136,6 +152,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 class _Entry:
     route: Route
     expires: float  # infinity: a rank of this process
+    lock: str = ""  # empty: no key opens it
 
 
 @dataclass(slots=True)
@@ -165,8 +182,8 @@ class Registry:
             group.own = True
             group.entries[route.coordinates] = _Entry(route, math.inf)
 
-    def register(self, route: Route, now: float) -> Registered:
-        """Enter or refresh one rank.
+    def register(self, route: Route, now: float, *, lock: str = "") -> Registered:
+        """Enter or refresh one rank. Without a ``lock`` it stays until it expires.
 
         Raises ConfigError for coordinates outside the sizes or too many ranks, LocalProtocolError at a place of this
         process's own ranks, RegistryError at one that somebody else still holds, OverloadedError when the table holds
@@ -176,10 +193,9 @@ class Registry:
         self._expire(now)
         group = self._group(route)
         before = group.entries.get(route.coordinates)
-        if before is not None and before.route != route:
+        if before is not None and (before.route, before.lock) != (route, lock):
             raise self._held(before)
-        if before is None or before.expires < math.inf:
-            group.entries[route.coordinates] = _Entry(route, now + self._ttl_seconds)
+        group.entries[route.coordinates] = _Entry(route, now + self._ttl_seconds, lock)
         return Registered(ttl_seconds=self._ttl_seconds)
 
     def _held(self, entry: _Entry) -> KVBatonError:
@@ -195,15 +211,15 @@ class Registry:
             peer=entry.route.instance,
         )
 
-    def unregister(self, instance: str, now: float) -> bool:
-        """Take a rank out before it expires; False if it was not there."""
+    def unregister(self, instance: str, now: float, *, key: str) -> bool:
+        """Take a rank out before it expires; False if there is none of this name that the key opens."""
         self._expire(now)
-        found = False
+        opened, found = lock_of(key), False
         for group in self._groups.values():
             gone = [
                 where
                 for where, entry in group.entries.items()
-                if entry.route.instance == instance and entry.expires != math.inf
+                if entry.route.instance == instance and hmac.compare_digest(entry.lock, opened)
             ]
             for where in gone:
                 del group.entries[where]
@@ -269,9 +285,9 @@ def _shortage(name: str, group: _Group) -> str:
     return f"group {name} has {len(group.entries)} of {group.sizes.ranks} ranks, missing {named}"
 
 
-def decode_route(payload: bytes) -> Route:
+def decode_registration(payload: bytes) -> Registration:
     """A registration from its JSON. Raises ConfigError that names the field."""
     try:
-        return msgspec.json.decode(payload, type=Route)
+        return msgspec.json.decode(payload, type=Registration)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not a registration: {error}") from None

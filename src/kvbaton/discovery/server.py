@@ -1,12 +1,10 @@
-"""The registry over HTTP: ``PUT /route``, ``GET /route``, ``DELETE /route?instance=``, ``GET /dp_rank?room=``,
+"""The registry over HTTP: ``PUT /route``, ``GET /route``, ``DELETE /route?instance=&key=``, ``GET /dp_rank?room=``,
 ``GET /health``.
 
 Rules:
 
 - JSON in, JSON out; a registration is at most :data:`MAX_ROUTE_BYTES`.
-- With a secret, looking up needs a token that was made for looking up at this host and port, or the secret itself;
-  registering and withdrawing need a token for that and a code over the whole registration. The answer to a look-up
-  carries a code, too, over itself and what the question asks it to repeat: who does not know the secret answers nobody.
+- With a secret, looking up and registering are two doors (:mod:`kvbaton.discovery.doors`).
 - Without a secret the server may listen on loopback only (:func:`start_registry` refuses anything else), and takes no
   request that does not name this machine.
 - An answer that is no success carries ``{"error": {"code", "message"}}``: 400 wrong registration, 401 wrong secret
@@ -18,27 +16,18 @@ This file must not know ranks' layouts, or anything of the table but its methods
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from kvbaton.discovery.access import (
-    MAC_HEADER,
-    MAX_NONCE_CHARACTERS,
-    NONCE_HEADER,
-    bearer_matches,
-    is_secret,
-    mac_matches,
-    mac_of,
-    require_secret,
-)
+from kvbaton.discovery.access import require_secret
+from kvbaton.discovery.doors import HEALTH_PATH, body_of, doors
 from kvbaton.discovery.guard import Handler, guard, hide_versions
 from kvbaton.discovery.json_response import json_response
-from kvbaton.discovery.names import ALLOWED_HOST_FLAG, ServerNames, audience_of, split
+from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.placement import Placements
-from kvbaton.discovery.registry import Registry, RoomRank, decode_route
+from kvbaton.discovery.registry import Registry, RoomRank, decode_registration
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
@@ -51,11 +40,11 @@ from kvbaton.errors import (
 DEFAULT_PORT = 8998
 #: Largest registration in bytes.
 MAX_ROUTE_BYTES = 16 << 10
-#: A registration has arrived by then.
-BODY_SECONDS = 10.0
 MAX_ROOM_DIGITS = 20
 #: Seconds that a client is asked to wait while the group is not complete.
 RETRY_AFTER_SECONDS = 1
+
+Middleware = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 _STATUS: tuple[tuple[type[KVBatonError], int], ...] = (
     (ConfigError, 400),
@@ -83,13 +72,8 @@ def registry_app(
     names = names if names is not None else ServerNames()
 
     async def register(request: web.Request) -> web.Response:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await request.read()
-        except TimeoutError:
-            raise web.HTTPRequestTimeout() from None
-        _check_mac(request, secret, body)
-        return json_response(registry.register(decode_route(body), clock()))
+        registration = decode_registration(await body_of(request))
+        return json_response(registry.register(registration.route, clock(), lock=registration.lock))
 
     async def lookup(_request: web.Request) -> web.Response:
         return json_response(registry.lookup(clock()))
@@ -103,27 +87,27 @@ def registry_app(
     async def unregister(request: web.Request) -> web.Response:
         instance = request.query.get("instance", "")
         if not instance:
-            raise ConfigError("instance: name the instance to take out, as in DELETE /route?instance=ID")
-        _check_mac(request, secret, instance.encode())
-        return json_response({"removed": registry.unregister(instance, clock())})
+            raise ConfigError("instance: name the instance to take out, as in DELETE /route?instance=ID&key=KEY")
+        return json_response({"removed": registry.unregister(instance, clock(), key=request.query.get("key", ""))})
 
     async def health(_request: web.Request) -> web.Response:
         return json_response({"status": "ok"})
 
     app = web.Application(
-        middlewares=[
-            web.middleware(_errors),
-            web.middleware(guard(names)),
-            web.middleware(_authenticate(secret, names)),
-        ],
+        middlewares=[web.middleware(_errors), web.middleware(guard(names)), *_doors(secret, names, clock)],
         client_max_size=MAX_ROUTE_BYTES,
     )
     app.router.add_put("/route", register)
     app.router.add_get("/route", lookup)
     app.router.add_delete("/route", unregister)
     app.router.add_get("/dp_rank", dp_rank)
-    app.router.add_get("/health", health)
+    app.router.add_get(HEALTH_PATH, health)
     return app
+
+
+def middlewares(secret: str, names: ServerNames) -> list[Middleware]:
+    """For the application of somebody else that is asked, and registered at, as a registry is."""
+    return [web.middleware(_errors), *_doors(secret, names, time.monotonic)]
 
 
 async def start_registry(app: web.Application, *, host: str, port: int, secret: str | None = None) -> web.AppRunner:
@@ -143,73 +127,12 @@ async def start_registry(app: web.Application, *, host: str, port: int, secret: 
     return runner
 
 
-def doors(secret: str, names: ServerNames) -> tuple[Callable[..., Awaitable[web.StreamResponse]], ...]:
-    """Middlewares for the application of somebody else that is asked, and registered at, as a registry is."""
-
-    async def unchanged(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.method not in ("GET", "HEAD"):
-            _check_mac(request, secret, await request.read())
-        return await handler(request)
-
-    return web.middleware(_errors), web.middleware(_authenticate(secret, names)), web.middleware(unchanged)
-
-
-def _authenticate(secret: str | None, names: ServerNames) -> Callable[..., Awaitable[web.StreamResponse]]:
-    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if secret is None or request.path == "/health":
-            return await handler(request)
-        _check_token(request, secret, names)
-        response = await handler(request)
-        nonce = request.headers.get(NONCE_HEADER, "")
-        if 0 < len(nonce) <= MAX_NONCE_CHARACTERS and isinstance(response, web.Response):
-            parts = (_audience(request), request.path_qs, nonce)
-            response.headers[MAC_HEADER] = mac_of(
-                secret, "answer", *(part.encode() for part in parts), bytes(response.body or b"")
-            )
-        return response
-
-    return authenticate
-
-
-def _check_token(request: web.Request, secret: str, names: ServerNames) -> None:
-    """Raises AuthenticationError unless the one who asks may look up, or register."""
-    header, audience = request.headers.get("Authorization"), _audience(request)
-    asks = request.method in ("GET", "HEAD")
-    if asks and is_secret(header, secret):
-        return
-    if is_secret(header, secret) or not bearer_matches(header, secret, "look-up" if asks else "register", audience):
-        raise AuthenticationError(
-            "the registry needs this deployment's shared secret as a bearer token"
-            if header is None
-            else "the bearer token is not this deployment's shared secret, or is for something else"
-        )
-    transport = request.transport
-    arrived_at = transport.get_extra_info("sockname") if transport is not None else None
-    if not (arrived_at and names.is_audience(audience, arrived_at)):
-        raise AuthenticationError(
-            f"this registry is not {audience[:100]}, which the token is for; where it is reached under another name, "
-            f"start its server with {ALLOWED_HOST_FLAG} HOST:PORT"
-        )
-
-
-def _check_mac(request: web.Request, secret: str | None, content: bytes) -> None:
-    """Raises AuthenticationError unless the registration, or withdrawal, is as the one who knows the secret made it."""
-    if secret is not None and not mac_matches(
-        request.headers.get(MAC_HEADER),
-        secret,
-        "registration",
-        _audience(request).encode(),
-        request.method.encode(),
-        content,
-    ):
-        raise AuthenticationError("the registration was changed on its way, or made by somebody without the secret")
-
-
-def _audience(request: web.Request) -> str:
-    return audience_of(*split(request.headers.get("Host", "")))
+def _doors(secret: str | None, names: ServerNames, clock: Callable[[], float]) -> list[Middleware]:
+    return [] if secret is None else [web.middleware(doors(secret, names, clock=clock))]
 
 
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A middleware's function: errors as JSON, with their status."""
     try:
         return await handler(request)
     except KVBatonError as error:

@@ -13,7 +13,8 @@ from kvbaton.discovery.registry import (
     RegistryCoordinates,
     Route,
     Sizes,
-    decode_route,
+    decode_registration,
+    lock_of,
 )
 from kvbaton.errors import ConfigError, OverloadedError, RegistryError
 
@@ -70,8 +71,8 @@ def test_a_living_rank_keeps_its_place():
 
 def test_a_rank_that_withdraws_makes_room_at_once():
     registry = Registry()
-    registry.register(route("old"), 0.0)
-    registry.unregister("old", 1.0)
+    registry.register(route("old"), 0.0, lock=lock_of("key"))
+    registry.unregister("old", 1.0, key="key")
     registry.register(route("new"), 1.0)
     assert registry.lookup(1.0).ranks == (route("new"),)
 
@@ -111,9 +112,9 @@ def test_an_older_group_serves_again_when_the_newer_one_dies():
 
 def test_unregistering_takes_effect_at_once():
     registry = Registry()
-    registry.register(route("a"), 0.0)
-    assert registry.unregister("a", 0.0)
-    assert not registry.unregister("a", 0.0)
+    registry.register(route("a"), 0.0, lock=lock_of("key"))
+    assert registry.unregister("a", 0.0, key="key")
+    assert not registry.unregister("a", 0.0, key="key")
     with pytest.raises(RegistryError):
         registry.lookup(0.0)
 
@@ -139,32 +140,44 @@ def test_impossible_coordinates_are_refused(bad: Route, message: str):
         Registry().register(bad, 0.0)
 
 
+LOCK = lock_of("key")
+
+
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        (b"{}", "instance"),
+        (b"{}", "route"),
         (b"[]", "object"),
         (b"{", "truncated"),
         (b"\xff", "not a registration"),
-        (b'{"instance":"a","group":"g","address":"http://x:1","layout_digest":"","http_port":1}', "address"),
-        (b'{"instance":"a","group":"g","address":"tcp://x:1","layout_digest":"","http_port":70000}', "http_port"),
-        (b'{"instance":"","group":"g","address":"tcp://x:1","layout_digest":"","http_port":1}', "instance"),
-        (
-            b'{"instance":"a","group":"g","address":"tcp://x:1","layout_digest":"","http_port":1,"sizes":{"tp":1e9}}',
-            "sizes.tp",
-        ),
-        (b'{"instance":"a","group":"g","address":"tcp://x:1","layout_digest":"","http_port":1,"evil":1}', "evil"),
+        (b'{"route":{},"lock":"x"}', "instance"),
+        ({"lock": "open"}, "lock"),
+        ({"lock": LOCK.upper()}, "lock"),
+        ({"more": 1}, "more"),
+        ({"address": "http://x:1"}, "address"),
+        ({"http_port": 70000}, "http_port"),
+        ({"instance": ""}, "instance"),
+        ({"sizes": {"tp": 1e9}}, "sizes.tp"),
+        ({"evil": 1}, "evil"),
     ],
 )
-def test_a_malformed_registration_names_the_field(payload: bytes, message: str):
+def test_a_malformed_registration_names_the_field(payload: bytes | dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
-        decode_route(payload)
+        decode_registration(payload if isinstance(payload, bytes) else registration(**payload))
 
 
 def test_port_zero_is_no_address():
-    bad = decode_route(b'{"instance":"a","group":"g","address":"tcp://x:0","layout_digest":"","http_port":1}')
+    bad = decode_registration(registration(address="tcp://x:0")).route
     with pytest.raises(ConfigError, match="address"):
         Registry().register(bad, 0.0)
+
+
+def registration(**changed: object) -> bytes:
+    """The JSON of one, with changed fields."""
+    whole = {"route": msgspec.to_builtins(route()), "lock": LOCK}
+    for name, value in changed.items():
+        (whole if name in ("lock", "more") else whole["route"])[name] = value
+    return msgspec.json.encode(whole)
 
 
 @given(

@@ -207,7 +207,7 @@ def test_lookups_are_cached_for_a_moment_and_forgotten_on_demand():
             port = port_in(url)
             await client.register("127.0.0.1", port, ROUTE)
             first = await client.topology("127.0.0.1", port)
-            registry.unregister("i1", 0.0)
+            await client.unregister("127.0.0.1", port, "i1")
             registry.register(Route(**_fields(instance="i2", address="tcp://127.0.0.1:42000")), 0.0)
             assert await client.topology("127.0.0.1", port) is first
             now[0] = CACHE_SECONDS

@@ -270,9 +270,9 @@ class KVBatonBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
         super()._setup_routes()
         secret = Options.from_environment(os.environ).secret()
         if secret is not None:
-            from kvbaton.discovery.server import doors
+            from kvbaton.discovery.server import middlewares
 
-            self.app.middlewares.extend(doors(secret, ServerNames.of(self.host)))
+            self.app.middlewares.extend(middlewares(secret, ServerNames.of(self.host)))
 
 
 def query_prefill_dp_ranks(original: Callable[..., Any], bootstrap_addr: str, bootstrap_rooms: list[int]) -> Any:

@@ -17,8 +17,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kvbaton.control.address import Address
-from kvbaton.discovery.access import MAC_HEADER, NONCE_HEADER, bearer, is_printable_host, mac_matches, mac_of
+from kvbaton.discovery.access import is_printable_host
 from kvbaton.discovery.names import audience_of
+from kvbaton.discovery.proof import (
+    MAC_HEADER,
+    TIME_PATH,
+    answer_code,
+    is_code,
+    message_headers,
+    question_headers,
+)
 from kvbaton.errors import AuthenticationError, RegistryError
 
 #: One question, in seconds; SGLang asks on its scheduler's thread.
@@ -40,21 +48,19 @@ class Client:
 
     def ask(self, url: str, *, body: object = None, method: str = "GET", seconds: float = ASK_SECONDS) -> Any:
         """The answer's JSON; of what is no JSON its text. Raises RegistryError, AuthenticationError."""
-        data = None if body is None else json.dumps(body).encode()
+        data = b"" if body is None else json.dumps(body).encode()
         parts = urlsplit(url)
         if parts.hostname is None or not is_printable_host(parts.hostname):
             raise RegistryError(f"{url!r} names no server")
         audience, path = audience_of(parts.hostname, parts.port or 80), f"{parts.path}?{parts.query}".rstrip("?")
         nonce = secrets.token_hex(16)
         headers = {"Content-Type": "application/json", "Host": audience}
-        if self._secret is not None:
-            headers |= {
-                **bearer(self._secret, "look-up" if data is None else "register", audience),
-                NONCE_HEADER: nonce,
-            }
-            if data is not None:
-                headers[MAC_HEADER] = mac_of(self._secret, "registration", audience.encode(), method.encode(), data)
-        request = urllib.request.Request(url, data=data, method=method, headers=headers)
+        if self._secret is not None and method == "GET":
+            headers |= question_headers(self._secret, audience, nonce)
+        elif self._secret is not None:
+            told = self._time(f"{parts.scheme}://{parts.netloc}{TIME_PATH}", seconds)
+            headers |= message_headers(self._secret, audience, nonce, told, method, path, data)
+        request = urllib.request.Request(url, data=data or None, method=method, headers=headers)
         try:
             with _OPENER.open(request, timeout=seconds) as answer:
                 content = answer.read(MAX_ANSWER_BYTES)
@@ -63,14 +69,19 @@ class Client:
             raise RegistryError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
             raise RegistryError(f"{url} does not answer: {error}") from None
-        if self._secret is not None and not mac_matches(
-            code, self._secret, "answer", audience.encode(), path.encode(), nonce.encode(), content
-        ):
+        if self._secret is not None and not is_code(code, answer_code(self._secret, audience, nonce, path, content)):
             raise AuthenticationError(f"{url}: whoever answers there does not know this deployment's secret")
         try:
             return json.loads(content)
         except ValueError:
             return content.decode(errors="replace")
+
+    def _time(self, url: str, seconds: float) -> str:
+        """The server's time, which a registration must name."""
+        told = self.ask(url, seconds=seconds)
+        if not (isinstance(told, dict) and isinstance(told.get("time"), str)):
+            raise RegistryError(f"{url} does not tell the time")
+        return str(told["time"])
 
     def register(self, url: str, row: Mapping[str, object], *, seconds: float = REGISTER_SECONDS) -> None:
         """Register a prefill rank at ``url``; the server may still be starting. Raises RegistryError,
