@@ -193,7 +193,8 @@ def test_foreign_zeromq_messages_are_dropped(here: Log) -> None:
         for socket_ in (foreign, large):
             socket_.linger = 0
             socket_.connect(here.links.address)
-        foreign.send_multipart([b"two", b"frames"])
+        foreign.send_multipart([b"frame"] * (zmq_links.MAX_FRAMES + 1))
+        foreign.send_multipart([bytes(MAX_MESSAGE_BYTES), b"more"])
         foreign.send(b"one")
         large.send(bytes(MAX_MESSAGE_BYTES + 1))
         large.send(bytes(MAX_MESSAGE_BYTES + 100))

@@ -40,6 +40,33 @@ def test_writes_of_a_peer_keep_their_order() -> None:
     assert queue.take() is None
 
 
+def test_small_writes_go_along_with_the_first() -> None:
+    queue = PostingQueue(Window())
+    for number in range(6):
+        queue.offer(write(number, "a", entries=1 + number % 2))
+    queue.offer(write(10, "b"))
+    first = queue.take()
+    assert first is not None
+    along = queue.take_along(first, lambda other: len(other.source_entries) == 1, Window(bytes=20))
+    assert [one.write for one in (first, *along)] == [0, 2]
+    assert take_all(queue) == [10, 1, 3, 4, 5]
+    for number in (0, 2, 1, 3, 4, 5, 10):
+        queue.settled(write(number, "b" if number == 10 else "a", entries=1 + number % 2))
+    assert len(queue) == 0
+
+
+def test_what_goes_along_fits_the_window() -> None:
+    queue = PostingQueue(Window(bytes=25))
+    for number in range(4):
+        queue.offer(write(number, "a"))
+    first = queue.take()
+    assert first is not None
+    assert [one.write for one in queue.take_along(first, lambda _: True, Window())] == [1]
+    assert queue.take() is None
+    queue.settled(first)
+    assert take_all(queue) == [2]
+
+
 def test_peers_take_turns() -> None:
     queue = PostingQueue(Window())
     for number in range(3):

@@ -64,8 +64,9 @@ class Links(ABC):
         """Open a link to ``address``; returns at once. Raises ConfigError for an address that cannot be."""
 
     @abstractmethod
-    def send(self, link: LinkId, payload: bytes) -> bool:
-        """Queue a message. False if it was dropped: link unknown or closed, queue full, or too large."""
+    def send(self, link: LinkId, *payloads: bytes) -> bool:
+        """Queue messages, in order; together they cost little more than one. False if any of them was dropped: link
+        unknown or closed, queue full, or too large."""
 
     @abstractmethod
     def receive(self) -> list[Arrived | Changed]:

@@ -162,7 +162,10 @@ class MemoryLinks(Links):
         self._changed.notify_all()
         return True
 
-    def send(self, link: LinkId, payload: bytes) -> bool:
+    def send(self, link: LinkId, *payloads: bytes) -> bool:
+        return all(self._send(link, payload) for payload in payloads)
+
+    def _send(self, link: LinkId, payload: bytes) -> bool:
         with self._network.lock:
             end = self._ends.get(link)
             if end is None or len(payload) > MAX_MESSAGE_BYTES:

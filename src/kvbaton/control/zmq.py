@@ -2,10 +2,11 @@
 
 What to know:
 
-- Sockets never linger and sends never block. A queue holds :data:`QUEUE_MESSAGES`; what does not fit is dropped and
-  ``send`` says so. Messages sent while a dialled link is not up wait in that queue (``IMMEDIATE`` is off, so that a
-  first message needs no round trip); after a restart of the peer the new process may get messages meant for the old
-  one, which is why every message names an instance.
+- Sockets never linger and sends never block. Messages that are sent together travel as the frames of one of ZeroMQ's:
+  waking its threads is most of what a message costs. A queue holds :data:`QUEUE_MESSAGES` of those; what does not fit
+  is dropped and ``send`` says so. Messages sent while a dialled link is not up wait in that queue (``IMMEDIATE`` is
+  off, so that a first message needs no round trip); after a restart of the peer the new process may get messages meant
+  for the old one, which is why every message names an instance.
 - A dialled link is UP when the ZMTP handshake, CURVE included, has succeeded. It is DOWN when the stream breaks or
   heartbeats stay out. While it is not UP, the address is probed (:mod:`kvbaton.control.probe`), and each refused
   probe is reported as REFUSED, at most once a second.
@@ -27,6 +28,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -43,6 +45,8 @@ from kvbaton.errors import ConfigError, OverloadedError
 QUEUE_MESSAGES = 1024
 #: Most messages of one accepted connection that wait to be read; more wait at their sender (8 MiB each is possible).
 ACCEPTED_MESSAGES = 128
+#: Most messages that travel as one of ZeroMQ's; together they are no larger than one may be.
+MAX_FRAMES = 64
 #: Most items that one ``receive`` returns, and most messages that it takes from one socket.
 BATCH = 256
 SOCKET_BATCH = 64
@@ -230,17 +234,21 @@ class ZmqLinks(Links):
         self._start_probe(dialled, time.monotonic(), PROBE_AFTER_SECONDS)
         return dialled.link
 
-    def send(self, link: LinkId, payload: bytes) -> bool:
-        if len(payload) > MAX_MESSAGE_BYTES:
+    def send(self, link: LinkId, *payloads: bytes) -> bool:
+        return all(self._send_frames(link, frames) for frames in _batches(payloads))
+
+    def _send_frames(self, link: LinkId, frames: Sequence[bytes]) -> bool:
+        """Messages as the frames of one of ZeroMQ's: its thread is woken, and the peer's, once for all of them."""
+        if not _is_ours(frames):
             return False
         identity = self._accepted.identities.get(link)
         try:
             if identity is not None:
                 self._watch.touched(_ROUTER)
-                self._router.send_multipart((identity, payload), zmq.NOBLOCK)
+                self._router.send_multipart((identity, *frames), zmq.NOBLOCK)
             elif link in self._dialled:
                 self._watch.touched((_Kind.DEALER, link))
-                self._dialled[link].socket.send(payload, zmq.NOBLOCK)
+                self._dialled[link].socket.send_multipart(frames, zmq.NOBLOCK)
             else:
                 return False
         except zmq.Again:
@@ -362,7 +370,7 @@ class ZmqLinks(Links):
             if not frames:
                 return
             if _is_ours(frames):
-                self._inbox.append(Arrived(dialled.link, frames[0]))
+                self._inbox.extend(Arrived(dialled.link, payload) for payload in frames)
 
     def _read_router(self) -> None:
         self._watch.touched(_ROUTER)
@@ -370,10 +378,10 @@ class ZmqLinks(Links):
             frames = _next_message(self._router)
             if not frames:
                 return
-            identity, *payload = frames
-            link = self._accepted.heard(identity, self._ids) if _is_ours(payload) else None
+            identity, *payloads = frames
+            link = self._accepted.heard(identity, self._ids) if _is_ours(payloads) else None
             if link is not None:
-                self._inbox.append(Arrived(link, payload[0]))
+                self._inbox.extend(Arrived(link, payload) for payload in payloads)
 
     def sizes(self) -> dict[str, int]:
         return {
@@ -422,8 +430,21 @@ def _next_message(socket: _Socket) -> list[bytes]:
         return []
 
 
-def _is_ours(frames: list[bytes]) -> bool:
-    return len(frames) == 1 and len(frames[0]) <= MAX_MESSAGE_BYTES
+def _batches(payloads: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Messages by what may travel together; one that is too large for anybody stays alone."""
+    batch: list[bytes] = []
+    size = 0
+    for payload in payloads:
+        if batch and (len(batch) == MAX_FRAMES or size + len(payload) > MAX_MESSAGE_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(payload)
+        size += len(payload)
+    yield batch
+
+
+def _is_ours(frames: Sequence[bytes]) -> bool:
+    return 1 <= len(frames) <= MAX_FRAMES and sum(map(len, frames)) <= MAX_MESSAGE_BYTES
 
 
 def _milliseconds(seconds: float) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from kvbaton.layout import MemoryKind
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Addressable blocks on one side of a peering.
 
@@ -23,6 +25,11 @@ class Table:
 
     rows: NDArray[np.int64]
     memory: MemoryKind = "DRAM"
+
+    @cached_property
+    def entries(self) -> int:
+        """Blocks of all rows."""
+        return int(self.rows[:, 4].sum())
 
     def addresses(self, entries: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int64]:
         """Addresses of the given entries."""
@@ -40,3 +47,10 @@ class Table:
         ends = np.cumsum(self.rows[:, 4])
         row = np.searchsorted(ends, entries, side="right")
         return row, entries - (ends[row] - self.rows[row, 4])
+
+
+def join(tables: Sequence[Table]) -> Table:
+    """Tables of one kind of memory as one: the rows of each follow those of the one before, and so do its entries."""
+    if len(tables) == 1:
+        return tables[0]
+    return Table(rows=np.concatenate([table.rows for table in tables]), memory=tables[0].memory)

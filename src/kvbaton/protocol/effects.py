@@ -140,6 +140,11 @@ class RoomStatus:
     agreed: bool = False
     chunks: int = 0
 
+    @property
+    def ended(self) -> bool:
+        """It is Failed or Success, and never changes any more."""
+        return self.poll is KVPoll.Failed or self.poll is KVPoll.Success
+
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:

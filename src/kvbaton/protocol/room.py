@@ -37,55 +37,45 @@ class SourceRoom:
         """Every target that this rank serves has opened."""
         return self.expected is not None and len(self.transfers) >= self.expected
 
-    @property
-    def over(self) -> bool:
+    def over(self, status: RoomStatus) -> bool:
         """Nothing is left to do or to say: the record can go."""
-        closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
-        return closed and (self.released or not self.has_sender)
+        return (status.ended or not self.has_sender) and _all_closed(self.transfers)
 
     @property
     def released(self) -> bool:
-        return self.status().poll in (KVPoll.Failed, KVPoll.Success)
+        return self.status().ended
 
     def status(self) -> RoomStatus:
-        transfers = self.transfers.values()
+        """Our units are free (``leased`` is false) once every target has opened and each write of all chunks has
+        settled, before the targets confirm."""
+        opened, succeeded, settled, leased = self.opened, True, True, False
+        starts, size, exposed = [], 0, 0.0
+        for transfer in self.transfers.values():
+            outgoing = transfer.as_source()
+            settled = settled and transfer.state in _SETTLED
+            succeeded = succeeded and transfer.succeeded
+            leased = leased or transfer.leased
+            size += sum(outgoing.sent.values())
+            exposed = max(exposed, outgoing.exposed_seconds)
+            starts += [grant.token_start for grant in outgoing.grants.values() if grant.token_stop]
         if self.error is not None:
             poll = KVPoll.Failed
-        elif not self.opened:
+        elif not opened:
             poll = KVPoll.Bootstrapping
         elif not self.chunks:
             poll = KVPoll.WaitingForInput
-        elif all(transfer.succeeded for transfer in transfers):
-            poll = KVPoll.Success
         else:
-            poll = KVPoll.Transferring
-        unfinished = poll not in (KVPoll.Failed, KVPoll.Success) and bool(self.chunks) and not self._settled()
+            poll = KVPoll.Success if succeeded else KVPoll.Transferring
+        unfinished = poll not in _ENDED and bool(self.chunks) and not (opened and settled)
         return RoomStatus(
             poll=poll,
             error=self.error,
-            leased=unfinished or any(transfer.leased for transfer in transfers),
-            prefix_len=self._prefix_len(),
-            bytes=sum(sum(t.outgoing.sent.values()) for t in transfers if t.outgoing is not None),
-            exposed_seconds=max((t.outgoing.exposed_seconds for t in transfers if t.outgoing is not None), default=0.0),
+            leased=unfinished or leased,
+            prefix_len=min(starts, default=0),
+            bytes=size,
+            exposed_seconds=exposed,
             chunks=len(self.chunks),
         )
-
-    def _settled(self) -> bool:
-        """Every target has opened, and each write of all chunks has settled: our units are free before the targets
-        confirm."""
-        return self.opened and all(
-            transfer.state in (State.DELIVERED, State.CLOSED) for transfer in self.transfers.values()
-        )
-
-    def _prefix_len(self) -> int:
-        starts = [
-            grant.token_start
-            for transfer in self.transfers.values()
-            if transfer.outgoing is not None
-            for grant in transfer.outgoing.grants.values()
-            if grant.token_stop
-        ]
-        return min(starts, default=0)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -107,33 +97,40 @@ class TargetRoom:
     error: KVBatonError | None = None
     reported: RoomStatus = field(default_factory=RoomStatus)
 
-    @property
-    def over(self) -> bool:
+    def over(self, status: RoomStatus) -> bool:
         """Nothing is left to do or to say: the record can go."""
-        closed = all(transfer.state is State.CLOSED for transfer in self.transfers.values())
-        return closed and not self.untold and self.status().poll in (KVPoll.Failed, KVPoll.Success)
+        return status.ended and not self.untold and _all_closed(self.transfers)
 
     def status(self) -> RoomStatus:
-        transfers = self.transfers.values()
-        writers = [t for t in transfers if t.incoming is not None and t.incoming.parts]
+        writers, succeeded, opening, leased, size, exposed = 0, 0, False, False, 0, 0.0
+        for transfer in self.transfers.values():
+            incoming = transfer.as_target()
+            opening = opening or transfer.state is State.OPENING
+            if incoming.parts:
+                writers += 1
+                succeeded += transfer.succeeded
+                leased = leased or transfer.leased
+                size += incoming.bytes
+                exposed = max(exposed, incoming.exposed_seconds)
         if self.error is not None:
             poll = KVPoll.Failed
-        elif not transfers or any(transfer.state is State.OPENING for transfer in transfers):
+        elif opening or not self.transfers:
             poll = KVPoll.Bootstrapping
-        elif all(transfer.succeeded for transfer in writers):
+        elif succeeded == writers:
             poll = KVPoll.Success
-        elif any(transfer.succeeded for transfer in writers):
-            poll = KVPoll.Transferring
         else:
-            poll = KVPoll.WaitingForInput
+            poll = KVPoll.Transferring if succeeded else KVPoll.WaitingForInput
         return RoomStatus(
-            poll=poll,
-            error=self.error,
-            leased=any(transfer.leased for transfer in transfers),
-            bytes=sum(part.bytes for t in writers if t.incoming is not None for part in t.incoming.parts),
-            agreed=self.agreed,
-            exposed_seconds=max((t.incoming.exposed_seconds for t in writers if t.incoming is not None), default=0.0),
+            poll=poll, error=self.error, leased=leased, bytes=size, agreed=self.agreed, exposed_seconds=exposed
         )
+
+
+_ENDED = (KVPoll.Failed, KVPoll.Success)
+_SETTLED = (State.DELIVERED, State.CLOSED)
+
+
+def _all_closed(transfers: dict[str, Transfer]) -> bool:
+    return all(transfer.state is State.CLOSED for transfer in transfers.values())
 
 
 Room = SourceRoom | TargetRoom

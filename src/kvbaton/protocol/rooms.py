@@ -40,7 +40,7 @@ from kvbaton.errors import (
 )
 from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.context import Context
-from kvbaton.protocol.effects import KVPoll, Report, RoomStatus
+from kvbaton.protocol.effects import Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
     ChunkSubmitted,
@@ -229,13 +229,13 @@ class Rooms:
     def on_abort_requested(self, event: AbortRequested) -> None:
         room: Room | None
         room = self._sources.get(event.room) if event.role == "source" else self.targets.rooms.get(event.room)
-        if room is None or room.status().poll in (KVPoll.Failed, KVPoll.Success):
+        if room is None or room.status().ended:
             return
         self.fail(room, event.error)
 
     def on_shutdown(self, event: ShutdownRequested) -> None:
         for room in self.all():
-            if room.status().poll not in (KVPoll.Failed, KVPoll.Success):
+            if not room.status().ended:
                 self.fail(room, TransferFailedError(f"its rank is closing: {event.reason}", room=room.room))
 
     def fail(self, room: Room, error: KVBatonError) -> None:
@@ -261,22 +261,22 @@ class Rooms:
         """Draw the conclusions for every room that something happened to, and report what changed."""
         while self._touched:
             _, room = self._touched.popitem()
-            if room.error is None and room.status().poll is not KVPoll.Success:
+            status = room.status()
+            if not status.ended:
                 failed = next((t.error for t in room.transfers.values() if t.error is not None), None)
                 if failed is not None:
                     self.fail(room, failed)
                     continue
             if isinstance(room, SourceRoom) and room.opened:
                 self._context.timers.cancel(room, "deadline")
-            self._report(room)
-            if room.over:
+            self._report(room, status)
+            if room.over(status):
                 self._remove(room)
 
-    def _report(self, room: Room) -> None:
+    def _report(self, room: Room, status: RoomStatus) -> None:
         """Tell our engine what changed. A room that it has not asked for yet is reported in full once it does."""
         if not self._is_current(room) or (isinstance(room, SourceRoom) and not room.has_sender):
             return
-        status: RoomStatus = room.status()
         if status != room.reported:
             room.reported = status
             role: Role = "source" if isinstance(room, SourceRoom) else "target"

@@ -123,6 +123,10 @@ class Incoming:
     begun: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
+    bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bytes = sum(part.bytes for part in self.parts)
 
     def has_slot(self, slot: int) -> bool:
         """Whether a slot of our staging memory is leased to this transfer."""

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvbaton.errors import DisconnectedError, InternalError, KVBatonError, TransportError
+from kvbaton.plan.pair import MAX_ENTRIES, PartPlan
 from kvbaton.plan.staging import StagingPool
+from kvbaton.plan.table import join
 from kvbaton.protocol.effects import CancelWrites, PostWrite, PreparePeer, Scatter
 from kvbaton.protocol.events import (
     AgentReplaced,
@@ -26,11 +31,14 @@ from kvbaton.protocol.events import (
     WriteBroken,
     WriteSettled,
 )
+from kvbaton.protocol.messages import MAX_GRANTS
 from kvbaton.runtime.guard import Guard
 from kvbaton.runtime.posted import PostedWrites
 from kvbaton.runtime.posting import PostingQueue, Window
 from kvbaton.runtime.staging import StagingDesk
 from kvbaton.transports.base import Handle, TableId, Transport, WriteState
+
+Entries = NDArray[np.int32]
 
 log = logging.getLogger("kvbaton.driver")
 
@@ -44,11 +52,26 @@ FENCE_AGAIN_SECONDS = 1.0
 MAX_EVIDENCE_ASKED = 1_000
 
 
+#: A table of more entries is prepared by itself: those of joined tables are numbered with 32 bits.
+LARGE_TABLE = MAX_ENTRIES // MAX_GRANTS
+#: Small writes to one peer go in one post, up to this size: what is first in it is done when all of it is.
+JOINED = Window(bytes=1 << 20, entries=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    """Where a part's entries are in a table that is prepared for all parts of equal memory."""
+
+    table: TableId
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Tables:
     """Prepared tables towards one peer, by part: for direct writes, and for those through staging memory."""
 
-    direct: tuple[TableId, ...]
+    direct: tuple[_Direct, ...]
     staged: tuple[TableId | None, ...]
 
 
@@ -130,44 +153,67 @@ class DataPlane:
             self._happened(WriteSettled(write))
 
     def post_one(self) -> bool:
-        """One write a turn: a post may copy its bytes itself, and messages must not wait for all of them.
+        """One post a turn: it may copy its bytes itself, and messages must not wait for all of them.
 
         Returns whether there was one.
         """
         write = self._queue.take()
         if write is None:
             return False
+        writes: tuple[PostWrite, ...] = (write,)
         try:
-            source_entries, target_entries = self._staging.gather(write)
-            handle = self._transport.post(self._table(write), source_entries, target_entries)
+            if write.staged is None:
+                table = self._direct(write).table
+                along = self._queue.take_along(write, lambda other: self._direct(other).table == table, JOINED)
+                writes = (write, *along)
+                entries = self._joined(writes)
+            else:
+                table = self._staged(write)
+                entries = self._staging.gather(write)
+            handle = self._transport.post(table, *entries)
         except TransportError as error:
-            self._break(write, error)
+            self._break(writes, error)
             return True
         except Exception as error:
-            self._break(write, unforeseen("posting a write", error, write.peer))
+            self._break(writes, unforeseen("posting a write", error, write.peer))
             raise
-        self._counters["writes_posted"] += 1
-        self._counters["bytes_posted"] += write.bytes
-        self._counters["entries_posted"] += len(source_entries)
+        size = sum(one.bytes for one in writes)
+        self._counters["posts"] += 1
+        self._counters["writes_posted"] += len(writes)
+        self._counters["bytes_posted"] += size
+        self._counters["entries_posted"] += len(entries[0])
         if write.staged is not None:
             self._counters["writes_staged"] += 1
-            self._counters["bytes_staged"] += write.bytes
-        self._posted.begun(handle, write)
-        self._check(handle, write)
+            self._counters["bytes_staged"] += size
+        self._posted.begun(handle, writes)
+        self._check(handle, writes)
         return True
 
-    def _table(self, write: PostWrite) -> TableId:
+    def _direct(self, write: PostWrite) -> _Direct:
         tables = self._tables.get(write.peer)
-        table = None if tables is None else (tables.direct if write.staged is None else tables.staged)[write.part]
-        if table is None:
+        if tables is None:
             raise DisconnectedError("the peer's memory is not reachable", peer=write.peer)
+        return tables.direct[write.part]
+
+    def _staged(self, write: PostWrite) -> TableId:
+        tables = self._tables.get(write.peer)
+        table = tables.staged[write.part] if tables is not None else None
+        if table is None:
+            raise DisconnectedError("the peer's staging memory is not reachable", peer=write.peer)
         return table
 
-    def poll_writes(self) -> bool:
-        """Look after every write in flight. Returns whether one has ended."""
-        return sum(self._check(handle, write) for handle, write in self._posted.in_flight()) > 0
+    def _joined(self, writes: tuple[PostWrite, ...]) -> tuple[Entries, Entries]:
+        """The entries of writes to one peer, in the table that they share."""
+        places = [self._direct(write) for write in writes]
+        source = [write.source_entries + np.int32(at.source) for write, at in zip(writes, places, strict=True)]
+        target = [write.target_entries + np.int32(at.target) for write, at in zip(writes, places, strict=True)]
+        return (source[0], target[0]) if len(writes) == 1 else (np.concatenate(source), np.concatenate(target))
 
-    def _check(self, handle: Handle, write: PostWrite) -> bool:
+    def poll_writes(self) -> bool:
+        """Look after every post in flight. Returns whether one has ended."""
+        return sum(self._check(handle, writes) for handle, writes in self._posted.in_flight()) > 0
+
+    def _check(self, handle: Handle, writes: tuple[PostWrite, ...]) -> bool:
         """Returns whether it has ended."""
         state = WriteState.BROKEN
         try:
@@ -177,25 +223,29 @@ class DataPlane:
         if state is WriteState.PENDING:
             return False
         self._posted.ended(handle)
+        peer = writes[0].peer
         if state is WriteState.DONE:
-            self._queue.settled(write)
-            self._staging.settled(write)
-            self._happened(WriteSettled(write.write))
-            self._guard.attempt(lambda: self._note_evidence(write.peer))
+            for write in writes:
+                self._queue.settled(write)
+                self._staging.settled(write)
+                self._happened(WriteSettled(write.write))
+            if not self.evidence.get(peer):
+                self._guard.attempt(lambda: self._note_evidence(peer))
         else:
-            self._break(write, DisconnectedError("a write broke on the wire", peer=write.peer))
+            self._break(writes, DisconnectedError("a write broke on the wire", peer=peer))
         self._guard.attempt(lambda: self._transport.release(handle))
         return True
 
-    def _break(self, write: PostWrite, error: KVBatonError) -> None:
-        """Until its peer is fenced it may still be read from here."""
-        self._queue.settled(write)
-        self._posted.broke(write)
-        self._happened(WriteBroken(write.write, error))
+    def _break(self, writes: tuple[PostWrite, ...], error: KVBatonError) -> None:
+        """Until its peer is fenced they may still be read from here."""
+        for write in writes:
+            self._queue.settled(write)
+            self._posted.broke(write)
+            self._happened(WriteBroken(write.write, error))
 
     def _note_evidence(self, peer: str) -> None:
         """Ask the transport how the bytes went, until it knows or has been asked often enough."""
-        if not self.evidence.get(peer) and self._counters["evidence_asked"] < MAX_EVIDENCE_ASKED:
+        if self._counters["evidence_asked"] < MAX_EVIDENCE_ASKED:
             self._counters["evidence_asked"] += 1
             self.evidence[peer] = self._transport.evidence(peer)
 
@@ -212,10 +262,7 @@ class DataPlane:
         try:
             self._transport.connect(effect.peer, effect.metadata)
             self._tables[effect.peer] = _Tables(
-                tuple(
-                    self._transport.prepare(effect.peer, part.source.table, part.target.table)
-                    for part in effect.pair.parts
-                ),
+                self._prepare_direct(effect.peer, effect.pair.parts),
                 tuple(
                     self._transport.prepare(effect.peer, staged.source, staged.target) if staged is not None else None
                     for staged in effect.staged
@@ -226,6 +273,24 @@ class DataPlane:
             self._happened(PeerUnprepared(effect.peer, error))
         else:
             self._happened(PeerPrepared(effect.peer))
+
+    def _prepare_direct(self, peer: str, parts: Sequence[PartPlan]) -> tuple[_Direct, ...]:
+        """One pair of tables for all parts of equal memory, as far as their entries can be numbered."""
+        groups: dict[tuple[str, str, int], list[int]] = {}
+        for number, part in enumerate(parts):
+            source, target = part.source.table, part.target.table
+            overflow = number if max(source.entries, target.entries) > LARGE_TABLE else -1
+            groups.setdefault((source.memory, target.memory, overflow), []).append(number)
+        placed: dict[int, _Direct] = {}
+        for members in groups.values():
+            sources = [parts[number].source.table for number in members]
+            targets = [parts[number].target.table for number in members]
+            table = self._transport.prepare(peer, join(sources), join(targets))
+            source_at = target_at = 0
+            for number, source, target in zip(members, sources, targets, strict=True):
+                placed[number] = _Direct(table, source_at, target_at)
+                source_at, target_at = source_at + source.entries, target_at + target.entries
+        return tuple(placed[number] for number in range(len(parts)))
 
     def fence(self, peer: str) -> None:
         """Cut a peer off from our writes, at once if that is possible."""

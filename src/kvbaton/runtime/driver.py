@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from kvbaton.control.base import Arrived, LinkChange, Links
+from kvbaton.control.base import Arrived, LinkChange, LinkId, Links
 from kvbaton.errors import ExpiredError, InternalError, KVBatonError
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
@@ -98,6 +98,7 @@ class Driver:
         )
         self._commands = Commands(core.wants_chunks, self.counters)
         self._spoiled: dict[int, KVBatonError] = {}  # target rooms whose bytes could not be copied to their pages
+        self._outbox: dict[LinkId, list[bytes]] = {}  # what this turn says, by link
         self._active_at = 0.0
         self._closing_at: float | None = None
         self._parted = threading.Event()  # the transport is destroyed, and whoever may know it does
@@ -214,8 +215,10 @@ class Driver:
             self._data.look_at_agent,
             self._feed,
             self._pass_time,
+            self._send,
             self._post_one,
             self._feed,
+            self._send,
             self._progress,
         ):
             self._guard.attempt(step)
@@ -315,8 +318,7 @@ class Driver:
 
     def _perform(self, effect: Effect) -> None:
         if isinstance(effect, Send):
-            if not self._links.send(effect.link, effect.payload):
-                self.counters["messages_dropped"] += 1
+            self._outbox.setdefault(effect.link, []).append(effect.payload)
         elif isinstance(effect, Report):
             self._report(effect)
         elif isinstance(effect, PeerLost):
@@ -336,7 +338,15 @@ class Driver:
         elif isinstance(effect, Dial):
             self._dial(effect.address)
         elif isinstance(effect, CloseLink):
+            self._send()
             self._links.close_link(effect.link)
+
+    def _send(self) -> None:
+        """All that was said to a peer since the last time goes together, and after what was reported to the engine."""
+        outbox, self._outbox = self._outbox, {}
+        for link, payloads in outbox.items():
+            if not self._links.send(link, *payloads):
+                self.counters["messages_dropped"] += 1
 
     def _answer_failed(self, effect: Effect, error: Exception) -> None:
         """What the core is to think of an effect that failed unforeseen."""
@@ -369,8 +379,10 @@ class Driver:
         """Say goodbye where that is true, and destroy the transport. What fails of it is logged: peers may still write
         our memory, and the wait for the proof that they do not must not end by it."""
         self._guard.attempt(self._farewell)
+        self._guard.attempt(self._send)
         self._guard.attempt(self._data.close)
         self._guard.attempt(self._feed)
+        self._guard.attempt(self._send)
 
     @property
     def gone(self) -> bool:

@@ -1,4 +1,6 @@
-"""Writes that were posted and may still touch memory: in flight, or broken until their peer is fenced."""
+"""Writes that were posted and may still touch memory: in flight, or broken until their peer is fenced.
+
+Several writes to one peer may be one post: they settle and break together."""
 
 from __future__ import annotations
 
@@ -12,26 +14,28 @@ class PostedWrites:
     """See the module. Iterates over all of them."""
 
     def __init__(self) -> None:
-        self._in_flight: dict[Handle, PostWrite] = {}
+        self._in_flight: dict[Handle, tuple[PostWrite, ...]] = {}
         self._broken: list[PostWrite] = []
 
     def __iter__(self) -> Iterator[PostWrite]:
-        yield from self._in_flight.values()
+        for writes in self._in_flight.values():
+            yield from writes
         yield from self._broken
 
     def sizes(self) -> dict[str, int]:
-        return {"writes_in_flight": len(self._in_flight), "writes_broken": len(self._broken)}
+        return {"writes_in_flight": sum(map(len, self._in_flight.values())), "writes_broken": len(self._broken)}
 
     @property
     def moving(self) -> bool:
         """Some are in flight, and only polling says when they are over."""
         return bool(self._in_flight)
 
-    def in_flight(self) -> list[tuple[Handle, PostWrite]]:
+    def in_flight(self) -> list[tuple[Handle, tuple[PostWrite, ...]]]:
+        """Every post and its writes."""
         return list(self._in_flight.items())
 
-    def begun(self, handle: Handle, write: PostWrite) -> None:
-        self._in_flight[handle] = write
+    def begun(self, handle: Handle, writes: tuple[PostWrite, ...]) -> None:
+        self._in_flight[handle] = writes
 
     def ended(self, handle: Handle) -> None:
         """It is not in flight any more. If it broke, :meth:`broke` has to be told."""
@@ -44,6 +48,6 @@ class PostedWrites:
     def drop(self, peer: str) -> list[PostWrite]:
         """Those towards a peer that was fenced: nothing of them touches our memory any more."""
         dropped = [write for write in self if write.peer == peer]
-        self._in_flight = {handle: write for handle, write in self._in_flight.items() if write.peer != peer}
+        self._in_flight = {handle: writes for handle, writes in self._in_flight.items() if writes[0].peer != peer}
         self._broken = [write for write in self._broken if write.peer != peer]
         return dropped

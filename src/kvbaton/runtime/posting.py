@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvbaton.errors import ConfigError
 from kvbaton.protocol.effects import PostWrite
 from kvbaton.protocol.events import WriteId
+
+#: Most writes that are looked at for a post that another one begins.
+MAX_TAKEN_ALONG = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +83,35 @@ class PostingQueue:
         if write is None:
             return None
         peer = self._peers[write.peer]
-        self._drop_waiting(peer, write)
-        peer.bytes += write.bytes
-        peer.entries += len(write.source_entries)
-        peer.in_flight.add(write.write)
+        self._take(peer, write)
         self._leave_lines(write.peer)
         if peer.direct or peer.staged:
             self._turns[write.peer] = None
         return write
+
+    def take_along(self, first: PostWrite, alike: Callable[[PostWrite], bool], limit: Window) -> list[PostWrite]:
+        """Further writes, ``alike``, that go in one post with ``first``, which is taken: as many as wait for the same
+        peer without staging, fit its window, and are with ``first`` within ``limit``."""
+        peer = self._peers[first.peer]
+        size, entries = first.bytes, len(first.source_entries)
+        taken: list[PostWrite] = []
+        for write in list(islice(peer.direct.values(), MAX_TAKEN_ALONG)):
+            if not alike(write):
+                continue
+            size, entries = size + write.bytes, entries + len(write.source_entries)
+            if size > limit.bytes or entries > limit.entries or not self._fits(peer, write):
+                break
+            self._take(peer, write)
+            taken.append(write)
+        if taken and not (peer.direct or peer.staged):
+            self._leave_lines(first.peer)
+        return taken
+
+    def _take(self, peer: _Peer, write: PostWrite) -> None:
+        self._drop_waiting(peer, write)
+        peer.bytes += write.bytes
+        peer.entries += len(write.source_entries)
+        peer.in_flight.add(write.write)
 
     def _next(self) -> PostWrite | None:
         """The write whose turn it is; a slot that is free goes to whoever waits for one. Each peer that is passed over

@@ -103,6 +103,16 @@ class LinksConformance(ABC):
         assert here.changes(link) == [LinkChange.UP]
         assert not [item for item in there.items if isinstance(item, Changed)]
 
+    def test_messages_sent_together_arrive_in_order(self, end: Callable[..., Log]) -> None:
+        here, there = end(), end()
+        link = self.connected(here, there)
+        large = bytes(MAX_MESSAGE_BYTES // 2 + 1)
+        sent = [b"%d" % number for number in range(300)] + [large, large, b"after"]
+        assert here.links.send(link, *sent)
+        until(lambda: len(there.payloads()) == len(sent), here, there)
+        assert there.payloads() == sent
+        assert not here.links.send(link, b"fits", bytes(MAX_MESSAGE_BYTES + 1))
+
     def test_several_links_keep_apart(self, end: Callable[..., Log]) -> None:
         hub, spokes = end(), [end() for _ in range(4)]
         links = [self.connected(spoke, hub) for spoke in spokes]

@@ -80,8 +80,8 @@ def check_entries(
     for table, entries in ((source, source_entries), (target, target_entries)):
         if entries.dtype != np.int32 or entries.ndim != 1 or not len(entries):
             raise TransportError(f"entries are a non-empty int32 vector, not {entries.dtype} {list(entries.shape)}")
-        if entries.min() < 0 or entries.max() >= table.rows[:, 4].sum():
-            raise TransportError(f"entries {entries.min()}..{entries.max()} leave a table of {table.rows[:, 4].sum()}")
+        if entries.view(np.uint32).max() >= table.entries:  # what is negative is large then
+            raise TransportError(f"entries {entries.min()}..{entries.max()} leave a table of {table.entries}")
     if len(source_entries) != len(target_entries):
         raise TransportError(f"{len(source_entries)} source entries cannot fill {len(target_entries)} target entries")
 

@@ -269,7 +269,10 @@ class SimLinks(Links):
         self.inbox.append(item)
         self._arrived()
 
-    def send(self, link: LinkId, payload: bytes) -> bool:
+    def send(self, link: LinkId, *payloads: bytes) -> bool:
+        return all(self._send(link, payload) for payload in payloads)
+
+    def _send(self, link: LinkId, payload: bytes) -> bool:
         end = self.ends.get(link)
         if end is None or self._closed:
             return False
