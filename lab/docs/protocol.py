@@ -39,7 +39,7 @@ from kvbaton.protocol.messages import (
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
-from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
+from kvbaton.protocol.transfer import ChunkPlace, Incoming, On, Outgoing, State, Transfer
 from lab.docs.page import filled
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -170,7 +170,7 @@ def _outgoing(state: State) -> Iterator[dict[str, Any]]:
                         "grants": grants,
                         "parts": parts,
                         "token_count": TOKENS,
-                        "outstanding": set(outstanding),
+                        "outstanding": dict.fromkeys(outstanding, ChunkPlace("kv", 0)),
                         "last_submitted": last,
                         "abort_arrived": aborted,
                     }

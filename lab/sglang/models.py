@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.engines.models import FULL_ATTENTION, SLIDING_ATTENTION, VOCABULARY, WINDOW, write_weights_of
+from lab.engines.models import FULL_ATTENTION, MAX_POSITIONS, SLIDING_ATTENTION, VOCABULARY, WINDOW, write_weights_of
 
 _DEEPSEEK: Mapping[str, Any] = {
     "head_dim": None,
@@ -22,6 +22,17 @@ _DEEPSEEK: Mapping[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 4,
+    # On a CPU SGLang rotates latents by YaRN alone.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 2.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": MAX_POSITIONS // 2,
+    },
 }
 
 #: Family: configuration class of transformers, what it sets beside the common sizes.
@@ -36,6 +47,42 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
             "sliding_window": WINDOW,
             "num_hidden_layers": 6,
             "layer_types": [SLIDING_ATTENTION] * 5 + [FULL_ATTENTION],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": [SLIDING_ATTENTION, FULL_ATTENTION] * 2,
+        },
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "head_dim": None,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "layer_types": ["mamba", "attention", "mamba", "mamba"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 64,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 64,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 192,
+            "position_embedding_type": "nope",
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {
+            "layer_types": ["conv", FULL_ATTENTION, "conv", FULL_ATTENTION],
+            "conv_L_cache": 3,
+            "block_auto_adjust_ff_dim": False,
         },
     ),
 }

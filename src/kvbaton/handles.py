@@ -13,7 +13,7 @@ from typing import Any
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
 from kvbaton.layout import CacheLayout
 from kvbaton.protocol.effects import KVPoll, RoomStatus
-from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, Event, GrantsPublished
+from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, ChunksWithdrawn, Event, GrantsPublished
 from kvbaton.protocol.grants import check_grants, own_units
 from kvbaton.protocol.messages import Grant, Role
 from kvbaton.runtime.commands import Fence
@@ -96,8 +96,8 @@ class RoomHandle:
 
     @property
     def leased(self) -> bool:
-        """A write may still touch this room's units, or will: they must not be freed. Of a sender it turns false with
-        the last settled write of the last chunk, before the room ends."""
+        """A write may still touch units that were handed over, or will: they must not be freed or changed. Of a sender
+        it is false as soon as every chunk so far has settled with every target, before the room ends."""
         return self._status.leased or (self._handed_over > 0 and not self._ended)
 
     @property
@@ -170,11 +170,17 @@ class KVSender(RoomHandle):
     def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float], tag: Any) -> None:
         super().__init__(room, layout, post, clock, tag)
         self._complete = False
+        self._withdrawn = False
 
     @property
     def leased(self) -> bool:
-        """As of every room, but a chunk that the driver has not seen yet counts as well."""
-        return self._status.leased or (self._handed_over > self._status.chunks and not self._ended)
+        """As of every room; what the driver has not seen yet counts as well."""
+        return self._status.leased or (self._handed_over > self._status.seen and not self._ended)
+
+    @property
+    def settled(self) -> bool:
+        """Every chunk so far is in the memory of every target: nothing reads its units any more, whatever follows."""
+        return not self.leased
 
     @property
     def freed(self) -> bool:
@@ -197,14 +203,33 @@ class KVSender(RoomHandle):
 
         Raises:
             LayoutError: a span names units that do not exist or do not fit its token range.
-            LocalProtocolError: the last chunk was submitted already, or the manager is closed.
+            LocalProtocolError: the last chunk was submitted already, chunks were withdrawn that have not settled yet,
+                or the manager is closed.
         """
         if self._complete:
             raise LocalProtocolError(f"the last chunk of room {self.room} was submitted already", room=self.room)
+        if self._withdrawn and self.leased:
+            raise LocalProtocolError(
+                f"room {self.room} still reads what was withdrawn; submit again once it has settled", room=self.room
+            )
+        self._withdrawn = False
         chunk = Chunk(spans=own_units(spans), last=last)
         check_grants(chunk.spans, self._layout, distinct=False)
         self._handed_over, self._complete = self._handed_over + 1, last
         self._post(ChunkSubmitted(self.room, chunk), ready)
+
+    def withdraw(self) -> bool:
+        """Ask for the units of all chunks back, for a request that is preempted: what has not been posted is not sent,
+        and nothing more is read once :attr:`settled`. The room goes on: then submit the prompt again, from its first
+        token or a later one up to which everything had settled; what has arrived is not sent twice.
+
+        Returns whether anything is to be submitted again; false where all of the prompt has settled, or the room ended.
+        """
+        if self.freed or self._ended or not self._handed_over:
+            return not self._ended and not self.freed
+        self._handed_over, self._complete, self._withdrawn = self._handed_over + 1, False, True
+        self._post(ChunksWithdrawn(self.room, self._handed_over), None)
+        return True
 
 
 class KVReceiver(RoomHandle):

@@ -19,7 +19,7 @@ from kvbaton.handles import KVSender
 from kvbaton.plan import pair as plan
 from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, target_rooms, transfer, transfers
 from kvbaton.protocol.core import Core
-from kvbaton.protocol.effects import KVPoll
+from kvbaton.protocol.effects import CancelWrites, KVPoll
 from kvbaton.protocol.events import AbortRequested
 from kvbaton.protocol.messages import Done, Failed, Open
 from kvbaton.protocol.session import Session
@@ -411,7 +411,8 @@ def freed_when_posted(patches: Patches) -> None:
 
     def status(self: Any) -> Any:
         told = original(self)
-        complete = bool(self.chunks) and self.chunks[-1].last and self.opened
+        sent = [t.outgoing.last_submitted for t in self.transfers.values() if t.outgoing is not None]
+        complete = self.opened and all(sent)
         return replace(told, leased=False) if complete and told.poll is KVPoll.Transferring else told
 
     patches.set(room.SourceRoom, "status", status)
@@ -420,3 +421,55 @@ def freed_when_posted(patches: Patches) -> None:
 @mutant("a sender counts as free while a chunk that it was given has not been seen by the core (our own)")
 def unseen_chunks_not_leased(patches: Patches) -> None:
     patches.set(KVSender, "leased", property(lambda self: self._status.leased))
+
+
+@mutant("a room goes on behind what a withdrawal has only cancelled (our own)", 630)
+def cancelled_counts_as_sent(patches: Patches) -> None:
+    def withdraw(t: Any, _now: float, _: object) -> None:
+        t.context.emit(CancelWrites(frozenset(t.as_source().outstanding)))
+        t.as_source().last_submitted = False
+        for index, part in enumerate(t.as_source().pair.parts):
+            if not part.paged:
+                t.as_source().sent.pop(index, None)
+
+    patches.cell(State.SENDING, On.CHUNKS_WITHDRAWN, withdraw)
+
+
+@mutant("a withdrawal frees units that posted writes still read (our own)", 630)
+def withdrawn_counts_as_settled(patches: Patches) -> None:
+    original = KVSender.__dict__["leased"].fget
+    patches.set(KVSender, "leased", property(lambda self: original(self) and not self._withdrawn))
+
+
+@mutant("a chunk that waits for its fence outlives its withdrawal (our own)", 274)
+def fenced_chunk_outlives_withdrawal(patches: Patches) -> None:
+    original = Commands.take
+
+    def take(self: Any) -> Iterator[Any]:
+        kept = {room: deque(waiting) for room, waiting in self._fenced.items()}
+        yield from original(self)
+        for number, waiting in kept.items():
+            self._fenced.setdefault(number, waiting)
+
+    patches.set(Commands, "take", take)
+
+
+@mutant("a target that opens late is given chunks that were withdrawn (our own)", 697)
+def withdrawn_chunks_kept(patches: Patches) -> None:
+    withdrawn, on_open = rooms.Rooms.on_chunks_withdrawn, rooms.Rooms.on_open
+    kept: dict[tuple[int, int], list[Any]] = {}
+
+    def on_chunks_withdrawn(self: Any, event: Any) -> None:
+        found = self._sources.get(event.room)
+        if found is not None and found.chunks:
+            kept[id(self), event.room] = list(found.chunks)
+        withdrawn(self, event)
+
+    def open_with_all(self: Any, session: Any, message: Any) -> None:
+        found = self._sources.get(message.key.room)
+        if found is not None:
+            found.chunks[:0] = kept.pop((id(self), message.key.room), [])
+        on_open(self, session, message)
+
+    patches.set(rooms.Rooms, "on_chunks_withdrawn", on_chunks_withdrawn)
+    patches.set(rooms.Rooms, "on_open", open_with_all)

@@ -197,6 +197,40 @@ def test_nothing_is_read_before_the_fence(make_rank: MakeRank) -> None:
     assert (target.page(5) == 77).all()
 
 
+def test_a_preempted_request_gets_its_units_back_and_is_sent_from_others(make_rank: MakeRank) -> None:
+    """A chunk that waits for its fence is forgotten; what has settled stays; the room goes on with other pages."""
+    source, target = make_rank("prefill", fill=3), make_rank("decode")
+    sender, receiver = begin(source, target)
+    assert sender.withdraw(), "nothing was handed over yet"
+    source.page(4)[:] = 44
+    sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=ALWAYS_READY)
+    source.wait_until(lambda: sender.settled, "the first chunk is there")
+    sender.submit([Span("kv", 16, 32, (6,))], last=False, ready=lambda: False)
+    assert not sender.settled
+    assert sender.withdraw()
+    source.wait_until(lambda: sender.settled, "nothing reads the pages any more")
+    source.page(4)[:] = source.page(6)[:] = 99
+    source.page(7)[:] = 77
+    sender.submit([Span("kv", 0, 40, (5, 7, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    assert ((target.page(5) == 44).all(), (target.page(3) == 77).all()) == (True, True)
+    assert not sender.withdraw(), "it has ended"
+
+
+def test_nothing_is_submitted_while_what_was_withdrawn_is_read(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=3), make_rank("decode")
+    sender, receiver = begin(source, target)
+    driver_stands_still = threading.Event()
+    sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=driver_stands_still.wait)
+    sender.withdraw()
+    with pytest.raises(LocalProtocolError, match="still reads what was withdrawn"):
+        sender.submit([Span("kv", 0, 16, (4,))], last=False, ready=ALWAYS_READY)
+    driver_stands_still.set()
+    source.wait_until(lambda: sender.settled, "nothing reads the page any more")
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+
+
 def test_an_abort_reaches_the_other_side_with_its_reason(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=4), make_rank("decode")
     for by_target in (True, False):

@@ -76,6 +76,17 @@ class Sender(Room, Protocol):
         """Hand over a chunk, in token order; nothing is read before ``ready()`` is true."""
 
 
+class RankSender(Sender, Protocol):
+    """:class:`kvbaton.KVSender`: the prefill side on one rank."""
+
+    @property
+    def settled(self) -> bool:
+        """Every chunk so far is in the memory of every target: nothing reads its units any more."""
+
+    def withdraw(self) -> bool:
+        """Ask for the units of all chunks back; whether anything is to be submitted again, once ``settled``."""
+
+
 class Receiver(Room, Protocol):
     """The decode side of one room."""
 
@@ -101,7 +112,7 @@ class Manager(Protocol):
 class RankManager(Manager, Protocol):
     """:class:`kvbaton.manager.KVManager`, opened with ``collect_finished``; see there."""
 
-    def sender(self, room: int, *, tag: Any = None) -> Sender: ...
+    def sender(self, room: int, *, tag: Any = None) -> RankSender: ...
 
     def receiver(self, room: int, sources: Sequence[str], *, begun: bool = False, tag: Any = None) -> Receiver: ...
 

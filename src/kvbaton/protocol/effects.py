@@ -123,12 +123,12 @@ class RoomStatus:
     Args:
         poll: never changes any more once it is Failed or Success.
         error: first root cause, when Failed.
-        leased: a write may still touch this room's units.
+        leased: a write may still touch units that were handed over: of a source, of the chunks so far.
         prefix_len: tokens that every target holds already (source side).
         exposed_seconds: from the last chunk's submission to its last write having settled, the longest of all writers.
         bytes: bytes that the room moves here: the manifest (target), posted so far (source).
         agreed: every source rank is there and compatible: pages may be published (target side).
-        chunks: chunks that this status knows of (source side).
+        seen: calls of the engine that this status knows of (source side): chunks, and that they were withdrawn.
     """
 
     poll: KVPoll = KVPoll.Bootstrapping
@@ -138,7 +138,7 @@ class RoomStatus:
     bytes: int = 0
     exposed_seconds: float = 0.0
     agreed: bool = False
-    chunks: int = 0
+    seen: int = 0
 
     @property
     def ended(self) -> bool:

@@ -76,6 +76,17 @@ class ChunkSubmitted:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunksWithdrawn:
+    """The engine wants the units of its chunks back, and will submit their tokens again.
+
+    ``seen``: how many calls it has made for the room, this one included; of those between, none is to come.
+    """
+
+    room: int
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiverOpened:
     """The engine expects a room from the source ranks at these addresses.
 
@@ -176,6 +187,7 @@ Event = (
     | LinkRefused
     | SenderOpened
     | ChunkSubmitted
+    | ChunksWithdrawn
     | ReceiverOpened
     | GrantsPublished
     | AbortRequested

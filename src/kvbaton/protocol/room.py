@@ -20,7 +20,8 @@ from kvbaton.protocol.transfer import State, Transfer
 class SourceRoom:
     """The prefill side. ``expected`` is the number of target ranks that open the room, known from the first Open.
 
-    A room may exist before our engine knows it (``has_sender`` false): a target opened it early.
+    A room may exist before our engine knows it (``has_sender`` false): a target opened it early. ``chunks`` are kept
+    for targets that are still to open it; ``seen`` counts what the engine has said: chunks, and that it withdraws them.
     """
 
     room: int
@@ -29,6 +30,7 @@ class SourceRoom:
     expected: int | None = None
     transfers: dict[str, Transfer] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
+    seen: int = 0
     error: KVBatonError | None = None
     reported: RoomStatus = field(default_factory=RoomStatus)
 
@@ -46,13 +48,12 @@ class SourceRoom:
         return self.status().ended
 
     def status(self) -> RoomStatus:
-        """Our units are free (``leased`` is false) once every target has opened and each write of all chunks has
+        """Our units are free (``leased`` is false) once every target has opened and each write of the chunks so far has
         settled, before the targets confirm."""
-        opened, succeeded, settled, leased = self.opened, True, True, False
+        opened, succeeded, leased = self.opened, True, False
         starts, size, exposed = [], 0, 0.0
         for transfer in self.transfers.values():
             outgoing = transfer.as_source()
-            settled = settled and transfer.state in _SETTLED
             succeeded = succeeded and transfer.succeeded
             leased = leased or transfer.leased
             size += sum(outgoing.sent.values())
@@ -62,19 +63,19 @@ class SourceRoom:
             poll = KVPoll.Failed
         elif not opened:
             poll = KVPoll.Bootstrapping
-        elif not self.chunks:
+        elif not self.seen:
             poll = KVPoll.WaitingForInput
         else:
             poll = KVPoll.Success if succeeded else KVPoll.Transferring
-        unfinished = poll not in _ENDED and bool(self.chunks) and not (opened and settled)
+        kept = self.error is None and bool(self.chunks)
         return RoomStatus(
             poll=poll,
             error=self.error,
-            leased=unfinished or leased,
+            leased=kept or leased,
             prefix_len=min(starts, default=0),
             bytes=size,
             exposed_seconds=exposed,
-            chunks=len(self.chunks),
+            seen=self.seen,
         )
 
 
@@ -123,10 +124,6 @@ class TargetRoom:
         return RoomStatus(
             poll=poll, error=self.error, leased=leased, bytes=size, agreed=self.agreed, exposed_seconds=exposed
         )
-
-
-_ENDED = (KVPoll.Failed, KVPoll.Success)
-_SETTLED = (State.DELIVERED, State.CLOSED)
 
 
 def _all_closed(transfers: dict[str, Transfer]) -> bool:

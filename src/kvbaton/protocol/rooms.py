@@ -7,7 +7,8 @@ one still owes an answer. Only the current record of a number is reported; an ol
 
 Source rooms. The two halves of a request start at once, so an ``Open`` may come before ``sender()`` or after the
 chunks, and from several targets (all ranks of one decode group) in any order. Chunks are kept until every target has
-had them: a target that opens late gets all of them at once. Three memories make the orders equal:
+opened it, or the engine withdraws them: a target that opens late gets all of them at once. Three memories make the
+orders equal:
 
 - a room that failed before our engine asked for it: the sender that comes later learns why, at once;
 - a room that failed before every target had opened it: those still to come are refused with the reason, each once,
@@ -44,6 +45,7 @@ from kvbaton.protocol.effects import Report, RoomStatus
 from kvbaton.protocol.events import (
     AbortRequested,
     ChunkSubmitted,
+    ChunksWithdrawn,
     SenderOpened,
     ShutdownRequested,
 )
@@ -182,6 +184,8 @@ class Rooms:
             self._transfers.step(transfer, On.GIVEN_UP, room.error)
         for chunk in room.chunks:
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, chunk)
+        if room.opened:
+            room.chunks.clear()
         self.touch(room)
 
     def _room_for(self, session: Session, message: Open) -> SourceRoom:
@@ -214,14 +218,26 @@ class Rooms:
         room = self._sources.get(event.room)
         if room is None or room.error is not None:
             return
-        room.chunks.append(event.chunk)
+        room.seen += 1
         if not room.opened:  # a decode rank has its time from when something is there for it
+            room.chunks.append(event.chunk)
             self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         self._context.record(
             event.room, f"chunk to token {event.chunk.token_stop} submitted{', the last' if event.chunk.last else ''}"
         )
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, event.chunk)
+        self.touch(room)
+
+    def on_chunks_withdrawn(self, event: ChunksWithdrawn) -> None:
+        room = self._sources.get(event.room)
+        if room is None or room.error is not None:
+            return
+        room.chunks.clear()
+        room.seen = event.seen
+        self._context.record(event.room, "chunks withdrawn, to be submitted again")
+        for transfer in list(room.transfers.values()):
+            self._transfers.step(transfer, On.CHUNKS_WITHDRAWN)
         self.touch(room)
 
     # ---- conclusions -------------------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ it holds on. ``sent_until`` of a pool is the first token that is still to be sen
 ends inside a page only if it is the last, and what lies before the grant is skipped without being read. Parts of slot
 pools (state, aux) go with the last chunk.
 
+An engine that needs its units back withdraws its chunks (a preemption). What is not posted is cancelled, and
+``sent_until`` goes back to the first chunk of which a write is out: whether that one is cancelled or lands does not
+matter, as the same bytes may land again. The target hears nothing of it: its units are granted until the room ends.
+Slots, which go with the last chunk, are sent anew.
+
 A write is at most ``write_bytes`` and ``write_entries`` large, so that a long part can be cancelled halfway and never
 blocks the driver for long; staged parts are cut at the target's slots instead.
 """
@@ -45,7 +50,7 @@ from kvbaton.plan.pair import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
 from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, PartBytes, clip
-from kvbaton.protocol.transfer import Lease, State, Transfer, describe, expect
+from kvbaton.protocol.transfer import ChunkPlace, Lease, State, Transfer, describe, expect
 
 NO_ENTRIES = np.empty(0, dtype=np.int32)
 
@@ -114,7 +119,7 @@ def post_direct(t: Transfer, index: int, part: PartPlan, blocks: range, span: Gr
     settings = t.context.settings
     pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
     for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
-        post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces))
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces), span)
 
 
 def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Grant) -> None:
@@ -126,11 +131,11 @@ def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Gran
         entries = part.source_entries(run, units, first_page)
         staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
         size = len(run) * part.block_bytes
-        post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged))
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged), span)
 
 
-def post(t: Transfer, write: PostWrite) -> None:
-    t.as_source().outstanding.add(write.write)
+def post(t: Transfer, write: PostWrite, span: Grant) -> None:
+    t.as_source().outstanding[write.write] = ChunkPlace(span.pool, span.token_start)
     t.context.emit(write)
 
 
@@ -152,8 +157,23 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
         )
 
 
+def withdraw_chunks(t: Transfer, now: float, _: object) -> None:
+    outgoing = t.as_source()
+    t.context.emit(CancelWrites(frozenset(outgoing.outstanding)))
+    for place in outgoing.outstanding.values():
+        if place.pool in outgoing.sent_until:
+            again = max(place.token_start, outgoing.grants[place.pool].token_start)
+            outgoing.sent_until[place.pool] = min(again, outgoing.sent_until[place.pool])
+    for index, part in enumerate(outgoing.pair.parts):
+        if index in outgoing.sent:
+            start, stop = outgoing.grants[part.id.pool].token_start, outgoing.sent_until.get(part.id.pool, 0)
+            outgoing.sent[index] = part.bytes(start, stop) if part.paged else 0
+    outgoing.last_submitted = False
+    t.set_deadline(now, t.context.settings.waiting_timeout)
+
+
 def write_settled(t: Transfer, now: float, detail: object) -> None:
-    t.as_source().outstanding.discard(WriteId(expect(detail, int)))
+    t.as_source().outstanding.pop(WriteId(expect(detail, int)), None)
     if t.state is State.SENDING:
         t.set_deadline(now, t.context.settings.waiting_timeout)
         conclude_if_settled(t, now)

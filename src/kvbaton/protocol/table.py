@@ -31,6 +31,7 @@ _TO_TARGET = Illegal("this message goes from a source to a target")
 _NO_WRITES = Illegal("a target posts no writes")
 _NO_CHUNKS = Illegal("a target submits no chunks")
 _NOTHING_OUT = Illegal("no write of this transfer is out; of a fenced one no report is passed on")
+_ALL_THERE = Ignored("everything is delivered; what was withdrawn is submitted again for other targets")
 _STALE = Ignored("a late copy of a message that was acted on")
 _NO_TIMER = Illegal("no such timer is set in this state")
 _ENDED = Ignored("the transfer has ended")
@@ -41,6 +42,7 @@ _TARGET_NEVER: dict[On, Handler | Ignored | Illegal] = {
     On.ABORT_ARRIVED: _TO_SOURCE,
     On.QUERY_ARRIVED: _TO_SOURCE,
     On.CHUNK_SUBMITTED: _NO_CHUNKS,
+    On.CHUNKS_WITHDRAWN: _NO_CHUNKS,
     On.WRITE_SETTLED: _NO_WRITES,
     On.WRITE_BROKEN: _NO_WRITES,
     On.PEER_FENCED: Illegal("a fence is for those that write to the peer; it says nothing of its writes towards us"),
@@ -117,6 +119,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.ABORT_ARRIVED: sending.target_aborted,
         On.QUERY_ARRIVED: sending.acknowledge,
         On.CHUNK_SUBMITTED: sending.send_chunk,
+        On.CHUNKS_WITHDRAWN: Ignored("no chunk has been handed to this transfer"),
         On.WRITE_SETTLED: _NOTHING_OUT,
         On.WRITE_BROKEN: _NOTHING_OUT,
         On.GIVEN_UP: sending.give_up_source,
@@ -133,6 +136,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.ABORT_ARRIVED: sending.target_aborted,
         On.QUERY_ARRIVED: sending.acknowledge,
         On.CHUNK_SUBMITTED: sending.send_chunk,
+        On.CHUNKS_WITHDRAWN: sending.withdraw_chunks,
         On.WRITE_SETTLED: sending.write_settled,
         On.WRITE_BROKEN: sending.write_broken,
         On.GIVEN_UP: sending.give_up_source,
@@ -148,7 +152,8 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.CLOSE_ARRIVED: sending.closed_by_target,
         On.ABORT_ARRIVED: sending.abort_delivered,
         On.QUERY_ARRIVED: sending.send_done,
-        On.CHUNK_SUBMITTED: Illegal("the last chunk was submitted"),
+        On.CHUNK_SUBMITTED: _ALL_THERE,
+        On.CHUNKS_WITHDRAWN: _ALL_THERE,
         On.WRITE_SETTLED: _NOTHING_OUT,
         On.WRITE_BROKEN: _NOTHING_OUT,
         On.GIVEN_UP: Ignored("everything is delivered; the outcome is the target's"),
@@ -165,6 +170,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.ABORT_ARRIVED: sending.note_abort,
         On.QUERY_ARRIVED: sending.send_failed,
         On.CHUNK_SUBMITTED: Ignored("the engine has not seen the failure yet"),
+        On.CHUNKS_WITHDRAWN: Ignored("the engine has not seen the failure yet"),
         On.WRITE_SETTLED: sending.write_settled,
         On.WRITE_BROKEN: sending.write_broken,
         On.GIVEN_UP: Ignored("failed already"),
@@ -181,6 +187,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.ABORT_ARRIVED: sending.abort_failing,
         On.QUERY_ARRIVED: sending.send_failed,
         On.CHUNK_SUBMITTED: Ignored("the engine has not seen the failure yet"),
+        On.CHUNKS_WITHDRAWN: Ignored("the engine has not seen the failure yet"),
         On.WRITE_SETTLED: _NOTHING_OUT,
         On.WRITE_BROKEN: _NOTHING_OUT,
         On.GIVEN_UP: Ignored("failed already"),
@@ -200,7 +207,8 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.DRAINED_ARRIVED: _STALE,
         On.QUERY_ARRIVED: sending.answer_late_open,
         On.FORGOTTEN_ARRIVED: _STALE,
-        On.CHUNK_SUBMITTED: Illegal("a room whose transfer has ended wants no chunks"),
+        On.CHUNK_SUBMITTED: _ALL_THERE,
+        On.CHUNKS_WITHDRAWN: _ALL_THERE,
         On.WRITE_SETTLED: _NOTHING_OUT,
         On.WRITE_BROKEN: _NOTHING_OUT,
         On.GIVEN_UP: _ENDED,

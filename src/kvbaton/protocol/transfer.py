@@ -66,6 +66,7 @@ class On(enum.Enum):
     QUERY_ARRIVED = "Query"
     FORGOTTEN_ARRIVED = "Forgotten"
     CHUNK_SUBMITTED = "chunk submitted"
+    CHUNKS_WITHDRAWN = "chunks withdrawn"
     WRITE_SETTLED = "write settled"
     WRITE_BROKEN = "write broken"
     GIVEN_UP = "given up"
@@ -90,9 +91,17 @@ class Lease:
     first: int
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Which chunk a write is of: its first token in one pool."""
+
+    pool: str
+    token_start: int
+
+
 @dataclass(kw_only=True, slots=True)
 class Outgoing:
-    """The source's end: what to write, how far it is, which writes are out."""
+    """The source's end: what to write, how far it is, which writes are out and of what."""
 
     pair: PairPlan
     grants: dict[str, Grant]
@@ -101,7 +110,7 @@ class Outgoing:
     leases: dict[PartId, Lease] = field(default_factory=dict)
     sent_until: dict[str, int] = field(default_factory=dict)
     sent: dict[int, int] = field(default_factory=dict)
-    outstanding: set[WriteId] = field(default_factory=set)
+    outstanding: dict[WriteId, ChunkPlace] = field(default_factory=dict)
     last_submitted: bool = False
     last_submitted_at: float = 0.0
     exposed_seconds: float = 0.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvbaton.errors import InternalError
-from kvbaton.protocol.events import AbortRequested, ChunkSubmitted, Event
+from kvbaton.protocol.events import AbortRequested, ChunkSubmitted, ChunksWithdrawn, Event
 
 log = logging.getLogger("kvbaton.driver")
 
@@ -70,6 +70,8 @@ class Commands:
             command = self._posted.popleft()
             room = command.room
             if command.fence is None:
+                if isinstance(command.event, ChunksWithdrawn):
+                    self._fenced.pop(command.event.room, None)
                 yield command.event
             elif room in self._fenced:
                 self._fenced[room].append(command)

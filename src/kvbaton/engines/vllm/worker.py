@@ -6,19 +6,21 @@ more (``take_freed``), and not before the scheduler half has said that vLLM wait
 a failed receive is reported at once, and :meth:`WorkerHalf.leased` names it until its blocks are free.
 
 **Chunks are held back** until decode has opened the room, or the last one has come. A preemption then costs nothing as
-long as nothing was submitted: the chunks are forgotten and computed again. A room that prefill minted is not known to
-anybody before prefill's answer, so its sender, and with it the time for which finished blocks are kept, begins with the
-last chunk.
+long as nothing was submitted: the chunks are forgotten and computed again. Afterwards they are withdrawn: the step
+waits until the writes that are out have read the blocks; what has arrived stays, the rest is sent from other blocks
+once it is computed again. A room that prefill minted is not known to anybody before prefill's answer, so its sender,
+and with it the time for which finished blocks are kept, begins with the last chunk.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvbaton.engines.port import Fence, RankManager, Receiver, Sender
+from kvbaton.engines.port import Fence, RankManager, RankSender, Receiver, Sender
 from kvbaton.engines.vllm.orders import Blocks, Chunk, Decline, Drop, Orders, Receive, Results
 from kvbaton.engines.vllm.tally import Tally
 from kvbaton.errors import DeclinedError, KVBatonError
@@ -30,6 +32,8 @@ logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own 
 
 #: How long a step that computes nothing waits for news, in seconds: vLLM would step on without a pause.
 IDLE_SECONDS = 0.002
+#: How long vLLM waits, at most, for writes that read the blocks of preempted requests; then their rooms are given up.
+SETTLE_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +43,7 @@ class Sending:
     request: str
     room: int
     held: list[Chunk] = field(default_factory=list)
-    sender: Sender | None = None
+    sender: RankSender | None = None
     submitted: bool = False
     awaited: bool = False
     ended: bool = False
@@ -65,6 +69,7 @@ class WorkerHalf:
     Args:
         manager: this rank's.
         units: the manager's units for vLLM's blocks.
+        clock: seconds, monotonic.
         clear: called before blocks are granted, to clear what prefill will not write of them.
         quarantine: report a failed receive before its blocks are free.
     """
@@ -76,8 +81,10 @@ class WorkerHalf:
         units: Callable[[Blocks], Span],
         clear: Callable[[Blocks], None] = lambda _: None,
         quarantine: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._manager = manager
+        self._clock = clock
         self._units = units
         self._clear = clear
         self._quarantine = quarantine
@@ -90,15 +97,24 @@ class WorkerHalf:
         self.tally = Tally()
 
     def preempt(self, orders: Orders) -> None:
-        """Before vLLM computes into the blocks of these requests. What was submitted is given up: writes that still
-        read the blocks end a room that has failed, whatever they carry."""
+        """Before vLLM computes into the blocks of these requests: nothing reads them any more, or only a write of a
+        room that has failed, whatever that carries."""
+        reading = []
         for request in orders.preempted:
             send = self._sends.get(request)
             if send is None or send.ended:
                 continue
             send.held.clear()
-            if send.submitted and send.sender is not None:
-                send.sender.abort("the prefill request was preempted")
+            if send.submitted and send.sender is not None and send.sender.withdraw():
+                reading.append(send.sender)
+        until = self._clock() + SETTLE_SECONDS if reading else 0.0
+        while reading := [sender for sender in reading if not sender.settled]:
+            left = until - self._clock()
+            if left <= 0:
+                break
+            self._manager.wait(left)
+        for sender in reading:
+            sender.abort(f"prefill preempted the request, and its blocks were still read after {SETTLE_SECONDS:g} s")
 
     def begin(self, orders: Orders) -> None:
         """Before the forward pass."""

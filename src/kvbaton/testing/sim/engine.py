@@ -178,6 +178,8 @@ class SourceJob(SimJob):
         self._begin: int | None = None
         self._allocated = False
         self._ready: set[int] = set()
+        self._life = 0  # how often it was preempted: what was planned before is void
+        self._evicted = False
 
     def open(self) -> KVSender:
         return self.process.manager.sender(self.request.room)
@@ -185,11 +187,34 @@ class SourceJob(SimJob):
     def schedule(self) -> None:
         if self.request.source_abort is not None and self.aborts_here:
             self.later(self.request.source_abort, self.abort)
+        if self.request.preempt is not None:
+            self.later(self.request.preempt, self._preempt)
+        self.go_on()
+
+    def _preempt(self) -> None:
+        """Our units are wanted by others: they are free as soon as nothing reads them, and all is computed again."""
+        side = self.side
+        if not isinstance(side, KVSender) or side.poll() in ENDED or not self._allocated:
+            return
+        try:
+            if not side.withdraw():
+                return
+        except LocalProtocolError:
+            return  # the rank is closing
+        self.process.clockwork.fault("preempted", self.process.name, f"{self}")
+        self._life, self._evicted = self._life + 1, True
+        self._computed = self._submitted = 0
+        self._begin, self._ready = None, set()
         self.go_on()
 
     def go_on(self) -> None:
-        if self.side is None or self.side.poll() in ENDED:
+        if not isinstance(self.side, KVSender) or self.side.poll() in ENDED:
             return
+        if self._evicted:
+            if not self.side.settled:
+                return
+            self.free()
+            self._evicted = self._allocated = False
         if not self._allocated:
             if not self.request.eager and self.side.poll() < KVPoll.WaitingForInput:
                 return
@@ -199,15 +224,19 @@ class SourceJob(SimJob):
             if not self._allocated:
                 self.process.clockwork.faults["pool full"] += 1
                 return
-            self.later(self.request.chunk_every, self._compute)
+            self._compute_later()
         self._submit_what_is_computed()
 
-    def _compute(self) -> None:
-        if self.side is None or self.side.poll() in ENDED:
+    def _compute_later(self) -> None:
+        life = self._life
+        self.later(self.request.chunk_every, lambda: self._compute(life))
+
+    def _compute(self, life: int) -> None:
+        if self.side is None or self.side.poll() in ENDED or life != self._life:
             return
         self._computed += 1
         if self._computed < len(self.request.chunks):
-            self.later(self.request.chunk_every, self._compute)
+            self._compute_later()
         self._submit_what_is_computed()
 
     def _submit_what_is_computed(self) -> None:
@@ -243,9 +272,10 @@ class SourceJob(SimJob):
                 spans.append(Span(pool.name, 0, 0, tuple(self.tenancy.units[pool.name])))
         if self.request.ready_after:
             self.process.clockwork.faults["fence opens late"] += 1
-            self.later(self.request.ready_after, lambda: self._fill(number, spans, stir=True))
+            life = self._life
+            self.later(self.request.ready_after, lambda: self._fill(number, spans, life, stir=True))
         else:
-            self._fill(number, spans, stir=False)
+            self._fill(number, spans, self._life, stir=False)
         self.process.clockwork.tell(self.process.name, f"engine: {self} submits tokens {start}..{stop}")
         side.submit(spans, last=last, ready=lambda: self._is_ready(number))
 
@@ -256,9 +286,9 @@ class SourceJob(SimJob):
             raise RuntimeError("the accelerator has failed")
         return number in self._ready
 
-    def _fill(self, number: int, spans: Sequence[Span], *, stir: bool) -> None:
+    def _fill(self, number: int, spans: Sequence[Span], life: int, *, stir: bool) -> None:
         """The accelerator has written the chunk."""
-        if self.over:
+        if self.over or life != self._life:
             return
         for span in spans:
             if span.units:

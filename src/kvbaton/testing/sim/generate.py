@@ -89,6 +89,7 @@ def generate(seed: int) -> Scenario:
         targets = (*targets[:-1], replace(targets[-1], misfit=True))
     requests = _some_fences_raise(random.Random(f"fences of {seed}"), _requests(rng, sources, targets, theme), theme)
     requests = _some_are_declined(random.Random(f"declined of {seed}"), requests, theme)
+    requests = _some_are_preempted(random.Random(f"preempted of {seed}"), requests, theme)
     faults = () if quiet else _faults(rng, sources, targets, theme)
     if theme == "storm":
         faults = (*faults, *_closed_while_written(random.Random(f"closing of {seed}"), targets))
@@ -102,6 +103,13 @@ def _some_are_declined(rng: random.Random, requests: tuple[SimRequest, ...], the
     if theme in ("clean", "rivals"):
         return requests
     return tuple(replace(request, declines=True) if rng.random() < 0.05 else request for request in requests)
+
+
+def _some_are_preempted(rng: random.Random, requests: tuple[SimRequest, ...], theme: str) -> tuple[SimRequest, ...]:
+    """Prefill is short of pages: it takes back those of a request, which waits for others and is computed again."""
+    if theme in ("clean", "gaps"):
+        return requests
+    return tuple(replace(request, preempt=_soon(rng)) if rng.random() < 0.12 else request for request in requests)
 
 
 def _few(rng: random.Random) -> int:

@@ -88,6 +88,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
         declines: the target engine wants nothing of it, from when it gets it on.
+        preempt: when the source engine takes its units back, to compute the prompt again; None: never.
     """
 
     number: int
@@ -112,6 +113,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     back: bool = False
     gap: int = 0
     declines: bool = False
+    preempt: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -247,7 +249,12 @@ class Scenario(Struct, frozen=True, kw_only=True):
     def undisturbed(self) -> bool:
         """Whether nothing stands between these requests and their success but aborts: no fault, engines without delay,
         room for everybody at once."""
-        takes = [r.publish_after + r.chunk_every * len(r.chunks) + r.ready_after for r in self.requests]
+        takes = [
+            r.publish_after
+            + (r.preempt or 0.0)
+            + (r.chunk_every * len(r.chunks) + r.ready_after) * (1 if r.preempt is None else 2)
+            for r in self.requests
+        ]
         roomy = all(
             g.pages >= sum(r.tokens + 1 for r in self.requests) and g.slots >= len(self.requests)
             for g in (*self.sources, *self.targets)
