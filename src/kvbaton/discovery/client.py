@@ -10,6 +10,7 @@ Rules:
   whoever gave it knows the secret.
 - With a secret whoever registers asks for the registry's time first, and signs it: no registration counts twice.
 - What one client has registered it alone withdraws: it has the key.
+- A lookup is bounded as a whole, and who asks while one is under way shares its outcome, whatever it is.
 - Lookups are cached for less time than a process needs to start, so a cached address never outlives a restart, and
   callers :meth:`RegistryClient.invalidate` when a peer turned out to be lost.
 """
@@ -57,6 +58,8 @@ CACHE_SECONDS = 1.0
 MAX_CACHED = 64
 #: Largest answer in bytes: 4096 ranks at about 500 bytes each.
 MAX_ANSWER_BYTES = 4 << 20
+#: Longest time of one lookup, its attempts and pauses together: a router has other prefill servers to try.
+LOOKUP_SECONDS = 6.0
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
 #: Pauses between questions for a room that the prefill server has not seen yet.
@@ -78,6 +81,7 @@ class RegistryClient:
         secret: the deployment's shared secret; tokens that follow from it are sent, never the secret.
         timeout_seconds: limit of one attempt.
         attempts: how often a call tries before it raises.
+        lookup_seconds: limit of a lookup, whatever number of attempts it has.
         clock, sleep: time, injected by tests.
     """
 
@@ -87,18 +91,20 @@ class RegistryClient:
         secret: str | None = None,
         timeout_seconds: float = 5.0,
         attempts: int = 4,
+        lookup_seconds: float = LOOKUP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._secret = secret
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
+        self._lookup_seconds = lookup_seconds
         self._clock = clock
         self._sleep = sleep
         self._session: aiohttp.ClientSession | None = None
         self._key = secrets.token_hex(16)  # of what it registers
         self._cache: OrderedDict[tuple[str, int], tuple[float, Topology]] = OrderedDict()
-        self._locks: OrderedDict[tuple[str, int], asyncio.Lock] = OrderedDict()
+        self._lookups: dict[tuple[str, int], asyncio.Task[Topology]] = {}
 
     async def __aenter__(self) -> RegistryClient:
         return self
@@ -109,7 +115,9 @@ class RegistryClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. Idempotent."""
+        """End what is under way and close the connections. Idempotent."""
+        for lookup in self._lookups.values():
+            lookup.cancel()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -158,15 +166,37 @@ class RegistryClient:
     async def topology(self, host: str, port: int) -> Topology:
         """The complete prefill group behind a registry, from the cache if fresh. Raises like :meth:`register`."""
         key = (host, port)
-        async with self._lock(key):  # one question at a time per registry; the others read its answer
-            cached = self._cache.get(key)
-            if cached is not None and self._clock() < cached[0]:
-                return cached[1]
-            topology = _decode(await self._call("GET", host, port), Topology, host, port)
-            self._cache[key] = (self._clock() + CACHE_SECONDS, topology)
-            while len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
-            return topology
+        cached = self._cache.get(key)
+        if cached is not None and self._clock() < cached[0]:
+            return cached[1]
+        lookup = self._lookups.get(key)
+        if lookup is None:
+            lookup = self._lookups[key] = asyncio.create_task(self._look_up(host, port))
+            lookup.add_done_callback(lambda done: self._looked_up(key, done))
+        try:
+            return await asyncio.shield(lookup)
+        except KVBatonError as error:
+            raise error.again() from None  # it is that of everybody who asked
+
+    async def _look_up(self, host: str, port: int) -> Topology:
+        try:
+            async with asyncio.timeout(self._lookup_seconds):
+                answer = await self._call("GET", host, port)
+        except TimeoutError:
+            raise RegistryError(
+                f"the bootstrap registry at {host}:{port} did not answer within {self._lookup_seconds:g} s; "
+                f"check that the prefill server is up and serves its registry there",
+                peer=f"{host}:{port}",
+            ) from None
+        return _decode(answer, Topology, host, port)
+
+    def _looked_up(self, key: tuple[str, int], lookup: asyncio.Task[Topology]) -> None:
+        del self._lookups[key]
+        if lookup.cancelled() or lookup.exception() is not None:
+            return
+        self._cache[key] = (self._clock() + CACHE_SECONDS, lookup.result())
+        while len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
 
     async def sources(
         self,
@@ -212,16 +242,6 @@ class RegistryClient:
     def invalidate(self, host: str, port: int) -> None:
         """Forget a cached lookup, because a peer it named was lost."""
         self._cache.pop((host, port), None)
-
-    def _lock(self, key: tuple[str, int]) -> asyncio.Lock:
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        self._locks.move_to_end(key)
-        for old in list(self._locks)[: max(0, len(self._locks) - MAX_CACHED)]:
-            if not self._locks[old].locked():
-                del self._locks[old]
-        return lock
 
     async def _call(
         self,

@@ -4,9 +4,10 @@ import asyncio
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from kvbaton.discovery.access import bearer, bearer_matches, is_loopback, read_secret, token_of
-from kvbaton.discovery.client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, MAX_CACHED, RegistryClient
+from kvbaton.discovery.client import CACHE_SECONDS, FIRST_PAUSE_SECONDS, RegistryClient
 from kvbaton.discovery.registry import TTL_SECONDS, Registered, Registry, Route, Sizes
 from kvbaton.discovery.server import MAX_ROUTE_BYTES, registry_app, start_registry
 from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
@@ -102,6 +103,37 @@ def test_a_silent_registry_runs_into_the_timeout():
                 with pytest.raises(RegistryError, match=r"did not answer within 0\.05 s"):
                     await client.sources("127.0.0.1", port, 7)
             await gone.wait()
+
+    run(test())
+
+
+def test_a_registry_that_does_not_answer_costs_everybody_who_asks_the_same_moment():
+    """They used to wait one after the other, each for all attempts: only success was shared."""
+
+    async def test() -> None:
+        asked = 0
+
+        async def hang(_request: web.Request) -> web.Response:
+            nonlocal asked
+            asked += 1
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        app = web.Application()
+        app.router.add_get("/route", hang)
+        async with serving(app) as url, RegistryClient(attempts=100, lookup_seconds=0.2) as client:
+            looking = [client.topology("127.0.0.1", port_in(url)) for _ in range(8)]
+            began = asyncio.get_running_loop().time()
+            outcomes = await asyncio.gather(*looking, return_exceptions=True)
+            assert asyncio.get_running_loop().time() - began < 8 * 0.2
+            assert asked == 1
+            assert len({id(outcome) for outcome in outcomes}) == 8
+            for outcome in outcomes:
+                assert isinstance(outcome, RegistryError)
+                assert f"127.0.0.1:{port_in(url)} did not answer within 0.2 s" in outcome.message
+            with pytest.raises(RegistryError):  # the next one asks anew
+                await client.topology("127.0.0.1", port_in(url))
+            assert asked == 2
 
     run(test())
 
@@ -218,12 +250,14 @@ def test_lookups_are_cached_for_a_moment_and_forgotten_on_demand():
     run(test())
 
 
-def test_what_is_remembered_of_lookups_is_bounded():
+def test_nothing_is_remembered_of_lookups_that_failed():
     async def test() -> None:
         async with RegistryClient(attempts=1, sleep=Sleeps()) as client:
-            for port in range(1, MAX_CACHED + 20):
-                client._lock(("127.0.0.1", port))
-            assert len(client._locks) == MAX_CACHED
+            for port in (free_port(), free_port()):
+                with pytest.raises(RegistryError):
+                    await client.topology("127.0.0.1", port)
+            assert not client._lookups
+            assert not client._cache
 
     run(test())
 

@@ -394,6 +394,69 @@ def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
     run(test())
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("code", ["peer_lost", "disconnected", "registry"])
+def test_a_worker_that_blames_its_peer_is_kept_and_the_other_one_is_replaced(role, code):
+    """A killed decode: prefill's word of it is often there before decode's broken connection."""
+
+    async def test() -> None:
+        fails, hangs, good = Backend(fail(503, code, "the peer has gone")), Backend(hang), Backend(answer)
+        prefills, decodes = ([fails], [hangs, good]) if role == "prefill" else ([hangs, good], [fails])
+
+        async def behave(request: web.Request, body: dict) -> web.StreamResponse:
+            await hangs.arrived.wait()
+            if len(fails.bodies) > 1:
+                return await answer(request, body)
+            return await fail(503, code, "the peer has gone")(request, body)
+
+        fails.behave = behave
+        async with routed(prefills, decodes) as setup:
+            hangs.ready = 503
+            assert await setup.post() == ANSWER
+            assert len(fails.bodies) == 2
+            assert len(good.bodies) == 1
+            states = {worker.url: worker.usable for worker in setup.router.workers.all}
+            assert states[setup.urls[fails]]
+            assert not states[setup.urls[hangs]]
+
+    run(test())
+
+
+def test_each_leg_says_which_half_it_is_for_and_only_decode_is_told_the_models_name():
+    async def test() -> None:
+        roles: dict[str, str] = {}
+
+        def noting(name: str):
+            async def behave(request: web.Request, body: dict) -> web.StreamResponse:
+                roles[name] = request.headers["X-KVBaton-Role"]
+                return await answer(request, body)
+
+            return behave
+
+        prefill, decode = Backend(noting("p")), Backend(noting("d"))
+        async with routed([prefill], [decode]) as setup:
+            await setup.post(model="/b/m")
+            await prefill.arrived.wait()
+            assert roles == {"p": "prefill", "d": "decode"}
+            assert prefill.bodies[0]["model"] is None
+            assert decode.bodies[0]["model"] == "/b/m"
+
+    run(test())
+
+
+def test_retries_share_no_id_where_a_client_says_that_it_has_none():
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with routed([prefill], [decode]) as setup:
+            for _ in range(2):
+                await setup.post(rid=None)
+            rids = [body["rid"] for body in decode.bodies]
+            assert len(set(rids)) == 2
+            assert all(rid and "None" not in rid for rid in rids)
+
+    run(test())
+
+
 def test_without_another_worker_the_client_is_told_which_one_is_gone():
     async def test() -> None:
         async with routed([bad := Backend(vanish)], [decode := Backend(hang)]) as setup:
@@ -690,6 +753,25 @@ def test_a_pair_of_api_servers_behind_a_router():
             asking.cancel()
             await engines["prefill"].until(lambda: bool(engines["prefill"].aborted))
             await engines["decode"].until(lambda: bool(engines["decode"].aborted))
+
+    run(test())
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode", "null"])
+def test_a_server_that_is_taken_for_the_other_half_refuses(mode):
+    """A router whose --prefill and --decode were swapped got HTTP 200 with an empty text."""
+
+    async def test() -> None:
+        engine = ScriptedEngine(lambda _request: spell("hello"))
+        server = ApiServer(engine, CharacterTokenizer(), ApiConfig(model="m", max_positions=100, mode=mode))
+        async with serving(server.app) as url, aiohttp.ClientSession() as session:
+            body = {"prompt": "x", "bootstrap_room": 7}
+            headers = {"X-KVBaton-Role": "decode" if mode == "prefill" else "prefill"}
+            async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (503, "incompatible")
+            assert f"this is a {mode} server" in error["message"]
+            assert not engine.requests
 
     run(test())
 

@@ -6,6 +6,10 @@ Rules:
   its answer is only the proof that the prompt was handed over.
 - Until decode answers, the first failure of either leg is the request's, and the other leg's connection is closed,
   which makes its server abort. Once decode has answered, the cache has arrived, and prefill can no longer hurt.
+- A server that blames its peer (:data:`BLAMES_PEER`) is not the culprit, whichever leg speaks first: the other worker
+  of the pair is, and the attempt may be made again without it.
+- Prefill is not told the model's name: each side has its own, and the client's is that of decode.
+- Each leg says which half it is for (``routing.ROLE_HEADER``): a server that is the other one refuses.
 - A leg that failed before its server could take the request in (unreachable, or draining) says so, and so does one
   whose server is lost meanwhile: ``again`` is true.
 - Prefill's leg is held here. Decode's is for the caller to hold, because it lasts for as long as its answer is read.
@@ -25,11 +29,12 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from kvbaton.errors import PeerLostError
+from kvbaton.errors import DisconnectedError, PeerLostError, RegistryError
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
+from kvbaton.serving.server.routing import ROLE_HEADER
 
 #: Largest error body, and largest whole answer, that is read from a worker.
 MAX_ERROR_BYTES = 64 << 10
@@ -39,6 +44,9 @@ PREFILL_SETTLE_SECONDS = 1.0
 ROUTER_FIELDS = ("kv_transfer_params",)
 ROUTER_PREFIXES = ("bootstrap_", "disagg_")
 CLIENT_FIELDS = ("disagg_prefill_dp_rank",)
+
+#: Codes of errors in which a server says that the other one of its pair is gone or does not let it in.
+BLAMES_PEER = (PeerLostError.code, DisconnectedError.code, RegistryError.code)
 
 Fields = Mapping[str, msgspec.Raw]
 
@@ -50,12 +58,16 @@ class CallFailed(Exception):
         worker: whose leg.
         status: what the client is to get.
         detail: the error, as the worker told it or as we saw it.
-        again: another worker may be tried: this one never took the request in, or is gone.
+        again: the request may be sent again, without the culprit: it never took the request in, or is gone.
+        culprit: who has failed, where it is not ``worker``.
     """
 
-    def __init__(self, worker: Worker, status: int, detail: ErrorDetail, *, again: bool) -> None:
+    def __init__(
+        self, worker: Worker, status: int, detail: ErrorDetail, *, again: bool, culprit: Worker | None = None
+    ) -> None:
         super().__init__(f"{worker}: {detail.message}")
         self.worker = worker
+        self.culprit = culprit if culprit is not None else worker
         self.status = status
         self.detail = detail
         self.again = again
@@ -172,7 +184,8 @@ class PrefillDecodeCall:
             pass
 
     def _prefill_body(self) -> bytes:
-        return self._body({"stream": False, **({"stream_options": None} if "stream_options" in self._fields else {})})
+        absent = {name: None for name in ("stream_options", "model") if name in self._fields}
+        return self._body({"stream": False, **absent})
 
     def _decode_body(self) -> bytes:
         return self._body({})
@@ -190,7 +203,10 @@ class PrefillDecodeCall:
         """A leg up to the head of its answer; the answer is a success. Raises CallFailed."""
         try:
             response = await self._session.post(
-                worker.url + self._path, data=BytesIO(body), headers=self._headers, allow_redirects=False
+                worker.url + self._path,
+                data=BytesIO(body),
+                headers={**self._headers, ROLE_HEADER: worker.role},
+                allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
             raise _unreachable(worker, error, self._pair.room) from None
@@ -202,7 +218,23 @@ class PrefillDecodeCall:
                 payload = await response.content.read(MAX_ERROR_BYTES)
             except (aiohttp.ClientError, OSError) as error:
                 raise _unreachable(worker, error, self._pair.room) from None
-        raise _refused(worker, response.status, payload)
+        raise self._refused(worker, response.status, payload)
+
+    def _refused(self, worker: Worker, status: int, payload: bytes) -> CallFailed:
+        """What a worker's answer means that is no success."""
+        try:
+            told = msgspec.json.decode(payload, type=_Told).error
+            detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
+        if status < 400 or status == 401:  # no worker of ours, or a secret that is not ours: not the client's doing
+            status = 502
+        pair = self._pair
+        culprit = worker
+        if detail.code in BLAMES_PEER:
+            culprit = pair.decode if worker is pair.prefill else pair.prefill
+        again = detail.code == DRAINING or detail.code in BLAMES_PEER
+        return CallFailed(worker, status, detail, again=again, culprit=culprit)
 
 
 class _ToldDetail(msgspec.Struct):
@@ -231,16 +263,3 @@ def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
 def _gone(worker: Worker, message: str) -> CallFailed:
     detail = ErrorDetail(message=message, type="service_unavailable_error", code=PeerLostError.code)
     return CallFailed(worker, 503, detail, again=True)
-
-
-def _refused(worker: Worker, status: int, payload: bytes) -> CallFailed:
-    try:
-        told = msgspec.json.decode(payload, type=_Told).error
-        detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
-    if (
-        status < 400 or status == 401
-    ):  # a redirect: no worker of ours; a secret that is not ours: not the client's doing
-        status = 502
-    return CallFailed(worker, status, detail, again=detail.code == DRAINING)

@@ -210,9 +210,9 @@ class Router:
         """The pair to try after a failure, if there is one."""
         if not failure.again:
             return None
-        self.workers.suspect(failure.worker, failure.detail.message)
+        self.workers.suspect(failure.culprit, str(failure))
         with contextlib.suppress(PeerLostError):
-            if failure.worker is pair.prefill:
+            if failure.culprit is pair.prefill:
                 return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, self._mint())
             return Pair(pair.prefill, self.workers.next("decode", without=pair.decode), self._mint())
         return None

@@ -45,6 +45,7 @@ from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, Compl
 from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
+from kvbaton.serving.server.routing import ROLE_HEADER
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.status import StatusRoutes
 from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing
@@ -155,6 +156,7 @@ class ApiServer:
         with self.metrics.timed(http.path) as timer:
             try:
                 self._require_router(http)  # before a byte of the body
+                self._require_role(http.headers.get(ROLE_HEADER, self._config.mode))
                 async with self._bodies.read(http) as body:
                     request: AnyRequest = parse(body, kind, self._rule)
                 with self.admission.entered():  # for requests that are here, not for those that still come
@@ -195,6 +197,18 @@ class ApiServer:
             raise AuthenticationError(
                 "only this deployment's router may name rooms and registries here; send requests through the router",
                 hint="start the router with the same --secret-file as the servers",
+            )
+
+    def _require_role(self, asked: str) -> None:
+        """Raises IncompatibleError where a router takes this server for the other half."""
+        mode = self._config.mode
+        if asked != mode:
+            raise IncompatibleError(
+                f"role: this is a {mode} server and was asked as a {asked[:16]!r} server; "
+                + ("start it as half a pair" if mode == "null" else f"name it with --{mode} at the router"),
+                field="role",
+                ours=mode,
+                theirs=asked[:16],
             )
 
     def _from_router(self, http: web.Request) -> bool:
