@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import AbortedError, IncompatibleError, LayoutError, TransportError
 from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, aux_pool, kv_pool, pool_bytes
+from kvbaton.plan import lanes
 from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import PairPlan, pair_plan
 from kvbaton.plan.runs import merge
@@ -63,16 +64,39 @@ def test_gather_and_scatter_equal_direct_runs(
     direct = staged_memory.copy()
     for part in pair_plan(source, target).parts:
         blocks = part.blocks(0, tokens)
-        entries = part.entries(blocks, rng.permutation(PAGES), 0, rng.permutation(PAGES), 0)
+        theirs, ours = rng.permutation(PAGES), rng.permutation(PAGES)
+        entries = part.entries(blocks, theirs, 0, ours, 0)
         through = np.zeros((len(blocks), part.block_bytes), dtype=np.uint8)
-        gather(part.source.table, part.lane_bytes, entries[0], through.ctypes.data)
-        scatter(part.target.table, part.lane_bytes, entries[1], through.ctypes.data)
+        gather(part.source_lanes, part.source_blocks(blocks, theirs, 0), through.ctypes.data)
+        scatter(part.target_lanes, part.target_blocks(blocks, ours, 0), through.ctypes.data)
         runs = merge(part.source.table, entries[0], part.target.table, entries[1])
         for s, t, n in zip(runs.source, runs.target, runs.length, strict=True):
             at = int(t) - target.regions[0].address
             direct[at : at + n] = memory(int(s), int(n))
     np.testing.assert_array_equal(staged_memory, direct)
     assert source_memory.any()
+
+
+@pytest.mark.parametrize(
+    ("at", "grids"),
+    [
+        ([0], [(0, (), ())]),
+        ([0, 8, 16], [(0, (3,), (8,))]),
+        ([0, 8, 100, 108, 200, 208], [(0, (3, 2), (100, 8))]),
+        ([0, 8, 100, 108, 1000, 1008, 1100, 1108], [(0, (2, 2, 2), (1000, 100, 8))]),
+        ([0, 8, 16, 100, 108], [(0, (3,), (8,)), (3, (1,), (1,)), (4, (1,), (1,))]),
+        ([16, 8, 0], [(0, (1,), (1,)), (1, (1,), (1,)), (2, (1,), (1,))]),
+    ],
+)
+def test_addresses_are_as_few_grids_as_they_nest_in(at: list[int], grids: list[object]) -> None:
+    assert list(lanes._nests(np.array(at, dtype=np.int64))) == grids
+
+
+def test_however_many_layers_and_tokens_a_block_is_one_grid() -> None:
+    for order in ("HND", "NHD"):
+        source, target = (real_layout(tp, 0, order, 8)[1] for tp in (2, 1))
+        (part,) = pair_plan(source, target).parts
+        assert (len(part.source_lanes.grids), len(part.target_lanes.grids)) == (1, 1)
 
 
 def world_layout(base: int, tp: int, rank: int, *, slot_bytes: int = 256, slots: int = 8) -> CacheLayout:
@@ -291,13 +315,14 @@ def test_torch_copies_what_numpy_copies(
     before = target_memory.copy()
     for part in pair_plan(source, target).parts:
         blocks = part.blocks(0, tokens)
-        entries = part.entries(blocks, rng.permutation(PAGES), 0, rng.permutation(PAGES), 0)
+        read = part.source_blocks(blocks, rng.permutation(PAGES), 0)
+        written = part.target_blocks(blocks, rng.permutation(PAGES), 0)
         size, found = len(blocks) * part.block_bytes, []
         for gathers, scatters in ((gather, scatter), (gather_torch.gather, gather_torch.scatter)):
             target_memory[:] = before
             slot = np.full(skew + size + 8, 7, dtype=np.uint8)
-            gathers(part.source.table, part.lane_bytes, entries[0], slot.ctypes.data + skew)
-            scatters(part.target.table, part.lane_bytes, entries[1], slot.ctypes.data + skew)
+            gathers(part.source_lanes, read, slot.ctypes.data + skew)
+            scatters(part.target_lanes, written, slot.ctypes.data + skew)
             found.append((slot, target_memory.copy()))
         for numpys, torchs in zip(*found, strict=True):
             np.testing.assert_array_equal(torchs, numpys)
@@ -343,9 +368,8 @@ def test_memory_of_a_gpu_is_copied_as_memory_of_the_host_is() -> None:
         part = pair_plan(source, target).parts[0]
         blocks = part.blocks(0, 16)
         slot = torch.zeros(len(blocks) * part.block_bytes, dtype=torch.uint8, device=where)
-        gather(part.source.table, part.lane_bytes, part.source_entries(blocks, pages, 0), slot.data_ptr())
-        entries = part.source_entries(blocks, pages[::-1].copy(), 0)
-        scatter(part.source.table, part.lane_bytes, entries, slot.data_ptr())
+        gather(part.source_lanes, part.source_blocks(blocks, pages, 0), slot.data_ptr())
+        scatter(part.source_lanes, part.source_blocks(blocks, pages[::-1].copy(), 0), slot.data_ptr())
         slots.append(slot.cpu())
     assert torch.equal(*slots)
     assert slots[0].any()
@@ -359,6 +383,6 @@ def test_a_device_that_is_not_there_is_an_error_of_the_transport() -> None:
     _host, layout = real_layout(1, 0, "NHD", 4)
     region = msgspec.structs.replace(layout.regions[0], memory="VRAM")
     part = pair_plan(msgspec.structs.replace(layout, regions=(region,)), layout).parts[0]
-    entries = part.source_entries(part.blocks(0, 4), np.arange(PAGES), 0)
+    blocks = part.source_blocks(part.blocks(0, 4), np.arange(PAGES), 0)
     with pytest.raises(TransportError, match="cuda:0 cannot copy between pages and staging"):
-        gather(part.source.table, part.lane_bytes, entries, 1 << 40)
+        gather(part.source_lanes, blocks, 1 << 40)

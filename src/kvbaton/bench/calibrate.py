@@ -78,17 +78,17 @@ def _copy_seconds(head_bytes: int) -> tuple[float, int, int]:
     part: PartPlan = pair_plan(source, target).parts[0]
     pages = np.random.default_rng(0).permutation(PAGES).astype(np.int64)
     blocks = part.blocks(0, PAGES * PAGE_SIZE)
-    entries = part.entries(blocks, pages, 0, pages[::-1].copy(), 0)
+    read, written = part.source_blocks(blocks, pages, 0), part.target_blocks(blocks, pages[::-1].copy(), 0)
     through = np.zeros((len(blocks), part.block_bytes), dtype=np.uint8)
     times = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        gather(part.source.table, part.lane_bytes, entries[0], through.ctypes.data)
-        scatter(part.target.table, part.lane_bytes, entries[1], through.ctypes.data)
+        gather(part.source_lanes, read, through.ctypes.data)
+        scatter(part.target_lanes, written, through.ctypes.data)
         times.append(time.perf_counter() - start)
     if not (source_memory.any() and target_memory.any()):
         raise AssertionError("nothing was copied")
-    return statistics.median(times[1:]), len(entries[0]), through.nbytes
+    return statistics.median(times[1:]), len(blocks) * len(part.lane_bytes), through.nbytes
 
 
 def _layout(head_bytes: int, tp_size: int, *, seed: int | None) -> tuple[np.ndarray, CacheLayout]:

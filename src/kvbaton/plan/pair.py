@@ -22,6 +22,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from msgspec import Struct
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import IncompatibleError, LayoutError
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region
+from kvbaton.plan.lanes import Lanes, lanes_of
 from kvbaton.plan.table import Table
 
 #: Most rows of one table: bounds what a peer's layout can make us allocate.
@@ -66,8 +68,12 @@ class PairSide:
     unit_rows: int
     blocks_per_unit: int
 
+    def lanes(self, lane_bytes: Int64s) -> Lanes:
+        """What gather and scatter need of this side."""
+        return lanes_of(self.table, lane_bytes, self.units, self.blocks_per_unit)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True)
 class PartPlan:
     """One part of a pairing. ``lane_bytes[i]`` is the length of lane i; a block is one entry of every lane and takes
     ``block_bytes``."""
@@ -121,6 +127,24 @@ class PartPlan:
     def target_entries(self, blocks: range, units: Int64s, first: int) -> Int32s:
         """The target's half of :meth:`entries`."""
         return _entries(self.target, len(self.lane_bytes), blocks, units, first)
+
+    def source_blocks(self, blocks: range, units: Int64s, first: int) -> Int32s:
+        """Of :meth:`source_entries` those of the first lane: enough for whoever copies whole blocks."""
+        return _entries(self.source, 1, blocks, units, first)
+
+    def target_blocks(self, blocks: range, units: Int64s, first: int) -> Int32s:
+        """Of :meth:`target_entries` those of the first lane."""
+        return _entries(self.target, 1, blocks, units, first)
+
+    @cached_property
+    def source_lanes(self) -> Lanes:
+        """The source's memory of a block, for gather."""
+        return self.source.lanes(self.lane_bytes)
+
+    @cached_property
+    def target_lanes(self) -> Lanes:
+        """The target's memory of a block, for scatter."""
+        return self.target.lanes(self.lane_bytes)
 
 
 def _entries(side: PairSide, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:

@@ -69,7 +69,8 @@ class StagedRun:
 class PostWrite:
     """Write table entries of one part; answer with WriteSettled or WriteBroken, exactly once.
 
-    With ``staged`` the source entries are gathered, and ``target_entries`` is empty.
+    With ``staged`` whole blocks are gathered: ``source_entries`` are those of the first lane, ``target_entries`` is
+    empty.
     """
 
     write: WriteId
@@ -83,7 +84,8 @@ class PostWrite:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scatter:
-    """Copy the first ``count`` blocks of one of our staging slots to table entries of our memory, now.
+    """Copy the first ``count`` blocks of one of our staging slots to our memory, now. ``target_entries`` are those of
+    the first lane, one for each block.
 
     A driver that cannot reports ``room`` as failed where the core, which counts on it, reports success.
     """

@@ -75,7 +75,7 @@ def scatter(t: Transfer) -> None:
         units = np.asarray(grant.units, dtype=np.int64)
         blocks = part.blocks(grant.token_start, grant.token_stop)
         for number, _, run in lease.staged.runs(blocks, lease.first):
-            entries = part.target_entries(run, units, first_page)
+            entries = part.target_blocks(run, units, first_page)
             t.context.emit(Scatter(t.key.room, lease.staged, lease.slots[number], len(run), entries))
 
 

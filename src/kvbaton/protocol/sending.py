@@ -128,7 +128,7 @@ def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Gran
     first_page = span.token_start // part.source.unit_rows if part.paged else 0
     units = np.asarray(span.units, dtype=np.int64)
     for number, within, run in lease.staged.runs(blocks, lease.first):
-        entries = part.source_entries(run, units, first_page)
+        entries = part.source_blocks(run, units, first_page)
         staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
         size = len(run) * part.block_bytes
         post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged), span)

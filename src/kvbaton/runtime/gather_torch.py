@@ -20,31 +20,31 @@ import numpy as np
 import torch
 
 from kvbaton.errors import TransportError
-from kvbaton.plan.table import Table
-from kvbaton.runtime.gather import Int32s, Int64s, LaneGroup, lane_groups, memory
+from kvbaton.plan.lanes import Grid, Lanes
+from kvbaton.runtime.gather import Int32s, memory
 
 #: By bytes of a word.
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def gather(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
-    """Copy table entries to address ``slot`` of the same device. Raises TransportError."""
-    device = _device(table)
+def gather(lanes: Lanes, blocks: Int32s, slot: int) -> None:
+    """Copy blocks to address ``slot`` of the same device. Raises TransportError."""
+    device = _device(lanes)
     with _copying(device):
-        for pages, index, columns in _views(table, lane_bytes, entries, slot, device):
-            columns.copy_(pages.index_select(0, index))
+        for pages, index, places in _views(lanes, blocks, slot, device):
+            places.copy_(pages.index_select(0, index))
 
 
-def scatter(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int) -> None:
-    """Copy the blocks at address ``slot`` to table entries of the same device. Raises TransportError."""
-    device = _device(table)
+def scatter(lanes: Lanes, blocks: Int32s, slot: int) -> None:
+    """Copy what is at address ``slot`` to blocks of the same device. Raises TransportError."""
+    device = _device(lanes)
     with _copying(device):
-        for pages, index, columns in _views(table, lane_bytes, entries, slot, device):
-            pages.index_copy_(0, index, columns)
+        for pages, index, places in _views(lanes, blocks, slot, device):
+            pages.index_copy_(0, index, places)
 
 
-def _device(table: Table) -> Any:
-    return torch.device("cuda", int(table.rows[0, 2])) if table.memory == "VRAM" else torch.device("cpu")
+def _device(lanes: Lanes) -> Any:
+    return torch.device("cuda", lanes.device) if lanes.memory == "VRAM" else torch.device("cpu")
 
 
 @contextmanager
@@ -67,24 +67,24 @@ def _stream(device: int) -> Any:
     return torch.cuda.Stream(device)
 
 
-def _views(table: Table, lane_bytes: Int64s, entries: Int32s, slot: int, device: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """For each group of lanes: pages as ``(any, lanes, words)``, the index of each block in it, and the group's part of
-    the slot as ``(blocks, lanes, words)``."""
-    size = int(lane_bytes.sum())
-    for group in lane_groups(table, lane_bytes, entries):
-        word = _word(group, slot, size)
-        unit, lane, block, words = (n // word for n in (group.unit, group.step, size, group.length))
-        inner = (group.lanes, words)
-        count = len(group.index)
-        taken = (count - 1) * size + group.lanes * group.length
-        pages = _tensor(group.base, group.span, word, device).as_strided((group.rows, *inner), (unit, lane, 1))
-        blocks = _tensor(slot + group.offset, taken, word, device).as_strided((count, *inner), (block, words, 1))
-        yield pages, torch.from_numpy(group.index).to(device), blocks
+def _views(lanes: Lanes, blocks: Int32s, slot: int, device: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """For each grid: pages as ``(any, *counts, words)``, the index of each block in them, and the grid's part of the
+    slot as ``(blocks, *counts, words)``."""
+    for grid in lanes.grids:
+        word = _word(grid, slot, lanes.block_bytes)
+        unit, block, words = (n // word for n in (grid.unit, lanes.block_bytes, grid.length))
+        inner = (*grid.counts, words)
+        steps, dense = ([n // word for n in some] for some in (grid.steps, grid.dense_steps))
+        count = len(blocks)
+        taken = (count - 1) * lanes.block_bytes + grid.bytes
+        pages = _tensor(grid.base, grid.span, word, device).as_strided((grid.rows, *inner), (unit, *steps, 1))
+        places = _tensor(slot + grid.offset, taken, word, device).as_strided((count, *inner), (block, *dense, 1))
+        yield pages, torch.from_numpy(grid.index(blocks)).to(device), places
 
 
-def _word(group: LaneGroup, slot: int, block_bytes: int) -> int:
+def _word(grid: Grid, slot: int, block_bytes: int) -> int:
     """Bytes of the widest word that every address, distance and length is a multiple of."""
-    return math.gcd(8, group.base, group.unit, group.step, group.length, group.offset, slot, block_bytes)
+    return math.gcd(8, grid.base, grid.unit, *grid.steps, grid.length, grid.offset, slot, block_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class StagingDesk:
         self._taken[write.write] = slot
         staged = run.staged
         address = int(staged.source.rows[slot, 0])
-        gather(staged.part.source.table, staged.part.lane_bytes, write.source_entries, address)
+        gather(staged.part.source_lanes, write.source_entries, address)
         steps = np.arange(run.count, dtype=np.int32)
         base = staged.blocks_per_slot
         return steps + np.int32(slot * base), steps + np.int32(run.slot * base + run.first)
@@ -63,4 +63,4 @@ class StagingDesk:
         """From a slot to its blocks' pages. Raises TransportError."""
         staged = effect.staged
         address = int(staged.target.rows[effect.slot, 0])
-        scatter(staged.part.target.table, staged.part.lane_bytes, effect.target_entries, address)
+        scatter(staged.part.target_lanes, effect.target_entries, address)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvbaton.control.base import LinkId
 from kvbaton.errors import DisconnectedError, InternalError
 from kvbaton.layout import CacheLayout, Coordinates
-from kvbaton.plan.pair import PairPlan
+from kvbaton.plan.pair import PairPlan, PairSide
 from kvbaton.plan.runs import merge
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
@@ -306,7 +306,7 @@ class World:
     def _land_staged(self, rank: Rank, target: Rank, write: PostWrite, run: StagedRun) -> None:
         """Gather, block by block and lane by lane, straight into the target's slot."""
         part = run.staged.part
-        at = part.source.table.addresses(write.source_entries).reshape(len(part.lane_bytes), run.count)
+        at = _all_lanes(part.source, part.lane_bytes, write.source_entries)
         place = int(run.staged.target.rows[run.slot, 0]) + run.first * part.block_bytes
         for block in range(run.count):
             for lane, length in enumerate(part.lane_bytes.tolist()):
@@ -315,7 +315,7 @@ class World:
 
     def _scatter(self, rank: Rank, effect: Scatter) -> None:
         part = effect.staged.part
-        at = part.target.table.addresses(effect.target_entries).reshape(len(part.lane_bytes), effect.count)
+        at = _all_lanes(part.target, part.lane_bytes, effect.target_entries)
         place = int(effect.staged.target.rows[effect.slot, 0])
         for block in range(effect.count):
             for lane, length in enumerate(part.lane_bytes.tolist()):
@@ -368,3 +368,10 @@ class World:
 
     def _cancel(self, rank: Rank, writes: frozenset[WriteId]) -> None:
         """Nothing can be cancelled here: every write is posted at once, as on the fastest of drivers."""
+
+
+def _all_lanes(side: PairSide, lane_bytes: NDArray[np.int64], blocks: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Addresses of blocks' pieces, ``[lanes, blocks]``, by the table alone, which is what gather must agree with."""
+    stride = side.units * side.blocks_per_unit
+    first = np.arange(0, len(lane_bytes) * stride, stride, dtype=np.int64)
+    return side.table.addresses((first[:, None] + blocks).ravel()).reshape(len(lane_bytes), len(blocks))
