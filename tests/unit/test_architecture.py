@@ -54,6 +54,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.engines.vllm.memory",
         "kvbaton.engines.sglang.backend",
         "lab.conformance",
+        "lab.gpu",
         "lab.training",
     ),
     "transformers": (

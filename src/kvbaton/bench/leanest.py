@@ -29,8 +29,8 @@ class Leanest:
         config = nixl.nixl_agent_config(enable_prog_thread=False, num_threads=0, backends=["UCX"])
         self.agent: Any = nixl.nixl_agent(name, config)
         self._region = region
-        rows = np.array([[region.address, region.length, 0]], dtype=np.uint64)
-        self._registered = self.agent.register_memory(rows, "DRAM")
+        rows = np.array([[region.address, region.length, region.device]], dtype=np.uint64)
+        self._registered = self.agent.register_memory(rows, region.memory)
         self._tables: dict[str, tuple[Any, Any]] = {}
         self._wholes: dict[str, tuple[Any, Any]] = {}
 
@@ -50,19 +50,22 @@ class Leanest:
         """Prepare the tables of one part, and tables of whole runs of ``chunk`` bytes for the single write."""
         peer = self.add_peer(metadata)
         if part is not None:
-            self._tables[peer] = self._prepare(peer, part.source.table.rows.copy(), part.target.table.rows.copy())
+            rows = part.source.table.rows.copy(), part.target.table.rows.copy()
+            self._tables[peer] = self._prepare(peer, region, *rows)
         sides = []
-        for base, length in ((self._region.address, self._region.length), (region.address, region.length)):
-            sides.append(np.array([[base, chunk, 0, chunk, length // chunk]], dtype=np.int64))
-        self._wholes[peer] = self._prepare(peer, sides[0], sides[1])
+        for side in (self._region, region):
+            sides.append(np.array([[side.address, chunk, side.device, chunk, side.length // chunk]], dtype=np.int64))
+        self._wholes[peer] = self._prepare(peer, region, sides[0], sides[1])
         return peer
 
-    def _prepare(self, peer: str, source: NDArray[np.int64], target: NDArray[np.int64]) -> tuple[Any, Any]:
+    def _prepare(
+        self, peer: str, region: Region, source: NDArray[np.int64], target: NDArray[np.int64]
+    ) -> tuple[Any, Any]:
         for rows in (source, target):  # nixl judges the stride even where there is one block only
             rows[:, 3] = np.where(rows[:, 4] == 1, rows[:, 1], rows[:, 3])
         return (
-            self.agent.prep_xfer_dlist("", source.astype(np.uint64), "DRAM"),
-            self.agent.prep_xfer_dlist(peer, target.astype(np.uint64), "DRAM"),
+            self.agent.prep_xfer_dlist("", source.astype(np.uint64), self._region.memory),
+            self.agent.prep_xfer_dlist(peer, target.astype(np.uint64), region.memory),
         )
 
     def write_rooms(self, rooms: list[dict[str, Entries]]) -> None:

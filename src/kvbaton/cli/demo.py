@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="how bytes travel"
     )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the servers compute")
     parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
     add_log_level(parser)
 
@@ -56,7 +57,10 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
             model=options.model,
             reference=True,
             backend=options.disaggregation_transfer_backend,
-            extra=("--page-size", str(PAGE_SIZE), "--chunked-prefill-size", str(CHUNK_TOKENS)),
+            extra=(
+                *("--page-size", str(PAGE_SIZE), "--chunked-prefill-size", str(CHUNK_TOKENS)),
+                *("--device", options.device),
+            ),
         )
         async with fleet:
             await _wait(fleet, console)

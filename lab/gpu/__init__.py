@@ -1,0 +1,1 @@
+"""What only a GPU shows: memory of a device over NIXL, its kernels, its engine, its fences that raise."""
