@@ -22,12 +22,11 @@ def check_kernels(device: Device, pages: int) -> dict[str, object]:
     pool.memory.copy_(content(pages, seed=SEED).view(-1))
     part = pair_plan(pool.layout, half.layout).parts[0]
     units = np.array(shuffled(pages // 2, pages, 5), dtype=np.int64)
-    blocks = range(len(units))
-    entries = part.source_entries(blocks, units, 0)
+    blocks = part.source_blocks(range(len(units)), units, 0)
     slot = torch.zeros(len(units) * part.block_bytes, dtype=torch.uint8, device=device)
     before = pool.memory.clone()
-    gathered = _seconds(device, lambda: gather(part.source.table, part.lane_bytes, entries, slot.data_ptr()))
-    scattered = _seconds(device, lambda: scatter(part.source.table, part.lane_bytes, entries, slot.data_ptr()))
+    gathered = _seconds(device, lambda: gather(part.source_lanes, blocks, slot.data_ptr()))
+    scattered = _seconds(device, lambda: scatter(part.source_lanes, blocks, slot.data_ptr()))
     if not torch.equal(before, pool.memory):
         raise KVBatonError("what was gathered and scattered to where it came from differs")
     index = torch.from_numpy(units).to(device)
