@@ -22,6 +22,7 @@ _DEEPSEEK: Mapping[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 4,
+    "moe_layer_freq": 1,
     # On a CPU SGLang rotates latents by YaRN alone.
     "rope_parameters": {
         "rope_type": "yarn",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvbaton.control.base import Links
     from kvbaton.discovery.registry import Sizes
     from kvbaton.errors import KVBatonError
+    from kvbaton.launch import launch_id
     from kvbaton.layout import CacheLayout, Coordinates, Region
     from kvbaton.manager import (
         ALWAYS_READY,
@@ -54,6 +55,7 @@ __all__ = [
     "Transport",
     "Window",
     "errors",
+    "launch_id",
     "layout",
     "new_instance",
 ]
@@ -62,6 +64,7 @@ _HOMES = {
     "control.base": ("Links",),
     "discovery.registry": ("Sizes",),
     "errors": ("KVBatonError",),
+    "launch": ("launch_id",),
     "layout": ("CacheLayout", "Coordinates", "Region"),
     "manager": (
         "ALWAYS_READY",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.discovery.registry import Sizes
-from kvbaton.errors import ConfigError, DeclinedError, LocalProtocolError, OverloadedError
+from kvbaton.errors import ConfigError, DeclinedError, KVBatonError, LocalProtocolError, OverloadedError
 from kvbaton.handles import ALWAYS_READY, Finished, Freed, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.parts import make_parts, new_instance
@@ -39,6 +39,7 @@ from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.commands import Command, Fence
 from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
+from kvbaton.runtime.staging_memory import with_staging
 from kvbaton.transports.base import Transport
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class KVManager:
             )
             given.pop_all()
         self._lock = threading.Lock()
+        self._away = False
+        self._staging_memory: object = None  # lives as long as peers may write it
         self._sides: dict[tuple[Role, int], RoomHandle] = {}
         self._collects = collect_finished
         self._finished: deque[RoomHandle] = deque()
@@ -169,6 +172,7 @@ class KVManager:
         group: str = "",
         sizes: Sizes | None = None,
         coordinates: Coordinates | None = None,
+        staging_bytes: int | None = 0,
         settings: Settings | None = None,
         wakeup: threading.Event | None = None,
         collect_finished: bool = False,
@@ -191,6 +195,8 @@ class KVManager:
             group: names the engine instance, alike on its ranks and new at each launch; default for one rank: a fresh
                 id.
             sizes, coordinates: how many ranks the engine has, and which of them this is.
+            staging_bytes: memory that the manager makes beside the pages, through which small pieces travel together
+                where tensor-parallel sizes differ; None: as much as these pages need; 0: none but the layout's own.
             settings, wakeup, collect_finished: as the constructor takes them.
 
         Raises ConfigError for an argument that cannot be, a port in use, or a package that is missing; LayoutError for
@@ -199,6 +205,7 @@ class KVManager:
         sizes = sizes if sizes is not None else Sizes()
         place = coordinates if coordinates is not None else Coordinates()
         instance = instance or new_instance()
+        layout, staging_memory = with_staging(layout, staging_bytes) if staging_bytes != 0 else (layout, None)
         parts = make_parts(
             layout.digest(),
             backend=backend,
@@ -226,6 +233,7 @@ class KVManager:
             wakeup=wakeup,
             collect_finished=collect_finished,
         )
+        manager._staging_memory = staging_memory
         return manager.__enter__()
 
     def __enter__(self) -> Self:
@@ -258,6 +266,38 @@ class KVManager:
         if self._registry is not None:
             self._registry.close()
         self._driver.close(reason)
+
+    def deregister(self) -> None:
+        """Let go of the layout's memory, for an engine that gives it back to its device for a while. No room may be
+        live, and none begins until :meth:`register`; peers stay. Waits for the driver's thread.
+
+        Raises:
+            LocalProtocolError: rooms are live or their units still leased, or the manager is closed.
+            TransportError: the data plane cannot let go of it.
+            ExpiredError: the driver's thread does not answer.
+        """
+        with self._lock:
+            if self._sides:
+                raise LocalProtocolError(f"{len(self._sides)} rooms are live: their memory cannot go before they end")
+            if self._driver.closing:
+                raise LocalProtocolError("the manager is closed")
+            if self._away:
+                return
+            self._away = True
+        try:
+            self._driver.deregister()
+        except KVBatonError:
+            self._away = False
+            raise
+
+    def register(self) -> None:
+        """The layout's memory is back, at the same addresses: peers are told, rooms may begin. Does nothing where it
+        was not let go of. Raises as :meth:`deregister`."""
+        if self._driver.closing:
+            raise LocalProtocolError("the manager is closed")
+        if self._away:
+            self._driver.register(self.layout.regions)
+            self._away = False
 
     @property
     def address(self) -> str:
@@ -420,6 +460,8 @@ class KVManager:
         if side.role not in _OPENS[self.role]:
             raise LocalProtocolError(f"a rank in role {self.role} opens no {side.role} of a room", room=side.room)
         with self._lock:
+            if self._away:
+                raise LocalProtocolError("this rank's memory is not registered; call register() first", room=side.room)
             if (side.role, side.room) in self._sides:
                 raise LocalProtocolError(f"room {side.room} is live already: rooms must be unique", room=side.room)
             if len(self._sides) >= self._settings.rooms:

@@ -26,10 +26,11 @@ from kvbaton.layout import CacheLayout, Plane, Staging
 from kvbaton.manager import Span
 from kvbaton.plan.pair import pair_plan
 from kvbaton.plan.staging import stage
+from kvbaton.runtime.staging_memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGING_SLOT_BYTES
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.allocator import Allocator
 from kvbaton.serving.engine.geometry import Geometry, Holds, PagedGeometry, PagedTensor
-from kvbaton.serving.engine.memory import ALIGNMENT_BYTES, STAGING_BYTES, STAGING_SLOT_BYTES, PoolConfig
+from kvbaton.serving.engine.memory import PoolConfig
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
@@ -186,9 +187,9 @@ def test_slots_are_as_large_as_the_largest_page_and_the_default_memory_holds_one
 
 
 def test_staging_memory_without_a_slot_is_refused_with_the_size_to_set(model: LoadedModel) -> None:
-    with pytest.raises(ConfigError, match="set --staging-mib to at least 4, or to 0"):
+    with pytest.raises(ConfigError, match=r"at least 4 MiB .*, or 0 for none"):
         make_pools(model, staging_bytes=1 << 20)
-    with pytest.raises(ConfigError, match="set --staging-mib to at least 2, or to 0"):
+    with pytest.raises(ConfigError, match=r"at least 2 MiB .*, or 0 for none"):
         make_pools(model, staging_bytes=1 << 20, staging_slot_bytes=(1 << 20) + 1)
     pools = make_pools(model, staging_bytes=1 << 20, staging_slot_bytes=1 << 19)
     assert pools.layout.staging == Staging(len(pools.layout.regions) - 1, 1 << 19, 2)

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from kvbaton import ALWAYS_READY, Coordinates, KVManager, KVPoll, Region, Settings, Sizes, new_instance
+from kvbaton import ALWAYS_READY, Coordinates, KVManager, KVPoll, Settings, Sizes, new_instance
 from kvbaton.engines.sglang.memory import Rank, cache_of
 from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
+from kvbaton.runtime.staging_memory import STAGING_SLOT_BYTES
 
 PAGE, PAGES, SLOTS, LAYERS, HEADS, SIZE, WINDOW = 4, 64, 8, 3, 4, 2, 8
 GROUPS = (4, 4, 8)  #: blocks along the sharded dimension of a convolution, over all ranks
@@ -70,8 +71,6 @@ class StandIn:
         )
         settings = QUICK
         if self.staging:
-            self.buffer = np.zeros(self.staging * self.cache.slot_bytes, np.uint8)
-            self.cache = self.cache.staged(Region(self.buffer.ctypes.data, self.buffer.nbytes), self.staging)
             settings = replace(QUICK, staging="always")
         self.manager = KVManager.open(
             self.cache.layout,
@@ -81,6 +80,7 @@ class StandIn:
             group=self.group,
             sizes=Sizes(tp=size, pp=stages),
             coordinates=Coordinates(tp=rank, pp=stage),
+            staging_bytes=self.staging * STAGING_SLOT_BYTES,
         )
 
     def _args(self) -> Any:

@@ -231,6 +231,32 @@ def test_nothing_is_submitted_while_what_was_withdrawn_is_read(make_rank: MakeRa
     finish(source, target, sender, receiver)
 
 
+def test_memory_goes_and_comes_back_while_the_peers_stay(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=3), make_rank("decode")
+    sender, receiver = begin(source, target)
+    with pytest.raises(LocalProtocolError, match="1 rooms are live"):
+        source.manager.deregister()
+    spans = [Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))]
+    sender.submit(spans, last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    for away in (source, target):
+        away.manager.deregister()
+        away.manager.deregister()
+        with pytest.raises(LocalProtocolError, match="call register"):
+            away.manager.sender(next(ROOMS))
+        away.manager.register()
+        target.kv[:] = 0
+        sender, receiver = begin(source, target)
+        sender.submit(spans, last=True, ready=ALWAYS_READY)
+        finish(source, target, sender, receiver)
+        np.testing.assert_array_equal(target.page(5), source.page(4))
+    away.manager.register()
+    source.manager.close()
+    for call in (source.manager.deregister, source.manager.register):
+        with pytest.raises(LocalProtocolError, match="closed"):
+            call()
+
+
 def test_an_abort_reaches_the_other_side_with_its_reason(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=4), make_rank("decode")
     for by_target in (True, False):

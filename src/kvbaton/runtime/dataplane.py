@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbaton.errors import DisconnectedError, InternalError, KVBatonError, TransportError
+from kvbaton.layout import Region
 from kvbaton.plan.pair import MAX_ENTRIES, PartPlan
 from kvbaton.plan.staging import StagingPool
 from kvbaton.plan.table import join
@@ -326,6 +327,14 @@ class DataPlane:
             else:
                 del self._quiescing[peer]
                 self._happened(PeerQuiesced(peer))
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Memory is back; peers are told with the next look at the agent. Raises TransportError."""
+        self._transport.register(regions)
+
+    def deregister(self) -> None:
+        """Memory goes for a while; nothing may be in flight. Raises TransportError."""
+        self._transport.deregister()
 
     def look_at_agent(self) -> None:
         """Tell it where the transport has replaced its agent: what peers know of us holds no more."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from kvbaton.control.base import Arrived, LinkChange, LinkId, Links
 from kvbaton.errors import ExpiredError, InternalError, KVBatonError
+from kvbaton.layout import Region
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
     CancelWrites,
@@ -150,6 +151,21 @@ class Driver:
                 if self._clock() > deadline:
                     raise ExpiredError(f"the driver thread did not answer within {ASK_SECONDS:g} s") from None
         return question(self._core, self._clock())
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Make memory reachable again, and tell the peers before they hear of any room. Raises TransportError,
+        ExpiredError."""
+
+        def register(_core: Core, _now: float) -> None:
+            self._data.register(regions)
+            self._data.look_at_agent()
+            self._feed()
+
+        self.ask(register)
+
+    def deregister(self) -> None:
+        """Let go of all memory; no room may be live. Raises TransportError, ExpiredError."""
+        self.ask(lambda _core, _now: self._data.deregister())
 
     def sizes(self) -> dict[str, int]:
         """Entries of every table here and in what the driver owns. Driver's thread only, like all of it."""

@@ -27,6 +27,12 @@ from kvbaton.runtime.gather import Int32s, memory
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
+def device_memory(length: int, device: int) -> tuple[object, int]:
+    """Bytes of a GPU that are not zeroed: what owns them, and their address."""
+    buffer = torch.empty(length, dtype=torch.uint8, device=f"cuda:{device}")
+    return buffer, buffer.data_ptr()
+
+
 def gather(lanes: Lanes, blocks: Int32s, slot: int) -> None:
     """Copy blocks to address ``slot`` of the same device. Raises TransportError."""
     device = _device(lanes)

@@ -255,6 +255,32 @@ class TransportConformance:
         np.testing.assert_array_equal(new.memory, source.memory)
         assert not old.memory[512:].any()
 
+    def test_memory_may_go_and_come_back(self, rank: Callable[..., PlaneRank]) -> None:
+        source, target = rank("source", 4096), rank("target", 4096, 0)
+        blocks, there = source.table((0, 512, 512, 8)), target.table((0, 512, 512, 8))
+        source.transport.connect("target", target.transport.metadata())
+        prepared = source.transport.prepare("target", blocks, there)
+        write(source.transport, prepared, [0], [0], target.transport)
+        try:
+            source.transport.deregister()
+        except TransportError as error:
+            pytest.skip(str(error))
+        for refused in (
+            lambda: source.transport.post(prepared, indices(1), indices(1)),
+            lambda: source.transport.prepare("target", blocks, there),
+        ):
+            with pytest.raises(TransportError):
+                refused()
+        source.transport.progress()
+        source.transport.register([Region(source.address, 4096)])
+        write(source.transport, prepared, [1], [1], target.transport)
+        target.transport.deregister()
+        target.transport.progress()
+        target.transport.register([Region(target.address, 4096)])
+        source.transport.connect("target", target.transport.metadata())
+        write(source.transport, source.transport.prepare("target", blocks, there), [2], [2], target.transport)
+        np.testing.assert_array_equal(target.memory[:1536], source.memory[:1536])
+
     def test_a_fenced_peer_can_be_connected_again(self, rank: Callable[..., PlaneRank]) -> None:
         source, target, other = rank("source", 4096), rank("target", 4096, 0), rank("other", 4096, 0)
         blocks, metadata = source.table((0, 512, 512, 8)), target.transport.metadata()

@@ -118,6 +118,17 @@ class Transport(ABC):
     def register(self, regions: Sequence[Region]) -> None:
         """Make local memory reachable. Raises TransportError; nothing stays registered then."""
 
+    def deregister(self) -> None:
+        """Let go of all local memory, which may then be given back to its device, until :meth:`register` is called
+        again. Nothing may be in flight, from here or towards here: the caller knows. Peers and tables are kept; until
+        then ``prepare`` and ``post`` raise TransportError.
+
+        Raises TransportError where a data plane cannot do that.
+        """
+        raise TransportError(
+            f"the data plane {self.capabilities.name!r} cannot let go of memory that it has registered"
+        )
+
     @abstractmethod
     def metadata(self) -> bytes:
         """What a peer needs for :meth:`connect`; changes after :meth:`register`, and may after :meth:`fence`."""

@@ -222,6 +222,10 @@ class MemoryTransport(Transport):
                 raise TransportError(f"{region} is not memory")
         self._regions.extend(regions)
 
+    def deregister(self) -> None:
+        self._check_open()
+        self._regions.clear()
+
     def metadata(self) -> bytes:
         self._check_open()
         pid = os.getpid()
@@ -264,6 +268,8 @@ class MemoryTransport(Transport):
         prepared = self._tables.get(table)
         if prepared is None:
             raise TransportError(f"table {table} is unknown; its peer was fenced, or the transport closed")
+        if not self._regions:
+            raise TransportError("no memory is registered", peer=prepared.peer)
         source, target, peer = prepared.source, prepared.target, prepared.peer
         check_entries(source, target, source_entries, target_entries)
         length = source.lengths(source_entries)

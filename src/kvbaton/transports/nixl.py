@@ -108,6 +108,7 @@ class NixlTransport(Transport):
         self._writes: dict[Handle, _Write] = {}
         self._ids = itertools.count(1)
         self._generation = 0
+        self._away = False  # our memory was let go of
         self._agent: Any = self._new_agent()
 
     def __repr__(self) -> str:
@@ -125,9 +126,22 @@ class NixlTransport(Transport):
     # -- memory and peers
 
     def register(self, regions: Sequence[Region]) -> None:
-        self._check_open()
-        self._register(regions)
+        away, self._away = self._away, False
+        try:
+            self._check_open()
+            self._register(regions)
+        except TransportError:
+            self._away = away
+            raise
         self._regions.extend(regions)
+        self._generation += away
+
+    def deregister(self) -> None:
+        """The agent goes with the memory: it is what peers have metadata of."""
+        if self._closed:
+            raise TransportError("the transport is closed")
+        self._stop_agent()
+        self._regions, self._away = [], True
 
     def _register(self, regions: Sequence[Region]) -> None:
         done: list[tuple[list[Region], Any]] = []
@@ -346,6 +360,14 @@ class NixlTransport(Transport):
     def _replace_agent(self) -> None:
         """Destroy the agent, which stops every write, and make a new one that knows the same memory and peers."""
         _logger.warning("replacing the nixl agent %s: a fenced peer had writes that do not settle", self._instance)
+        self._stop_agent()
+        try:
+            self._start_agent()
+        except TransportError as error:
+            _logger.error("%s; trying again when something is to be moved", error)
+
+    def _stop_agent(self) -> None:
+        """Destroy the agent, which stops every write. Tables and peers are kept for the next one."""
         self._settle(list(self._writes.values()), REPLACE_SETTLE_SECONDS)
         for write in self._writes.values():
             self._release_quietly(write.nixl_handle)
@@ -359,10 +381,6 @@ class NixlTransport(Transport):
         self._destroy_agent()
         for peer in self._peers.values():
             peer.unsettled = False
-        try:
-            self._start_agent()
-        except TransportError as error:
-            _logger.error("%s; trying again when something is to be moved", error)
 
     def _start_agent(self) -> None:
         """An agent that knows our memory and our peers. Raises TransportError; then there is none."""
@@ -451,6 +469,8 @@ class NixlTransport(Transport):
         """Raises TransportError when it is closed, or has no agent and none can be started."""
         if self._closed:
             raise TransportError("the transport is closed")
+        if self._away:
+            raise TransportError("no memory is registered")
         if self._agent is None:
             self._start_agent()
 

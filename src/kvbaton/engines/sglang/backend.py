@@ -10,11 +10,11 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
@@ -30,7 +30,7 @@ from sglang.srt.environ import envs
 from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 
-from kvbaton import ALWAYS_READY, Coordinates, KVBatonError, KVManager, KVPoll, Settings, Sizes, new_instance
+from kvbaton import ALWAYS_READY, Coordinates, KVBatonError, KVManager, KVPoll, Settings, Sizes, launch_id, new_instance
 from kvbaton.control.address import Address
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.sglang.bootstrap import Client, Groups
@@ -39,12 +39,12 @@ from kvbaton.engines.sglang.options import Options
 from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
 from kvbaton.errors import ConfigError, LocalProtocolError, RegistryError
-from kvbaton.layout import Region
 from kvbaton.plan import identity
 
 logger = logging.getLogger("sglang.kvbaton")  # SGLang prints what is below its own name
 
-_ALIGNMENT_BYTES = 4096
+#: How long SGLang's thread waits, at most, for rooms that end before the cache's memory goes.
+SETTLE_SECONDS = 15.0
 #: Fields of a model's config that say where it came from or how it is run, not what its cache means.
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
@@ -61,7 +61,7 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         _refuse(prefill)
         options = Options.from_environment(os.environ)
         rank = _rank(args, server_args, bool(is_mla_backend), prefill, options.weights)
-        self.cache, self._staging = _staged(cache_of(args, rank), rank, options)
+        self.cache = cache_of(args, rank)
         self.bootstrap = Client(options.secret())
         self.groups = Groups(self.bootstrap.ask)
         self.draining: dict[int, Receiving] = {}
@@ -86,6 +86,19 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         address = Address.parse(self.kv.address)
         self.local_ip, self.rank_port = address.host, address.port
         super().register_to_bootstrap()
+
+    def deregister_buffer_to_engine(self) -> None:
+        """SGLang gives the cache's memory back for a while; what a peer may still write must not go before it cannot.
+
+        Raises LocalProtocolError where that takes longer than :data:`SETTLE_SECONDS`."""
+        until = time.monotonic() + SETTLE_SECONDS
+        while self.kv.live_rooms and (left := until - time.monotonic()) > 0:
+            self.kv.wait(left)
+        self.kv.deregister()
+
+    def register_buffer_to_engine(self) -> None:
+        """The memory is back, at the same addresses."""
+        self.kv.register()
 
     def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
         self.bootstrap.register(url, payload)
@@ -354,26 +367,13 @@ def _model_text(model: Any, args: Any, weights: str) -> str:
     )
 
 
-def _staged(cache: Cache, rank: Rank, options: Options) -> tuple[Cache, Any]:
-    """The cache with staging memory, and the tensor that owns it. Not zeroed: what is not used costs a host nothing."""
-    slots = (options.staging_mib << 20) // cache.slot_bytes
-    if not slots:
-        return cache, None
-    device = "cpu" if rank.memory == "DRAM" else f"cuda:{rank.device}"
-    length = slots * cache.slot_bytes
-    buffer = torch.empty(length + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-    address = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return cache.staged(Region(address, length, rank.memory, rank.device), slots), buffer
-
-
 def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManager:
     parallel = get_parallel()
     dp_size = parallel.attn_dp_size if parallel.dp_size == 1 else parallel.dp_size
     sizes = Sizes(dp=dp_size, pp=rank.pp_size, tp=rank.tp_size)
     dp_rank = parallel.attn_dp_rank if parallel.dp_size == 1 else int(parallel.dp_rank or 0)
-    group = new_instance()
-    if parallel.world_group.world_size > 1:  # alike on all ranks, new at each launch
-        group = parallel.world_group.broadcast_object(group, src=0)
+    world = parallel.world_group
+    group = launch_id(world.cpu_group) if world.world_size > 1 else new_instance()
     number = (dp_rank * rank.pp_size + rank.pp_rank) * rank.tp_size + rank.tp_rank
     settings = {
         "bootstrap_timeout": float(envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()),
@@ -390,6 +390,7 @@ def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManage
         group=group,
         sizes=sizes,
         coordinates=Coordinates(dp=dp_rank, pp=rank.pp_rank, tp=rank.tp_rank),
+        staging_bytes=options.staging_mib << 20,
         settings=Settings.from_mapping(settings),
     )
 

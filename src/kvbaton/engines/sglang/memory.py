@@ -18,19 +18,16 @@ tensor-parallel sizes. A component that is not named here ends the start by its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from msgspec import structs
 
 from kvbaton.errors import ConfigError, LayoutError
-from kvbaton.layout import NO_LAYER, Axis, CacheLayout, MemoryKind, Plane, Pool, PoolKind, Region, Staging
+from kvbaton.layout import NO_LAYER, Axis, CacheLayout, MemoryKind, Plane, Pool, PoolKind, Region
 from kvbaton.protocol.messages import Grant
 
 KV, DRAFT, AUX = "kv", "draft", "aux"
-#: Smallest slot of staging memory, in bytes: larger ones gain nothing, and the pages of most models fit.
-STAGING_SLOT_BYTES = 4 << 20
 #: State components that are handed over: SGLang's name, and whether they are paged.
 COMPONENTS = {"swa": True, "dsa": True, "mamba": False}
 
@@ -78,24 +75,6 @@ class Cache:
     paged: tuple[str, ...]
     states: tuple[tuple[str, bool], ...]
     aux: bool
-
-    @property
-    def slot_bytes(self) -> int:
-        """What a slot of staging memory must hold: a page or a state of all layers."""
-        units = (sum(plane.unit_stride for plane in pool.planes) for pool in self.layout.pools)
-        return max(STAGING_SLOT_BYTES, *(-(-size // 4096) * 4096 for size in units))
-
-    def staged(self, region: Region, slots: int) -> Self:
-        """The same with staging memory: so many slots of :attr:`slot_bytes`."""
-        layout = self.layout
-        return replace(
-            self,
-            layout=structs.replace(
-                layout,
-                regions=(*layout.regions, region),
-                staging=Staging(len(layout.regions), self.slot_bytes, slots),
-            ),
-        )
 
     def spans(self, pages: Any, start: int) -> list[Grant]:
         """Of whole pages that hold the tokens from ``start`` on."""

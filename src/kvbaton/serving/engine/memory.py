@@ -1,4 +1,4 @@
-"""The tensors behind the pools: pages, slots of states, staging slots; and the regions and pools that describe them.
+"""The tensors behind the pools: pages, slots of states; and the regions and pools that describe them.
 
 Rules: memory is allocated once, page-aligned, and never moves: peers hold its addresses.
 
@@ -15,17 +15,10 @@ import numpy as np
 import torch
 
 from kvbaton.errors import ConfigError
-from kvbaton.layout import InteriorOrder, Plane, Pool, Region, pool_bytes
+from kvbaton.layout import InteriorOrder, Plane, Pool, Region
+from kvbaton.runtime.staging_memory import ALIGNMENT_BYTES
 from kvbaton.serving.engine.geometry import DTYPES, CachedTensor, PagedGeometry, PagedTensor
 from kvbaton.serving.engine.shard import RankShard
-
-#: Memory that is registered with a network card should start on a page of the machine.
-ALIGNMENT_BYTES = 4096
-#: A slot of staging memory, where none is asked for: copying so much takes several times the fixed cost of a staged
-#: write (0.3 ms, see ``costs``), so larger slots gain nothing; and the pages of most models fit.
-STAGING_SLOT_BYTES = 4 << 20
-#: Staging memory, likewise: a few rooms at once, small beside any real pool. Rooms that find no slot go directly.
-STAGING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +26,8 @@ class PoolConfig:
     """Sizes: ``pages`` of ``page_size`` tokens each, ``aux_slots`` requests in hand-off at once, as many with states.
 
     ``chunk_tokens``: most tokens of one request that are computed at once; a window's ring must hold them beside it.
-    ``staging_bytes``: memory through which small pieces travel together; 0: none, None: :data:`STAGING_BYTES` or a slot
-    where that is more. ``staging_slot_bytes``: of a slot; 0: whatever a peer can ask for, a page or a request's state,
-    and at least :data:`STAGING_SLOT_BYTES`.
+    ``staging_bytes``, ``staging_slot_bytes``: of the memory through which small pieces travel together, see
+    :func:`~kvbaton.runtime.staging_memory.staging_size`; 0: none.
     """
 
     pages: int = 1024
@@ -118,31 +110,6 @@ class StateMemory:
             offset += self.slots * size
         dtype = "+".join(sorted({state.dtype for state in self._states}))
         return Pool("state", "state", self.slots, 1, False, dtype, tuple(planes))
-
-
-class StagingMemory:
-    """Slots of staging memory on the device of the pages. ``pools``: all of this rank's, for the largest block.
-
-    Raises ConfigError where the memory holds no slot.
-    """
-
-    def __init__(self, config: PoolConfig, pools: Sequence[Pool], device: str) -> None:
-        largest = max((-(-pool_bytes(pool) // pool.units) for pool in pools), default=0)
-        rounded = -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self.slot_bytes = config.staging_slot_bytes or max(STAGING_SLOT_BYTES, rounded)
-        memory = max(STAGING_BYTES, self.slot_bytes) if config.staging_bytes is None else config.staging_bytes
-        self.slots = memory // self.slot_bytes
-        if not self.slots:
-            raise ConfigError(
-                f"{memory} bytes of staging memory hold no slot of {self.slot_bytes} bytes; set --staging-mib to at "
-                f"least {-(-self.slot_bytes >> 20)}, or to 0 for none"
-            )
-        # not zeroed: what is never used then costs no memory on a host
-        self._buffer: Any = aligned((self.slots * self.slot_bytes,), torch.uint8, device, make=torch.empty)
-
-    @property
-    def region(self) -> Region:
-        return region_of(self._buffer)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, device: str, *, make: Callable[..., Any] = torch.zeros) -> Any:

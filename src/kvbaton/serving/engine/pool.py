@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from kvbaton.layout import CacheLayout, Staging, aux_pool, window_range
+from kvbaton.layout import CacheLayout, aux_pool, window_range
 from kvbaton.manager import Span
+from kvbaton.runtime.staging_memory import with_staging
 from kvbaton.serving.engine.allocator import Allocator
 from kvbaton.serving.engine.aux_row import ROW_BYTES
 from kvbaton.serving.engine.geometry import Geometry, PagedGeometry
 from kvbaton.serving.engine.memory import (
     PagedMemory,
     PoolConfig,
-    StagingMemory,
     StateMemory,
     aligned,
     copy_units,
@@ -101,7 +101,7 @@ class Pools:
         self.rings = Allocator(self._window_pages(), "window page") if geometry.window else None
         self.state_slots = Allocator(config.aux_slots, "state slot") if geometry.states else None
         self.slots = Allocator(config.aux_slots, "slot")
-        self._staging: StagingMemory | None = None
+        self._staging: object = None
         self.layout = self._describe(model, shard)
 
     def pages_for(self, tokens: int) -> int:
@@ -228,12 +228,10 @@ class Pools:
                     tp_rank=shard.tp_rank,
                 )
             )
-        staging = None
-        if self._config.staging_bytes != 0:
-            self._staging = StagingMemory(self._config, pools, self.device)
-            staging = Staging(len(regions), self._staging.slot_bytes, self._staging.slots)
-            regions.append(self._staging.region)
-        layout = CacheLayout(model=model, regions=tuple(regions), pools=tuple(pools), staging=staging)
+        layout = CacheLayout(model=model, regions=tuple(regions), pools=tuple(pools))
+        config = self._config
+        if config.staging_bytes != 0:
+            layout, self._staging = with_staging(layout, config.staging_bytes, slot_bytes=config.staging_slot_bytes)
         layout.validate()
         return layout
 
