@@ -135,7 +135,7 @@ def _transfers(state: State, on: On) -> Iterator[Callable[[Recorder], Transfer]]
             yield partial(_target, state=state, parts=parts)
     else:
         for outgoing in _outgoing(state):
-            if on in (On.WRITE_SETTLED, On.WRITE_BROKEN) and WRITE not in outgoing["outstanding"]:
+            if on in (On.WRITE_UNDER_WAY, On.WRITE_SETTLED, On.WRITE_BROKEN) and WRITE not in outgoing["outstanding"]:
                 continue  # the core reports only writes that are out
             yield partial(_fresh_source, state=state, outgoing=outgoing)
 
@@ -185,7 +185,7 @@ def _details(on: On) -> tuple[object, ...]:
     error: KVBatonError = PeerLostError("silent")
     details: dict[On, tuple[object, ...]] = {
         On.OPEN_ARRIVED: (Open(**head, token_count=TOKENS, grants=(GRANT,), parts=PARTS, ttl_seconds=1.0),),
-        On.OPENED_ARRIVED: (Opened(**head),),
+        On.OPENED_ARRIVED: (Opened(**head), Opened(**head, moving=True)),
         On.DONE_ARRIVED: (
             Done(**head, parts=PARTS, token_count=TOKENS),
             Done(**head, parts=PARTS, token_count=TOKENS + 1),
@@ -205,6 +205,7 @@ def _details(on: On) -> tuple[object, ...]:
             Chunk(spans=(Grant("kv", 0, TOKENS + 1, (0, 1, 2)),), last=True),
             Chunk(spans=(Grant("kv", 4, TOKENS, (1,)),), last=True),
         ),
+        On.WRITE_UNDER_WAY: (WRITE,),
         On.WRITE_SETTLED: (WRITE,),
         On.WRITE_BROKEN: (TransportError("broken"),),
         On.GIVEN_UP: (AbortedError("given up"),),

@@ -473,3 +473,8 @@ def withdrawn_chunks_kept(patches: Patches) -> None:
 
     patches.set(rooms.Rooms, "on_chunks_withdrawn", on_chunks_withdrawn)
     patches.set(rooms.Rooms, "on_open", open_with_all)
+
+
+@mutant("a target is not told that a write needs its help to land (our own)")
+def write_under_way_not_announced(patches: Patches) -> None:
+    patches.set(transfers.Transfers, "on_write_under_way", lambda _self, _event: None)

@@ -38,6 +38,7 @@ from kvbaton.protocol.events import (
     TimePassed,
     WriteBroken,
     WriteSettled,
+    WriteUnderWay,
 )
 from kvbaton.protocol.messages import (
     Abort,
@@ -103,6 +104,7 @@ class Core:
             AgentReplaced: self._peers.on_agent_replaced,
             PeerFenced: self._transfers.on_peer_fenced,
             PeerQuiesced: self._transfers.on_peer_quiesced,
+            WriteUnderWay: self._transfers.on_write_under_way,
             WriteSettled: self._transfers.on_write_settled,
             WriteBroken: self._transfers.on_write_broken,
             SenderOpened: self._rooms.on_sender_opened,
@@ -159,6 +161,11 @@ class Core:
     def receiving(self) -> bool:
         """Whether a peer may be writing our memory now."""
         return self._transfers.receiving
+
+    @property
+    def moving(self) -> bool:
+        """Whether a peer is writing our memory now and has said that it needs our help."""
+        return self._transfers.moving
 
     @property
     def quiet(self) -> bool:

@@ -117,6 +117,13 @@ class AbortRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteUnderWay:
+    """A write was posted and did not settle at once: it may need the target's help to land."""
+
+    write: WriteId
+
+
+@dataclass(frozen=True, slots=True)
 class WriteSettled:
     """A write is complete, or was never posted: it touches no memory any more."""
 
@@ -191,6 +198,7 @@ Event = (
     | ReceiverOpened
     | GrantsPublished
     | AbortRequested
+    | WriteUnderWay
     | WriteSettled
     | WriteBroken
     | PeerPrepared

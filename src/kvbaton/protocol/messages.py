@@ -151,8 +151,11 @@ class Open(TransferMessage, frozen=True, tag="open", omit_defaults=True):
     begun: bool = False  #: the source has said that it has this room: if it has not (any more), it refuses at once
 
 
-class Opened(TransferMessage, frozen=True, tag="opened"):
-    """Source → target: the room is known to us, its lease is noted."""
+class Opened(TransferMessage, frozen=True, tag="opened", omit_defaults=True):
+    """Source → target: the room is known to us, its lease is noted. Said again, with ``moving``, when a write of ours
+    does not settle at once: it may land only with the target's help."""
+
+    moving: bool = False
 
 
 class Done(TransferMessage, frozen=True, tag="done"):

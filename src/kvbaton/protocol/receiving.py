@@ -16,7 +16,7 @@ from kvbaton.errors import (
     from_code,
 )
 from kvbaton.protocol.effects import Quiesce, Scatter
-from kvbaton.protocol.messages import Abort, Close, Done, Drained, Failed, Open, Query, StagingGrant, clip
+from kvbaton.protocol.messages import Abort, Close, Done, Drained, Failed, Open, Opened, Query, StagingGrant, clip
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
 
@@ -37,11 +37,16 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
     t.retry_later(now)
 
 
-def opened(t: Transfer, now: float, _: object) -> None:
+def opened(t: Transfer, now: float, detail: object) -> None:
+    note_moving(t, now, detail)
     t.enter(State.OPENED)
     t.set_deadline(now, t.context.settings.waiting_timeout)
     t.retry_pause = t.context.settings.retry_most_seconds
     t.retry_later(now)
+
+
+def note_moving(t: Transfer, _now: float, detail: object) -> None:
+    t.as_target().moving |= expect(detail, Opened).moving
 
 
 def query(t: Transfer, now: float, _: object) -> None:

@@ -56,7 +56,14 @@ NO_ENTRIES = np.empty(0, dtype=np.int32)
 
 
 def acknowledge(t: Transfer, _now: float, _: object) -> None:
-    t.context.send(t, Opened(sender=t.context.instance, receiver=t.peer, key=t.key))
+    t.context.send(t, Opened(sender=t.context.instance, receiver=t.peer, key=t.key, moving=t.as_source().moving))
+
+
+def write_under_way(t: Transfer, now: float, _: object) -> None:
+    """The target, which does nothing for rooms that only wait, may have to help this one's bytes to land."""
+    if not t.as_source().moving:
+        t.as_source().moving = True
+        acknowledge(t, now, None)
 
 
 def send_chunk(t: Transfer, now: float, detail: object) -> None:

@@ -67,6 +67,7 @@ class On(enum.Enum):
     FORGOTTEN_ARRIVED = "Forgotten"
     CHUNK_SUBMITTED = "chunk submitted"
     CHUNKS_WITHDRAWN = "chunks withdrawn"
+    WRITE_UNDER_WAY = "write under way"
     WRITE_SETTLED = "write settled"
     WRITE_BROKEN = "write broken"
     GIVEN_UP = "given up"
@@ -116,6 +117,7 @@ class Outgoing:
     exposed_seconds: float = 0.0
     abort_arrived: bool = False
     fenced: bool = False
+    moving: bool = False
 
     def drop_units(self) -> None:
         """Nothing will be written any more: a tombstone needs no page lists."""
@@ -132,6 +134,7 @@ class Incoming:
     begun: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
+    moving: bool = False
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:

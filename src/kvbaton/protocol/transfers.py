@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from kvbaton.errors import InternalError, KVBatonError, OverloadedError, TransferFailedError, from_code
 from kvbaton.protocol import table
 from kvbaton.protocol.context import Context
-from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteSettled
+from kvbaton.protocol.events import PeerFenced, PeerQuiesced, WriteBroken, WriteSettled, WriteUnderWay
 from kvbaton.protocol.messages import (
     Abort,
     AnyMessage,
@@ -41,6 +41,7 @@ class Transfers:
         self._tombstones: OrderedDict[TransferAddress, Transfer] = OrderedDict()
         self._forgotten_below: OrderedDict[str, int] = OrderedDict()
         self._leased: set[Transfer] = set()  # incoming, and a peer may still write
+        self._moving: set[Transfer] = set()  # of these, those that a peer has said it writes
         self._tombstones_of: dict[str, OrderedDict[TransferAddress, None]] = {}  # tombstones by peer
         self._rooms_of: Counter[str] = Counter()  # live outgoing transfers, and the units granted in them, by peer
         self._units_of: Counter[str] = Counter()
@@ -54,6 +55,11 @@ class Transfers:
     def receiving(self) -> bool:
         """Whether the memory of any transfer may still be written."""
         return bool(self._leased)
+
+    @property
+    def moving(self) -> bool:
+        """Whether bytes of any transfer are on their way to us and need our help to land."""
+        return bool(self._moving)
 
     def any_with(self, session: Session) -> bool:
         """Whether a transfer of this session is live."""
@@ -113,10 +119,15 @@ class Transfers:
             self._on_change(transfer)
 
     def _note_lease(self, transfer: Transfer) -> None:
-        if transfer.role == "target" and transfer.leased:
+        if transfer.incoming is None:
+            return
+        if transfer.leased:
             self._leased.add(transfer)
+            if transfer.incoming.moving:
+                self._moving.add(transfer)
         else:
             self._leased.discard(transfer)
+            self._moving.discard(transfer)
 
     def _record_tombstone(self, transfer: Transfer) -> None:
         """Move a closed transfer to the tombstones. What is forgotten is refused from then on, never taken for new."""
@@ -160,6 +171,11 @@ class Transfers:
         for transfer in self.live():
             if transfer.peer == event.peer:
                 self.step(transfer, On.PEER_QUIESCED)
+
+    def on_write_under_way(self, event: WriteUnderWay) -> None:
+        transfer = self._context.writes.get(event.write)
+        if transfer is not None:
+            self.step(transfer, On.WRITE_UNDER_WAY, event.write)
 
     def on_write_settled(self, event: WriteSettled) -> None:
         transfer = self._context.writes.pop(event.write, None)
@@ -225,6 +241,8 @@ class Transfers:
         leased = {transfer for transfer in self._live.values() if transfer.role == "target" and transfer.leased}
         if leased != self._leased:
             raise InternalError(f"leased transfers are miscounted: {self._leased ^ leased}")
+        if self._moving != {transfer for transfer in leased if transfer.as_target().moving}:
+            raise InternalError(f"transfers that need help are miscounted: {self._moving}")
         outgoing = [transfer for transfer in self._live.values() if transfer.role == "source"]
         if self._rooms_of != Counter(transfer.peer for transfer in outgoing):
             raise InternalError(f"live rooms by peer are miscounted: {self._rooms_of}")

@@ -31,6 +31,7 @@ from kvbaton.protocol.events import (
     PeerUnprepared,
     WriteBroken,
     WriteSettled,
+    WriteUnderWay,
 )
 from kvbaton.protocol.messages import MAX_GRANTS
 from kvbaton.runtime.guard import Guard
@@ -101,6 +102,7 @@ class DataPlane:
         self._posted = PostedWrites()
         self._quiescing: dict[str, tuple[float, int]] = {}
         self._to_fence: dict[str, float] = {}
+        self._needs_help = transport.capabilities.target_must_progress
         self._generation = transport.generation
         self._closed = False
         #: How bytes were seen to travel, by peer; filled in after the first writes.
@@ -134,7 +136,7 @@ class DataPlane:
 
     @property
     def target_must_progress(self) -> bool:
-        return not self._closed and self._transport.capabilities.target_must_progress
+        return self._needs_help and not self._closed
 
     def next_fence(self) -> float | None:
         """When a fence that failed is due again."""
@@ -187,7 +189,9 @@ class DataPlane:
             self._counters["writes_staged"] += 1
             self._counters["bytes_staged"] += size
         self._posted.begun(handle, writes)
-        self._check(handle, writes)
+        if not self._check(handle, writes):
+            for one in writes:
+                self._happened(WriteUnderWay(one.write))
         return True
 
     def _direct(self, write: PostWrite) -> _Direct:

@@ -294,7 +294,7 @@ class Driver:
 
     @property
     def _target_must_progress(self) -> bool:
-        return self._data.target_must_progress and self._core.receiving
+        return self._data.target_must_progress and self._core.moving
 
     def _take_commands(self) -> None:
         if self._commands:
@@ -323,8 +323,9 @@ class Driver:
             else:
                 self._wait(POLL_MOST_SECONDS)
             return
-        deadlines = [at for at in (self._data.next_fence(), self._core.next_deadline()) if at is not None]
-        self._wait(max(0.0, min(deadlines) - now) if deadlines else None)
+        due = (self._data.next_fence(), self._core.next_deadline())
+        first = min((at for at in due if at is not None), default=None)
+        self._wait(None if first is None else max(0.0, first - now))
 
     def _wait(self, seconds: float | None) -> None:
         if self._guard.attempt(lambda: self._links.wait(seconds)) is not None:

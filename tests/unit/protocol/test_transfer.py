@@ -21,6 +21,7 @@ from kvbaton.protocol.events import (
     WriteBroken,
     WriteId,
     WriteSettled,
+    WriteUnderWay,
 )
 from kvbaton.protocol.messages import (
     Abort,
@@ -661,6 +662,27 @@ def test_one_broken_write_among_others_leaves_none_in_flight() -> None:
         scene.source.do(WriteBroken(write.write, DisconnectedError("late")))
     scene.source.do(WriteSettled(WriteId(999)))
     scene.expect_failed()
+
+
+def test_a_target_learns_that_a_write_needs_its_help_even_where_the_first_message_is_lost() -> None:
+    scene = Scene(holding(PAIR))
+    scene.start()
+    assert scene.target.core.receiving
+    assert not scene.target.core.moving
+    network, scene.world.network = scene.world.network, dropping(Opened)
+    scene.submit_all()
+    scene.world.run()
+    for write in scene.source.held:
+        scene.source.do(WriteUnderWay(write.write))
+    scene.world.run()
+    assert not scene.target.core.moving
+    scene.world.network = network
+    scene.world.run(until=Settings().retry_most_seconds + 1.0)  # it asks with Query
+    assert scene.target.core.moving
+    scene.source.release_writes()
+    scene.world.run()
+    scene.expect_success()
+    assert not scene.target.core.moving
 
 
 def test_a_peer_that_was_cut_off_can_be_written_to_again() -> None:
