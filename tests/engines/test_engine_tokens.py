@@ -213,10 +213,9 @@ def test_special_tokens_are_text_where_they_are_asked_for() -> None:
 
 def adjusted(logits: list[float], said: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **fields: object) -> Pick:
     sampling = Sampling(**{"temperature": 0.0, **fields})  # type: ignore[arg-type]
-    adjustment = adjustment_of(sampling, prompt, frozenset([0]))
+    request = Request(request_id="r", prompt_tokens=(*prompt, *said), sampling=sampling, answered=len(said))
+    adjustment = adjustment_of(request, frozenset([0]))
     assert adjustment is not None
-    for token in said:
-        adjustment.push(token)
     picked = pick_tokens(torch.tensor([logits]), [Draw(sampling, 1, 0, adjustment)])[0]
     assert isinstance(picked, Pick)
     return picked
@@ -247,8 +246,8 @@ def test_what_would_leave_nothing_is_not_forbidden() -> None:
 
 
 def test_nothing_is_adjusted_for_a_plain_request() -> None:
-    assert adjustment_of(Sampling(top_k=5, min_p=0.1, top_p=0.9), (1, 2), {0}) is None
-    assert adjustment_of(Sampling(min_tokens=3), (1, 2), ()) is None
+    for sampling, ends in ((Sampling(top_k=5, min_p=0.1, top_p=0.9), {0}), (Sampling(min_tokens=3), ())):
+        assert adjustment_of(Request(request_id="r", prompt_tokens=(1, 2), sampling=sampling), ends) is None
 
 
 def test_top_k_and_min_p() -> None:

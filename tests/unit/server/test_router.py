@@ -239,15 +239,15 @@ def test_a_failing_decode_is_the_clients_answer_at_once_and_ends_the_prefill_leg
     run(test())
 
 
-def test_a_worker_whose_peer_broke_the_protocol_is_a_bad_gateway_and_not_tried_again():
+def test_a_worker_whose_peer_broke_the_protocol_is_a_bad_gateway_when_no_pair_does_better():
     async def test() -> None:
         decodes = [Backend(fail(502, "protocol", "the aux row is another prompt's")) for _ in range(2)]
         async with routed([Backend(hang)], decodes) as setup:
             error = (await setup.post(502))["error"]
             assert error["code"] == "protocol"
-            assert error["message"].startswith(f"decode {setup.urls[decodes[0]]}: ")
-            assert not decodes[1].bodies
-            assert await setup.metric("kvbaton_router_retries_total") == 0
+            assert error["message"].startswith(f"decode {setup.urls[decodes[1]]}: ")
+            assert [len(decode.bodies) for decode in decodes] == [1, 1]
+            assert await setup.metric("kvbaton_router_retries_total") == 1
 
     run(test())
 
@@ -468,12 +468,60 @@ def test_without_another_worker_the_client_is_told_which_one_is_gone():
     run(test())
 
 
-def test_a_second_failure_is_final():
+def test_every_other_pair_is_tried_before_the_client_hears_of_a_failure():
     async def test() -> None:
         bad = [Backend(vanish) for _ in range(3)]
         async with routed(bad, [Backend(hang)]) as setup:
             await setup.post(503)
-            assert sorted(len(backend.bodies) for backend in bad) == [0, 1, 1]
+            assert [len(backend.bodies) for backend in bad] == [1, 1, 1]
+
+    run(test())
+
+
+@pytest.mark.parametrize("code", ["disconnected", "peer_lost", "transfer_failed"])
+def test_who_blames_its_peer_is_asked_again_beside_another(code):
+    """A killed decode: prefill's report reaches the router before decode's broken connection does."""
+
+    async def test() -> None:
+        blames = fail(503, code, "the decode rank went away [while WaitingForInput]")
+        gone, good = Backend(hang), Backend(answer)
+
+        async def prefill(request: web.Request, body: dict) -> web.StreamResponse:
+            met = [sent["bootstrap_room"] for sent in gone.bodies]
+            return await (blames if body["bootstrap_room"] in met else answer)(request, body)
+
+        async def ask_late(request: web.Request, body: dict) -> web.StreamResponse:
+            while not gone.bodies:
+                await asyncio.sleep(0)
+            return await prefill(request, body)
+
+        prefills = [Backend(ask_late), Backend(ask_late)]
+        async with routed(prefills, [gone, good]) as setup:
+            assert await setup.post() == ANSWER
+            assert sum(len(backend.bodies) for backend in prefills) == 2
+            assert len(good.bodies) == 1
+            await gone.cancelled.wait()
+
+    run(test())
+
+
+def test_retries_have_a_budget():
+    async def test() -> None:
+        bad = [Backend(vanish) for _ in range(4)]
+        async with routed(bad, [Backend(hang)], max_concurrent_requests=2) as setup:
+            await setup.post(503)
+            assert await setup.metric("kvbaton_router_retries_total") == 2
+
+    run(test())
+
+
+def test_a_journal_is_for_a_router_to_write():
+    async def test() -> None:
+        async with routed([prefill := Backend(answer)], [Backend(answer)]) as setup:
+            error = (await setup.post(400, kvbaton_journal={"id": "x", "created": 1, "seed": 1}))["error"]
+            assert error["param"] == "kvbaton_journal"
+            assert not prefill.bodies
+            assert await setup.post(kvbaton_journal=None) == ANSWER
 
     run(test())
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvbaton.serving.engine.request import Sampling
+from kvbaton.serving.engine.request import Request, Sampling
 
 Row = npt.NDArray[np.float64]
 
@@ -64,8 +64,10 @@ class Adjustment:
         logits[said] -= frequency * times + presence
 
 
-def adjustment_of(sampling: Sampling, prompt_tokens: Sequence[int], ends: Collection[int]) -> Adjustment | None:
-    """None where the request asks for nothing of it, so that a plain batch pays nothing."""
+def adjustment_of(request: Request, ends: Collection[int]) -> Adjustment | None:
+    """One that has seen the answer so far; None where the request asks for nothing of it, so that a plain batch pays
+    nothing."""
+    sampling = request.sampling
     plain = (
         sampling.repetition_penalty == 1.0
         and not sampling.frequency_penalty
@@ -73,4 +75,9 @@ def adjustment_of(sampling: Sampling, prompt_tokens: Sequence[int], ends: Collec
         and not sampling.logit_bias
         and not (sampling.min_tokens and ends)
     )
-    return None if plain else Adjustment(sampling, prompt_tokens, ends)
+    if plain:
+        return None
+    adjustment = Adjustment(sampling, request.asked_tokens, ends)
+    for token in request.answered_tokens:
+        adjustment.push(token)
+    return adjustment

@@ -1,5 +1,8 @@
 """An answer in the making: the state of one choice of a request from its first token to its last.
 
+What another engine has answered already is pushed through text and adjustment without being told, so that stop strings,
+unfinished characters and penalties do not see where it broke off.
+
 This file must not know of peers, batches or queues.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbaton.errors import RemoteProtocolError
 from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.model import LoadedModel
@@ -31,10 +35,10 @@ class Generation:
         self._newest = -1
         self._position = len(request.prompt_tokens) - 1
         ends = model.ends_of(sampling)
-        self._adjustment = adjustment_of(sampling, request.prompt_tokens, ends)
+        self._adjustment = adjustment_of(request, ends)
         self._text = TextStream(
             model.tokenizer,
-            request.prompt_tokens,
+            request.asked_tokens,
             stops=sampling.stop,
             ends=ends,
             max_tokens=sampling.max_tokens,
@@ -42,6 +46,9 @@ class Generation:
             include_stop=sampling.include_stop,
             skip_special_tokens=sampling.skip_special_tokens,
         )
+        for token in request.answered_tokens:
+            if self._text.push(token).finish_reason is not None:
+                raise RemoteProtocolError("the answer that is to go on has ended already", room=request.room)
 
     def draw(self) -> Draw:
         """How the next token is to be picked."""
@@ -82,5 +89,8 @@ class Generation:
 
 
 def generations(job: Job, model: LoadedModel, block_tables: Sequence[BlockTable], seed: int) -> list[Generation]:
-    """One for each choice of a request. Raises InternalError (no text for the prompt's last tokens)."""
+    """One for each choice of a request.
+
+    Raises InternalError (no text for the prompt's last tokens), RemoteProtocolError (nothing is left to answer).
+    """
     return [Generation(job, model, block_table, seed, index) for index, block_table in enumerate(block_tables)]

@@ -62,8 +62,9 @@ class Limits:
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens that ``request`` will ever have in the pool: the answer's last one is never computed."""
-        answer = request.sampling.max_tokens - 1 if self.keeps_answer else 0
-        return len(request.prompt_tokens) + answer
+        if not self.keeps_answer:
+            return len(request.prompt_tokens)
+        return len(request.prompt_tokens) - request.answered + request.sampling.max_tokens - 1
 
     def validate(self, request: Request) -> None:
         """Raise ConfigError for what is wrong in itself, CapacityError for what can never fit."""
@@ -79,9 +80,11 @@ class Limits:
                 raise ConfigError(f"bootstrap_room: {request.room} is outside 0..2^63-1")
 
     def _validate_prompt(self, request: Request) -> None:
-        prompt, answer = len(request.prompt_tokens), request.sampling.max_tokens
-        if prompt == 0:
+        prompt, answer = len(request.prompt_tokens) - request.answered, request.sampling.max_tokens
+        if prompt <= 0:
             raise ConfigError("prompt: it has no tokens")
+        if not 0 <= request.answered < answer:
+            raise ConfigError(f"answered: {request.answered} tokens leave none of max_tokens={answer}")
         foreign = next((token for token in request.prompt_tokens if not 0 <= token < self.vocab_size), None)
         if foreign is not None:
             raise ConfigError(f"prompt: token {foreign} is outside the vocabulary of {self.vocab_size}")

@@ -147,7 +147,7 @@ class Prefill(Role):
         request = handoff.job.request
         sampling, prompt = request.sampling, request.prompt_tokens
         seeds = [seed_of_choice(seed_of(request), index) for index in range(sampling.choices)]
-        adjustment = adjustment_of(sampling, prompt, self._model.ends_of(sampling))
+        adjustment = adjustment_of(request, self._model.ends_of(sampling))
         return first_tokens(logits, [Draw(sampling, seed, len(prompt), adjustment) for seed in seeds])
 
     def _write_aux(self, handoff: _Handoff) -> Span:

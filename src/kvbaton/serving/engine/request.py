@@ -54,7 +54,8 @@ class Request:
 
     ``room`` and ``sources`` are set for disaggregated requests only: the router's room, and (decode side) the control
     addresses of the prefill group's ranks as resolved from the registry. ``dp_rank``: the data-parallel rank that is to
-    serve it; None: whichever the server chooses.
+    serve it; None: whichever the server chooses. ``answered``: so many of the last prompt tokens are the answer so far,
+    which another engine gave before it broke off: they count as its tokens everywhere, and are not told again.
     """
 
     request_id: str
@@ -63,6 +64,17 @@ class Request:
     room: int | None = None
     sources: tuple[str, ...] = ()
     dp_rank: int | None = None
+    answered: int = 0
+
+    @property
+    def asked_tokens(self) -> tuple[int, ...]:
+        """The prompt by itself."""
+        return self.prompt_tokens[: len(self.prompt_tokens) - self.answered]
+
+    @property
+    def answered_tokens(self) -> tuple[int, ...]:
+        """The answer so far."""
+        return self.prompt_tokens[len(self.prompt_tokens) - self.answered :]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,12 +6,10 @@ Rules:
   its answer is only the proof that the prompt was handed over.
 - Until decode answers, the first failure of either leg is the request's, and the other leg's connection is closed,
   which makes its server abort. Once decode has answered, the cache has arrived, and prefill can no longer hurt.
-- A server that blames its peer (:data:`BLAMES_PEER`) is not the culprit, whichever leg speaks first: the other worker
-  of the pair is, and the attempt may be made again without it.
+- A failure says whether the request may be tried again, and whose it is. A server that blames its peer is not the
+  culprit, whichever leg speaks first: the other worker of the pair is.
 - Prefill is not told the model's name: each side has its own, and the client's is that of decode.
 - Each leg says which half it is for (``routing.ROLE_HEADER``): a server that is the other one refuses.
-- A leg that failed before its server could take the request in (unreachable, or draining) says so, and so does one
-  whose server is lost meanwhile: ``again`` is true.
 - Prefill's leg is held here. Decode's is for the caller to hold, because it lasts for as long as its answer is read.
 
 This file must not know of turns, retries or how the client is answered.
@@ -29,7 +27,14 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from kvbaton.errors import DisconnectedError, PeerLostError, RegistryError
+from kvbaton.errors import (
+    DisconnectedError,
+    ExpiredError,
+    PeerLostError,
+    RegistryError,
+    RemoteProtocolError,
+    TransferFailedError,
+)
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
@@ -45,25 +50,37 @@ ROUTER_FIELDS = ("kv_transfer_params",)
 ROUTER_PREFIXES = ("bootstrap_", "disagg_")
 CLIENT_FIELDS = ("disagg_prefill_dp_rank",)
 
+#: Besides all from 500 on, what another server may answer otherwise: a room or an id that is in use, too many requests.
+_AGAIN = (409, 429)
 #: Codes of errors in which a server says that the other one of its pair is gone or does not let it in.
 BLAMES_PEER = (PeerLostError.code, DisconnectedError.code, RegistryError.code)
+#: Codes by which it says that what came from there, or did not come, was wrong.
+_BLAMES_TRANSFER = (RemoteProtocolError.code, TransferFailedError.code, ExpiredError.code)
 
 Fields = Mapping[str, msgspec.Raw]
 
 
 class CallFailed(Exception):
-    """One leg failed before decode answered.
+    """One leg failed.
 
     Args:
         worker: whose leg.
         status: what the client is to get.
         detail: the error, as the worker told it or as we saw it.
-        again: the request may be sent again, without the culprit: it never took the request in, or is gone.
+        again: another pair may be tried.
         culprit: who has failed, where it is not ``worker``.
+        is_suspicious: whoever it was may be of no use to other requests, too.
     """
 
     def __init__(
-        self, worker: Worker, status: int, detail: ErrorDetail, *, again: bool, culprit: Worker | None = None
+        self,
+        worker: Worker,
+        status: int,
+        detail: ErrorDetail,
+        *,
+        again: bool,
+        culprit: Worker | None = None,
+        is_suspicious: bool = False,
     ) -> None:
         super().__init__(f"{worker}: {detail.message}")
         self.worker = worker
@@ -71,6 +88,7 @@ class CallFailed(Exception):
         self.status = status
         self.detail = detail
         self.again = again
+        self.is_suspicious = is_suspicious
 
     @property
     def body(self) -> ErrorBody:
@@ -218,23 +236,7 @@ class PrefillDecodeCall:
                 payload = await response.content.read(MAX_ERROR_BYTES)
             except (aiohttp.ClientError, OSError) as error:
                 raise _unreachable(worker, error, self._pair.room) from None
-        raise self._refused(worker, response.status, payload)
-
-    def _refused(self, worker: Worker, status: int, payload: bytes) -> CallFailed:
-        """What a worker's answer means that is no success."""
-        try:
-            told = msgspec.json.decode(payload, type=_Told).error
-            detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
-        if status < 400 or status == 401:  # no worker of ours, or a secret that is not ours: not the client's doing
-            status = 502
-        pair = self._pair
-        culprit = worker
-        if detail.code in BLAMES_PEER:
-            culprit = pair.decode if worker is pair.prefill else pair.prefill
-        again = detail.code == DRAINING or detail.code in BLAMES_PEER
-        return CallFailed(worker, status, detail, again=again, culprit=culprit)
+        raise refused(worker, self._pair, response.status, payload)
 
 
 class _ToldDetail(msgspec.Struct):
@@ -251,8 +253,13 @@ class _Told(msgspec.Struct):
 
 
 def lost(worker: Worker, error: PeerLostError, room: int) -> CallFailed:
-    """How an attempt fails whose leg has ended with ``error``."""
+    """How an attempt fails one of whose workers is lost."""
     return _gone(worker, f"{error.message} [room {room}]")
+
+
+def broken_off(worker: Worker, cause: str, room: int) -> CallFailed:
+    """How an attempt fails whose answer has no end."""
+    return _gone(worker, f"the server went away within its answer ({cause}); send the request again [room {room}]")
 
 
 def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
@@ -262,4 +269,26 @@ def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
 
 def _gone(worker: Worker, message: str) -> CallFailed:
     detail = ErrorDetail(message=message, type="service_unavailable_error", code=PeerLostError.code)
-    return CallFailed(worker, 503, detail, again=True)
+    return CallFailed(worker, 503, detail, again=True, is_suspicious=True)
+
+
+def refused(worker: Worker, pair: Pair, status: int, payload: bytes) -> CallFailed:
+    """How an attempt fails to which a worker has answered with an error."""
+    try:
+        told = msgspec.json.decode(payload, type=_Told).error
+        detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
+    if status < 400 or status == 401:  # no worker of ours, or a secret that is not ours: not the client's doing
+        status = 502
+    culprit = worker
+    if detail.code in (*BLAMES_PEER, *_BLAMES_TRANSFER):
+        culprit = pair.decode if worker is pair.prefill else pair.prefill
+    return CallFailed(
+        worker,
+        status,
+        detail,
+        again=status >= 500 or status in _AGAIN,
+        culprit=culprit,
+        is_suspicious=detail.code in (DRAINING, *BLAMES_PEER),
+    )

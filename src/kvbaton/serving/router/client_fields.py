@@ -13,6 +13,7 @@ from kvbaton.errors import ConfigError
 from kvbaton.serving.router.calls import ROUTER_FIELDS, strip
 from kvbaton.serving.server.bodies import SMALL_BODY_BYTES
 from kvbaton.serving.server.fields import KNOWN, FieldRule
+from kvbaton.serving.server.journal import JOURNAL_FIELD
 from kvbaton.serving.server.openai import ChatRequest, CompletionRequest, checked_rid
 from kvbaton.serving.server.sglang import GenerateRequest
 
@@ -34,6 +35,8 @@ def client_fields(payload: bytes, rule: FieldRule | None = None) -> tuple[dict[s
         raise ConfigError(f"the body is not a JSON object: {error}") from None
     if rule is not None and rule.strict:  # else the servers count them
         rule.met(sorted(fields.keys() - _NAMES))
+    if fields.get(JOURNAL_FIELD, _NULL) != _NULL:
+        raise ConfigError(f"{JOURNAL_FIELD}: is for a router to say; leave it out")
     if fields.get("rid", _NULL) == _NULL:
         fields["rid"] = _encoded(f"req-{uuid.uuid4().hex}")
     return fields, checked_rid(fields["rid"])

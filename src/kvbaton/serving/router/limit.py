@@ -16,14 +16,14 @@ class TimeLimit:
         self.aborted = False
 
     def abort(self) -> None:
-        """End the attempt that is under way, and every later one, with TimeoutError; :attr:`aborted` says why."""
+        """End the request with TimeoutError, now or when it begins; :attr:`aborted` says why."""
         self.aborted = True
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
-    async def attempt(self) -> AsyncIterator[None]:
-        """One attempt. Raises TimeoutError when it has taken too long, or was ended."""
+    async def running(self) -> AsyncIterator[None]:
+        """All attempts. Raises TimeoutError when they have taken too long, or were ended."""
         try:
             async with asyncio.timeout(0 if self.aborted else self._seconds) as self._timeout:
                 yield

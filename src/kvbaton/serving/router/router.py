@@ -2,11 +2,9 @@
 
 Rules:
 
-- Workers take turns. A pair that fails because one of its workers is gone or draining is replaced once, with a new
-  room, if another worker is usable; every other failure is the client's answer, with the worker's name in it.
+- Workers take turns. How a request fares with them is :mod:`kvbaton.serving.router.forwarding`'s business.
 - Topology is ours: ``bootstrap_*`` in a client's request is dropped.
-- A client that goes away, or ends its request by the id that it gave it, ends both calls. Whatever fails after the
-  first byte of a stream is an ``error`` event, and the stream ends without ``[DONE]``.
+- A client that goes away, or ends its request by the id that it gave it, ends both calls.
 
 This file must not know of tokens, models or pages.
 """
@@ -31,15 +29,13 @@ from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.vllm import params
 from kvbaton.errors import (
-    AbortedError,
-    ExpiredError,
-    InternalError,
     KVBatonError,
     PeerLostError,
     UnknownModelError,
 )
-from kvbaton.serving.router.calls import CallFailed, Pair, PrefillDecodeCall, lost, mint_room
+from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, mint_room
 from kvbaton.serving.router.client_fields import client_fields
+from kvbaton.serving.router.forwarding import MAX_ANSWER_BYTES, Forwarder
 from kvbaton.serving.router.limit import TimeLimit
 from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.router.worker import ROLES, Worker
@@ -49,18 +45,16 @@ from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, MAX_ROUTED_BODY_BYTES, Bodies
-from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.failure import errors
 from kvbaton.serving.server.fields import FieldRule
-from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, RequestTimer, ServerMetrics
-from kvbaton.serving.server.openai import DONE, AbortRequest, event
+from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
+from kvbaton.serving.server.openai import AbortRequest
 from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
 READ_BUFFER_BYTES = 256 << 10
-#: Largest answer of a worker that does not stream.
-MAX_ANSWER_BYTES = 64 << 20
 #: Largest answer to a question for the merged routes.
 MAX_TOLD_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5.0
@@ -122,12 +116,19 @@ class Router:
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
         self._known = KnownSources()
-        self._mint = params.mint_room if config.engine == "vllm" else mint_room
         self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)
         self.metrics = ServerMetrics()
         self.metrics.gauges(self._gauges)
         self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
-        self._retries = self.metrics.counter("kvbaton_router_retries", "Requests that were sent to a second pair.")
+        self._forwarder = Forwarder(
+            self.workers,
+            self._call,
+            params.mint_room if config.engine == "vllm" else mint_room,
+            self.metrics,
+            keeps_journal=config.engine == "kvbaton",
+            most_requests=config.max_concurrent_requests,
+            timeout_secs=config.request_timeout_secs,
+        )
         self.app = self._routes()
 
     def _routes(self) -> web.Application:
@@ -181,7 +182,7 @@ class Router:
                         self.admission.entered(),  # for requests that are here, not for those that still come
                         self._aliases.named(key_of_client(http), rid, limit.abort),
                     ):
-                        return await self._attempts(http, fields, limit, timer)
+                        return await self._forwarder.forward(http, fields, limit, timer)
             except CallFailed as failure:
                 timer.outcome = failure.detail.code
                 failure.__traceback__ = None  # its leg holds it, and its frames the body, until the collector comes
@@ -193,114 +194,10 @@ class Router:
                 timer.outcome = "http"
                 raise
 
-    async def _attempts(
-        self, http: web.Request, fields: dict[str, msgspec.Raw], limit: TimeLimit, timer: RequestTimer
-    ) -> web.StreamResponse:
-        pair = Pair(await self.workers.find("prefill"), await self.workers.find("decode"), self._mint())
-        try:
-            return await self._attempt(http, fields, pair, limit, timer)
-        except CallFailed as failure:
-            other = self._another(pair, failure)
-            if other is None:
-                raise
-        self._retries.inc()
-        return await self._attempt(http, fields, other, limit, timer)
-
-    def _another(self, pair: Pair, failure: CallFailed) -> Pair | None:
-        """The pair to try after a failure, if there is one."""
-        if not failure.again:
-            return None
-        self.workers.suspect(failure.culprit, str(failure))
-        with contextlib.suppress(PeerLostError):
-            if failure.culprit is pair.prefill:
-                return Pair(self.workers.next("prefill", without=pair.prefill), pair.decode, self._mint())
-            return Pair(pair.prefill, self.workers.next("decode", without=pair.decode), self._mint())
-        return None
-
-    async def _attempt(
-        self, http: web.Request, fields: dict[str, msgspec.Raw], pair: Pair, limit: TimeLimit, timer: RequestTimer
-    ) -> web.StreamResponse:
-        out: web.StreamResponse | None = None
-        is_told = False
-        try:
-            async with (
-                limit.attempt(),
-                pair.decode.leg(),
-                self._call(http.path, fields, pair) as call,
-            ):
-                answer = await call.answer()
-                headers = {"Content-Type": answer.headers.get("Content-Type", ""), "X-KVBaton-Room": str(pair.room)}
-                if not headers["Content-Type"].startswith("text/event-stream"):
-                    return await self._whole(answer, pair, headers, call, timer)
-                timer.first_token()  # decode sends the head of a stream together with it
-                out = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
-                await out.prepare(http)
-                timer.outcome = await self._relay(answer, pair, out)
-                await out.write_eof()
-                is_told = True
-                await call.settle()
-                return out
-        except (TimeoutError, PeerLostError) as ended:
-            if out is None and isinstance(ended, PeerLostError):
-                raise lost(pair.decode, ended, pair.room) from None
-            error = ended if isinstance(ended, PeerLostError) else self._ended(pair, limit)
-            if out is None:
-                raise error from None
-            if is_told:  # only prefill's end was still waited for
-                return out
-            timer.outcome = error.code
-            await out.write(event(body_of(error)))
-            await out.write_eof()
-            return out
-
-    def _call(self, path: str, fields: dict[str, msgspec.Raw], pair: Pair) -> PrefillDecodeCall:
+    def _call(self, path: str, fields: Fields, pair: Pair) -> PrefillDecodeCall:
         if self._config.engine == "vllm":
             return VllmCall(self._session, path, fields, pair, self._headers, known=self._known)
         return PrefillDecodeCall(self._session, path, fields, pair, self._headers)
-
-    def _ended(self, pair: Pair, limit: TimeLimit) -> KVBatonError:
-        """Why an attempt got no further."""
-        if limit.aborted:
-            return AbortedError("aborted through /abort_request", room=pair.room)
-        return ExpiredError(
-            f"no complete answer within {self._config.request_timeout_secs:g} s from {pair.prefill} and {pair.decode}",
-            room=pair.room,
-        )
-
-    async def _whole(
-        self,
-        answer: aiohttp.ClientResponse,
-        pair: Pair,
-        headers: dict[str, str],
-        call: PrefillDecodeCall,
-        timer: RequestTimer,
-    ) -> web.Response:
-        body = bytearray()
-        while piece := await self._piece(answer, pair):
-            body += piece
-            if len(body) > MAX_ANSWER_BYTES:
-                raise InternalError(f"{pair.decode} answered more than {MAX_ANSWER_BYTES} bytes", room=pair.room)
-        await call.settle()
-        timer.outcome = "ok"
-        return web.Response(body=bytes(body), headers=headers)
-
-    async def _relay(self, answer: aiohttp.ClientResponse, pair: Pair, out: web.StreamResponse) -> str:
-        """Pass a stream on. Returns the outcome."""
-        tail = b""
-        while piece := await self._piece(answer, pair):
-            await out.write(piece)
-            tail = (tail + piece)[-len(DONE) :]
-        return "ok" if tail.endswith(DONE) else "stream_error"
-
-    async def _piece(self, answer: aiohttp.ClientResponse, pair: Pair) -> bytes:
-        """The next bytes of decode's answer, empty at its end. Raises PeerLostError."""
-        try:
-            piece: bytes = await answer.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            message = f"the server went away within its answer ({cause_of(error)})"
-            raise PeerLostError(message, peer=str(pair.decode)) from None
-        pair.decode.heard()
-        return piece
 
     # operating
 
@@ -382,7 +279,7 @@ class Router:
     async def _story(self, http: web.Request) -> web.Response:
         """Both sides of a room: every worker is asked, those that know it answer."""
         room = story.room_of(http, self._config.secret)
-        sides = []
+        sides = [side] if (side := self._forwarder.trail.side(room)).lines else []
         for worker, answer in await self._ask_all(list(self.workers.all), f"/story/{room}", self._story_headers):
             try:
                 told = msgspec.convert(answer, story.RoomStory).sides

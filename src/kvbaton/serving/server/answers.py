@@ -46,7 +46,8 @@ class _Told:
 class Answers:
     """Formats the answer to one request; feed it every output, in order.
 
-    ``echo``: the text of each prompt, where it is to stand in front of its answers.
+    ``echo``: the text of each prompt, where it is to stand in front of its answers. ``created``: seconds of the epoch
+    that are told; None: now.
     """
 
     def __init__(
@@ -58,17 +59,18 @@ class Answers:
         prompts: Sequence[Sequence[int]],
         tokenizer: Tokenizer | None,
         echo: Sequence[str] = (),
+        created: int | None = None,
     ) -> None:
         self._request = request
         self._id = request_id
         self._model = model
-        self._created = int(time())
+        self._created = int(time()) if created is None else created
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
         self._told = [_Told() for _ in range(len(prompts) * request.choices)]
         self._echo = echo
         self._tokens = 0
-        self._cached_tokens = 0
+        self._cached_tokens: dict[int, int] = {}
         self._handoff: Handoff | UnsetType = UNSET
 
     @property
@@ -132,12 +134,13 @@ class Answers:
 
     def _count(self, output: Output) -> None:
         self._tokens += len(output.tokens)
-        self._cached_tokens += output.cached_tokens
+        # of one that was broken off, the first attempt's
+        self._cached_tokens.setdefault(output.index // self._request.choices, output.cached_tokens)
         if output.handoff is not None:
             self._handoff = output.handoff
 
     def _usage(self) -> Usage:
-        details = PromptDetails(self._cached_tokens)
+        details = PromptDetails(sum(self._cached_tokens.values()))
         return Usage(self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens, details)
 
     def _echoed(self, output: Output) -> Output:

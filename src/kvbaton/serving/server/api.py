@@ -33,12 +33,13 @@ from kvbaton.errors import (
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.request import Output
+from kvbaton.serving.server import journal
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
-from kvbaton.serving.server.failure import body_of, errors
+from kvbaton.serving.server.failure import body_of, errors, status_of
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
@@ -53,6 +54,7 @@ from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+RECORDS_HEADERS = {"Content-Type": journal.RECORDS_TYPE}
 
 
 class ApiServer:
@@ -98,6 +100,9 @@ class ApiServer:
         self._aliases = Aliases()
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
+        self._recomputed = self.metrics.counter(
+            "kvbaton_recomputed_tokens", "Tokens of answers that another server had given and that were computed again."
+        )
         self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
         self._handoffs = HandoffMetrics(self.metrics.registry)
         status = StatusRoutes(
@@ -173,9 +178,11 @@ class ApiServer:
         try:
             with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests) as outputs:
                 outputs.submit()
-                first = await outputs.next()
+                accepted.recall()
+                self._recomputed.inc(sum(request.answered for request in accepted.requests.values()))
+                first = await outputs.next() if accepted.requests else None
                 timer.first_token()
-                if accepted.stream:
+                if accepted.stream or self._keeps_records(accepted):
                     return await self._stream(http, accepted, outputs, first, timer)
                 return await self._whole(accepted, outputs, first, timer)
         except KVBatonError as error:
@@ -186,7 +193,7 @@ class ApiServer:
         """Let its client end the request by the id that it gave it."""
 
         def end() -> None:
-            for request in accepted.requests:
+            for request in accepted.requests.values():
                 self._engine.abort(request.request_id, "aborted through /abort_request")
 
         return self._aliases.named(key_of_client(http), accepted.rid, end)
@@ -215,36 +222,41 @@ class ApiServer:
         """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
         return self._secret is None or token_matches(http.headers.get(ROUTER_HEADER), self._secret, "router")
 
+    def _keeps_records(self, accepted: Accepted) -> bool:
+        """Whether the router is to be able to go on elsewhere; prefill's answer is nothing to go on with."""
+        return accepted.journal is not None and self._config.mode == "decode"
+
     async def _whole(
-        self, accepted: Accepted, outputs: OutputStream, output: Output, timer: RequestTimer
+        self, accepted: Accepted, outputs: OutputStream, output: Output | None, timer: RequestTimer
     ) -> web.Response:
-        accepted.answers.collect(output)
-        while not output.final:
-            output = await outputs.next()
+        while output is not None:
             accepted.answers.collect(output)
+            output = None if output.final else await outputs.next()
         self._count_handoff(accepted.answers)
         timer.outcome = "ok"
         return json_response(accepted.answers.whole())
 
     async def _stream(
-        self, http: web.Request, accepted: Accepted, outputs: OutputStream, output: Output, timer: RequestTimer
+        self, http: web.Request, accepted: Accepted, outputs: OutputStream, output: Output | None, timer: RequestTimer
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=SSE_HEADERS)
+        """A stream, or records and the whole answer behind them."""
+        records = self._keeps_records(accepted)
+        response = web.StreamResponse(headers=SSE_HEADERS if accepted.stream else RECORDS_HEADERS)
         await response.prepare(http)
         try:
-            await response.write(event(accepted.answers.event(output)))
-            while not output.final:
-                output = await outputs.next()
-                await response.write(event(accepted.answers.event(output)))
+            while output is not None:
+                await response.write((journal.record(output) if records else b"") + _piece(accepted, output))
+                output = None if output.final else await outputs.next()
         except KVBatonError as error:  # too late for a status
             self._learn(error, accepted)
             timer.outcome = error.code
-            await response.write(event(body_of(error)))
+            head = journal.failure(status_of(error)) if records else b""
+            await response.write(head + event(body_of(error)))
         else:
             self._count_handoff(accepted.answers)
             timer.outcome = "ok"
-            usage = accepted.answers.usage_event()
-            await response.write((event(usage) if usage else b"") + DONE)
+            last = accepted.answers.usage_event() if accepted.stream else accepted.answers.whole()
+            await response.write((event(last) if last else b"") + DONE)
         await response.write_eof()
         return response
 
@@ -277,3 +289,11 @@ class ApiServer:
         else:
             self._aliases.end(key_of_client(http), request.rid)
         return json_response({"rid": request.rid})
+
+
+def _piece(accepted: Accepted, output: Output) -> bytes:
+    """What one output adds to a stream; nothing but the end of its record to a whole answer."""
+    if accepted.stream:
+        return event(accepted.answers.event(output))
+    accepted.answers.collect(output)
+    return b"\n"

@@ -67,10 +67,10 @@ class Tokenizer(Protocol):
 
 
 class OutputStream:
-    """The outputs of one request for each prompt, as they come, answers numbered one prompt after the other. Use as a
+    """The outputs of some requests, as they come; ``requests``: each by the number of its first answer. Use as a
     context manager, inside one event loop."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Engine, requests: Mapping[int, Request]) -> None:
         self._engine = engine
         self._requests = requests
         self._open = len(requests)
@@ -81,11 +81,9 @@ class OutputStream:
 
     def submit(self) -> None:
         """Hand the requests to the engine. Raises what the engine's submit raises."""
-        first = 0
-        for request in self._requests:
+        for first, request in self._requests.items():
             self._engine.submit(request, partial(self._on_output, first))
             self._finished = False
-            first += request.sampling.choices
 
     def __enter__(self) -> OutputStream:
         return self
@@ -94,7 +92,7 @@ class OutputStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            for request in self._requests:
+            for request in self._requests.values():
                 self._engine.abort(request.request_id, "the client has gone")
 
     async def next(self) -> Output:
@@ -123,7 +121,8 @@ class OutputStream:
         self._loop.call_soon_threadsafe(self._news.set)
 
     def __repr__(self) -> str:
-        return f"<OutputStream {self._requests[0].request_id}{' finished' if self._finished else ''}>"
+        ids = [request.request_id for request in self._requests.values()]
+        return f"<OutputStream {ids}{' finished' if self._finished else ''}>"
 
 
 def _continues(first: Output, second: Output) -> bool:

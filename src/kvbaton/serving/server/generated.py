@@ -32,6 +32,7 @@ class GeneratedAnswers:
         self._started = perf_counter()
         self._choices = request.choices
         self._is_batch = request.is_batch
+        self._begun: set[int] = set()
         count = len(prompts) * self._choices
         self._told = [
             Generated(
@@ -72,8 +73,9 @@ class GeneratedAnswers:
         told.text += output.text
         told.output_ids += output.tokens
         meta.completion_tokens += len(output.tokens)
-        if output.cached_tokens:
-            first = output.index // self._choices * self._choices
+        first = output.index // self._choices * self._choices
+        if first not in self._begun:  # of a prompt that was broken off, the first attempt's
+            self._begun.add(first)
             for other in self._told[first : first + self._choices]:
                 other.meta_info.cached_tokens = output.cached_tokens
         if output.handoff is not None:

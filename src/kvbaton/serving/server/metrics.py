@@ -95,6 +95,10 @@ class ServerMetrics:
         """One more counter, without labels."""
         return Counter(name, text, registry=self.registry)
 
+    def histogram(self, name: str, text: str) -> Histogram:
+        """One more histogram of seconds, without labels."""
+        return Histogram(name, text, buckets=REQUEST_BUCKETS, registry=self.registry)
+
     def counters(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
         """Export a table of counts that somebody else keeps, as ``<name>_total{<label>=...}``."""
         self.registry.register(_Counts(name, text, label, read))

@@ -20,6 +20,7 @@ from kvbaton import __version__
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, Handoff
 from kvbaton.serving.server.fields import Kind as FieldKind
 from kvbaton.serving.server.fields import known
+from kvbaton.serving.server.journal import JOURNAL_FIELD
 from kvbaton.serving.server.openai import (
     AbortRequest,
     ChatChoice,
@@ -313,6 +314,7 @@ def _tighten(schema: _Json, of: FieldKind, kind: Kind, *, strict: bool) -> None:
     for name, one in _MEETING.items():
         fields[name] = _nullable(one, _list(one, minItems=1))
     rooms = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+    fields[JOURNAL_FIELD] = {"type": "null" if kind in ("null", "router") else ["object", "null"]}
     if kind == "router":
         for name in rooms:
             del fields[name]

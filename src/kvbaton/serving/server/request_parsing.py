@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -31,6 +31,7 @@ from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.generated import GeneratedAnswers
+from kvbaton.serving.server.journal import Journal, Part, fresh
 from kvbaton.serving.server.openai import (
     CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
@@ -106,14 +107,20 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that is ready for the engine, one for each prompt. ``rid``: what its client calls it, ``registry``: the
-    one that was asked for its sources."""
+    """A request that is ready: what the engine is to do, by the number of the first answer of each. ``rid``: what its
+    client calls it, ``registry``: the one that was asked for its sources, ``journal``: what was answered before."""
 
-    requests: tuple[Request, ...]
+    requests: Mapping[int, Request]
     answers: Formatter
     rid: str
     stream: bool
     registry: tuple[str, int] | None
+    journal: Journal | None = None
+
+    def recall(self) -> None:
+        """Let the formatter know what was answered before."""
+        for record in self.journal.records if self.journal is not None else ():
+            (self.answers.event if self.stream else self.answers.collect)(record.output)
 
 
 class RequestParser:
@@ -137,26 +144,29 @@ class RequestParser:
         """
         self.check_model(request.model)
         prompts = await self._prompts(request)
-        meetings = self._meetings(request, len(prompts))
-        registry = self._registry_of(meetings)
-        dp_ranks = [self._dp_rank(request, meeting) for meeting in meetings]
+        journal = Journal.of(request.kvbaton_journal)
         sampling = request.sampling(max_tokens=self._max_tokens(request, max(map(len, prompts))))
+        parts = journal.parts(prompts, sampling) if journal is not None else fresh(prompts, sampling)
+        meetings = self._meetings(request, parts)
+        registry = self._registry_of(meetings)
         # nobody's choice: what a client calls it is its own business
         request_id = f"{_PREFIXES[request.kind]}-{uuid.uuid4().hex}"
-        rid = request.rid or request_id
-        sources = [await self._sources(registry, request, meeting) for meeting in meetings]
-        requests = tuple(
-            Request(
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
-                prompt_tokens=prompt,
-                sampling=sampling,
+        requests = {
+            part.number: Request(
+                request_id=request_id if len(parts) == 1 else f"{request_id}-{part.number}",
+                prompt_tokens=part.tokens,
+                sampling=part.sampling,
                 room=meeting.room if meeting is not None else None,
-                sources=sources[index],
-                dp_rank=dp_ranks[index],
+                sources=await self._sources(registry, request, meeting),
+                dp_rank=self._dp_rank(request, meeting),
+                answered=part.answered,
             )
-            for index, (prompt, meeting) in enumerate(zip(prompts, meetings, strict=True))
-        )
-        return Accepted(requests, self._answers(request, rid, prompts), rid, bool(request.stream), registry)
+            for part, meeting in zip(parts, meetings, strict=True)
+        }
+        name = request_id if journal is None else f"{_PREFIXES[request.kind]}-{journal.id}"
+        rid = request.rid or name
+        answers = self._answers(request, rid, prompts, journal)
+        return Accepted(requests, answers, rid, bool(request.stream), registry, journal)
 
     def check_model(self, model: str | None) -> None:
         """Raises UnknownModelError."""
@@ -164,7 +174,9 @@ class RequestParser:
             asked = model[:MAX_NAME_CHARACTERS]
             raise UnknownModelError(f"model: {asked!r} is not served here; this server has {self._config.model!r}")
 
-    def _answers(self, request: AnyRequest, rid: str, prompts: Sequence[Sequence[int]]) -> Formatter:
+    def _answers(
+        self, request: AnyRequest, rid: str, prompts: Sequence[Sequence[int]], journal: Journal | None
+    ) -> Formatter:
         if isinstance(request, GenerateRequest):
             return GeneratedAnswers(request, request_id=rid, prompts=prompts, tokenizer=self._tokenizer)
         echo: list[str] = []
@@ -179,18 +191,19 @@ class RequestParser:
             prompts=prompts,
             tokenizer=self._tokenizer,
             echo=echo,
+            created=journal.created if journal is not None else None,
         )
 
-    def _meetings(self, request: AnyRequest, prompts: int) -> Sequence[Meeting | None]:
-        """Where the halves of each prompt meet. Raises ConfigError where it is not said, or not allowed, to be."""
+    def _meetings(self, request: AnyRequest, parts: Sequence[Part]) -> Sequence[Meeting | None]:
+        """Where the halves of each part meet. Raises ConfigError where it is not said, or not allowed, to be."""
         mode = self._config.mode
         if mode == "null":
             if request.is_routed:
                 raise ConfigError("bootstrap_room: this server runs both halves itself (mode null) and takes no room")
             if request.disagg_prefill_dp_rank is not None:
                 raise ConfigError("disagg_prefill_dp_rank: this server runs both halves itself; use data_parallel_rank")
-            return [None] * prompts
-        meetings = request.meetings(prompts, request.choices)
+            return [None] * len(parts)
+        meetings = request.meetings(len(parts), request.choices)
         if meetings is None:
             raise ConfigError(
                 f"bootstrap_room: this is a {mode} server, one half of a pair; send requests through the router"
@@ -199,7 +212,7 @@ class RequestParser:
 
     def _registry_of(self, meetings: Sequence[Meeting | None]) -> tuple[str, int] | None:
         """The registry to ask, on a decode server; it is one for all prompts."""
-        if self._config.mode != "decode":
+        if self._config.mode != "decode" or not meetings:  # all has been answered before
             return None
         registries = {(meeting.host, meeting.port) for meeting in meetings if meeting is not None}
         (host, port), *others = registries

@@ -2,7 +2,8 @@
 
 ``bootstrap_host/port/room`` are set by a router, never by users: one value, or a list with one for each prompt (or for
 each of its choices: SGLang's routers send as many as there are answers). ``data_parallel_rank`` and
-``disagg_prefill_dp_rank`` name the data-parallel rank that answers, and the one that prefills.
+``disagg_prefill_dp_rank`` name the data-parallel rank that answers, and the one that prefills. ``kvbaton_journal`` is a
+router's as well: what has been answered already (:mod:`kvbaton.serving.server.journal`).
 
 This file must not know HTTP, engines or tokenizers.
 """
@@ -27,6 +28,7 @@ MAX_RID_CHARACTERS = 128
 ROOM_END = 1 << 63
 #: Longest list of hosts, ports or rooms.
 MAX_LIST_BYTES = 256 << 10
+_NULL = null()
 
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_RID_CHARACTERS, pattern=r"^[\x21-\x7e]+$")]
 Host = Annotated[str, Meta(min_length=1, max_length=255)]
@@ -51,12 +53,14 @@ class Routed(Ruled, kw_only=True):
     bootstrap_host: Raw = field(default_factory=null)
     bootstrap_port: Raw = field(default_factory=null)
     bootstrap_room: Raw = field(default_factory=null)
+    kvbaton_journal: Raw = field(default_factory=null)
     data_parallel_rank: DpRank | None = None
     disagg_prefill_dp_rank: DpRank | None = None
 
     @property
     def is_routed(self) -> bool:
-        return any(bytes(raw) != b"null" for raw in (self.bootstrap_host, self.bootstrap_port, self.bootstrap_room))
+        raws = self.bootstrap_host, self.bootstrap_port, self.bootstrap_room, self.kvbaton_journal
+        return any(raw != _NULL for raw in raws)
 
     def meetings(self, prompts: int, choices: int) -> list[Meeting] | None:
         """One for each prompt; None where no room is named. Raises ConfigError.

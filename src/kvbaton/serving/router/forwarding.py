@@ -1,0 +1,323 @@
+"""One request on its way: attempts with one pair after the other, and one answer to its client.
+
+Rules:
+
+- An attempt that fails is followed by another one with a new room and another pair, as long as there is a pair that has
+  not been tried, time, and a budget that all requests share. What the client itself did wrong is not tried again.
+- Whoever fails is avoided; a worker that blames its peer lets the peer be avoided. Progress wipes the slate: what
+  brought the answer on may bring it on again, once it takes requests.
+- After the first byte an attempt goes on where the last one broke off (:mod:`kvbaton.serving.server.journal`): what was
+  passed on is never passed on again, and what came without being whole never is. Where that is impossible the stream
+  ends with an ``error`` event and without ``[DONE]``.
+
+This file must not know of tokens, models, pages or probes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from kvbaton.errors import AbortedError, ExpiredError, KVBatonError, PeerLostError
+from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, broken_off, lost, refused
+from kvbaton.serving.router.events import Events
+from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.progress import Progress
+from kvbaton.serving.router.retry_budget import RetryBudget
+from kvbaton.serving.router.trail import Trail
+from kvbaton.serving.router.worker import ROLES, Worker
+from kvbaton.serving.router.workers import Workers, cause_of
+from kvbaton.serving.server import journal
+from kvbaton.serving.server.failure import body_of
+from kvbaton.serving.server.metrics import RequestTimer, ServerMetrics
+from kvbaton.serving.server.openai import DONE, ErrorBody, event
+
+#: Largest answer of a worker that does not stream, and largest event of one that does.
+MAX_ANSWER_BYTES = 64 << 20
+SSE_TYPE = "text/event-stream"
+_DONE = DONE.rstrip(b"\n")
+_DATA = b"data: "
+_log = logging.getLogger(__name__)
+
+
+class Forwarder:
+    """What all requests of a router share. ``keeps_journal``: the workers can go on with each other's answers."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        call: Callable[[str, Fields, Pair], PrefillDecodeCall],
+        mint_room: Callable[[], int],
+        metrics: ServerMetrics,
+        *,
+        keeps_journal: bool,
+        most_requests: int,
+        timeout_secs: float,
+    ) -> None:
+        self.workers = workers
+        self.call = call
+        self.mint_room = mint_room
+        self.keeps_journal = keeps_journal
+        self.budget = RetryBudget(most_requests)
+        self.trail = Trail()
+        self.timeout_secs = timeout_secs
+        self.retries = metrics.counter("kvbaton_router_retries", "Attempts of requests after their first one.")
+        self.resumed = metrics.counter("kvbaton_router_resumed", "Answers that went on with another pair.")
+        self.pauses = metrics.histogram(
+            "kvbaton_router_pause_seconds", "How long an answer stood still that went on with another pair."
+        )
+
+    async def forward(
+        self, http: web.Request, fields: Mapping[str, msgspec.Raw], limit: TimeLimit, timer: RequestTimer
+    ) -> web.StreamResponse:
+        """Answer a request. Raises CallFailed, or the KVBatonError that has ended it, before the first byte."""
+        self.budget.earn()
+        return await _Forwarding(self, http, fields, limit, timer).run()
+
+
+@dataclass(slots=True)
+class _Pause:
+    """An answer stands still ``since`` then; it had ``count`` records."""
+
+    since: float
+    count: int
+
+
+class _Forwarding:
+    def __init__(
+        self,
+        shared: Forwarder,
+        http: web.Request,
+        fields: Mapping[str, msgspec.Raw],
+        limit: TimeLimit,
+        timer: RequestTimer,
+    ) -> None:
+        self._shared = shared
+        self._http = http
+        self._fields = dict(fields)
+        self._limit = limit
+        self._timer = timer
+        self._progress = Progress() if shared.keeps_journal else None
+        self._pause: _Pause | None = None
+        self._tried: set[tuple[Worker, Worker]] = set()
+        self._blames: Counter[Worker] = Counter()
+        self._unsent = bytearray()
+        self._out: web.StreamResponse | None = None  # once a byte has gone to the client
+        self._answer: web.StreamResponse | None = None  # the answer, when it has gone whole or needs only be returned
+
+    async def run(self) -> web.StreamResponse:
+        shared = self._shared
+        try:
+            async with self._limit.running():
+                pair = Pair(
+                    await shared.workers.find("prefill"), await shared.workers.find("decode"), shared.mint_room()
+                )
+                while True:
+                    try:
+                        return await self._attempt(pair)
+                    except CallFailed as failure:
+                        pair = await self._another(pair, failure)
+        except TimeoutError:
+            if self._answer is not None:  # only prefill's end was still waited for
+                return self._answer
+            error = self._out_of_time()
+            if self._out is None:
+                raise error from None
+            return await self._break_off(self._out, body_of(error), error.code)
+        except CallFailed as failure:
+            if self._out is None:
+                raise
+            return await self._break_off(self._out, failure.body, failure.detail.code)
+
+    # attempts
+
+    async def _attempt(self, pair: Pair) -> web.StreamResponse:
+        """Raises CallFailed."""
+        progress = self._progress
+        if progress is not None:
+            self._fields[journal.JOURNAL_FIELD] = progress.field()
+        try:
+            async with pair.decode.leg(), self._shared.call(self._http.path, self._fields, pair) as call:
+                response = await call.answer()
+                self._answer = await self._pass_on(response, pair)
+                await call.settle()
+                return self._answer
+        except PeerLostError as error:
+            if self._answer is not None:
+                return self._answer
+            raise lost(pair.decode, error, pair.room) from None
+
+    async def _another(self, pair: Pair, failure: CallFailed) -> Pair:
+        """The pair to try after a failure. Raises the failure where there is none."""
+        shared, progress = self._shared, self._progress
+        if self._is_ahead():
+            self._tried.clear()
+            self._blames.clear()
+        else:
+            self._tried.add((pair.prefill, pair.decode))
+        self._blames[failure.culprit] += 1
+        if failure.is_suspicious:
+            shared.workers.suspect(failure.culprit, str(failure))
+        begun = progress.count if progress is not None else 0
+        if not failure.again or (self._out is not None and not (progress is not None and progress.can_go_on)):
+            raise failure
+        found = await self._untried()
+        if found is None:
+            raise failure
+        if not shared.budget.spend():
+            _log.warning("the retry budget is used up: a request is not tried again after %s", failure)
+            raise failure
+        prefill, decode = found
+        other = Pair(prefill, decode, shared.mint_room())
+        shared.retries.inc()
+        if begun:
+            self._pause = self._pause or _Pause(monotonic(), begun)
+            shared.resumed.inc()
+            _log.info("an answer goes on after %d pieces with %s and %s: %s", begun, prefill, decode, failure)
+        how = f"goes on after {begun} pieces" if begun else "is tried again"
+        shared.trail.add(pair.room, f"the request {how} as room {other.room} ({prefill}, {decode}): {failure}")
+        shared.trail.add(other.room, f"the request {how} after room {pair.room} ({pair.prefill}, {pair.decode})")
+        failure.__traceback__ = None  # its leg holds it, and its frames the body, until the collector comes
+        return other
+
+    def _is_ahead(self) -> bool:
+        """Whether something new has come since the last attempt began."""
+        progress, pause = self._progress, self._pause
+        return progress is not None and progress.count > (pause.count if pause is not None else 0)
+
+    async def _untried(self) -> tuple[Worker, Worker] | None:
+        """Of the pairs that were not tried, one with the least blame, and the fewest requests."""
+        for role in ROLES:
+            if not self._shared.workers.usable(role):  # one may be under a suspicion that a probe clears
+                with suppress(PeerLostError):
+                    await self._shared.workers.find(role)
+        prefills, decodes = (
+            sorted(self._shared.workers.usable(role), key=lambda worker: (self._blames[worker], worker.legs))
+            for role in ROLES
+        )
+        pairs = [(p, d) for p in prefills for d in decodes if (p, d) not in self._tried]
+        return min(pairs, key=lambda pair: self._blames[pair[0]] + self._blames[pair[1]], default=None)
+
+    def _out_of_time(self) -> KVBatonError:
+        if self._limit.aborted:
+            return AbortedError("aborted through /abort_request")
+        return ExpiredError(f"no complete answer within {self._shared.timeout_secs:g} s")
+
+    # answering
+
+    async def _pass_on(self, response: aiohttp.ClientResponse, pair: Pair) -> web.StreamResponse:
+        """All of decode's answer. Raises CallFailed where it breaks off."""
+        kind = response.headers.get("Content-Type", "")
+        headers = {"Content-Type": kind, "X-KVBaton-Room": str(pair.room)}
+        if kind.startswith(SSE_TYPE):
+            self._timer.first_token()  # decode sends the head of a stream together with it
+            headers["Cache-Control"] = "no-cache"
+            return await self._stream(response, pair, headers)
+        if kind.startswith(journal.RECORDS_TYPE):
+            headers["Content-Type"] = "application/json"
+            body = await self._records(response, pair)
+        else:
+            body = await self._body(response, pair)
+        self._timer.outcome = "ok"
+        return web.Response(body=body, headers=headers)
+
+    async def _stream(
+        self, response: aiohttp.ClientResponse, pair: Pair, headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        events, is_done, has_failed = Events(), False, False
+        while piece := await _piece(response, pair):
+            try:
+                for one in events.feed(piece):
+                    data = self._take(one, pair)
+                    is_done = data == _DONE
+                    has_failed = has_failed or data.startswith(b'data: {"error"')
+                    self._unsent += data + b"\n\n"
+            finally:
+                await self._flush(headers)
+            _check(events, pair)
+        if self._out is None or not (is_done or has_failed):
+            raise broken_off(pair.decode, "the stream ended before the answer", pair.room)
+        await self._out.write_eof()
+        self._timer.outcome = "ok" if is_done else "stream_error"
+        return self._out
+
+    async def _flush(self, headers: Mapping[str, str]) -> None:
+        """What was taken goes to the client, also where the attempt ends in the midst of it."""
+        if not self._unsent:
+            return
+        if self._out is None:
+            out = web.StreamResponse(headers=headers)
+            await out.prepare(self._http)
+            self._out = out
+        piece, self._unsent = bytes(self._unsent), bytearray()  # from here to the socket nothing is waited for
+        await self._out.write(piece)
+
+    async def _records(self, response: aiohttp.ClientResponse, pair: Pair) -> bytes:
+        """The whole answer behind its records."""
+        events, body, is_done = Events(), b"", False
+        while piece := await _piece(response, pair):
+            for one in events.feed(piece):
+                data = self._take(one, pair)
+                is_done = data == _DONE
+                if data and not is_done:
+                    body = data.removeprefix(_DATA)
+            _check(events, pair)
+        if not is_done:
+            raise broken_off(pair.decode, "its records ended before the answer", pair.room)
+        return body
+
+    async def _body(self, response: aiohttp.ClientResponse, pair: Pair) -> bytes:
+        body = bytearray()
+        while piece := await _piece(response, pair):
+            body += piece
+            if len(body) > MAX_ANSWER_BYTES:
+                raise broken_off(pair.decode, f"it answers more than {MAX_ANSWER_BYTES} bytes", pair.room)
+        return bytes(body)
+
+    def _take(self, one: bytes, pair: Pair) -> bytes:
+        """An event without its record, which is kept. Raises CallFailed for an error that decode tells of."""
+        if self._progress is None or not one.startswith(b":"):
+            return one
+        line, _, data = one.partition(b"\n")
+        try:
+            status = journal.status_of(line[1:])
+        except msgspec.MsgspecError as error:
+            raise broken_off(pair.decode, f"its record cannot be read ({error})", pair.room) from None
+        if status is not None:
+            raise refused(pair.decode, pair, status, data.removeprefix(_DATA))
+        self._progress.add(line[1:])
+        if self._pause is not None:
+            self._shared.pauses.observe(monotonic() - self._pause.since)
+            self._pause = None
+        return data
+
+    async def _break_off(self, out: web.StreamResponse, body: ErrorBody, outcome: str) -> web.StreamResponse:
+        """End with an error a stream that has begun."""
+        await self._flush({})
+        self._timer.outcome = outcome
+        await out.write(event(body))
+        await out.write_eof()
+        return out
+
+
+async def _piece(response: aiohttp.ClientResponse, pair: Pair) -> bytes:
+    """The next bytes of decode's answer, empty at its end. Raises CallFailed."""
+    try:
+        piece: bytes = await response.content.readany()
+    except (aiohttp.ClientError, OSError) as error:
+        raise broken_off(pair.decode, cause_of(error), pair.room) from None
+    pair.decode.heard()
+    return piece
+
+
+def _check(events: Events, pair: Pair) -> None:
+    if events.held_bytes > MAX_ANSWER_BYTES:
+        raise broken_off(pair.decode, f"it answers more than {MAX_ANSWER_BYTES} bytes", pair.room)
