@@ -1,8 +1,8 @@
 """``kvbaton check A B``: can A's ranks hand over to B's? Every difference, before any traffic.
 
-A is the prefill side, B the decode side; each is a layout file (see ``kvbaton.plan.layout_file``) or the URL of a
-running server. Exit code 0: compatible; 1: not, or one side cannot be read; 2: wrong usage, or a layout contradicts
-itself.
+A is the prefill side, B the decode side; each is a layout file (see ``kvbaton.plan.layout_file``), the URL of one of
+our servers, or the control addresses of running ranks of any engine, ``tcp://HOST:PORT,tcp://HOST:PORT``. Exit code 0:
+compatible; 1: not, or one side cannot be read; 2: wrong usage, or a layout contradicts itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 from kvbaton.discovery.access import bearer, read_secret
 from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
 from kvbaton.plan.compatibility import group_differences
-from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
+from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode, encode
 from kvbaton.plan.staging import slots_too_small
 
 TIMEOUT_SECONDS = 10.0
@@ -28,7 +28,11 @@ TABLE_COLUMNS = 140
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefill", metavar="A", help="the prefill side: a layout file, or the URL of a server")
+    parser.add_argument(
+        "prefill",
+        metavar="A",
+        help="the prefill side: a layout file, a server's URL, or tcp://HOST:PORT of each rank, with commas",
+    )
     parser.add_argument("decode", metavar="B", help="the decode side, likewise")
     parser.add_argument(
         "--secret-file", type=Path, default=None, help="shared secret; needed where the servers have one"
@@ -48,7 +52,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:
-    """The ranks in a file or behind a URL. Raises ConfigError, AuthenticationError, PeerLostError."""
+    """The ranks in a file, behind a URL, or at control addresses. Raises ConfigError, AuthenticationError,
+    PeerLostError, ExpiredError."""
+    if where.startswith("tcp://"):
+        from kvbaton.discovery.layouts import ask_layout
+
+        return decode(encode([ask_layout(address, secret=secret) for address in where.split(",")]), where)
     if where.startswith(("http://", "https://")):
         return decode(_fetch(f"{where.rstrip('/')}/layout", secret), where)
     path = Path(where)

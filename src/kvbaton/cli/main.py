@@ -22,6 +22,7 @@ KVBATON = Program(
             "kvbaton.cli.check",
             "compare the layouts of a prefill and a decode side: every difference, before any traffic",
         ),
+        "layout": ("kvbaton.cli.layout", "write down the memory of running ranks, of any engine, for check"),
         "plan": ("kvbaton.cli.plan", "draw who sends what to whom between two topologies of a model"),
         "eval": ("kvbaton.cli.eval", "measure a server's answers"),
         "bench": (

@@ -76,9 +76,9 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         if prefill and self.pp_size > 1:
             threading.Thread(target=self._tell_stages, name="kvbaton-stages", daemon=True).start()
         logger.info(
-            "kvbaton hands over %s%s",
+            "kvbaton hands over %s, listens at %s",
             ", ".join(f"{pool.name} ({len(pool.planes)} x {pool.units})" for pool in self.cache.layout.pools),
-            f", listens at {self.kv.address}" if prefill else "",
+            self.kv.address,
         )
 
     def register_to_bootstrap(self) -> None:

@@ -43,21 +43,21 @@ _NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", 
 
 def cache_groups(kv_cache_config: Any) -> CacheGroups:
     """The groups of layers that are handed over. Raises ConfigError for a kind of cache that is unknown here."""
-    numbers = {kind: count() for kind in ("full", "window", "state")}
+    numbers = {pool: count() for pool in ("kv", "mla", "swa", "state")}
     found = []
     for index in kv_cache_config.transfer_group_ids:
         spec = _spec(kv_cache_config.kv_cache_groups[index], "")
         if isinstance(spec, MambaSpec):
-            kind, window, spare = "state", 0, spec.num_speculative_blocks
+            pool, kind, window, spare = "state", "state", 0, spec.num_speculative_blocks
         elif isinstance(spec, SlidingWindowSpec):
-            kind, window, spare = "window", spec.sliding_window, 0
+            pool, kind, window, spare = "swa", "window", spec.sliding_window, 0
         elif isinstance(spec, FullAttentionSpec):
-            kind, window, spare = "full", 0, 0
+            pool, kind, window, spare = "mla" if isinstance(spec, MLAAttentionSpec) else "kv", "full", 0, 0
         else:
             raise ConfigError(f"a cache of kind {type(spec).__name__} cannot be handed over yet")
         found.append(
             CacheGroup(
-                pool=f"{kind}{next(numbers[kind])}",
+                pool=f"{pool}{next(numbers[pool]) or ''}",
                 index=index,
                 kind=kind,  # type: ignore[arg-type]
                 block_size=spec.block_size,
