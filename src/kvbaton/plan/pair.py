@@ -59,7 +59,7 @@ class PartId(Struct, frozen=True, array_like=True, order=True):
         return f"{self.pool}{layers} items {self.item_start}..{self.item_stop - 1}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class PairSide:
     """One side of a part: its descriptor table and how units subdivide into blocks."""
 
@@ -67,6 +67,12 @@ class PairSide:
     units: int
     unit_rows: int
     blocks_per_unit: int
+
+    @cached_property
+    def first_entries(self) -> Int32s:
+        """The first entry of each lane, as a column."""
+        stride = self.blocks_per_unit * self.units
+        return np.arange(0, len(self.table.rows) // self.blocks_per_unit * stride, stride).astype(np.int32)[:, None]
 
     def lanes(self, lane_bytes: Int64s) -> Lanes:
         """What gather and scatter need of this side."""
@@ -148,11 +154,12 @@ class PartPlan:
 
 
 def _entries(side: PairSide, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:
-    page, position = np.divmod(np.arange(blocks.start, blocks.stop, dtype=np.int64), side.blocks_per_unit)
-    within_lane = position * side.units + units[page - first]
-    stride = side.blocks_per_unit * side.units
-    lane_base = np.arange(0, lanes * stride, stride, dtype=np.int64)
-    entries: Int32s = (lane_base[:, None] + within_lane[None, :]).astype(np.int32).ravel()
+    if side.blocks_per_unit == 1:
+        within_lane = units[blocks.start - first : blocks.stop - first]
+    else:
+        page, position = np.divmod(np.arange(blocks.start, blocks.stop, dtype=np.int64), side.blocks_per_unit)
+        within_lane = position * side.units + units[page - first]
+    entries: Int32s = (side.first_entries[:lanes] + within_lane.astype(np.int32)).ravel()
     return entries
 
 

@@ -19,6 +19,9 @@ from kvbaton.protocol.effects import Quiesce, Scatter
 from kvbaton.protocol.messages import Abort, Close, Done, Drained, Failed, Open, Opened, Query, StagingGrant, clip
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
+#: Longest pause between two queries, as a share of the time that a room may wait without progress.
+QUERY_SHARE = 0.125
+
 
 def send_open(t: Transfer, now: float, _: object = None) -> None:
     incoming = t.as_target()
@@ -50,8 +53,11 @@ def note_moving(t: Transfer, _now: float, detail: object) -> None:
 
 
 def query(t: Transfer, now: float, _: object) -> None:
+    """Prefill may take long, and many rooms wait for it: the longer one has waited, the less often it asks."""
+    settings = t.context.settings
     t.context.send(t, Query(sender=t.context.instance, receiver=t.peer, key=t.key))
-    t.retry_later(now)
+    t.retry_pause = min(2 * t.retry_pause, max(settings.retry_most_seconds, QUERY_SHARE * settings.waiting_timeout))
+    t.context.set_timer(t, "retry", now + t.retry_pause)
 
 
 def delivered(t: Transfer, now: float, detail: object) -> None:

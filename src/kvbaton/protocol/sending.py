@@ -125,6 +125,9 @@ def post_direct(t: Transfer, index: int, part: PartPlan, blocks: range, span: Gr
     size = len(blocks) * part.block_bytes
     settings = t.context.settings
     pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
+    if pieces == 1:
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, source, target, size), span)
+        return
     for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
         post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces), span)
 
