@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.engines.campaign import Play
-from lab.sglang import cases
+from lab.sglang import cases, comparison
 from lab.sglang.scene import Scene, Setting
 
 TOKENS = (cases.lengths, cases.many_at_once)
@@ -50,6 +50,11 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
         cases=TOKENS,
     ),
     Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
+    Play(
+        name="qwen3 against nixl",
+        setting=Setting(family="qwen3", rival=True, arguments=("--disable-radix-cache",)),
+        cases=(comparison.latencies, comparison.idle),
+    ),
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=TOKENS),
     Play(name="gemma3", setting=Setting(family="gemma3"), cases=TOKENS),
 )

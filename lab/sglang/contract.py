@@ -32,10 +32,10 @@ def read(directory: Path) -> Record:
     return found
 
 
-def plug_in(directory: Path) -> Path:
-    """A package of metadata alone, by which SGLang finds the recorder; for PYTHONPATH."""
-    found = directory / "kvbaton_lab_recorder-0.dist-info"
+def plug_in(directory: Path, module: str) -> Path:
+    """A package of metadata alone, by which SGLang finds ``lab.sglang.MODULE:load``; for PYTHONPATH."""
+    found = directory / f"kvbaton_lab_{module}-0.dist-info"
     found.mkdir(parents=True, exist_ok=True)
-    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: kvbaton-lab-recorder\nVersion: 0\n")
-    (found / "entry_points.txt").write_text("[sglang.srt.plugins]\nkvbaton_recorder = lab.sglang.recorder:load\n")
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kvbaton-lab-{module}\nVersion: 0\n")
+    (found / "entry_points.txt").write_text(f"[sglang.srt.plugins]\nkvbaton_{module} = lab.sglang.{module}:load\n")
     return directory

@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from kvbaton.errors import ConfigError
 from kvbaton.serving.fleet import free_ports
 from lab.engines.campaign import Play
 from lab.sglang.contract import DIRECTORY, plug_in
@@ -28,7 +29,8 @@ EMPTY_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``tokens``: of decode's pool."""
+    """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``tokens``: of decode's pool;
+    ``rival``: instead of a plain server a second pair, with SGLang's own NIXL backend."""
 
     family: str
     backend: str = "kvbaton"
@@ -40,16 +42,39 @@ class Setting:
     tp: tuple[int, int] = (1, 1)
     secret: bool = False
     recorded: bool = False
+    rival: bool = False
     tokens: int = 16_384
 
 
 class Scene:
-    """``name`` names the logs."""
+    """Servers and what may be asked of them."""
 
-    def __init__(self, servers: Sequence[SglangServer], session: aiohttp.ClientSession) -> None:
-        self.plain, self.prefill, self.decode = servers
+    def __init__(
+        self,
+        plain: SglangServer | None,
+        servers: Sequence[SglangServer],
+        session: aiohttp.ClientSession,
+        rival: Scene | None = None,
+    ) -> None:
+        self._plain, self._rival = plain, rival
+        self.prefill, self.decode = servers
         self.session = session
-        self.client = Client(session, self.plain.url, self.prefill.url, self.decode.url, self.prefill.bootstrap_port)
+        alone = plain.url if plain is not None else ""
+        self.client = Client(session, alone, self.prefill.url, self.decode.url, self.prefill.bootstrap_port)
+
+    @property
+    def plain(self) -> SglangServer:
+        """Raises ConfigError where there is none."""
+        if self._plain is None:
+            raise ConfigError("this scene has no plain server")
+        return self._plain
+
+    @property
+    def rival(self) -> Scene:
+        """The pair with SGLang's own backend. Raises ConfigError where there is none."""
+        if self._rival is None:
+            raise ConfigError("this scene has no rival")
+        return self._rival
 
     async def busy(self, server: SglangServer) -> dict[str, float]:
         """What a server has under way, of what it counts."""
@@ -82,10 +107,10 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
-    """Start the three servers; ends them. The play's name names the logs."""
+    """Start the servers; ends them. The play's name names the logs."""
     name, setting = play.name, play.setting
     model = write_model(setting.family, models / setting.family)
-    ports = free_ports(4)
+    ports = free_ports(6)
     options = dict(setting.options)
     if setting.secret:
         file = logs.absolute() / "secret"
@@ -94,25 +119,31 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
         options["secret_file"] = str(file)
     shutil.rmtree(logs / "calls", ignore_errors=True)
     servers = []
-    for port, role in zip(ports[:3], ("plain", "prefill", "decode"), strict=True):
+    pairs = [("", "prefill"), ("", "decode")]
+    places = [*pairs, *(("rival ", role) for _, role in pairs)] if setting.rival else [("", "plain"), *pairs]
+    for port, (pair, role) in zip(ports, places, strict=False):
         own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[role]
-        log = logs / f"{name}-{role}.log".replace(" ", "_").replace(",", "")
+        log = logs / f"{name}-{pair}{role}.log".replace(" ", "_").replace(",", "")
         log.unlink(missing_ok=True)
         servers.append(
             SglangServer(
-                name=role,
+                name=f"{pair}{role}",
                 python=python,
                 model=model,
                 port=port,
-                bootstrap_port=ports[3],
+                bootstrap_port=ports[5] if pair else ports[4],
                 log=log,
                 role=role,  # type: ignore[arg-type]
-                backend=setting.backend,
+                backend="nixl" if pair else setting.backend,
                 tp={"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[role],
                 tokens=setting.tokens if role == "decode" else 16_384,
                 options=options,
                 arguments=(*setting.arguments, *own),
-                environment={**setting.environment, **(_recording(logs / "calls") if setting.recorded else {})},
+                environment={
+                    **setting.environment,
+                    **(_recording(logs / "calls") if setting.recorded else {}),
+                    **(_with_plug_in(logs, "nixl_on_cpu") if pair else {}),
+                },
             )
         )
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
@@ -121,7 +152,10 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
                 server.start()
             for server in servers:
                 await server.ready(session)
-            yield Scene(servers, session)
+            if setting.rival:
+                yield Scene(None, servers[:2], session, Scene(None, servers[2:], session))
+            else:
+                yield Scene(servers[0], servers[1:], session)
         finally:
             await asyncio.gather(*(server.stop() for server in servers))
 
@@ -129,5 +163,9 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
 def _recording(directory: Path) -> dict[str, str]:
     """A further plug-in, which writes down the calls."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = (plug_in(directory.absolute() / "plug-in"), Path(__file__).parents[2])
-    return {DIRECTORY: str(directory.absolute()), "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return {DIRECTORY: str(directory.absolute()), **_with_plug_in(directory, "recorder")}
+
+
+def _with_plug_in(directory: Path, module: str) -> dict[str, str]:
+    paths = [str(plug_in(directory.absolute() / "plug-ins" / module, module)), str(Path(__file__).parents[2])]
+    return {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -19,6 +19,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
         cases=(
             *TOKENS,
             tokens.prefix_hits,
+            service.layouts,
             service.through_the_router,
             tokens.several_answers,
             tokens.same_params_twice,
@@ -55,7 +56,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(name="qwen3, TP 2 to 2", setting=Setting(family="qwen3", tp=(2, 2)), cases=TOKENS_OF_RANKS),
     Play(
         name="qwen3 against NixlConnector",
-        setting=Setting(family="qwen3", rival=True, arguments=("--no-enable-prefix-caching",)),
+        setting=Setting(family="qwen3", rival=True, plain=False, arguments=("--no-enable-prefix-caching",)),
         cases=(comparison.latencies, comparison.idle),
     ),
     Play(

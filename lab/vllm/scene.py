@@ -28,7 +28,7 @@ EMPTY_SECONDS = 30.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``rival``: a second pair, with
-    vLLM's NixlConnector."""
+    vLLM's NixlConnector; ``plain``: a server without any, whose answers the others are compared with."""
 
     family: str
     policy: Literal["fail", "recompute"] = "recompute"
@@ -39,18 +39,31 @@ class Setting:
     tp: tuple[int, int] = (1, 1)
     recorded: bool = False
     rival: bool = False
+    plain: bool = True
 
 
 class Scene:
     """``outcomes`` of rooms and usage are read from the servers' own metrics."""
 
     def __init__(
-        self, servers: Sequence[VllmServer], session: aiohttp.ClientSession, rival: Scene | None = None
+        self,
+        plain: VllmServer | None,
+        servers: Sequence[VllmServer],
+        session: aiohttp.ClientSession,
+        rival: Scene | None = None,
     ) -> None:
-        self.plain, self.prefill, self.decode = servers
+        self._plain = plain
+        self.prefill, self.decode = servers
         self.session = session
         self._rival = rival
-        self.client = Client(session, self.plain.url, self.prefill.url, self.decode.url)
+        self.client = Client(session, plain.url if plain is not None else "", self.prefill.url, self.decode.url)
+
+    @property
+    def plain(self) -> VllmServer:
+        """Raises ConfigError where there is none."""
+        if self._plain is None:
+            raise ConfigError("this scene has no plain server")
+        return self._plain
 
     @property
     def rival(self) -> Scene:
@@ -94,11 +107,11 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
-    """Start the three servers, or five; ends them."""
+    """Start the servers; ends them."""
     setting = play.setting
     model = write_model(setting.family, models / setting.family)
     pairs = ["", "rival "] if setting.rival else [""]
-    places: list[tuple[str, str, Role]] = [("", "plain", "plain")]
+    places: list[tuple[str, str, Role]] = [("", "plain", "plain")] if setting.plain else []
     for pair in pairs:
         places += [(pair, "prefill", "kv_producer"), (pair, "decode", "kv_consumer")]
     servers = []
@@ -129,8 +142,10 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
                 server.start()
             for server in servers:
                 await server.ready(session)
-            rival = Scene([servers[0], *servers[3:]], session) if setting.rival else None
-            yield Scene(servers[:3], session, rival)
+            plain = servers[0] if setting.plain else None
+            connected = servers[1:] if setting.plain else servers
+            rival = Scene(plain, connected[2:], session) if setting.rival else None
+            yield Scene(plain, connected[:2], session, rival)
         finally:
             await asyncio.gather(*(server.stop() for server in servers))
 

@@ -35,6 +35,12 @@ class VllmServer(EngineServer):
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        name = "--tensor-parallel-size"
+        return int(self.arguments[self.arguments.index(name) + 1]) if name in self.arguments else 1
+
+    @property
     def command(self) -> list[str]:
         command = [
             *(str(self.python.parent / "vllm"), "serve", str(self.model)),

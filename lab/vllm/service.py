@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
+import sys
+import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import aiohttp
 import msgspec
 import psutil
 from aiohttp import web
@@ -16,10 +21,12 @@ from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from lab.engines.campaign import check
 from lab.engines.requests import prompt
+from lab.engines.server import READY_SECONDS
 from lab.vllm.contract import KEPT, read
 from lab.vllm.failures import DEAD
 from lab.vllm.requests import tokens_of
 from lab.vllm.scene import Scene
+from lab.vllm.server import VllmServer
 
 #: Requests of the long case, and how many are counted at a time; one in ``GIVEN_UP`` is.
 REQUESTS, COUNTED, GIVEN_UP = 1000, 250, 20
@@ -56,6 +63,65 @@ async def through_the_router(scene: Scene) -> str:
     for tokens, answer in zip(prompts, got, strict=True):
         check(tokens_of(answer), await scene.client.alone(tokens), f"{len(tokens)} tokens")
     return f"{len(prompts)} of {len(prompts)} equal; empty after {await scene.empty():.1f} s"
+
+
+async def layouts(scene: Scene) -> str:
+    """``kvbaton check`` judges the running pair, and says by name why its prefill cannot hand over to our engine, nor
+    ours to its decode."""
+    theirs = {name: _control_addresses(server) for name, server in scene.connected.items()}
+    check(sorted(theirs["prefill"].split(",")), sorted(await scene.client.sources()), "addresses in the log")
+    check((await _checked(theirs["prefill"], theirs["decode"]))["compatible"], True, "vLLM to vLLM")
+    (port,) = free_ports(1)
+    ours = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kvbaton.cli.main", "serve", "--model", str(scene.prefill.model)),
+        *("--disaggregation-mode", "decode", "--port", str(port), "--disaggregation-transfer-backend", "nixl"),
+        *("--dtype", "float32"),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        await _until_answered(scene, f"{url}/layout", ours)
+        found = [await _checked(theirs["prefill"], url), await _checked(url, theirs["decode"])]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            ours.terminate()
+        await ours.wait()
+    said = []
+    for name, verdict in zip(("vLLM to ours", "ours to vLLM"), found, strict=True):
+        fields = [one["field"] for one in verdict["differences"]]
+        check((verdict["compatible"], "kv.packing" in fields), (False, True), f"{name}: {fields}")
+        said.append(f"{name}: {', '.join(fields)}")
+    return f"vLLM to vLLM compatible; {'; '.join(said)}"[:900]
+
+
+def _control_addresses(server: VllmServer) -> str:
+    """Of all ranks, from its log."""
+    found = re.findall(r"kvbaton rank pp \d+ tp \d+ at (tcp://\S+)", server.log.read_text(errors="replace"))
+    return ",".join(found[-server.ranks :])
+
+
+async def _checked(prefill: str, decode: str) -> Any:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kvbaton.cli.main", "check", "--json", prefill, decode),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    told, wrong = await process.communicate()
+    if not told:
+        raise AssertionError(f"kvbaton check {prefill} {decode}: {wrong.decode(errors='replace')[-300:]}")
+    return msgspec.json.decode(told)
+
+
+async def _until_answered(scene: Scene, url: str, process: asyncio.subprocess.Process) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and process.returncode is None:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with scene.session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as answer:
+                if answer.status == 200:
+                    return
+        await asyncio.sleep(0.5)
+    raise AssertionError(f"{url} does not answer; exit {process.returncode}")
 
 
 async def bench_serve(scene: Scene) -> str:

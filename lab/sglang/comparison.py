@@ -1,0 +1,60 @@
+"""Cases against SGLang's own NIXL backend: the same prompts in turns, latency and throughput, idle."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from lab.engines.comparison import Cell, Pair, Seconds, measure, paused
+from lab.sglang.cases import IDLE_PART, IDLE_SECONDS
+from lab.sglang.requests import Client
+from lab.sglang.scene import Scene
+from lab.sglang.server import SglangServer
+
+CELLS = (Cell(1, 500, 4), Cell(8, 500), Cell(1, 4000), Cell(8, 4000))
+OURS, THEIRS = "ours", "nixl"
+
+
+async def latencies(scene: Scene) -> str:
+    """TTFT, both legs at once as SGLang's router sends them: 1 and 8 at once, 500 and 4,000 tokens."""
+
+    async def ours(tokens: Sequence[int]) -> Seconds:
+        return await _first_token(scene.client, tokens)
+
+    async def theirs(tokens: Sequence[int]) -> Seconds:
+        return await _first_token(scene.rival.client, tokens)
+
+    pairs = {OURS: Pair(_servers(scene), {OURS: ours}), THEIRS: Pair(_servers(scene.rival), {THEIRS: theirs})}
+    measured = await measure(pairs, CELLS, seed=20_000)
+    rows = [measured.row(cell, (OURS, THEIRS), ("TTFT",), against=THEIRS) for cell in CELLS]
+    return " | ".join([*rows, measured.conditions])
+
+
+async def idle(scene: Scene) -> str:
+    """CPU time of the schedulers of each pair when nothing happens, in parts of a core."""
+    used = {}
+    for name, pair in ((OURS, scene), (THEIRS, scene.rival)):
+        with paused(Pair(_servers(scene.rival if pair is scene else scene), {})):
+            await asyncio.sleep(3)
+            watched = [process for server in _servers(pair) for process in server.schedulers()]
+            before = [sum(process.cpu_times()[:2]) for process in watched]
+            await asyncio.sleep(IDLE_SECONDS)
+            used[name] = [
+                (sum(process.cpu_times()[:2]) - was) / IDLE_SECONDS
+                for process, was in zip(watched, before, strict=True)
+            ]
+    said = ", ".join(f"{name} " + " and ".join(f"{part:.1%}" for part in parts) for name, parts in used.items())
+    if max(used[OURS]) > IDLE_PART:
+        raise AssertionError(f"of a core: {said}")
+    return f"of a core: {said}"
+
+
+def _servers(scene: Scene) -> list[SglangServer]:
+    return [scene.prefill, scene.decode]
+
+
+async def _first_token(client: Client, tokens: Sequence[int]) -> Seconds:
+    started = time.monotonic()
+    await client.pair(tokens, count=1)
+    return {"TTFT": time.monotonic() - started}
