@@ -70,7 +70,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.engines.vllm.memory",
         "kvbaton.engines.vllm.metrics",
     ),
-    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin"),
+    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin", "lab.sglang.nixl_on_cpu"),
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.doors",
