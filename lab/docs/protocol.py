@@ -16,6 +16,7 @@ from typing import Any
 
 from kvbaton.errors import AbortedError, KVBatonError, PeerLostError, TransportError
 from kvbaton.layout import CacheLayout, Coordinates, Region, kv_pool, pool_bytes
+from kvbaton.plan.coverage import Piece
 from kvbaton.plan.pair import PairPlan, pair_plan
 from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import Effect
@@ -39,7 +40,7 @@ from kvbaton.protocol.messages import (
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
-from kvbaton.protocol.transfer import ChunkPlace, Incoming, On, Outgoing, State, Transfer
+from kvbaton.protocol.transfer import Incoming, On, Outgoing, Place, State, Transfer
 from lab.docs.page import filled
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -170,7 +171,7 @@ def _outgoing(state: State) -> Iterator[dict[str, Any]]:
                         "grants": grants,
                         "parts": parts,
                         "token_count": TOKENS,
-                        "outstanding": dict.fromkeys(outstanding, ChunkPlace("kv", 0)),
+                        "outstanding": dict.fromkeys(outstanding, Place(0, Piece(None, range(1), 0, 1))),
                         "last_submitted": last,
                         "abort_arrived": aborted,
                     }

@@ -12,6 +12,8 @@ from typing import Any
 
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
 from kvbaton.layout import CacheLayout
+from kvbaton.pieces import LayerRules, Pieces
+from kvbaton.plan.coverage import Layers
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, ChunksWithdrawn, Event, GrantsPublished
 from kvbaton.protocol.grants import check_grants, own_units
@@ -167,15 +169,20 @@ class KVSender(RoomHandle):
 
     role: Role = "source"
 
-    def __init__(self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float], tag: Any) -> None:
+    def __init__(
+        self, room: int, layout: CacheLayout, post: Post, clock: Callable[[], float], tag: Any, rules: LayerRules
+    ) -> None:
         super().__init__(room, layout, post, clock, tag)
         self._complete = False
         self._withdrawn = False
+        self._pieces = Pieces(rules)
+        self._given: tuple[Sequence[Span], tuple[Span, ...]] = ((), ())
 
     @property
     def leased(self) -> bool:
         """As of every room; what the driver has not seen yet counts as well."""
-        return self._status.leased or (self._handed_over > self._status.seen and not self._ended)
+        unseen = self._handed_over > self._status.seen or bool(self._pieces)
+        return self._status.leased or (unseen and not self._ended)
 
     @property
     def settled(self) -> bool:
@@ -191,18 +198,25 @@ class KVSender(RoomHandle):
         """Tokens that every target holds already, known from WaitingForInput on; no need to submit them."""
         return self._status.prefix_len
 
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
-        """Hand over a chunk. Chunks come in token order and, but for the last, end on a page boundary; aux and state
-        slots go with the last one.
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence, layers: Layers | None = None) -> None:
+        """Hand over a chunk, or some layers of one while the others are computed. In each layer chunks come in token
+        order and, but for the last, end on a page boundary; aux and state slots go with the last one.
+
+        Layers may come in any order, as early as each is computed, and the rest of the chunk, or all of it again,
+        afterwards: what was handed over is not moved twice. They travel ahead where that is worth it. A state may be
+        among the spans of layers of the last tokens: its layers go with them.
 
         Args:
-            spans: the units that hold the chunk, one span per pool.
+            spans: the units that hold the chunk, one span per pool. The same tuple again, of tuples of units, is not
+                checked again.
+            layers: absolute ids of the layers that are there, half open; default: all.
             last: nothing follows; its token range ends with the prompt.
             ready: returns true once the data is in memory (a CUDA event's query, or :data:`ALWAYS_READY`). Nothing is
                 read before that. Called from the driver thread; must not block.
 
         Raises:
-            LayoutError: a span names units that do not exist or do not fit its token range.
+            LayoutError: a span names units that do not exist or do not fit its token range; none of the layers is this
+                rank's.
             LocalProtocolError: the last chunk was submitted already, chunks were withdrawn that have not settled yet,
                 or the manager is closed.
         """
@@ -213,10 +227,19 @@ class KVSender(RoomHandle):
                 f"room {self.room} still reads what was withdrawn; submit again once it has settled", room=self.room
             )
         self._withdrawn = False
-        chunk = Chunk(spans=own_units(spans), last=last)
-        check_grants(chunk.spans, self._layout, distinct=False)
-        self._handed_over, self._complete = self._handed_over + 1, last
-        self._post(ChunkSubmitted(self.room, chunk), ready)
+        chunk = Chunk(spans=self._checked(spans), last=last, layers=layers)
+        for whole, fence in self._pieces.add(chunk, ready, self._clock(), self._status.token_seconds):
+            self._handed_over, self._complete = self._handed_over + 1, whole.last
+            self._post(ChunkSubmitted(self.room, whole), fence)
+
+    def _checked(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        given, own = self._given
+        if spans is not given or not isinstance(spans, tuple):
+            own = own_units(spans)
+            check_grants(own, self._layout, distinct=False)
+            if all(mine is yours for mine, yours in zip(own, spans, strict=True)):
+                self._given = (spans, own)
+        return own
 
     def withdraw(self) -> bool:
         """Ask for the units of all chunks back, for a request that is preempted: what has not been posted is not sent,
@@ -225,6 +248,7 @@ class KVSender(RoomHandle):
 
         Returns whether anything is to be submitted again; false where all of the prompt has settled, or the room ended.
         """
+        self._pieces.clear()
         if self.freed or self._ended or not self._handed_over:
             return not self._ended and not self.freed
         self._handed_over, self._complete, self._withdrawn = self._handed_over + 1, False, True

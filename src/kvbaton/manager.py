@@ -25,6 +25,7 @@ from kvbaton.errors import ConfigError, DeclinedError, KVBatonError, LocalProtoc
 from kvbaton.handles import ALWAYS_READY, Finished, Freed, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.parts import make_parts, new_instance
+from kvbaton.pieces import LayerRules
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import KVPoll, PeerLost, Report
 from kvbaton.protocol.events import (
@@ -146,6 +147,7 @@ class KVManager:
                 clock=clock,
             )
             given.pop_all()
+        self._layer_rules = LayerRules(layout, self._settings.costs)
         self._lock = threading.Lock()
         self._away = False
         self._staging_memory: object = None  # lives as long as peers may write it
@@ -334,7 +336,7 @@ class KVManager:
             LocalProtocolError: the room is being sent already, or the manager is closed.
             OverloadedError: too many rooms are live.
         """
-        sender = KVSender(room, self.layout, self._command, self.clock, tag)
+        sender = KVSender(room, self.layout, self._command, self.clock, tag, self._layer_rules)
         self._add(sender)
         self._command(SenderOpened(room))
         return sender

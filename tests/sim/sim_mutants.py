@@ -15,8 +15,11 @@ from typing import Any
 
 import msgspec
 
+from kvbaton import pieces
 from kvbaton.handles import KVSender
+from kvbaton.layout import NO_LAYER
 from kvbaton.plan import pair as plan
+from kvbaton.plan.coverage import Coverage, Piece
 from kvbaton.protocol import context, peers, receiving, room, rooms, sending, table, target_rooms, transfer, transfers
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import CancelWrites, KVPoll
@@ -188,13 +191,13 @@ def ack_counted_instead_of_identified(patches: Patches) -> None:
 @mutant("deadlines are judged before the messages that are here already are read", shown_by=186)
 def deadline_checked_before_the_inbox(patches: Patches) -> None:
     def handle(self: Any, event: Any, now: float) -> Any:
-        self._around.now = now
-        while (due := self._around.timers.pop_due(now)) is not None:
+        self._context.now = now
+        while (due := self._context.timers.pop_due(now)) is not None:
             self._on_timer(*due)
             self._rooms.settle()
         self._handlers[type(event)](event)
         self._rooms.settle()
-        return self._around.take_effects()
+        return self._context.take_effects()
 
     patches.set(Core, "handle", handle)
 
@@ -224,8 +227,8 @@ def duplicate_open_accepted(patches: Patches) -> None:
 @mutant("another instance that answers at a known address is taken for the old one (sglang#36029)", shown_by=356)
 def restart_at_the_same_address_undetected(patches: Patches) -> None:
     def on_answer(self: Any, session: Any, hello: Any) -> None:
-        if hello.answers == self._around.instance:
-            session.answered(hello, self._around.now)
+        if hello.answers == self._context.instance:
+            session.answered(hello, self._context.now)
 
     patches.set(peers.Peers, "_on_answer", on_answer)
 
@@ -249,7 +252,8 @@ def chunk_matched_by_position(patches: Patches) -> None:
         spans = []
         for span in chunk.spans:
             grant = outgoing.grants.get(span.pool)
-            begin = outgoing.sent_until.get(span.pool, grant.token_start if grant else 0)
+            covered = outgoing.coverage.get(index)
+            begin = covered._begin if covered else grant.token_start if grant else 0
             start = begin if span.token_stop else 0
             spans.append(msgspec.structs.replace(span, token_start=start))
         original(t, index, part, replace(chunk, spans=tuple(spans)))
@@ -335,7 +339,7 @@ def raised_fence_swallowed(patches: Patches) -> None:
     patches.set(Commands, "_try", try_)
 
 
-@mutant("a fence that raises leaves the chunks that were ready in place, to be fed again every turn (our own)", 41)
+@mutant("a fence that raises leaves the chunks that were ready in place, to be fed again every turn (our own)", 60)
 def raised_fence_feeds_others_again(patches: Patches) -> None:
     original = Commands.release
 
@@ -430,7 +434,7 @@ def cancelled_counts_as_sent(patches: Patches) -> None:
         t.as_source().last_submitted = False
         for index, part in enumerate(t.as_source().pair.parts):
             if not part.paged:
-                t.as_source().sent.pop(index, None)
+                t.as_source().coverage.pop(index, None)
 
     patches.cell(State.SENDING, On.CHUNKS_WITHDRAWN, withdraw)
 
@@ -441,7 +445,7 @@ def withdrawn_counts_as_settled(patches: Patches) -> None:
     patches.set(KVSender, "leased", property(lambda self: original(self) and not self._withdrawn))
 
 
-@mutant("a chunk that waits for its fence outlives its withdrawal (our own)", 274)
+@mutant("a chunk that waits for its fence outlives its withdrawal (our own)", 5050)
 def fenced_chunk_outlives_withdrawal(patches: Patches) -> None:
     original = Commands.take
 
@@ -454,7 +458,7 @@ def fenced_chunk_outlives_withdrawal(patches: Patches) -> None:
     patches.set(Commands, "take", take)
 
 
-@mutant("a target that opens late is given chunks that were withdrawn (our own)", 697)
+@mutant("a target that opens late is given chunks that were withdrawn (our own)", 4500)
 def withdrawn_chunks_kept(patches: Patches) -> None:
     withdrawn, on_open = rooms.Rooms.on_chunks_withdrawn, rooms.Rooms.on_open
     kept: dict[tuple[int, int], list[Any]] = {}
@@ -478,3 +482,69 @@ def withdrawn_chunks_kept(patches: Patches) -> None:
 @mutant("a target is not told that a write needs its help to land (our own)")
 def write_under_way_not_announced(patches: Patches) -> None:
     patches.set(transfers.Transfers, "on_write_under_way", lambda _self, _event: None)
+
+
+@mutant("some layers of a chunk are taken for all of it (our own)", 22)
+def layers_taken_for_the_chunk(patches: Patches) -> None:
+    original = Coverage.add
+    patches.set(Coverage, "add", lambda self, _layers, start, stop, last: original(self, None, start, stop, last=last))
+
+
+@mutant("layers that lie side by side in a page go with the first of them (our own)", 191)
+def stacked_layers_go_with_the_first(patches: Patches) -> None:
+    def of_lanes(self: Any, come: Any) -> Any:
+        lanes = self._part.lane_layers
+        return come[lanes[:, 0]] if not self._whole else original(self, come)
+
+    original = Coverage._of_lanes
+    patches.set(Coverage, "_of_lanes", of_lanes)
+
+
+@mutant("a part that travels through staging goes with the first of its layers (our own)", 144)
+def staged_parts_do_not_wait_for_all_layers(patches: Patches) -> None:
+    def of_lanes(self: Any, come: Any) -> Any:
+        found = original(self, come)
+        return found * 0 + come.max() if self._whole else found
+
+    original = Coverage._of_lanes
+    patches.set(Coverage, "_of_lanes", of_lanes)
+
+
+@mutant("a whole chunk moves once more what went ahead of it, and counts it once (our own)", 38)
+def layers_move_again_with_their_chunk(patches: Patches) -> None:
+    original = Coverage.add
+
+    def add(self: Any, layers: Any, start: int, stop: int, *, last: bool) -> Any:
+        ahead = self._come is not None and self._part.paged
+        begin = int(self._come.min()) if ahead else 0
+        made = original(self, layers, start, stop, last=last)
+        blocks = self._part.blocks(begin, min(stop, self._stop)) if ahead and layers is None else range(0)
+        return [Piece(None, blocks, begin, len(blocks) * self._part.block_bytes)] if blocks else made
+
+    patches.set(Coverage, "add", add)
+
+
+@mutant("what belongs to no layer goes with whatever layers come first (our own)")
+def aux_goes_with_the_first_layers(patches: Patches) -> None:
+    original = Coverage.add
+
+    def add(self: Any, layers: Any, start: int, stop: int, *, last: bool) -> Any:
+        early = last or NO_LAYER in self._part.layers
+        return original(self, layers, start, stop, last=early)
+
+    patches.set(Coverage, "add", add)
+
+
+@mutant("layers that are joined wait for the data of the first of them only (our own)")
+def joined_layers_keep_one_fence(patches: Patches) -> None:
+    patches.set(pieces._Held, "ready", lambda self: self.fences[0])
+
+
+@mutant("layers that are held back are dropped when another chunk comes (our own)", 420)
+def held_layers_dropped(patches: Patches) -> None:
+    original = pieces.Pieces.add
+
+    def add(self: Any, chunk: Any, ready: Any, now: float, token_seconds: float) -> Any:
+        return original(self, chunk, ready, now, token_seconds)[-1:]
+
+    patches.set(pieces.Pieces, "add", add)

@@ -25,6 +25,7 @@ LAYERS = (
     ("kvbaton.control", "kvbaton.transports"),
     ("kvbaton.discovery",),
     ("kvbaton.runtime",),
+    ("kvbaton.pieces",),
     ("kvbaton.handles", "kvbaton.parts"),
     ("kvbaton.manager", "kvbaton.launch"),
     ("kvbaton.engines", "kvbaton.explain"),

@@ -27,6 +27,7 @@ from kvbaton.errors import (
 )
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, PeerLost, Span, new_instance
+from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 from kvbaton.transports.base import WriteState
@@ -46,6 +47,39 @@ def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
     untouched = [page for page in range(64) if page not in (5, 3, 1)]
     assert not target.kv.reshape(4, 64, -1)[:, untouched].any()
     assert receiver.bytes == sender.bytes == 3 * 4 * 16 * 2 * 64 + 64
+
+
+def test_layers_go_ahead_of_their_chunk_and_arrive_once(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1, settings=Settings(costs=Costs(post_seconds=0.0))), make_rank("decode")
+    sender, receiver = begin(source, target)
+    first = (Span("kv", 0, 16, (4,)),)
+    for layer in (1, 0):
+        sender.submit(first, layers=(layer, layer + 1), last=False, ready=ALWAYS_READY)
+    sender.submit(first, last=False, ready=ALWAYS_READY)
+    rest = (Span("kv", 16, 40, (6, 2)), Span("aux", 0, 0, (3,)))
+    sender.submit(rest, layers=(1, 2), last=False, ready=ALWAYS_READY)
+    sender.submit(rest, layers=(0, 1), last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    assert (sender.poll(), receiver.poll()) == (KVPoll.Success, KVPoll.Success)
+    for mine, theirs in zip((5, 3, 1), (4, 6, 2), strict=True):
+        np.testing.assert_array_equal(target.page(mine), source.page(theirs))
+    np.testing.assert_array_equal(target.slot(2), source.slot(3))
+    assert receiver.bytes == sender.bytes == 3 * 4 * 16 * 2 * 64 + 64
+
+
+def test_layers_that_are_held_back_are_leased(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    sender, receiver = begin(source, target)
+    spans = (Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,)))
+    sender.submit(spans, layers=(0, 1), last=False, ready=ALWAYS_READY)
+    assert sender.leased
+    assert not sender.bytes
+    with pytest.raises(LayoutError, match="which has layers 0 to 1"):
+        sender.submit(spans, layers=(2, 3), last=False, ready=ALWAYS_READY)
+    sender.submit(spans, last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    assert receiver.poll() is KVPoll.Success
+    np.testing.assert_array_equal(target.page(1), source.page(2))
 
 
 def test_units_may_be_arrays_which_the_engine_may_change_afterwards(make_rank: MakeRank) -> None:

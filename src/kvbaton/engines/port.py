@@ -72,8 +72,11 @@ class Sender(Room, Protocol):
     def prefix_len(self) -> int:
         """Tokens that every target holds already, known from WaitingForInput on."""
 
-    def submit(self, spans: Sequence[Grant], *, last: bool, ready: Fence) -> None:
-        """Hand over a chunk, in token order; nothing is read before ``ready()`` is true."""
+    def submit(
+        self, spans: Sequence[Grant], *, last: bool, ready: Fence, layers: tuple[int, int] | None = None
+    ) -> None:
+        """Hand over a chunk, in token order, or some ``layers`` of it as soon as they are computed; nothing is read
+        before ``ready()`` is true."""
 
 
 class RankSender(Sender, Protocol):

@@ -3,6 +3,9 @@
     direct = descriptors * descriptor_seconds + bytes * wire_byte_seconds
     staged = staged_seconds + bytes * (wire_byte_seconds + copy_byte_seconds) + pieces * piece_seconds
 
+Layers are worth a post of their own, ahead of the rest of their chunk, when that hides several times what a post costs:
+no more is hidden than moving them takes, and no more than computing the layers that are left takes.
+
 A descriptor is a run that is contiguous on both sides; a piece is what gather and scatter copy at once, the same run in
 memory. The defaults were measured over shared memory on a two-core machine without a GPU; they are ratios more than
 truths, and a few lines of ``calibrate`` replace them.
@@ -10,19 +13,26 @@ truths, and a few lines of ``calibrate`` replace them.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from msgspec import Struct
 
-from kvbaton.plan.pair import PartPlan
+from kvbaton.plan.pair import PairPlan, PartId, PartPlan
+
+#: So many times what a post costs must be hidden by posting layers ahead.
+HIDDEN_POSTS = 4
 
 
 class Costs(Struct, frozen=True, kw_only=True):
-    """Seconds. ``copy_byte_seconds`` is gather and scatter together, for large pieces."""
+    """Seconds. ``copy_byte_seconds`` is gather and scatter together, for large pieces; ``post_seconds`` a chunk's way
+    from the engine to the transport, without its descriptors and bytes."""
 
     descriptor_seconds: float = 3.0e-6
     wire_byte_seconds: float = 1.2e-10
     copy_byte_seconds: float = 5.0e-10
     piece_seconds: float = 6.0e-8
     staged_seconds: float = 3.0e-4
+    post_seconds: float = 1.5e-4
 
     def direct(self, part: PartPlan, blocks: int) -> float:
         """Predicted seconds to write ``blocks`` blocks of ``part`` one descriptor for each lane and block."""
@@ -36,6 +46,17 @@ class Costs(Struct, frozen=True, kw_only=True):
 
     def prefers_staging(self, part: PartPlan, blocks: int) -> bool:
         return self.staged(part, blocks) < self.direct(part, blocks)
+
+    def token_seconds(self, pair: PairPlan, staged: Container[PartId]) -> float:
+        """Predicted seconds to write one token of all parts that travel directly."""
+        return sum(
+            self.direct(part, 1) / part.block_rows for part in pair.parts if part.paged and part.id not in staged
+        )
+
+    def worth_a_post(self, moving: float, computing: float) -> bool:
+        """Whether layers go ahead of their chunk: moving them takes ``moving`` seconds, computing what is left
+        ``computing``."""
+        return min(moving, computing) >= HIDDEN_POSTS * self.post_seconds
 
     def _wire(self, part: PartPlan, blocks: int) -> float:
         return blocks * part.block_bytes * self.wire_byte_seconds

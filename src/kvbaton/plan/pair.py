@@ -38,6 +38,8 @@ MAX_ROWS = 1 << 20
 #: Entries of one table are numbered with 32-bit integers.
 MAX_ENTRIES = (1 << 31) - 1
 
+_EVERY_LANE, _FIRST_LANE = slice(None), slice(1)
+
 #: Most items that a message lists by number.
 MOST_ITEMS_SHOWN = 64
 
@@ -82,12 +84,15 @@ class PairSide:
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
     """One part of a pairing. ``lane_bytes[i]`` is the length of lane i; a block is one entry of every lane and takes
-    ``block_bytes``."""
+    ``block_bytes``. ``layers`` are those that the part has, ascending; lane i holds bytes of ``layers[f]`` to
+    ``layers[l]``, where ``lane_layers[i]`` is (f, l): of one layer, or of several that are neighbours on both sides."""
 
     id: PartId
     paged: bool
     block_rows: int
     lane_bytes: Int64s
+    layers: Int64s
+    lane_layers: Int64s
     source: PairSide
     target: PairSide
     block_bytes: int = field(init=False)
@@ -115,32 +120,38 @@ class PartPlan:
         return len(self.blocks(token_start, token_stop)) * self.block_bytes
 
     def entries(
-        self, blocks: range, source_units: Int64s, source_first: int, target_units: Int64s, target_first: int
+        self,
+        blocks: range,
+        source_units: Int64s,
+        source_first: int,
+        target_units: Int64s,
+        target_first: int,
+        lanes: Int64s | None = None,
     ) -> tuple[Int32s, Int32s]:
-        """Table entries (source, target) of the given blocks, lane by lane in token order.
+        """Table entries (source, target) of the given blocks, lane by lane in token order; of all lanes or of some.
 
         ``source_units[i]`` is the page that holds absolute page ``source_first + i``; likewise for the target.
         """
         return (
-            self.source_entries(blocks, source_units, source_first),
-            self.target_entries(blocks, target_units, target_first),
+            self.source_entries(blocks, source_units, source_first, lanes),
+            self.target_entries(blocks, target_units, target_first, lanes),
         )
 
-    def source_entries(self, blocks: range, units: Int64s, first: int) -> Int32s:
-        """The source's half of :meth:`entries`."""
-        return _entries(self.source, len(self.lane_bytes), blocks, units, first)
+    def source_entries(self, blocks: range, units: Int64s, first: int, lanes: Int64s | None = None) -> Int32s:
+        """The source's half of :meth:`entries`; of some ``lanes`` only, where they are given."""
+        return _entries(self.source, _EVERY_LANE if lanes is None else lanes, blocks, units, first)
 
-    def target_entries(self, blocks: range, units: Int64s, first: int) -> Int32s:
-        """The target's half of :meth:`entries`."""
-        return _entries(self.target, len(self.lane_bytes), blocks, units, first)
+    def target_entries(self, blocks: range, units: Int64s, first: int, lanes: Int64s | None = None) -> Int32s:
+        """The target's half of :meth:`entries`, likewise."""
+        return _entries(self.target, _EVERY_LANE if lanes is None else lanes, blocks, units, first)
 
     def source_blocks(self, blocks: range, units: Int64s, first: int) -> Int32s:
         """Of :meth:`source_entries` those of the first lane: enough for whoever copies whole blocks."""
-        return _entries(self.source, 1, blocks, units, first)
+        return _entries(self.source, _FIRST_LANE, blocks, units, first)
 
     def target_blocks(self, blocks: range, units: Int64s, first: int) -> Int32s:
         """Of :meth:`target_entries` those of the first lane."""
-        return _entries(self.target, 1, blocks, units, first)
+        return _entries(self.target, _FIRST_LANE, blocks, units, first)
 
     @cached_property
     def source_lanes(self) -> Lanes:
@@ -153,13 +164,13 @@ class PartPlan:
         return self.target.lanes(self.lane_bytes)
 
 
-def _entries(side: PairSide, lanes: int, blocks: range, units: Int64s, first: int) -> Int32s:
+def _entries(side: PairSide, lanes: Int64s | slice, blocks: range, units: Int64s, first: int) -> Int32s:
     if side.blocks_per_unit == 1:
         within_lane = units[blocks.start - first : blocks.stop - first]
     else:
         page, position = np.divmod(np.arange(blocks.start, blocks.stop, dtype=np.int64), side.blocks_per_unit)
         within_lane = position * side.units + units[page - first]
-    entries: Int32s = (side.first_entries[:lanes] + within_lane.astype(np.int32)).ravel()
+    entries: Int32s = (side.first_entries[lanes] + within_lane.astype(np.int32)).ravel()
     return entries
 
 
@@ -302,7 +313,7 @@ def _part(
     block_rows = math.gcd(source.rows, target.rows) if source.paged else source.rows
     blocks = (source.rows // block_rows, target.rows // block_rows)
     lanes: tuple[list[Int64s], list[Int64s]] = ([], [])
-    layers: list[int] = []
+    of_lanes: list[Int64s] = []
     items: list[tuple[int, range]] = []
     for (mine, other), pairs in groups.items():
         shared = overlap(mine.axis, other.axis)
@@ -316,19 +327,22 @@ def _part(
             )
         lanes[0].append(_lanes([pair[0] for pair in pairs], source_regions, mine, s_offsets, length, blocks[0]))
         lanes[1].append(_lanes([pair[1] for pair in pairs], target_regions, other, t_offsets, length, blocks[1]))
-        layers += [pair[0].layer for pair in pairs]
+        of_lanes.append(np.repeat(np.array([pair[0].layer for pair in pairs], dtype=np.int64), len(s_offsets)))
         items.append((mine.axis.items, shared))
-    if not layers:
+    if not of_lanes:
         return None
+    layers, numbers = np.unique(np.concatenate(of_lanes), return_inverse=True)
     widest = max(count for count, _ in items)  # tensors of a state divide by themselves: the finest one names the part
     shares = [shared for count, shared in items if count == widest]
     first, last = min(shared.start for shared in shares), max(shared.stop for shared in shares)
-    s_lanes, t_lanes = _fused(np.concatenate(lanes[0]), np.concatenate(lanes[1]))
+    s_lanes, t_lanes, lane_layers = _fused(np.concatenate(lanes[0]), np.concatenate(lanes[1]), numbers)
     return PartPlan(
-        id=PartId(source.name, min(layers), max(layers) + 1, first, last),
+        id=PartId(source.name, int(layers[0]), int(layers[-1]) + 1, first, last),
         paged=source.paged,
         block_rows=block_rows,
         lane_bytes=s_lanes[:, _LENGTH].copy(),
+        layers=layers,
+        lane_layers=lane_layers,
         source=_side(source, source_regions, s_lanes, blocks[0]),
         target=_side(target, target_regions, t_lanes, blocks[1]),
     )
@@ -401,10 +415,11 @@ def _lanes(
     return lanes.reshape(-1, 6)
 
 
-def _fused(source: Int64s, target: Int64s) -> tuple[Int64s, Int64s]:
-    """Lanes that follow each other in memory on both sides become one: K and V of a page, latent and rope of a row."""
+def _fused(source: Int64s, target: Int64s, numbers: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Lanes that follow each other in memory on both sides become one: K and V of a page, latent and rope of a row.
+    ``numbers``: the number of each lane's layer; comes back as the first and the last of each fused lane."""
     order = np.argsort(source[:, _ADDRESS], kind="stable")
-    source, target = source[order], target[order]
+    source, target, numbers = source[order], target[order], numbers[order]
     joined = np.ones(len(source) - 1, dtype=bool)
     for lanes in (source, target):
         joined &= lanes[1:, _ADDRESS] == lanes[:-1, _ADDRESS] + lanes[:-1, _LENGTH]
@@ -413,4 +428,5 @@ def _fused(source: Int64s, target: Int64s) -> tuple[Int64s, Int64s]:
     lengths = np.add.reduceat(source[:, _LENGTH], starts)
     source, target = source[starts], target[starts]
     source[:, _LENGTH] = target[:, _LENGTH] = lengths
-    return source, target
+    of_lanes = (np.minimum.reduceat(numbers, starts), np.maximum.reduceat(numbers, starts))
+    return source, target, np.stack(of_lanes, axis=1)

@@ -131,6 +131,8 @@ class RoomStatus:
         bytes: bytes that the room moves here: the manifest (target), posted so far (source).
         agreed: every source rank is there and compatible: pages may be published (target side).
         seen: calls of the engine that this status knows of (source side): chunks, and that they were withdrawn.
+        token_seconds: what writing one token of all layers is predicted to take, to all targets together; 0 as long as
+            none has opened, or where the layers do not travel by themselves (source side).
     """
 
     poll: KVPoll = KVPoll.Bootstrapping
@@ -141,6 +143,7 @@ class RoomStatus:
     exposed_seconds: float = 0.0
     agreed: bool = False
     seen: int = 0
+    token_seconds: float = 0.0
 
     @property
     def ended(self) -> bool:

@@ -7,6 +7,7 @@ from typing import NewType
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import KVBatonError
+from kvbaton.plan.coverage import Layers
 from kvbaton.protocol.messages import Grant, Role
 
 WriteId = NewType("WriteId", int)
@@ -15,15 +16,21 @@ WriteId = NewType("WriteId", int)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Units that a source has finished computing: per pool a token range and the units that hold it."""
+    """Units that a source has finished computing: per pool a token range and the units that hold it; in ``layers``
+    (absolute ids, half open), or in all."""
 
     spans: tuple[Grant, ...]
     last: bool
+    layers: Layers | None = None
 
     @property
     def token_stop(self) -> int:
         """First token after the chunk."""
         return max((span.token_stop for span in self.spans), default=0)
+
+    def __str__(self) -> str:
+        layers = f" of layers {self.layers[0]}..{self.layers[1] - 1}" if self.layers is not None else ""
+        return f"chunk to token {self.token_stop}{layers}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class SourceRoom:
 
     A room may exist before our engine knows it (``has_sender`` false): a target opened it early. ``chunks`` are kept
     for targets that are still to open it; ``seen`` counts what the engine has said: chunks, and that it withdraws them.
+    ``token_seconds``: predicted, to write one token of all layers to all targets that have opened.
     """
 
     room: int
@@ -31,6 +32,7 @@ class SourceRoom:
     transfers: dict[str, Transfer] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
     seen: int = 0
+    token_seconds: float = 0.0
     error: KVBatonError | None = None
     reported: RoomStatus = field(default_factory=RoomStatus)
 
@@ -56,7 +58,7 @@ class SourceRoom:
             outgoing = transfer.as_source()
             succeeded = succeeded and transfer.succeeded
             leased = leased or transfer.leased
-            size += sum(outgoing.sent.values())
+            size += outgoing.bytes
             exposed = max(exposed, outgoing.exposed_seconds)
             starts += [grant.token_start for grant in outgoing.grants.values() if grant.token_stop]
         if self.error is not None:
@@ -76,6 +78,7 @@ class SourceRoom:
             bytes=size,
             exposed_seconds=exposed,
             seen=self.seen,
+            token_seconds=self.token_seconds,
         )
 
 

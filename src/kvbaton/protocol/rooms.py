@@ -170,6 +170,7 @@ class Rooms:
                 ),
             )
             return
+        room.token_seconds += self._context.settings.costs.token_seconds(session.pair, leases)
         outgoing = Outgoing(
             pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count, leases=leases
         )
@@ -222,9 +223,7 @@ class Rooms:
         if not room.opened:  # a decode rank has its time from when something is there for it
             room.chunks.append(event.chunk)
             self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
-        self._context.record(
-            event.room, f"chunk to token {event.chunk.token_stop} submitted{', the last' if event.chunk.last else ''}"
-        )
+        self._context.record(event.room, f"{event.chunk} submitted{', the last' if event.chunk.last else ''}")
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, event.chunk)
         self.touch(room)

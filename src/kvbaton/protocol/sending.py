@@ -18,14 +18,15 @@ ones are waited for (SETTLING) for ``settle_seconds``, and then the peer is fenc
 may have put bytes on the wire, so it stays outstanding until the fence. Fencing one peer for one transfer ends the
 writes of all transfers to that peer; each of them hears of it by PEER_FENCED.
 
-Chunks and grants do not line up. A chunk is what prefill computed; a grant is what decode wants, from the prefix that
-it holds on. ``sent_until`` of a pool is the first token that is still to be sent; a chunk must begin at or before it,
-ends inside a page only if it is the last, and what lies before the grant is skipped without being read. Parts of slot
-pools (state, aux) go with the last chunk.
+Chunks and grants do not line up. A chunk is what prefill computed, of all layers or of some; a grant is what decode
+wants, from the prefix that it holds on. A part's coverage says what of a chunk is new (see ``coverage``): in each layer
+a chunk must begin at or before the first token that is still to come, ends inside a page only if it is the last, and
+what lies before the grant is skipped without being read. Slots hold what is final with the prompt: the state of a layer
+goes with that layer of the last tokens, aux rows with the last chunk.
 
-An engine that needs its units back withdraws its chunks (a preemption). What is not posted is cancelled, and
-``sent_until`` goes back to the first chunk of which a write is out: whether that one is cancelled or lands does not
-matter, as the same bytes may land again. The target hears nothing of it: its units are granted until the room ends.
+An engine that needs its units back withdraws its chunks (a preemption). What is not posted is cancelled, and the
+coverage goes back to before each write that is out: whether that one is cancelled or lands does not matter, as the same
+bytes may land again. The target hears nothing of it: its units are granted until the room ends.
 Slots, which go with the last chunk, are sent anew.
 
 A write is at most ``write_bytes`` and ``write_entries`` large, so that a long part can be cancelled halfway and never
@@ -46,11 +47,12 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
+from kvbaton.plan.coverage import Coverage, Piece
 from kvbaton.plan.pair import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
-from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, PartBytes, clip
-from kvbaton.protocol.transfer import ChunkPlace, Lease, State, Transfer, describe, expect
+from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, clip
+from kvbaton.protocol.transfer import Lease, Place, State, Transfer, describe, expect
 
 NO_ENTRIES = np.empty(0, dtype=np.int32)
 
@@ -86,66 +88,69 @@ def send_chunk(t: Transfer, now: float, detail: object) -> None:
 
 
 def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
-    """Post what this chunk holds of one part, in pieces. Tokens outside the grant are the target's already."""
+    """Post what this chunk brings of one part. Tokens outside the grant are the target's already."""
     outgoing = t.as_source()
     grant = outgoing.grants.get(part.id.pool)
     span = next((span for span in chunk.spans if span.pool == part.id.pool), None)
     if grant is None or span is None:
         return
-    begin = outgoing.sent_until.get(part.id.pool, grant.token_start)
-    if part.paged and span.token_start > begin and begin < grant.token_stop:
+    if not part.paged and not chunk.last:
+        check_final(t, part, chunk)
+    lease = outgoing.leases.get(part.id)
+    coverage = outgoing.coverage.get(index)
+    if coverage is None:
+        coverage = Coverage(part, grant.token_start, grant.token_stop, whole=lease is not None)
+        outgoing.coverage[index] = coverage
+    for piece in coverage.add(chunk.layers, span.token_start, span.token_stop, last=chunk.last):
+        if lease is None:
+            post_direct(t, index, part, piece, span, grant)
+        else:
+            post_staged(t, index, lease, piece, span)
+
+
+def check_final(t: Transfer, part: PartPlan, chunk: Chunk) -> None:
+    """A slot's content changes with every token, so that before the last ones there is nothing to send."""
+    if chunk.layers is None or 0 < chunk.token_stop < t.as_source().token_count:
         raise LocalProtocolError(
-            f"pool {part.id.pool!r}: chunk starts at token {span.token_start} but {begin} is next; "
-            "submit chunks in token order without gaps",
+            f"pool {part.id.pool!r}: a slot was submitted with the {chunk}; submit it with the last chunk, or its "
+            "layers with those of the last tokens",
             room=t.key.room,
         )
-    end = min(span.token_stop, grant.token_stop)
-    blocks = part.blocks(begin, end)
-    if part.paged:
-        outgoing.sent_until[part.id.pool] = max(begin, end)
-    if not blocks:
-        return
-    lease = outgoing.leases.get(part.id)
-    if lease is None:
-        post_direct(t, index, part, blocks, span, grant)
-    else:
-        post_staged(t, index, lease, blocks, span)
-    outgoing.sent[index] = outgoing.sent.get(index, 0) + len(blocks) * part.block_bytes
 
 
-def post_direct(t: Transfer, index: int, part: PartPlan, blocks: range, span: Grant, grant: Grant) -> None:
+def post_direct(t: Transfer, index: int, part: PartPlan, piece: Piece, span: Grant, grant: Grant) -> None:
     """From our pages into the target's, one entry for each lane and block."""
     source, target = part.entries(
-        blocks,
+        piece.blocks,
         np.asarray(span.units, dtype=np.int64),
         span.token_start // part.source.unit_rows if part.paged else 0,
         np.asarray(grant.units, dtype=np.int64),
         grant.token_start // part.target.unit_rows if part.paged else 0,
+        piece.lanes,
     )
-    size = len(blocks) * part.block_bytes
-    settings = t.context.settings
-    pieces = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
-    if pieces == 1:
-        post(t, PostWrite(t.context.mint_write(t), t.peer, index, source, target, size), span)
+    size, settings, place = piece.bytes, t.context.settings, Place(index, piece)
+    count = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
+    if count == 1:
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, source, target, size), place)
         return
-    for s_entries, t_entries in zip(np.array_split(source, pieces), np.array_split(target, pieces), strict=True):
-        post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // pieces), span)
+    for s_entries, t_entries in zip(np.array_split(source, count), np.array_split(target, count), strict=True):
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // count), place)
 
 
-def post_staged(t: Transfer, index: int, lease: Lease, blocks: range, span: Grant) -> None:
+def post_staged(t: Transfer, index: int, lease: Lease, piece: Piece, span: Grant) -> None:
     """Gathered, one run for each slot of the target's staging memory."""
-    part = lease.staged.part
+    part, place = lease.staged.part, Place(index, piece)
     first_page = span.token_start // part.source.unit_rows if part.paged else 0
     units = np.asarray(span.units, dtype=np.int64)
-    for number, within, run in lease.staged.runs(blocks, lease.first):
+    for number, within, run in lease.staged.runs(piece.blocks, lease.first):
         entries = part.source_blocks(run, units, first_page)
         staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
         size = len(run) * part.block_bytes
-        post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged), span)
+        post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged), place)
 
 
-def post(t: Transfer, write: PostWrite, span: Grant) -> None:
-    t.as_source().outstanding[write.write] = ChunkPlace(span.pool, span.token_start)
+def post(t: Transfer, write: PostWrite, place: Place) -> None:
+    t.as_source().outstanding[write.write] = place
     t.context.emit(write)
 
 
@@ -158,8 +163,7 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
             "both sides must see the same prompt",
             room=t.key.room,
         )
-    sent = {PartBytes(part.id, outgoing.sent.get(i, 0)) for i, part in enumerate(outgoing.pair.parts)}
-    missing = set(outgoing.parts) - sent
+    missing = set(outgoing.parts).difference(outgoing.posted)
     if missing:
         raise LocalProtocolError(
             f"the last chunk was submitted but these parts are not complete: {describe(tuple(missing))}",
@@ -170,14 +174,8 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
 def withdraw_chunks(t: Transfer, now: float, _: object) -> None:
     outgoing = t.as_source()
     t.context.emit(CancelWrites(frozenset(outgoing.outstanding)))
-    for place in outgoing.outstanding.values():
-        if place.pool in outgoing.sent_until:
-            again = max(place.token_start, outgoing.grants[place.pool].token_start)
-            outgoing.sent_until[place.pool] = min(again, outgoing.sent_until[place.pool])
-    for index, part in enumerate(outgoing.pair.parts):
-        if index in outgoing.sent:
-            start, stop = outgoing.grants[part.id.pool].token_start, outgoing.sent_until.get(part.id.pool, 0)
-            outgoing.sent[index] = part.bytes(start, stop) if part.paged else 0
+    for index, coverage in outgoing.coverage.items():
+        coverage.withdraw(place.piece for place in outgoing.outstanding.values() if place.part == index)
     outgoing.last_submitted = False
     t.set_deadline(now, t.context.settings.waiting_timeout)
 

@@ -33,6 +33,7 @@ from typing import TypeVar
 from msgspec import structs
 
 from kvbaton.errors import InternalError, KVBatonError
+from kvbaton.plan.coverage import Coverage, Piece
 from kvbaton.plan.pair import PairPlan, PartId
 from kvbaton.plan.staging import StagedPart
 from kvbaton.protocol.context import Context
@@ -93,11 +94,11 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkPlace:
-    """Which chunk a write is of: its first token in one pool."""
+class Place:
+    """What a write is of: a piece of a part, given by its number in the pair."""
 
-    pool: str
-    token_start: int
+    part: int
+    piece: Piece
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,15 +110,24 @@ class Outgoing:
     parts: tuple[PartBytes, ...]
     token_count: int
     leases: dict[PartId, Lease] = field(default_factory=dict)
-    sent_until: dict[str, int] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    outstanding: dict[WriteId, ChunkPlace] = field(default_factory=dict)
+    coverage: dict[int, Coverage] = field(default_factory=dict)
+    outstanding: dict[WriteId, Place] = field(default_factory=dict)
     last_submitted: bool = False
     last_submitted_at: float = 0.0
     exposed_seconds: float = 0.0
     abort_arrived: bool = False
     fenced: bool = False
     moving: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What is posted so far."""
+        return sum(coverage.bytes for coverage in self.coverage.values())
+
+    @property
+    def posted(self) -> tuple[PartBytes, ...]:
+        """What is posted so far of each part that anything was handed in for."""
+        return tuple(PartBytes(self.pair.parts[index].id, coverage.bytes) for index, coverage in self.coverage.items())
 
     def drop_units(self) -> None:
         """Nothing will be written any more: a tombstone needs no page lists."""

@@ -6,14 +6,16 @@ next room at once, the last freed one first, so that whatever still touches it i
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError, OverloadedError
+from kvbaton.layout import NO_LAYER
 from kvbaton.manager import KVPoll, KVReceiver, KVSender, Span
 from kvbaton.testing.sim.memory import RankMemory
-from kvbaton.testing.sim.scenario import SimRequest
+from kvbaton.testing.sim.scenario import SimRequest, SimStep
 
 if TYPE_CHECKING:
     import random
@@ -24,9 +26,12 @@ ENDED = (KVPoll.Failed, KVPoll.Success)
 
 
 class Tenancy:
-    """One job's hold on some units: while it owns them nobody else's bytes may come there."""
+    """One job's hold on some units: while it owns them nobody else's bytes may come there. ``number`` is its own."""
+
+    _numbers = itertools.count(1)
 
     def __init__(self, job: SimJob) -> None:
+        self.number = next(self._numbers)
         self.job = job
         self.units: dict[str, list[int]] = {}
 
@@ -167,12 +172,15 @@ class SimJob(ABC):
 
 
 class SourceJob(SimJob):
-    """A prompt that is prefilled: computed chunk by chunk, submitted as soon as the room waits for input."""
+    """A prompt that is prefilled: computed chunk by chunk, or layers of chunks in any order; each step is submitted as
+    soon as the room waits for input."""
 
     role = "source"
 
     def __init__(self, process: Process, request: SimRequest) -> None:
         super().__init__(process, request)
+        self._steps = request.steps or tuple(SimStep(number) for number in range(len(request.chunks)))
+        self._step_every = request.chunk_every * len(request.chunks) / len(self._steps)
         self._computed = 0
         self._submitted = 0
         self._begin: int | None = None
@@ -229,13 +237,13 @@ class SourceJob(SimJob):
 
     def _compute_later(self) -> None:
         life = self._life
-        self.later(self.request.chunk_every, lambda: self._compute(life))
+        self.later(self._step_every, lambda: self._compute(life))
 
     def _compute(self, life: int) -> None:
         if self.side is None or self.side.poll() in ENDED or life != self._life:
             return
         self._computed += 1
-        if self._computed < len(self.request.chunks):
+        if self._computed < len(self._steps):
             self._compute_later()
         self._submit_what_is_computed()
 
@@ -256,9 +264,11 @@ class SourceJob(SimJob):
             prefix = side.prefix_len if self.request.skip_prefix and not self.request.eager else 0
             page = self.process.group.page_size
             self._begin = prefix if prefix >= self.request.tokens else prefix // page * page
-        start = min(max(self._begin, stops[number - 1] if number else 0), stops[number])
-        stop, last = stops[number], number == len(stops) - 1
-        if start >= stop and not last:
+        step, last = self._steps[number], number == len(self._steps) - 1
+        start = min(max(self._begin, stops[step.chunk - 1] if step.chunk else 0), stops[step.chunk])
+        stop, layers = stops[step.chunk], self._layers(step)
+        final = last or (step.stop > 0 and stop == self.request.tokens)  # slots: the state of each layer, and aux
+        if (start >= stop and not final) or not (layers or last):
             return
         if self.request.gap == number > 0 and not last:
             return
@@ -268,16 +278,24 @@ class SourceJob(SimJob):
                 first, after = start // pool.rows, -(-stop // pool.rows)
                 units = self.tenancy.units[pool.name][first:after] if start < stop else []
                 spans.append(Span(pool.name, start, stop, tuple(units)))
-            elif last:
+            elif final:
                 spans.append(Span(pool.name, 0, 0, tuple(self.tenancy.units[pool.name])))
+        if last:
+            layers = (*layers, NO_LAYER)
         if self.request.ready_after:
             self.process.clockwork.faults["fence opens late"] += 1
             life = self._life
-            self.later(self.request.ready_after, lambda: self._fill(number, spans, life, stir=True))
+            self.later(self.request.ready_after, lambda: self._fill(number, spans, layers, life, stir=True))
         else:
-            self._fill(number, spans, self._life, stir=False)
-        self.process.clockwork.tell(self.process.name, f"engine: {self} submits tokens {start}..{stop}")
-        side.submit(spans, last=last, ready=lambda: self._is_ready(number))
+            self._fill(number, spans, layers, self._life, stir=False)
+        self.process.clockwork.tell(self.process.name, f"engine: {self} submits tokens {start}..{stop} of {layers}")
+        some = (step.start, step.stop) if step.stop and layers != (NO_LAYER,) else None
+        side.submit(spans, last=last, ready=lambda: self._is_ready(number), layers=some)
+
+    def _layers(self, step: SimStep) -> tuple[int, ...]:
+        """Those of a step that this rank has."""
+        here = {plane.layer for pool in self.process.memory.layout.pools for plane in pool.planes} - {NO_LAYER}
+        return tuple(sorted(layer for layer in here if not step.stop or step.start <= layer < step.stop))
 
     def _is_ready(self, number: int) -> bool:
         if number in self._ready and number + 1 == self.request.ready_raises:
@@ -286,15 +304,15 @@ class SourceJob(SimJob):
             raise RuntimeError("the accelerator has failed")
         return number in self._ready
 
-    def _fill(self, number: int, spans: Sequence[Span], life: int, *, stir: bool) -> None:
-        """The accelerator has written the chunk."""
+    def _fill(self, number: int, spans: Sequence[Span], layers: Sequence[int], life: int, *, stir: bool) -> None:
+        """The accelerator has written these layers of the chunk."""
         if self.over or life != self._life:
             return
         for span in spans:
             if span.units:
                 first = span.token_start // self.process.group.page_size
                 seed = self.request.number
-                self.process.memory.fill(span.pool, seed, span.token_start, span.token_stop, span.units, first)
+                self.process.memory.fill(span.pool, seed, span.token_start, span.token_stop, span.units, first, layers)
         self._ready.add(number)
         if stir:
             self.process.stir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 from msgspec.structs import replace
 
@@ -19,6 +20,7 @@ from kvbaton.testing.sim.scenario import (
     SimGroup,
     SimModel,
     SimRequest,
+    SimStep,
     Trigger,
     Tuning,
     WriteFault,
@@ -93,9 +95,57 @@ def generate(seed: int) -> Scenario:
     faults = () if quiet else _faults(rng, sources, targets, theme)
     if theme == "storm":
         faults = (*faults, *_closed_while_written(random.Random(f"closing of {seed}"), targets))
-    return Scenario(
+    scenario = Scenario(
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
     )
+    by_layers = random.Random(f"layered {seed}")
+    return _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
+
+
+def _by_layers(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Engines that hand over layers as they compute them, in an order of their own; some of them have pages in which
+    all layers are neighbours."""
+    model = replace(scenario.model, layers=rng.randint(2, 4))
+    stacks = rng.random() < 0.3
+
+    def stacked(group: SimGroup) -> SimGroup:
+        return replace(group, order="stacked") if stacks and rng.random() < 0.8 else group
+
+    return replace(
+        scenario,
+        model=model,
+        tuning=replace(scenario.tuning, post_seconds=rng.choice((0.0, 0.0, 0.0, 1e-6, 1.5e-4))),
+        sources=tuple(map(stacked, scenario.sources)),
+        targets=tuple(map(stacked, scenario.targets)),
+        requests=tuple(
+            request if request.gap or rng.random() < 0.2 else replace(request, steps=_steps(rng, request, model.layers))
+            for request in scenario.requests
+        ),
+    )
+
+
+def _steps(rng: random.Random, request: SimRequest, layers: int) -> tuple[SimStep, ...]:
+    """All layers of all chunks: each layer in the order of the chunks, otherwise as it comes; whole chunks and layers
+    that come again in between. The last step leaves nothing out."""
+    cuts = sorted({0, layers, *(rng.randrange(1, layers) for _ in range(rng.randint(1, 3)))})
+    due = dict.fromkeys(pairwise(cuts), 0)
+    forwards = rng.random() < 0.5  # as engines compute: chunk by chunk, layer by layer
+    made: list[SimStep] = []
+    while left := [band for band, chunk in due.items() if chunk < len(request.chunks)]:
+        band = min(left, key=lambda each: (due[each], each)) if forwards else rng.choice(left)
+        if rng.random() < 0.15:
+            made.append(SimStep(min(due.values())))
+            due = {each: max(chunk, made[-1].chunk + 1) for each, chunk in due.items()}
+            continue
+        made.append(SimStep(due[band], *band))
+        due[band] += 1
+        if rng.random() < 0.1:
+            made.append(made[-1])
+    if rng.random() < 0.5:
+        made.append(SimStep(len(request.chunks) - 1))
+    elif made[-1].chunk != len(request.chunks) - 1:
+        made.append(SimStep(len(request.chunks) - 1, *rng.choice(list(due))))
+    return tuple(made)
 
 
 def _some_are_declined(rng: random.Random, requests: tuple[SimRequest, ...], theme: str) -> tuple[SimRequest, ...]:

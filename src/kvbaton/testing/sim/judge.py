@@ -59,7 +59,21 @@ class Judge:
             raise self._violated(
                 "misdirected write", f"{source.name} → {target.name}: {run.source_owners} to {run.target_owners}"
             )
+        self._check_once(source, target, run)
         self._check_digest(source, target)
+
+    def _check_once(self, source: Host, target: Host, run: Run) -> None:
+        """No byte of a room is written twice, by whomever, unless its chunks were withdrawn and come again."""
+        owner, room, number = run.target_owners[0][1], -1, 0
+        if isinstance(owner, Tenancy):
+            room, number = owner.job.request.room, owner.number
+        elif isinstance(owner, Transfer):
+            room, number = owner.key.room, -owner.key.id
+        again = any(request.room == room and request.preempt is not None for request in self._world.scenario.requests)
+        written = target.memory.written_for[run.target : run.target + run.length]
+        if number and not again and (written == number).any():
+            raise self._violated("written twice", f"{source.name} → {target.name}: {run.target_owners}")
+        written[:] = number
 
     def _check_digest(self, source: Host, target: Host) -> None:
         ours = self._world.process(source.instance).manager.core.plan_digest(target.instance, "source")

@@ -49,7 +49,8 @@ def _kv(model: SimModel, group: SimGroup, layers: range, rank: int) -> Pool:
     if group.order == "fused" and not model.latent:
         return _fused(group, layers, rank, heads, model.item_bytes)
     name = "mla" if model.latent else "kv"
-    return _paged(group, layers, rank, name, name, heads, model.item_bytes, tensors)
+    pool = _paged(group, layers, rank, name, name, heads, model.item_bytes, tensors)
+    return _stacked(pool) if group.order == "stacked" else pool
 
 
 def _paged(
@@ -70,7 +71,7 @@ def _paged(
         heads=heads,
         head_bytes=item_bytes,
         dtype="f1" if group.misfit else "u1",
-        order="NHD" if group.order == "fused" else group.order,
+        order="HND" if group.order in ("HND", "stacked") else "NHD",
         tp_size=group.tp,
         tp_rank=rank,
         name=name,
@@ -78,6 +79,13 @@ def _paged(
         tensors=tensors,
         window=window,
     )
+
+
+def _stacked(pool: Pool) -> Pool:
+    """All layers of a page side by side, so that they may be one lane."""
+    unit = pool.planes[0].unit_stride
+    planes = [replace(p, offset=i * unit, unit_stride=len(pool.planes) * unit) for i, p in enumerate(pool.planes)]
+    return replace(pool, planes=tuple(planes))
 
 
 def _fused(group: SimGroup, layers: range, rank: int, heads: int, item_bytes: int) -> Pool:
@@ -107,11 +115,13 @@ def _state(model: SimModel, group: SimGroup, layers: range, rank: int) -> Pool:
 
 @dataclass(eq=False, slots=True)
 class PoolBytes:
-    """Where a pool's bytes lie: ``index[unit, row]`` are the offsets of all its items, plane by plane."""
+    """Where a pool's bytes lie: ``index[unit, row]`` are the offsets of all its items, plane by plane; ``layer`` says
+    whose they are."""
 
     pool: Pool
     index: Offsets
     salt: NDArray[np.uint32]
+    layer: NDArray[np.int64]
 
     def content(self, seed: int, tokens: NDArray[np.int64]) -> Bytes:
         """Bytes of tokens (rows), as ``index`` orders them."""
@@ -155,6 +165,7 @@ class RankMemory:
             slots = np.arange(units, units + group.staging_slots, dtype=np.int32)
             self.unit_of[bases[-2] : bases[-2] + lengths[-1]] = np.repeat(slots, STAGING_SLOT_BYTES)
         self.owners: list[object | None] = [None] * units
+        self.written_for = np.zeros(bases[-1], dtype=np.int64)  # by byte: whose write was posted to it last
 
     def at(self, address: int) -> int:
         """Offset in ``bytes`` of an address."""
@@ -176,10 +187,25 @@ class RankMemory:
                 return f"{name}[{number - first}]"
         return f"nothing[{number}]"
 
-    def fill(self, pool: str, seed: int, start: int, stop: int, units: Units, first_page: int) -> None:
-        """Write the content of tokens ``[start, stop)`` into the pages that hold them (slot pools: token 0)."""
+    def fill(
+        self,
+        pool: str,
+        seed: int,
+        start: int,
+        stop: int,
+        units: Units,
+        first_page: int,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        """Write the content of tokens ``[start, stop)`` into the pages that hold them (slot pools: token 0); of all
+        layers, or of some."""
         where, rows = self._place(pool, start, stop, units, first_page)
-        self.bytes[where] = self.pools[pool].content(seed, rows)
+        content = self.pools[pool].content(seed, rows)
+        if layers is None:
+            self.bytes[where] = content
+        else:
+            chosen = np.isin(self.pools[pool].layer, list(layers))
+            self.bytes[where[:, chosen]] = content[:, chosen]
 
     def wrong(self, pool: str, seeds: Sequence[int], start: int, stop: int, units: Units, first_page: int) -> list[int]:
         """Tokens of ``[start, stop)`` with a byte that is none of these requests' content."""
@@ -205,7 +231,7 @@ class RankMemory:
 def _pool_bytes(pool: Pool, bases: list[int]) -> PoolBytes:
     units = np.arange(pool.units, dtype=np.int64)[:, None, None]
     rows = np.arange(pool.rows, dtype=np.int64)[None, :, None]
-    columns, salts = [], []
+    columns, salts, layers = [], [], []
     for plane in pool.planes:
         name = sum(ord(letter) << (8 * i) for i, letter in enumerate(f"{pool.name[0]}{plane.name[0]}"))
         items = np.arange(plane.axis.width, dtype=np.int64)
@@ -215,5 +241,7 @@ def _pool_bytes(pool: Pool, bases: list[int]) -> PoolBytes:
             bases[plane.region] + plane.offset + units * plane.unit_stride + rows * plane.row_stride + inner[None, None]
         )
         salt = (items + plane.axis.first)[:, None] * 0xC2B2AE3D + within[None, :] * 0x27D4EB2F
+        layers.append(np.full(len(inner), plane.layer, dtype=np.int64))
         salts.append((salt.ravel() + (plane.layer + 2) * 0x2545F491 + name * 0x1B873593) & 0xFFFFFFFF)
-    return PoolBytes(pool, np.concatenate(columns, axis=2), np.concatenate(salts).astype(np.uint32))
+    index, salt_of_all = np.concatenate(columns, axis=2), np.concatenate(salts).astype(np.uint32)
+    return PoolBytes(pool, index, salt_of_all, np.concatenate(layers))

@@ -12,10 +12,13 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from kvbaton.plan.costs import DEFAULT_COSTS
+
 #: An engine that takes less than this for a prompt is not slow.
 PROMPT_SECONDS = 2.0
 
-Order = Literal["HND", "NHD", "fused"]
+#: ``fused``: K and V of a token side by side; ``stacked``: all layers of a page side by side.
+Order = Literal["HND", "NHD", "fused", "stacked"]
 
 
 class SimModel(Struct, frozen=True, kw_only=True):
@@ -70,6 +73,14 @@ class SimGroup(Struct, frozen=True, kw_only=True):
         return f"{self.name}.{number}"
 
 
+class SimStep(Struct, frozen=True, array_like=True):
+    """Layers ``[start, stop)`` of a chunk, counted from 0, are computed; without layers all of it is."""
+
+    chunk: int
+    start: int = 0
+    stop: int = 0
+
+
 class SimRequest(Struct, frozen=True, kw_only=True):
     """One prompt on both sides. Times are relative to its start: 0, or the end of the request named by ``after``.
 
@@ -77,9 +88,10 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         chunks: token numbers where a chunk ends; the last is the number of tokens.
         source_at, target_at: when each engine gets it.
         publish_after: from then until the target engine publishes units.
-        chunk_every: computing time of a chunk.
+        steps: how the chunks are handed over, in this order; none: each as a whole.
+        chunk_every: computing time of a chunk, in which its steps share.
         ready_after: from submission of a chunk until its fence opens.
-        ready_raises: the fence of this chunk, counted from 1, raises when it should open; 0: none does.
+        ready_raises: the fence of this chunk, or step, counted from 1, raises when it should open; 0: none does.
         eager: submit chunks without waiting for the target.
         skip_prefix: the source submits nothing that the target holds already.
         source_abort, target_abort: when that engine gives it up; None: never.
@@ -97,6 +109,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     target: int = 0
     prefix: int = 0
     chunks: tuple[int, ...] = (4,)
+    steps: tuple[SimStep, ...] = ()
     after: int | None = None
     source_at: float = 0.0
     target_at: float = 0.0
@@ -226,6 +239,7 @@ class Tuning(Struct, frozen=True, kw_only=True):
     rooms: int = 64
     quarantine_seconds: float | None = None
     staging: Literal["auto", "always", "never"] = "auto"
+    post_seconds: float = DEFAULT_COSTS.post_seconds  #: 0: layers are worth a post of their own, always
 
 
 class Scenario(Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvbaton.manager import KVPoll
+from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.sim.clockwork import Clockwork
 from kvbaton.testing.sim.engine import SimJob, SourceJob, TargetJob
@@ -95,6 +96,7 @@ class SimWorld:
             rooms=tuning.rooms,
             staging=tuning.staging,
             quarantine_seconds=tuning.quarantine_seconds,
+            costs=Costs(post_seconds=tuning.post_seconds),
         )
         self.results: Counter[str] = Counter()
         self.judge = Judge(self)
