@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbaton.errors import AbortedError, KVBatonError, LocalProtocolError
 from kvbaton.manager import KVPoll, Span
@@ -17,7 +18,8 @@ from kvbaton.serving.engine.pool import Pools
 
 @dataclass
 class End:
-    """A KVSender or a KVReceiver. ``spans`` are those submitted, or published."""
+    """A KVSender or a KVReceiver. ``spans`` are those submitted, or published; ``ahead`` the layers that were submitted
+    by themselves, and what they were then."""
 
     wire: Wire
     room: int
@@ -26,6 +28,7 @@ class End:
     leased: bool = False
     prefix_len: int = 0
     spans: list[tuple[tuple[Span, ...], bool]] = field(default_factory=list)
+    ahead: dict[tuple[Span, int], dict[str, Any]] = field(default_factory=dict)
     bytes: int = 4096
     handoff_seconds: float = 0.25
     exposed_seconds: float = 0.125
@@ -47,8 +50,15 @@ class End:
                 self.state = KVPoll.WaitingForInput
                 self.wire.settle()
 
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Callable[[], bool]) -> None:
+    def submit(
+        self, spans: Sequence[Span], *, last: bool, ready: Callable[[], bool], layers: tuple[int, int] | None = None
+    ) -> None:
         assert ready()
+        if layers is not None:
+            assert not last
+            for span in spans:
+                self.ahead[span, layers[0]] = self.wire.look(span, layers[0])
+            return
         with self.wire.lock:
             if self.state == KVPoll.Failed:
                 raise LocalProtocolError("the transfer has failed", room=self.room)
@@ -144,11 +154,17 @@ class Wire:
         if sender.spans and sender.spans[-1][1]:
             for spans, _ in sender.spans:
                 for span in spans:
-                    self._copy(span, next(s for s in receiver.spans[0][0] if s.pool == span.pool))
+                    self._copy(span, next(s for s in receiver.spans[0][0] if s.pool == span.pool), sender.ahead)
             for end in (sender, receiver):
                 end.state, end.leased = KVPoll.Success, False
 
-    def _copy(self, ours: Span, theirs: Span) -> None:
+    def look(self, span: Span, layer: int) -> dict[str, Any]:
+        """A copy of what a layer has in the pages of a span."""
+        tensors = self._pools[0].paged[span.pool].tensors
+        return {name: tensor[list(span.units)] for (of, name), tensor in tensors.items() if of == layer}
+
+    def _copy(self, ours: Span, theirs: Span, ahead: dict[tuple[Span, int], dict[str, Any]]) -> None:
+        """What went ahead arrives as it was then."""
         source, target = self._pools
         if ours.pool == "aux":
             row = bytearray(source.row(ours.units[0]))
@@ -157,8 +173,12 @@ class Wire:
             return
         for position in range(ours.token_start, ours.token_stop):
             size = source.page_size
-            page = ours.units[position // size - ours.token_start // size]
-            token = [tensor[page, :, position % size] for tensor in source.paged[ours.pool].tensors.values()]
+            number = position // size - ours.token_start // size
+            token = []
+            for (layer, name), tensor in source.paged[ours.pool].tensors.items():
+                early = ahead.get((ours, layer), {}).get(name)
+                page = early[number] if early is not None else tensor[ours.units[number]]
+                token.append(page[:, position % size])
             page = theirs.units[position // target.page_size]
             for tensor, value in zip(target.paged[ours.pool].tensors.values(), token, strict=True):
                 tensor[page, :, position % target.page_size] = value

@@ -77,6 +77,18 @@ def ask_for(room: int, length: int, count: int, **sampling: object) -> Request:
     )
 
 
+def test_every_layer_goes_ahead_of_its_chunk(model: LoadedModel) -> None:
+    """Also those of the last chunk; what arrives is what the layers were when they went."""
+    with pair(model) as both:
+        request = ask_for(1, 100, 12)
+        _, answer = both.ask(request)
+        assert answer.wait().tokens == generate(model, request.prompt_tokens, 12)
+        sender = both.wire.senders[1]
+        chunks = [span for spans, _ in sender.spans for span in spans if span.pool == "kv"]
+        assert [(span.token_start, span.token_stop) for span in chunks] == [(0, 32), (32, 64), (64, 96), (96, 100)]
+        assert list(sender.ahead) == [(span, layer) for span in chunks for layer in range(model.geometry.layers)]
+
+
 @pytest.mark.parametrize("target_page_size", [16, 64, 5])
 def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) -> None:
     with pair(any_model, target={"page_size": target_page_size}) as both:

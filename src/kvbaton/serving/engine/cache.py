@@ -205,9 +205,11 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is
             self.dtype, self.device = tensor.dtype, tensor.device
 
     def store(self, view: View) -> None:
+        """Write back what is not written back yet."""
         for tensor, states, number in self._states:
-            tensor.index_copy_(0, view.states, states[number])
-            states[number] = None
+            if states[number] is not None:
+                tensor.index_copy_(0, view.states, states[number])
+                states[number] = None
 
 
 class HybridLayer(StateLayer, PagedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
@@ -241,7 +243,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             if isinstance(layer, StateLayer):
                 layer.load(view)
 
-    def keep(self, view: View) -> None:
-        for layer in self.layers:
+    def keep(self, view: View, number: int | None = None) -> None:
+        """Of one layer, or of all."""
+        for layer in self.layers if number is None else [self.layers[number]]:
             if isinstance(layer, StateLayer):
                 layer.store(view)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from kvbaton.errors import InternalError, KVBatonError, LocalProtocolError
-from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender
+from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.serving.engine import orders
+from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.cache import Extent
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.pool import BlockTable, Pools
@@ -114,9 +115,15 @@ class Follower:
             for request in order.requests
         ]
         try:
-            self._runner.forward([list(request.tokens) for request in order.requests], extents)
+            tokens = [list(request.tokens) for request in order.requests]
+            self._runner.forward(tokens, extents, self._ahead(*order.ahead) if order.ahead is not None else None)
         except KVBatonError as error:  # the leader has failed on the same input, or hears from its own collective
             logger.warning("%s", error)
+
+    def _ahead(self, number: int, spans: tuple[Span, ...]) -> Ahead | None:
+        """Where this rank's layers of a pass go."""
+        side, here = self._sides.get(number), tuple(self._pools.here(spans))
+        return Ahead(side.end, here) if here and side is not None and isinstance(side.end, KVSender) else None
 
     def _copy(self, order: orders.Copy) -> None:
         try:

@@ -44,6 +44,10 @@ class Holds:
     index: bool = False
     state: bool = False
 
+    @property
+    def anything(self) -> bool:
+        return bool(self.attention or self.state)
+
 
 #: The one place that knows transformers' cache layer classes.
 CACHE_LAYERS: dict[type, Holds] = {

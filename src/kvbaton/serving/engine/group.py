@@ -22,6 +22,7 @@ from kvbaton.manager import KVManager, KVPoll, KVReceiver, KVSender, Span
 from kvbaton.protocol.messages import Role
 from kvbaton.runtime.commands import Fence
 from kvbaton.serving.engine import orders
+from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.cache import Extent
 from kvbaton.serving.engine.pipe import Died, Pipe
 from kvbaton.serving.engine.polls import combine
@@ -75,13 +76,15 @@ class Group:
         for member in self.members:
             member.pipe.send(order)
 
-    def announce(self, tokens: list[list[int]], extents: list[Extent]) -> None:
-        """Have every follower take part in the forward pass that the leader begins now."""
+    def announce(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None) -> None:
+        """Have every follower take part in the forward pass that the leader begins now, and send its own layers of it
+        ahead."""
         requests = tuple(
             orders.ForwardRequest(tuple(row), e.block_table.pages, e.block_table.ring, e.block_table.state, e.cached)
             for row, e in zip(tokens, extents, strict=True)
         )
-        self.order(orders.Forward(requests))
+        sends = (ahead.sender.number, ahead.spans) if ahead and isinstance(ahead.sender, GroupSender) else None
+        self.order(orders.Forward(requests, sends))
 
     def announce_copy(self, copies: Copies) -> None:
         """Have every follower copy the same units."""
@@ -144,12 +147,12 @@ class GroupRoom:
         self._pools = pools
         self._handed_over = False
         self._others: dict[int, orders.RankStatus] = {}
-        self._number = group.enter(self)
+        self.number = group.enter(self)
         for member in group.members:
-            self._others[member.rank] = orders.RankStatus(self._number, KVPoll.Bootstrapping)
+            self._others[member.rank] = orders.RankStatus(self.number, KVPoll.Bootstrapping)
 
     def begin(self, role: Role, sources: Sequence[str]) -> None:
-        self._group.order(orders.Begin(self._number, role, self.room, tuple(sources)))
+        self._group.order(orders.Begin(self.number, role, self.room, tuple(sources)))
 
     def on_status(self, rank: int, report: orders.RankStatus) -> None:
         """On the thread of a follower."""
@@ -184,7 +187,7 @@ class GroupRoom:
             other.poll in ended and not other.leased for other in self._others.values()
         )
         if others and self._local.released:
-            self._group.leave(self._number)
+            self._group.leave(self.number)
             return True
         return False
 
@@ -202,7 +205,7 @@ class GroupRoom:
 
     def fail(self, error: KVBatonError) -> None:
         try:
-            self._group.order(orders.Fail(self._number, error))
+            self._group.order(orders.Fail(self.number, error))
         except InternalError:
             logger.debug("room %d: the group is lost, only the leader's part is failed", self.room)
         self._local.fail(error)
@@ -225,10 +228,14 @@ class GroupSender(GroupRoom):
     def prefix_len(self) -> int:
         return min([self._sender.prefix_len, *(other.prefix_len for other in self._others.values())])
 
-    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence) -> None:
+    def submit(self, spans: Sequence[Span], *, last: bool, ready: Fence, layers: tuple[int, int] | None = None) -> None:
+        """Layers are the leader's own: the others hand over theirs as they compute them (see ``orders.Forward``)."""
+        if layers is not None:
+            self._sender.submit(self._pools.here(spans), last=last, ready=ready, layers=layers)
+            return
         rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
         self._handed_over = True
-        self._group.order(orders.SubmitChunk(self._number, tuple(spans), last, rows))
+        self._group.order(orders.SubmitChunk(self.number, tuple(spans), last, rows))
         self._sender.submit(self._pools.here(spans), last=last, ready=ready)
 
 
@@ -241,7 +248,7 @@ class GroupReceiver(GroupRoom):
 
     def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
         self._handed_over = True
-        self._group.order(orders.Publish(self._number, tuple(spans), token_count))
+        self._group.order(orders.Publish(self.number, tuple(spans), token_count))
         self._receiver.publish(self._pools.here(spans), token_count=token_count)
 
 

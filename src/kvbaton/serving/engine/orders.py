@@ -29,7 +29,10 @@ class ForwardRequest(Struct, frozen=True, array_like=True):
 
 
 class Forward(Struct, frozen=True, tag="forward"):
+    """``ahead``: the side, and the units, that the layers of the pass are handed over with as they are computed."""
+
     requests: tuple[ForwardRequest, ...]
+    ahead: tuple[int, tuple[Span, ...]] | None = None
 
 
 class Copy(Struct, frozen=True, tag="copy"):

@@ -1,7 +1,8 @@
 """The prefill scheduler: bootstrap queue, chunked prefill, in-flight queue.
 
 Rules: pages are taken only when the target has granted its own (the sender says WaitingForInput), so a prompt nobody
-collects holds none. Each chunk is handed over as soon as it is computed and travels while the next one is computed.
+collects holds none. Each chunk is handed over as soon as it is computed and travels while the next one is computed;
+its layers go ahead of it, so that those of the last chunk travel while that is computed.
 Pages and slot go back when the sender has ended *and* holds no lease; until then the hand-off is ``draining``.
 
 This file must not know of transports, peers' layouts or text.
@@ -17,6 +18,7 @@ from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.adjustment import adjustment_of
+from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel
@@ -123,11 +125,17 @@ class Prefill(Role):
     def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
         """One chunk: compute it, hand it over; after the last one, the first token of each choice with it."""
         try:
-            logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size)
-            spans = self._unsent(handoff, run)
+            spans: tuple[Span, ...] = ()
+
+            def ahead_of(stop: int) -> Ahead | None:
+                nonlocal spans
+                spans = self._unsent(handoff, run, stop)
+                return Ahead(handoff.sender, spans) if spans else None
+
+            logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size, ahead_of)
             if run.finished:
                 handoff.firsts = self._first_tokens(handoff, logits)
-                spans += [*self._pools.state_spans(run.block_table), self._write_aux(handoff)]
+                spans += (self._write_aux(handoff),)
             if spans:
                 handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
         except KVBatonError as error:
@@ -138,10 +146,14 @@ class Prefill(Role):
             self._computing = None
             self._inflight.append(handoff)
 
-    def _unsent(self, handoff: _Handoff, run: PromptRun) -> list[Span]:
-        """The spans of what is computed but neither sent nor held by the targets, if there is any."""
-        start, handoff.sent = handoff.sent, max(handoff.sent, run.computed)
-        return self._pools.spans(run.block_table, start, run.computed)
+    def _unsent(self, handoff: _Handoff, run: PromptRun, stop: int) -> tuple[Span, ...]:
+        """The spans of what is neither sent nor held by the targets up to token ``stop``, if there is any; the states
+        are final with the last token."""
+        start, handoff.sent = handoff.sent, max(handoff.sent, stop)
+        spans = self._pools.spans(run.block_table, start, stop)
+        if stop == len(run.tokens):
+            spans += self._pools.state_spans(run.block_table)
+        return tuple(spans)
 
     def _first_tokens(self, handoff: _Handoff, logits: object) -> list[Pick]:
         request = handoff.job.request

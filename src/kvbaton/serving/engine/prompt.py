@@ -6,9 +6,10 @@ This file must not know of peers, sampling or schedulers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.runner import ModelRunner
 
@@ -31,10 +32,20 @@ class PromptRun:
     def finished(self) -> bool:
         return self.computed == len(self.tokens)
 
-    def advance(self, runner: ModelRunner, chunk_tokens: int, page_size: int) -> Any:
-        """Compute the next chunk. Returns the logits [1, vocabulary] after its last token. Raises InternalError."""
+    def advance(
+        self,
+        runner: ModelRunner,
+        chunk_tokens: int,
+        page_size: int,
+        ahead_of: Callable[[int], Ahead | None] = lambda _stop: None,
+    ) -> Any:
+        """Compute the next chunk. Returns the logits [1, vocabulary] after its last token. Raises InternalError.
+
+        ``ahead_of``: where the layers of the chunk that ends at a token may go.
+        """
         stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
-        logits = runner.prefill_chunk(self.tokens[self.computed : stop], self.computed, self.block_table)
+        tokens = self.tokens[self.computed : stop]
+        logits = runner.prefill_chunk(tokens, self.computed, self.block_table, ahead=ahead_of(stop))
         self.computed = stop
         return logits
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from kvbaton.errors import InternalError
 from kvbaton.manager import ALWAYS_READY
+from kvbaton.serving.engine.ahead import Ahead, layer_modules, watched
 from kvbaton.serving.engine.cache import Extent, PagedCache, View
 from kvbaton.serving.engine.collective import Collective
 from kvbaton.serving.engine.geometry import DTYPES
@@ -23,7 +25,7 @@ from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import BlockTable, Copies, Pools
 from kvbaton.serving.engine.versions import cache_argument
 
-Announce = Callable[[list[list[int]], list[Extent]], None]
+Announce = Callable[[list[list[int]], list[Extent], Ahead | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class ModelRunner:
         pools: Pools,
         *,
         collective: Collective | None = None,
-        announce: Announce = lambda _tokens, _extents: None,
+        announce: Announce = lambda _tokens, _extents, _ahead: None,
         announce_copy: Callable[[Copies], None] = lambda _copies: None,
     ) -> None:
         self._network = model.network
@@ -59,14 +61,18 @@ class ModelRunner:
         self._announce_copy = announce_copy
         self._pools = pools
         self._device = torch.device(pools.device)
+        self._layers = layer_modules(model.network, model.geometry, model.shard)
         self._cache = PagedCache(pools)
 
-    def prefill_chunk(self, tokens: Sequence[int], start: int, block_table: BlockTable) -> Any:
-        """Compute ``tokens`` at positions ``start`` on, the cache of all before them being in ``block_table``.
+    def prefill_chunk(
+        self, tokens: Sequence[int], start: int, block_table: BlockTable, *, ahead: Ahead | None = None
+    ) -> Any:
+        """Compute ``tokens`` at positions ``start`` on, the cache of all before them being in ``block_table``; each
+        layer goes ``ahead`` as soon as it is there.
 
         Returns the logits [1, vocabulary] that follow the last one.
         """
-        return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))])
+        return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))], ahead)
 
     def decode(self, batch: Sequence[Step]) -> Any:
         """Compute one token of each request. Returns logits [len(batch), vocabulary]."""
@@ -90,21 +96,27 @@ class ModelRunner:
         event.record()
         return event.query  # type: ignore[no-any-return]
 
-    def _lead(self, tokens: list[list[int]], extents: list[Extent]) -> Any:
-        self._announce(tokens, extents)
-        return self.forward(tokens, extents)
+    def _lead(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None) -> Any:
+        self._announce(tokens, extents, ahead)
+        return self.forward(tokens, extents, ahead)
 
-    def forward(self, tokens: list[list[int]], extents: list[Extent]) -> Any:
+    def forward(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None) -> Any:
         """This rank's part of one pass. The leader gets logits, others nothing to use. Raises InternalError."""
         try:
             with torch.inference_mode():
                 view = View.build(extents, self._pools)
                 self._cache.bind(view)
-                output = self._stage(tokens, view)
+                with watched(self._layers if ahead is not None else {}, partial(self._layer_done, view, ahead)):
+                    output = self._stage(tokens, view)
                 self._cache.keep(view)
                 return output
         except Exception as error:  # torch has no common base
             raise InternalError(f"the model failed on {len(extents)} request(s): {error!r}") from error
+
+    def _layer_done(self, view: View, ahead: Ahead | None, layer: int) -> None:
+        if ahead is not None:
+            self._cache.keep(view, layer)
+            ahead.layer_done(layer, self.fence())
 
     def _stage(self, tokens: list[list[int]], view: View) -> Any:
         shard, collective = self._shard, self._collective
