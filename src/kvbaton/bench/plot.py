@@ -1,4 +1,4 @@
-"""The staging grid as a picture: what a room costs over the length of its runs, one panel for each room size."""
+"""Figures as pictures: what a room costs over the length of its runs, and beside others that are open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from kvbaton.bench.open_rooms import Beside
 from kvbaton.bench.staging import Point
 
 #: Attribute of a point, label, style.
@@ -35,5 +36,29 @@ def save(points: Sequence[Point], path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms of a room, TP 4 to 1, tokens outermost")
     figure.axes[0].legend(fontsize=7)
+    _write(figure, path)
+
+
+def save_open_rooms(found: Sequence[Beside], path: Path) -> None:
+    """Write the picture of one small room beside open ones to ``path`` (.svg or .png)."""
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    times, waiting = figure.subplots(1, 2)
+    opened = [one.open for one in found]
+    for name, label, style in (
+        ("kvbaton", "kvbaton", {"color": "#2060a0", "marker": "s"}),
+        ("leanest", "leanest loop", {"color": "#888", "linestyle": "--"}),
+    ):
+        times.plot(opened, [1e3 * (one.result.median(name) or 0.0) for one in found], label=label, **style)
+    waiting.plot(opened, [100 * one.waiting_cpu for one in found], color="#c04020", marker="o")
+    times.set(ylabel="ms of a room of 131 kB", ylim=(0, None))
+    waiting.set(ylabel="% of a core, decode waiting", ylim=(0, None))
+    times.legend(fontsize=7)
+    for panel in (times, waiting):
+        panel.set(xscale="symlog", xlabel="rooms that are open and wait")
+        panel.grid(alpha=0.3)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "kvbaton", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ class BenchResult:
     verified_bytes: int
     idle_cpu: dict[str, float] = field(default_factory=dict)
     evidence: str = ""
-    leased_after: int = 0
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  #: of all ranks together, a round
+    load: float = 0.0  #: of the machine, over the last minute
 
     def median(self, contestant: str) -> float | None:
         times = self.seconds.get(contestant)
@@ -39,6 +41,16 @@ class BenchResult:
         """kvbaton's median time as a multiple of another's; below 1 is faster."""
         other, ours = self.median(contestant), self.median("kvbaton")
         return ours / other if other and ours else None
+
+    def cpu_per_gigabyte(self, contestant: str) -> float | None:
+        """CPU seconds of both sides for each gigabyte that is moved."""
+        used = self.cpu_seconds.get(contestant)
+        return used / (self.total_bytes / 1e9) if used is not None else None
+
+    @property
+    def rooms_per_second(self) -> float:
+        """Rooms that kvbaton hands over, at the scenario's concurrency."""
+        return self.scenario.rooms / (self.median("kvbaton") or float("inf"))
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +69,7 @@ class _Rank:
         self._process.start()
         theirs.close()
         self.described: dict[str, Any] = {}
+        self.cpu_seconds = 0.0  #: of the last command
 
     def tell(self, command: str, *arguments: object) -> None:
         self._pipe.send((command, arguments))
@@ -65,7 +78,7 @@ class _Rank:
         if not self._pipe.poll(TIMEOUT_SECONDS):
             raise ExpiredError(f"benchmark rank {self.name} did not answer within {TIMEOUT_SECONDS:g} s")
         try:
-            kind, value = self._pipe.recv()
+            kind, value, self.cpu_seconds = self._pipe.recv()
         except EOFError as error:
             raise TransportError(f"benchmark rank {self.name} died (exit code {self._process.exitcode})") from error
         if kind == "error":
@@ -116,6 +129,7 @@ class TransferBench:
     def run(self, progress: Progress, *, idle: bool = False, only: Sequence[str] = ()) -> BenchResult:
         """One warm-up of everything, then ``rounds`` rounds in which the contestants (or ``only`` some) take turns."""
         seconds: dict[str, list[float]] = {name: [] for name in only or self._contestants()}
+        used = dict.fromkeys(seconds, 0.0)
         verified = 0
         for number in range(self.scenario.rounds + 1):
             for name in seconds:
@@ -123,6 +137,7 @@ class TransferBench:
                 elapsed = self._play(name)
                 if number:
                     seconds[name].append(elapsed)
+                    used[name] += sum(rank.cpu_seconds for rank in (*self._sources, *self._targets))
                 elif name in ("leanest", "kvbaton"):
                     verified = self._verify()
         idle_cpu = {}
@@ -138,7 +153,17 @@ class TransferBench:
             verified_bytes=verified,
             idle_cpu=idle_cpu,
             evidence=self._sources[0].ask("evidence"),
+            cpu_seconds={name: total / self.scenario.rounds for name, total in used.items() if name != "memcpy"},
+            load=os.getloadavg()[0],
         )
+
+    def open_rooms(self, count: int) -> None:
+        """Have so many rooms open that wait for prefill, between every source and target."""
+        addresses = [source.described["address"] for source in self._sources]
+        for source in self._sources:
+            source.ask("open_senders", count)
+        for target in self._targets:
+            target.ask("open_receivers", count, addresses)
 
     def _contestants(self) -> tuple[str, ...]:
         """One raw write of the same bytes only means something between two ranks."""

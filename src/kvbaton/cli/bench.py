@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,18 +19,16 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from kvbaton.bench.scenario import BenchScenario
-    from kvbaton.bench.staging import Point
     from kvbaton.bench.transfer import BenchResult
-
-MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("transfer", "plan", "staging", "calibrate"),
-        help="transfer: rooms from source to target ranks; plan: building plans and merging runs; staging: gathered "
-        "against direct writes over a grid; calibrate: the costs that choosing between them is made with",
+        choices=("transfer", "rooms", "plan", "staging", "calibrate"),
+        help="transfer: rooms from source to target ranks; rooms: one small room beside many that wait; plan: building "
+        "plans and merging runs; staging: gathered against direct writes over a grid; calibrate: the costs that "
+        "choosing between them is made with",
     )
     parser.add_argument("--suite", action="store_true", help="run the standard scenarios instead of one")
     parser.add_argument("--layers", type=positive, default=8, help="layers of the model, K and V each")
@@ -42,13 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=positive, default=64, help="rooms open at a time")
     parser.add_argument("--source-tp", type=positive, default=1, help="prefill ranks")
     parser.add_argument("--target-tp", type=positive, default=1, help="decode ranks")
+    parser.add_argument("--page-size", type=positive, default=16, help="tokens of a page")
+    parser.add_argument("--chunks", type=positive, default=1, help="chunks that a room is submitted in")
+    parser.add_argument("--interior", choices=("HND", "NHD"), default="HND", help="order of heads and tokens in a page")
+    parser.add_argument("--kind", choices=("kv", "mla"), default="kv", help="K and V of all heads, or one latent")
+    parser.add_argument("--plane", choices=("shared", "tcp"), default="shared", help="what UCX may use")
+    parser.add_argument("--staging", choices=("auto", "always", "never"), default="never", help="as serve takes it")
     parser.add_argument("--rounds", type=positive, default=5, help="measured rounds, after one that warms up")
     parser.add_argument("--seed", type=int, default=0, help="of bytes and page order")
     parser.add_argument(
         "--disaggregation-transfer-backend", choices=("nixl", "memory"), default="nixl", help="kvbaton's transport"
     )
     parser.add_argument("--transfer-costs", type=Path, default=None, help="a file that calibrate wrote")
-    parser.add_argument("--plot", type=Path, default=None, help="with staging: a picture of the grid, .svg or .png")
+    parser.add_argument("--plot", type=Path, default=None, help="with staging or rooms: a picture, .svg or .png")
     parser.add_argument("--json", action="store_true", help="data on stdout, every round")
     add_log_level(parser)
 
@@ -56,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.what == "plan":
         return _run_plan(options)
+    if options.what == "rooms":
+        return _run_rooms(options)
     if options.what in ("staging", "calibrate"):
         return _run_staging(options)
     try:
@@ -77,6 +84,29 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(msgspec.json.encode([_data(result) for result in results]).decode() + "\n")
     else:
         _print(results)
+    return 0
+
+
+def _run_rooms(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kvbaton.bench.open_rooms import measure
+
+    save = _plotter().save_open_rooms if options.plot is not None else None
+    with Console(stderr=True, highlight=False).status("starting ranks") as status:
+        found = measure(options.rounds, options.seed, options.disaggregation_transfer_backend, status.update)
+    if save is not None:
+        save(found, options.plot)
+    if options.json:
+        data = [{"open": one.open, "waiting_cpu": one.waiting_cpu, **_data(one.result)} for one in found]
+        sys.stdout.write(msgspec.json.encode(data).decode() + "\n")
+        return 0
+    for one in found:
+        print(
+            f"beside {one.open} open rooms: {one.milliseconds:.3f} ms, leanest "
+            f"{_milliseconds(one.result.median('leanest'))} ms, decode waits with {one.waiting_cpu:.2%} of a core, "
+            f"load {one.result.load:.1f}"
+        )
     return 0
 
 
@@ -113,7 +143,7 @@ def _run_staging(options: argparse.Namespace) -> int:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(costs)).decode() + "\n")
         return 0
     costs = transfer_costs(options.transfer_costs)
-    save = _plotter() if options.plot is not None else None
+    save = _plotter().save if options.plot is not None else None
     points = []
     for number, (run_bytes, pages) in enumerate(grid()):
         with console.status("starting") as status:
@@ -137,12 +167,12 @@ def _run_staging(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plotter() -> Callable[[Sequence[Point], Path], None]:
+def _plotter() -> ModuleType:
     try:
-        from kvbaton.bench.plot import save
+        from kvbaton.bench import plot
     except ModuleNotFoundError as error:
         raise ConfigError(f"--plot needs the package {error.name!r}", hint="pip install 'kvbaton[plot]'") from None
-    return save
+    return plot
 
 
 def _show(status: Status, name: str, text: str) -> None:
@@ -150,7 +180,7 @@ def _show(status: Status, name: str, text: str) -> None:
 
 
 def _scenarios(options: argparse.Namespace) -> Sequence[BenchScenario]:
-    from kvbaton.bench.scenario import BenchScenario
+    from kvbaton.bench.scenario import BenchScenario, suite
 
     if not options.suite:
         return [
@@ -163,18 +193,17 @@ def _scenarios(options: argparse.Namespace) -> Sequence[BenchScenario]:
                 concurrency=options.concurrency,
                 source_tp=options.source_tp,
                 target_tp=options.target_tp,
+                page_size=options.page_size,
+                chunks=options.chunks,
+                interior=options.interior,
+                kind=options.kind,
+                plane=options.plane,
+                staging=options.staging,
                 rounds=options.rounds,
                 seed=options.seed,
             )
         ]
-    rounds, seed = options.rounds, options.seed
-    return [
-        BenchScenario(name="64 rooms, shuffled", rounds=rounds, seed=seed),
-        BenchScenario(name="64 rooms, contiguous", order="contiguous", rounds=rounds, seed=seed),
-        BenchScenario(name="one small room", pages=2, rooms=1, concurrency=1, rounds=max(rounds, 50), seed=seed),
-        BenchScenario(name="TP 2 to 1", source_tp=2, rooms=16, rounds=rounds, seed=seed),
-        BenchScenario(name="TP 1 to 2", target_tp=2, rooms=16, rounds=rounds, seed=seed),
-    ]
+    return suite(options.rounds, options.seed)
 
 
 def _data(result: BenchResult) -> dict[str, object]:
@@ -193,6 +222,9 @@ def _data(result: BenchResult) -> dict[str, object]:
         "seconds": result.seconds,
         "median_seconds": {name: result.median(name) for name in result.seconds},
         "over": {name: result.over(name) for name in result.seconds if name != "kvbaton"},
+        "cpu_seconds_per_gigabyte": {name: result.cpu_per_gigabyte(name) for name in result.cpu_seconds},
+        "rooms_per_second": result.rooms_per_second,
+        "load": result.load,
         "idle_cpu": result.idle_cpu,
         "evidence": result.evidence,
     }
@@ -203,20 +235,24 @@ def _print(results: Sequence[BenchResult]) -> None:
     from rich.table import Table
 
     table = Table(title="medians; a ratio is kvbaton's time over the other's", title_justify="left")
-    for heading in ("scenario", "MiB", "kvbaton ms", "leanest ms", "raw ms", "memcpy ms", "/ leanest", "/ raw", "path"):
+    times = ("kvbaton ms", "leanest ms", "raw ms", "/ leanest", "/ raw")
+    for heading in ("scenario", "MB", *times, "CPU s/GB", "leanest's", "rooms/s", "load", "path"):
         table.add_column(heading, justify="left" if heading in ("scenario", "path") else "right")
     for result in results:
         table.add_row(
             result.scenario.name,
-            f"{result.total_bytes / MIB:.1f}",
-            *(_milliseconds(result.median(name)) for name in ("kvbaton", "leanest", "raw", "memcpy")),
+            f"{result.total_bytes / 1e6:.1f}",
+            *(_milliseconds(result.median(name)) for name in ("kvbaton", "leanest", "raw")),
             *(_ratio(result.over(name)) for name in ("leanest", "raw")),
+            *(_ratio(result.cpu_per_gigabyte(name)) for name in ("kvbaton", "leanest")),
+            f"{result.rooms_per_second:.0f}",
+            f"{result.load:.1f}",
             result.evidence or "unknown",
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for result in results:
-        checked = f"{result.verified_bytes / MIB:.1f} MiB verified"
+        checked = f"{result.verified_bytes / 1e6:.1f} MB verified"
         idle = "; ".join(f"{name} idle: {share:.2%} of a core" for name, share in result.idle_cpu.items())
         console.print(f"{result.scenario.name}: {checked}{'; ' if idle else ''}{idle}", highlight=False)
 

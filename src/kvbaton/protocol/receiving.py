@@ -45,7 +45,7 @@ def opened(t: Transfer, now: float, detail: object) -> None:
     t.enter(State.OPENED)
     t.set_deadline(now, t.context.settings.waiting_timeout)
     t.retry_pause = t.context.settings.retry_most_seconds
-    t.retry_later(now)
+    ask_later(t, now)
 
 
 def note_moving(t: Transfer, _now: float, detail: object) -> None:
@@ -57,7 +57,12 @@ def query(t: Transfer, now: float, _: object) -> None:
     settings = t.context.settings
     t.context.send(t, Query(sender=t.context.instance, receiver=t.peer, key=t.key))
     t.retry_pause = min(2 * t.retry_pause, max(settings.retry_most_seconds, QUERY_SHARE * settings.waiting_timeout))
-    t.context.set_timer(t, "retry", now + t.retry_pause)
+    ask_later(t, now)
+
+
+def ask_later(t: Transfer, now: float) -> None:
+    """Rooms that were opened together do not ask together: thousands may wait."""
+    t.context.set_timer(t, "retry", now + t.retry_pause * (1 + t.key.id % 16 / 16))
 
 
 def delivered(t: Transfer, now: float, detail: object) -> None:
