@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="attacks with one of these in the name, separated by commas"
     )
-    parser.add_argument("--quick", action="store_true", help="a little of each, without a look at p99")
+    parser.add_argument("--quick", action="store_true", help="a little of each, all at once, without a look at p99")
     parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
     parser.add_argument("--logs", type=Path, default=None, metavar="DIR", help="keep the servers' logs here")
     add_log_level(parser)
@@ -70,7 +70,8 @@ async def _run(options: argparse.Namespace, directory: Path, model: Path) -> lis
         attacks = [one for one in every if any(text in one.name for text in wanted)]
         if not attacks:
             raise ConfigError(f"--only {options.only!r}: no attack has any of this in its name")
-        return await run_campaign(fleet, attacks, sizes, _tell, judge_p99=not options.quick)
+        waves = [attacks] if options.quick else [[attack] for attack in attacks]
+        return await run_campaign(fleet, waves, sizes, _tell, judge_p99=not options.quick)
 
 
 def _tell(result: Result) -> None:

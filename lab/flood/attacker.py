@@ -1,10 +1,10 @@
-"""An attacker as a process of its own, on loopback only: ``python -m lab.flood.attacker '{"kind": ..., ...}'``.
+"""An attacker as a process of its own, on loopback only: ``python -m lab.flood.attacker '[{"kind": ..., ...}]'``.
 
 Kinds: ``half_open`` (connections that never say a word), ``noise`` (random bytes, some dressed as HTTP or ZMTP),
 ``bodies`` (huge ones in pieces, and one whose length alone is huge), ``rooms`` (messages about rooms that nobody knows,
 from a peer that has shaken hands and from strangers), ``posts`` (JSON that becomes millions of values, or a chat
 whose template never ends), ``one_byte`` (posts whose body does not come), ``registrations`` (ranks that are none).
-Each says on stdout, as JSON, what it got.
+Several go on at once. It says on stdout, as JSON, what each got.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from random import Random
 from typing import Any
 
@@ -35,13 +35,20 @@ DRESSES = (
 
 
 def main() -> None:
-    options = json.loads(sys.argv[1])
+    attacks = json.loads(sys.argv[1])
     os.nice(10)  # an attacker is on a machine of its own: it shall not take the servers' processor as well
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    kind = options.pop("kind")
-    result = rooms(**options) if kind == "rooms" else asyncio.run(KINDS[kind](**options))
-    print(json.dumps(result))
+    print(json.dumps(asyncio.run(all_of(attacks))))
+
+
+async def all_of(attacks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each with its own options, all at once."""
+
+    def begun(kind: str, **options: Any) -> Awaitable[dict[str, Any]]:
+        return asyncio.to_thread(rooms, **options) if kind == "rooms" else KINDS[kind](**options)
+
+    return await asyncio.gather(*(begun(**attack) for attack in attacks))
 
 
 async def half_open(ports: list[int], count: int, hold_seconds: float) -> dict[str, Any]:
@@ -140,7 +147,8 @@ async def posts(ports: list[int], payload: str, size: int, at_once: int, seconds
     """``at_once`` whole bodies at a time, to one port after the other, again and again."""
     statuses: Counter[str] = Counter()
     path, make = PAYLOADS[payload]
-    body, until = make(size), time.monotonic() + seconds
+    body = await asyncio.to_thread(make, size)
+    until = time.monotonic() + seconds
 
     async def one(number: int) -> None:
         while time.monotonic() < until:

@@ -23,9 +23,10 @@ ANSWERS_AT_ONCE, ANSWERS_A_SECOND = 16, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much is sent."""
+    """How much is sent. ``large_bytes``: of a body that is made of small values."""
 
     count: int
+    large_bytes: int
     body_bytes: int
     bodies: int
     noise: int
@@ -38,6 +39,7 @@ class Sizes:
 
 FULL = Sizes(
     count=10_000,
+    large_bytes=(16 << 20) - (96 << 10),  # just under what a router takes
     body_bytes=100 << 20,
     bodies=24,
     noise=2_000,
@@ -49,6 +51,7 @@ FULL = Sizes(
 )
 SMALL = Sizes(
     count=250,
+    large_bytes=2 << 20,
     body_bytes=20 << 20,
     bodies=4,
     noise=48,
@@ -58,8 +61,6 @@ SMALL = Sizes(
     hold_seconds=0.2,
     calm_seconds=0.2,
 )
-#: Just under what a router takes.
-LARGE_BYTES = (16 << 20) - (96 << 10)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ async def attacks_on(fleet: Fleet, sizes: Sizes, *, template: bool) -> list[Atta
             "kind": "posts",
             "ports": ports,
             "payload": payload,
-            "size": LARGE_BYTES,
+            "size": sizes.large_bytes,
             "at_once": at_once,
             **timed,
         }

@@ -1,4 +1,4 @@
-"""One attack after the other on a running fleet, a calm between any two: p99 of honest requests, memory, readiness.
+"""One wave of attacks after the other on a running fleet, a calm between: p99 of honest requests, memory, readiness.
 
 What is usual is taken from the calm before an attack and the one after it together: what else goes on in a machine
 comes and goes.
@@ -10,10 +10,11 @@ import asyncio
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiohttp
 
@@ -82,13 +83,14 @@ class Watch:
 
 async def run(
     fleet: Fleet,
-    attacks: Sequence[Attack],
+    waves: Sequence[Sequence[Attack]],
     sizes: Sizes,
     tell: Callable[[Result], None],
     *,
     judge_p99: bool,
 ) -> list[Result]:
-    """Every attack, and a calm before and after each. Without ``judge_p99`` a slow answer is no complaint."""
+    """Every wave of attacks that go on at once, and a calm before and after each. Without ``judge_p99`` a slow answer
+    is no complaint."""
     expected, results = await expected_answers(fleet), []
     servers = [*fleet.prefills, *fleet.decodes, fleet.router]
 
@@ -98,16 +100,20 @@ async def run(
         return honest
 
     before = await calm()
-    for attack in attacks:
+    for wave in waves:
         held = {server.name: resident_bytes(server) for server in servers}
-        during, watch, got = await _during(fleet, servers, expected, _attacker(attack))
+        during, watch, got = await _during(fleet, servers, expected, _attacker(wave))
         after = await calm()
         growth = {name: peak - held[name] for name, peak in watch.peak.items()}
         usual = p99([*before.seconds, *after.seconds])
         ratio = p99(during.seconds) / max(usual, 1e-9)
         wrong = {"": during.wrong, "in the calm around it, ": [*before.wrong, *after.wrong]}
         complaints = [
-            *attack.complaints(got),
+            *(
+                f"{attack.name}: {said}"
+                for attack, its in zip(wave, got, strict=True)
+                for said in attack.complaints(its)
+            ),
             *(f"{when}{len(said)} honest answers wrong: {said[0]}" for when, said in wrong.items() if said),
             *(f"{name} was not ready {times} times" for name, times in watch.not_ready.items()),
             *(f"{name} grew by {grown >> 20} MiB" for name, grown in growth.items() if grown > GROWTH_BYTES),
@@ -115,11 +121,11 @@ async def run(
         ]
         results.append(
             Result(
-                name=attack.name,
+                name="; ".join(attack.name for attack in wave),
                 requests=(len(before.seconds) + len(after.seconds), len(during.seconds)),
                 p99_seconds=(round(usual, 3), round(p99(during.seconds), 3)),
                 peak_growth_mib={name: round(grown / 2**20, 1) for name, grown in growth.items()},
-                got=got,
+                got=dict(sum(map(Counter, got), Counter())),
                 complaints=complaints,
             )
         )
@@ -142,10 +148,10 @@ async def _during(
     return honest, watch, result
 
 
-async def _attacker(attack: Attack) -> dict[str, int]:
-    """Run one attack in a process of its own; what it says it got."""
+async def _attacker(wave: Sequence[Attack]) -> list[dict[str, int]]:
+    """Run attacks in a process of their own; what it says that each got."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "lab.flood.attacker", json.dumps(dict(attack.options))),
+        *(sys.executable, "-m", "lab.flood.attacker", json.dumps([dict(attack.options) for attack in wave])),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=ROOT,
@@ -157,6 +163,6 @@ async def _attacker(attack: Attack) -> dict[str, int]:
         if process.returncode is None:
             process.kill()
     if process.returncode != 0:
-        raise TransferFailedError(f"the attacker of {attack.name!r} failed: {complaint.decode()[-4000:]}")
-    answer: dict[str, Any] = json.loads(said)
-    return answer
+        raise TransferFailedError(f"the attacker of {wave[0].name!r} failed: {complaint.decode()[-4000:]}")
+    answers: list[dict[str, int]] = json.loads(said)
+    return answers

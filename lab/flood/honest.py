@@ -22,7 +22,7 @@ async def expected_answers(fleet: Fleet) -> list[DemoAnswer]:
     """What the fleet's single process answers."""
     if fleet.reference is None:
         raise ValueError("the fleet has no single process")
-    return [await ask(fleet.http, fleet.reference.url, question) for question in QUESTIONS]
+    return await asyncio.gather(*(ask(fleet.http, fleet.reference.url, question) for question in QUESTIONS))
 
 
 @dataclass

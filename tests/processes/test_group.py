@@ -11,7 +11,10 @@ import aiohttp
 import msgspec
 import psutil
 import pytest
+from listening import beyond_loopback, listeners
 from test_serve import PATIENCE_SECONDS, post, refused, serving
+
+from kvbaton.serving.fleet import free_ports
 
 
 def test_sizes_that_do_not_divide_are_one_line() -> None:
@@ -74,13 +77,22 @@ def test_a_stopped_rank_keeps_nobody_else_waiting_and_answers_when_it_goes_on() 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "processes"),
-    [(("--pipeline-parallel-size", "2"), 1), (("--data-parallel-size", "2", "--tensor-parallel-size", "2"), 4)],
+    ("mode", "sizes", "processes"),
+    [
+        ("decode", ("--pipeline-parallel-size", "2"), 1),
+        ("prefill", ("--data-parallel-size", "2", "--tensor-parallel-size", "2"), 4),
+    ],
 )
-def test_sigterm_ends_every_rank(sizes: tuple[str, ...], processes: int) -> None:
-    with serving("--model", "recall", "--port", "0", *sizes) as (process, _url):
+def test_every_rank_of_half_a_pair_listens_on_loopback_and_ends_with_sigterm(
+    mode: str, sizes: tuple[str, ...], processes: int
+) -> None:
+    """Leaders, followers and replicas, with all that they open: HTTP, registry, links, UCX, gloo."""
+    half = ("--disaggregation-mode", mode, "--disaggregation-bootstrap-port", str(free_ports(1)[0]))
+    with serving("--model", "recall", "--port", "0", *half, *sizes) as (process, _url):
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) == processes
+        assert sum(bool(listeners(child.pid)) for child in children) >= 1
+        assert not beyond_loopback([process.pid, *(child.pid for child in children)])
         process.send_signal(signal.SIGTERM)
         try:
             assert process.wait(PATIENCE_SECONDS) == 0

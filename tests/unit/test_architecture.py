@@ -74,8 +74,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin", "lab.sglang.nixl_on_cpu"),
     "aiohttp": (
         "kvbaton.discovery.client",
+        "kvbaton.discovery.connections",
         "kvbaton.discovery.doors",
         "kvbaton.discovery.guard",
+        "kvbaton.discovery.listening",
         "kvbaton.discovery.json_response",
         "kvbaton.discovery.server",
         "kvbaton.serving",

@@ -101,7 +101,7 @@ async def _route(options: argparse.Namespace) -> None:
     from kvbaton.serving.router.router import Router, RouterConfig
     from kvbaton.serving.router.workers import parse_worker
     from kvbaton.serving.server.api_keys import ApiKeys
-    from kvbaton.serving.server.lifecycle import reserve
+    from kvbaton.serving.server.lifecycle import keep_what_is_loaded, reserve
     from kvbaton.serving.server.lifecycle import run as run_server
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
@@ -115,6 +115,7 @@ async def _route(options: argparse.Namespace) -> None:
     config = config_of(RouterConfig, options)
     with reserve(options.host, options.port) as bound:
         router = Router(config)
+        keep_what_is_loaded()
         await run_server(
             router.app,
             router.admission,

@@ -23,8 +23,9 @@ from aiohttp import web
 
 from kvbaton.discovery.access import require_secret
 from kvbaton.discovery.doors import HEALTH_PATH, body_of, doors
-from kvbaton.discovery.guard import Handler, guard, hide_versions
+from kvbaton.discovery.guard import Handler, guard
 from kvbaton.discovery.json_response import json_response
+from kvbaton.discovery.listening import make_runner
 from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.placement import Placements
 from kvbaton.discovery.registry import Registry, RoomRank, decode_registration
@@ -113,8 +114,7 @@ def middlewares(secret: str, names: ServerNames) -> list[Middleware]:
 async def start_registry(app: web.Application, *, host: str, port: int, secret: str | None = None) -> web.AppRunner:
     """Listen. Raises ConfigError for an open bind without a secret and for a port in use; ``cleanup()`` ends it."""
     require_secret(host, secret, what="the bootstrap registry")
-    hide_versions()
-    runner = web.AppRunner(app, access_log=None)
+    runner = make_runner(app)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()

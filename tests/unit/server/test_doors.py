@@ -16,6 +16,7 @@ from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.connections import Connections, affordable
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError
@@ -24,7 +25,6 @@ from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.bodies import Bodies
-from kvbaton.serving.server.connections import Connections, affordable
 from kvbaton.serving.server.launch import ServeConfig, serve
 from kvbaton.serving.server.openapi import document
 from kvbaton.serving.server.request_parsing import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
@@ -447,8 +447,8 @@ def test_busy_connections_are_never_closed_and_idle_ones_after_silent_ones():
 
 
 def test_a_full_port_lets_the_next_client_in(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kvbaton.serving.server.connections.MAX_CONNECTIONS", 16)
-    monkeypatch.setattr("kvbaton.serving.server.connections.SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr("kvbaton.discovery.connections.MAX_CONNECTIONS", 16)
+    monkeypatch.setattr("kvbaton.discovery.connections.SWEEP_SECONDS", 0.01)
     assert affordable() == 16
 
     async def test() -> None:
@@ -507,7 +507,7 @@ def test_the_document_names_exactly_the_routes_that_are_served():
         for served, kind in ((app, "null"), (router.app, "router")):
             paths = document(kind)["paths"]
             assert routes(served) == {(method.upper(), path) for path, methods in paths.items() for method in methods}
-        await router._session.close()
+        await router.close()
 
     run(test())
     run(listed())

@@ -3,11 +3,14 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from kvbaton.discovery import listening
 from kvbaton.errors import ConfigError, OverloadedError
 from kvbaton.serving.server import lifecycle
 from kvbaton.serving.server.admission import AdmissionLimit
@@ -56,6 +59,20 @@ async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
         return response.status, await response.text()
 
 
+def test_what_a_server_has_loaded_is_not_collected_again():
+    """In a process of its own: what is frozen stays so."""
+    program = (
+        "import gc, kvbaton.serving.server.launch\n"
+        "from kvbaton.serving.server.lifecycle import keep_what_is_loaded\n"
+        "before = len(gc.get_objects())\n"
+        "keep_what_is_loaded()\n"
+        "print(before, len(gc.get_objects()))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, said.split())
+    assert after < 1_000 < before
+
+
 @pytest.mark.parametrize("number", lifecycle.SIGNALS)
 def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number):
     async def test() -> None:
@@ -78,7 +95,7 @@ def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number):
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_what_outlives_the_grace_period_or_a_second_signal_is_cancelled(signals, monkeypatch):
-    monkeypatch.setattr(lifecycle, "CLEANUP_SECONDS", 0.05)
+    monkeypatch.setattr(listening, "CLEANUP_SECONDS", 0.05)
 
     async def test() -> None:
         served = Served(grace_period_secs=0.05 if signals == 1 else 1000)

@@ -52,6 +52,7 @@ from kvbaton.serving.server.openai import AbortRequest
 from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
+from kvbaton.serving.server.shared import SharedReads
 
 #: Bytes of a worker's stream that are buffered before its socket is no longer read.
 READ_BUFFER_BYTES = 256 << 10
@@ -104,15 +105,20 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=2 * config.max_concurrent_requests + 4 * len(config.workers)),
+            connector=aiohttp.TCPConnector(limit=2 * config.max_concurrent_requests),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECONDS),
             read_bufsize=READ_BUFFER_BYTES,
             trust_env=False,
             auto_decompress=False,
         )
+        #: Probes and merged routes, a few for each worker at a time: no flood of requests keeps them waiting.
+        self._asking = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), trust_env=False, auto_decompress=False
+        )
+        self._reads = SharedReads()
         self._story_headers = bearer(config.secret, "story")
         self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
-        self.workers = Workers(config.workers, self._session, config.health_checks)
+        self.workers = Workers(config.workers, self._asking, config.health_checks)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
         self._known = KnownSources()
@@ -168,7 +174,12 @@ class Router:
             probes.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await probes
-            await self._session.close()
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the connections to workers; the end of :attr:`app` does it. Idempotent."""
+        await self._session.close()
+        await self._asking.close()
 
     # routing
 
@@ -209,7 +220,7 @@ class Router:
         async def ask(worker: Worker) -> tuple[Worker, object]:
             timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
             try:
-                async with self._session.get(
+                async with self._asking.get(
                     worker.url + path, timeout=timeout, allow_redirects=False, headers=headers
                 ) as response:
                     return worker, msgspec.json.decode(await _bounded(response, MAX_TOLD_BYTES))
@@ -220,22 +231,26 @@ class Router:
 
     async def _pass_on(self, http: web.Request) -> web.Response:
         """To any decode server: what needs no pair."""
-        worker = await self.workers.find("decode")
         async with self._bodies.read(http) as body:
-            timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
-            headers = {"Content-Type": "application/json", **self._headers}
-            try:
-                async with self._session.post(
-                    worker.url + http.path, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
-                ) as response:
-                    answer = await _bounded(response, MAX_ANSWER_BYTES)
-            except (aiohttp.ClientError, OSError) as error:
-                raise PeerLostError(f"{worker} does not answer ({cause_of(error)})") from None
+            with self.admission.entered():
+                return await self._passed_on(http.path, body)
+
+    async def _passed_on(self, path: str, body: bytes) -> web.Response:
+        worker = await self.workers.find("decode")
+        timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
+        headers = {"Content-Type": "application/json", **self._headers}
+        try:
+            async with self._session.post(
+                worker.url + path, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                answer = await _bounded(response, MAX_ANSWER_BYTES)
+        except (aiohttp.ClientError, OSError) as error:
+            raise PeerLostError(f"{worker} does not answer ({cause_of(error)})") from None
         return web.Response(status=response.status, body=answer, content_type="application/json")
 
     async def _model_info(self, http: web.Request) -> web.Response:
         worker = await self.workers.find("decode")
-        ((_, told),) = await self._ask_all([worker], http.path)
+        ((_, told),) = await self._reads.get(f"{http.path} {worker.url}", lambda: self._ask_all([worker], http.path))
         if not isinstance(told, dict) or "error" in told:
             raise PeerLostError(f"{worker} does not answer")
         return json_response(told)
@@ -252,7 +267,8 @@ class Router:
 
     async def _cards(self) -> dict[str, object]:
         models: dict[str, object] = {}
-        for _, listing in await self._ask_all(self.workers.usable("decode"), "/v1/models"):
+        listings = await self._reads.get("models", lambda: self._ask_all(self.workers.usable("decode"), "/v1/models"))
+        for _, listing in listings:
             cards = listing.get("data", []) if isinstance(listing, dict) else []
             for card in cards:
                 if isinstance(card, dict):
@@ -260,7 +276,7 @@ class Router:
         return models
 
     async def _server_info(self, _http: web.Request) -> web.Response:
-        answers = await self._ask_all(list(self.workers.all), "/get_server_info")
+        answers = await self._reads.get("info", lambda: self._ask_all(list(self.workers.all), "/get_server_info"))
         body: dict[str, object] = {
             "role": "router",
             "version": __version__,

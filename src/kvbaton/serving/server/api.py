@@ -11,8 +11,9 @@ This file must not know of models, pools, schedulers' insides or the transport.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -53,6 +54,7 @@ from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
 #: What may mean that a cached lookup no longer holds.
 _PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
+Asked = TypeVar("Asked", TokenizeRequest, DetokenizeRequest)
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 RECORDS_HEADERS = {"Content-Type": journal.RECORDS_TYPE}
 
@@ -270,14 +272,20 @@ class ApiServer:
             self._registry.invalidate(*accepted.registry)
 
     async def _tokenize(self, http: web.Request) -> web.Response:
-        async with self._bodies.read(http) as body:
-            request = parse(body, TokenizeRequest, self._rule)
-            return json_response(await self._tokenizing.tokenize(request))
+        return await self._converted(http, TokenizeRequest, self._tokenizing.tokenize)
 
     async def _detokenize(self, http: web.Request) -> web.Response:
+        return await self._converted(http, DetokenizeRequest, self._tokenizing.detokenize)
+
+    async def _converted(
+        self, http: web.Request, kind: type[Asked], convert: Callable[[Asked], Awaitable[object]]
+    ) -> web.Response:
+        """Text to tokens, or back: work like an answer's, for the same people and within the same bound."""
+        self._require_router(http)
         async with self._bodies.read(http) as body:
-            request = parse(body, DetokenizeRequest, self._rule)
-            return json_response(await self._tokenizing.detokenize(request))
+            request = parse(body, kind, self._rule)
+            with self.admission.entered():
+                return json_response(await convert(request))
 
     async def _abort(self, http: web.Request) -> web.Response:
         if self._config.mode != "null" and not self._from_router(http):

@@ -25,6 +25,7 @@ from kvbaton import __version__
 from kvbaton.control.address import Address
 from kvbaton.discovery.access import read_secret, require_secret
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.listening import CLEANUP_SECONDS
 from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.placement import LoadBalance, Placements
 from kvbaton.discovery.registry import Registry
@@ -42,7 +43,14 @@ from kvbaton.serving.server.api_keys import ApiKeys
 from kvbaton.serving.server.build import build, link_hosts, load, start_replicas
 from kvbaton.serving.server.data_network import data_addresses
 from kvbaton.serving.server.failure import DrainingError
-from kvbaton.serving.server.lifecycle import CLEANUP_SECONDS, Signals, drain, listen, port_of, reserve
+from kvbaton.serving.server.lifecycle import (
+    Signals,
+    drain,
+    keep_what_is_loaded,
+    listen,
+    port_of,
+    reserve,
+)
 from kvbaton.serving.server.metrics import Gauge
 from kvbaton.serving.server.rank import ServerRank
 from kvbaton.serving.server.replica import Replica
@@ -178,6 +186,7 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
         if config.mode == "prefill":
             registry = closing.enter_context(reserve(config.registry_host, config.bootstrap_port, flag=BOOTSTRAP_FLAG))
         model = load(config, rank)
+        keep_what_is_loaded()  # before anything is forked
         replica: Replica
         if rank.dp_size == 1:
             replica = build(config, rank, model, secret, closing, leave=(port, registry))
@@ -226,6 +235,7 @@ class _Server:
                 closing.push_async_callback(table.cleanup)
             runner = await listen(api.app, port)
             closing.push_async_callback(runner.cleanup)
+            keep_what_is_loaded()
             listening(port_of(port))
             await signals.stop.wait()
             if not await drain(api.admission, grace_period_secs=self._config.grace_period_secs, hurry=signals.hurry):

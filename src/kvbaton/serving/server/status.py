@@ -25,6 +25,7 @@ from kvbaton.serving.server.engine import Engine
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
 from kvbaton.serving.server.operators import require_operator
 from kvbaton.serving.server.request_parsing import ApiConfig
+from kvbaton.serving.server.shared import SharedReads
 
 
 class StatusRoutes:
@@ -56,6 +57,8 @@ class StatusRoutes:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
+        #: An engine may wait for its processes, on a thread.
+        self._reads = SharedReads()
         metrics.gauges(lambda: _engine_gauges(engine))
 
     def add_to(self, app: web.Application) -> None:
@@ -89,7 +92,7 @@ class StatusRoutes:
         return json_response(body, status=503 if reason else 200)
 
     async def _exposition(self, _http: web.Request) -> web.Response:
-        body = await asyncio.to_thread(self._metrics.exposition)  # an engine may wait for its processes
+        body = await self._reads.get("metrics", lambda: asyncio.to_thread(self._metrics.exposition))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _server_info(self, _http: web.Request) -> web.Response:
@@ -103,7 +106,10 @@ class StatusRoutes:
             "ready": not self._not_ready(),
             "requests": self._admission.in_flight,
         }
-        return json_response(body | await asyncio.to_thread(lambda: {"stats": self._engine.stats(), **self._info()}))
+        return json_response(body | await self._reads.get("info", lambda: asyncio.to_thread(self._insides)))
+
+    def _insides(self) -> dict[str, object]:
+        return {"stats": self._engine.stats(), **self._info()}
 
     async def _story(self, http: web.Request) -> web.Response:
         room = story.room_of(http, self._secret)

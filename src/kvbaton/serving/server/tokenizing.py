@@ -6,6 +6,7 @@ This file must not know HTTP or engines.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -85,7 +86,7 @@ class Tokenizing:
         else:
             fields: dict[str, Any] = {name: getattr(request, name) for name in _CHAT_FIELDS}
             tokens = await self._parser.chat_tokens(parse(msgspec.json.encode(fields), ChatRequest))
-        strs = [self._need().decode([token]) for token in tokens] if request.return_token_strs else UNSET
+        strs = await asyncio.to_thread(self._each, tokens) if request.return_token_strs else UNSET
         return Tokens(count=len(tokens), max_model_len=self._config.max_positions, tokens=list(tokens), token_strs=strs)
 
     async def detokenize(self, request: DetokenizeRequest) -> Text:
@@ -97,6 +98,10 @@ class Tokenizing:
         tokenizer, tokens = self._need(), prompts[0]
         text = await asyncio.to_thread(tokenizer.decode, tokens)
         return Text(prompt=text, text=text)
+
+    def _each(self, tokens: Sequence[int]) -> list[str]:
+        tokenizer = self._need()
+        return [tokenizer.decode([token]) for token in tokens]
 
     def _need(self) -> Tokenizer:
         if self._tokenizer is None:

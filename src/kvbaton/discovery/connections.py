@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from aiohttp import web
+
+from kvbaton.discovery.guard import Handler
 
 #: A new connection has brought its first request by then.
 HEAD_SECONDS = 15.0
@@ -28,8 +30,6 @@ MAX_CONNECTIONS = 4096
 #: File descriptors that a server asks for, as far as its hard limit allows.
 WANTED_FILES = 1 << 16
 SWEEP_SECONDS = 0.5
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Connection(Protocol):
