@@ -4,15 +4,16 @@ anybody can read."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from kvbaton.control.curve import CurveKeys
-from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.discovery.access import ROUTER_HEADER, Door, token_of
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import LocalProtocolError
 from kvbaton.serving.demo.show import ask, concurrent_questions
@@ -43,13 +44,14 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
         runner.run(fleet.__aexit__(None, None, None))
 
 
-def words(registry: str) -> dict[str, bytes]:
+def words(registry: str, workers: Sequence[str]) -> dict[str, bytes]:
     """Everything that would let somebody in."""
-    doors = (("look-up", registry), ("register", registry), ("router", ""), ("story", ""))
+    doors: list[tuple[Door, str]] = [("look-up", registry), ("register", registry)]
+    doors += [(door, worker) for worker in workers for door in ("router", "story")]
     keys = CurveKeys.derive(SECRET)
     return {
         "the secret": SECRET.encode(),
-        **{f"the token of the {door}": token_of(SECRET, door, where).encode() for door, where in doors},
+        **{f"the token of the {door} of {where}": token_of(SECRET, door, where).encode() for door, where in doors},
         "the server's key": keys.server_secret,
         "the client's key": keys.client_secret,
         "the server's public key": keys.server_public,
@@ -82,7 +84,11 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": fleet.registry_ports[0],
         }
-        for headers in ({}, {ROUTER_HEADER: "wrong"}, {ROUTER_HEADER: token_of(SECRET, "story")}):
+        for headers in (
+            {},
+            {ROUTER_HEADER: "wrong"},
+            {ROUTER_HEADER: token_of(SECRET, "story", audience_of_url(decode.url))},
+        ):
             await fetch("POST", f"{decode.url}/v1/completions", 401, json=room, headers=headers)
             await fetch("POST", f"{prefill.url}/v1/completions", 401, json=room, headers=headers)
         await fetch("POST", f"{decode.url}/abort_request", 401, json={"rid": "x"})
@@ -119,5 +125,6 @@ def test_a_guarded_pair_serves_keeps_strangers_out_and_tells_nobody(
         seen[log.name] = log.read_bytes()
         assert b"DEBUG" in seen[log.name] or log.name == "router.log"
     for where, text in seen.items():
-        for what, word in words(f"127.0.0.1:{fleet.registry_ports[0]}").items():
+        workers = [audience_of_url(server.url) for server in (*fleet.prefills, *fleet.decodes)]
+        for what, word in words(f"127.0.0.1:{fleet.registry_ports[0]}", workers).items():
             assert word not in text, f"{what} is in {where}"

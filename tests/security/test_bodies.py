@@ -17,6 +17,7 @@ from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
 from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import ConfigError, RegistryError
 from kvbaton.serving.router.client_fields import client_fields
 from kvbaton.serving.router.router import Router, RouterConfig
@@ -362,7 +363,7 @@ def test_a_template_does_not_leave_its_sandbox(template: str) -> None:
 def test_a_router_token_is_still_what_it_takes() -> None:
     async def test() -> None:
         async with half("prefill") as (engine, url), aiohttp.ClientSession() as session:
-            headers = {ROUTER_HEADER: token_of(SECRET, "router")}
+            headers = {ROUTER_HEADER: token_of(SECRET, "router", audience_of_url(url))}
             body = {"prompt": "a", "bootstrap_room": 7}
             async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
                 assert response.status == 200

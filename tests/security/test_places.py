@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 from multidict import CIMultiDict
 
-from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
+from kvbaton.discovery.access import ROUTER_HEADER, Door, bearer, token_of
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.freshness import FRESH_SECONDS
 from kvbaton.discovery.guard import JSON
-from kvbaton.discovery.names import ServerNames
+from kvbaton.discovery.names import ServerNames, audience_of_url
 from kvbaton.discovery.proof import NONCE_HEADER, TIME_HEADER, TIME_PATH, message_headers
 from kvbaton.discovery.registry import (
     TTL_SECONDS,
@@ -29,6 +29,8 @@ from kvbaton.discovery.registry import (
 )
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import AuthenticationError, ConfigError, LocalProtocolError, RegistryError
+from kvbaton.serving.router.router import Router, RouterConfig
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.request_parsing import ApiConfig
@@ -80,7 +82,7 @@ async def decode(**arguments: object) -> AsyncIterator[tuple[ScriptedEngine, str
 
 async def ask(url: str, registry_port: int, host: str = "127.0.0.1") -> tuple[int, str]:
     body = {"prompt": "x", "bootstrap_room": 7, "bootstrap_host": host, "bootstrap_port": registry_port}
-    headers = {ROUTER_HEADER: token_of(SECRET, "router")}
+    headers = {ROUTER_HEADER: token_of(SECRET, "router", audience_of_url(url))}
     async with (
         aiohttp.ClientSession() as session,
         session.post(f"{url}/v1/completions", json=body, headers=headers) as response,
@@ -132,7 +134,7 @@ def test_a_token_is_for_the_name_and_port_that_it_was_made_for() -> None:
     ):
         assert names.is_audience(good, here), good
     assert names.is_audience("other.example:8998", here)
-    assert ServerNames.of("::").is_audience("10.0.0.1:8998", ("::ffff:10.0.0.1", 8998, 0, 0))
+    assert ServerNames.of("::").is_audience("10.0.0.1:8998", ("::ffff:10.0.0.1", 8998))
     for bad in (
         "10.0.0.1:8999",
         "10.0.0.2:8998",
@@ -444,3 +446,64 @@ def test_a_wrong_secret_is_still_told_apart() -> None:
             await asyncio.sleep(0)
 
     run(test())
+
+
+# ---- a worker's token alone
+
+
+@pytest.mark.parametrize("door", ["router", "story"])
+def test_a_workers_token_opens_no_other_worker(door: Door) -> None:
+    """Whoever listens at the port of a worker that is gone gets tokens; they are for that port."""
+
+    async def status(url: str, host: str, token: str) -> int:
+        path, header = ("/abort_request", ROUTER_HEADER) if door == "router" else ("/layout", "Authorization")
+        headers = {"Host": host, header: token if door == "router" else f"Bearer {token}", "Content-Type": JSON}
+        body = msgspec.json.encode({"rid": "0123456789abcdef0123456789abcdef"}) if door == "router" else b""
+        return await send(url, "POST" if door == "router" else "GET", path, CIMultiDict(headers), body)
+
+    async def test() -> None:
+        good = 200 if door == "router" else 400  # this one has no layout to show
+        async with decode() as (_, gone), decode() as (_, url):
+            theirs, ours = audience_of_url(gone), audience_of_url(url)
+            for host in (theirs, ours):
+                assert await status(url, host, token_of(SECRET, door, theirs)) == 401, host
+            assert await status(url, ours, token_of(SECRET, door, ours)) == good
+            assert await status(url, theirs, SECRET) == good, "who has the secret itself needs no name"
+
+    run(test())
+
+
+def test_a_router_shows_each_worker_a_token_for_it_alone() -> None:
+    async def test() -> None:
+        one, two = Listener(), Listener()
+        async with serving(one.app) as prefill, serving(two.app) as decoding:
+            config = RouterConfig(workers=(Worker("prefill", prefill, 8998), Worker("decode", decoding)), secret=SECRET)
+            router = Router(config)
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                await router.workers.probe_all()
+                operator = {"Authorization": f"Bearer {SECRET}"}
+                async with (
+                    session.post(f"{url}/v1/completions", json={"prompt": "x"}) as answer,
+                    session.get(f"{url}/story/7", headers=operator) as story,
+                ):
+                    assert (answer.status, story.status) == (200, 404)
+            for listener, place in ((one, prefill), (two, decoding)):
+                shown = [headers for _, path, headers, _ in listener.heard if path != "/ready"]
+                routed = {headers[ROUTER_HEADER] for headers in shown if ROUTER_HEADER in headers}
+                asked = {headers["Authorization"] for headers in shown if "Authorization" in headers}
+                assert routed == {token_of(SECRET, "router", audience_of_url(place))}
+                assert asked == {f"Bearer {token_of(SECRET, 'story', audience_of_url(place))}"}
+
+    run(test())
+
+
+def test_a_probe_by_address_needs_no_allowed_name() -> None:
+    """A list of names makes a server beyond loopback check them; probes ask by its address."""
+    names = ServerNames.of("0.0.0.0", allowed=["decode.example"])
+    for host in ("decode.example:30000", "10.0.0.7:30000", "127.0.0.1"):
+        names.check(host, None, here="10.0.0.7")
+    for host in ("10.0.0.8:30000", "evil.example", ""):
+        with pytest.raises(AuthenticationError, match="is no name of this server"):
+            names.check(host, None, here="10.0.0.7")
+    with pytest.raises(AuthenticationError, match="is another site"):
+        names.check("10.0.0.7:30000", "http://evil.example", here="10.0.0.7")

@@ -18,6 +18,7 @@ from aiohttp import web
 from kvbaton.discovery import listening
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
 from kvbaton.discovery.connections import Connections
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.discovery.registry import Registration, Registry, Route, lock_of
 from kvbaton.discovery.server import registry_app, start_registry
 from kvbaton.serving.router.router import Router, RouterConfig
@@ -87,7 +88,7 @@ def test_half_a_pair_tokenizes_for_its_router_only(mode: Mode, path: str, body: 
             for headers, status in (
                 ({}, 401),
                 ({"Authorization": f"Bearer {SECRET}"}, 401),
-                ({ROUTER_HEADER: token_of(SECRET, "story")}, 401),
+                ({ROUTER_HEADER: token_of(SECRET, "story", audience_of_url(url))}, 401),
                 ({ROUTER_HEADER: SECRET}, 200),
             ):
                 async with session.post(url + path, json=body, headers=headers) as response:

@@ -6,12 +6,17 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.names import audience_of_url
+from kvbaton.discovery.registry import Registry, Route
+from kvbaton.discovery.server import registry_app
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.aliases import MIN_PROOF_CHARACTERS, Aliases
@@ -24,6 +29,7 @@ SECRET = "kX7-a-secret-that-must-stay-one-Q2w"
 ALICE = {"Authorization": "Bearer sk-alice-5c1b9b6f6f0f4c3e"}
 MALLORY = {"Authorization": "Bearer sk-mallory-77b8c0a1d2e3f4"}
 KINDS = ("serve", "router")
+ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
 
 
 class Pair:
@@ -60,16 +66,18 @@ async def pair(kind: str, secret: str | None = None) -> AsyncIterator[Pair]:
         return web.json_response({})
 
     async with AsyncExitStack() as stack:
-        # behind the router a half that needs no registry answers
-        config = ApiConfig(model="m", max_positions=64, mode="prefill" if kind == "router" else "null")
-        server = ApiServer(engine, CharacterTokenizer(), config, secret=secret)
+        registry = registry_app(Registry(own=[ROUTE]), secret=secret)
+        client = await stack.enter_async_context(RegistryClient(secret=secret))
+        config = ApiConfig(model="m", max_positions=64, mode="decode" if kind == "router" else "null")
+        server = ApiServer(engine, CharacterTokenizer(), config, registry=client, secret=secret)
         url = await stack.enter_async_context(serving(server.app))
         if kind == "router":
             prefill = web.Application()
             prefill.router.add_post("/v1/completions", answer)
             prefill.router.add_get("/ready", answer)
+            found_at = urlsplit(await stack.enter_async_context(serving(registry))).port or 0
             workers = (
-                Worker("prefill", await stack.enter_async_context(serving(prefill)), 1),
+                Worker("prefill", await stack.enter_async_context(serving(prefill)), found_at),
                 Worker("decode", url),
             )
             router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0, secret=secret))
@@ -138,7 +146,12 @@ def test_an_operator_ends_any_request(kind: str) -> None:
     async def test() -> None:
         async with pair(kind, SECRET) as server:
             asking = [await server.asking("mine", headers) for headers in (ALICE, MALLORY, None)]
-            assert await server.abort("mine", {"Authorization": f"Bearer {token_of(SECRET, 'router')}"}) == 200
+            assert (
+                await server.abort(
+                    "mine", {"Authorization": f"Bearer {token_of(SECRET, 'router', audience_of_url(server.url))}"}
+                )
+                == 200
+            )
             assert not any(one.done() for one in asking)
             assert await server.abort("mine", {"Authorization": f"Bearer {SECRET}"}) == 200
             assert [(await one)[0] for one in asking] == [499] * 3
@@ -152,8 +165,8 @@ def test_half_a_pair_ends_requests_for_its_router_only(secret: str | None) -> No
         engine = ScriptedEngine(lambda _request: [])
         config = ApiConfig(model="m", max_positions=64, mode="prefill")
         app = ApiServer(engine, CharacterTokenizer(), config, secret=secret).app
-        headers = {} if secret is None else {ROUTER_HEADER: token_of(secret, "router")}
         async with serving(app) as url, aiohttp.ClientSession() as session:
+            headers = {} if secret is None else {ROUTER_HEADER: token_of(secret, "router", audience_of_url(url))}
             server = Pair(url, engine, session)
             asking = asyncio.create_task(server.ask("mine", headers, bootstrap_room=7))
             await engine.until(lambda: bool(engine.live))

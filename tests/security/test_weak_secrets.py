@@ -41,7 +41,7 @@ def test_a_weak_secret_is_refused(weak: str, write: Callable[..., Path]) -> None
     with pytest.raises(ConfigError, match=r"16 to 1024|is weak") as caught:
         read_secret(write(weak))
     assert "token_urlsafe" in str(caught.value.hint)
-    for use in (lambda: CurveKeys.derive(weak), lambda: token_of(weak, "story"), lambda: key_of(weak, "any")):
+    for use in (lambda: CurveKeys.derive(weak), lambda: token_of(weak, "story", "h:1"), lambda: key_of(weak, "any")):
         with pytest.raises(ConfigError):
             use()
 
@@ -117,7 +117,7 @@ def test_keys_are_stretched_once_per_process() -> None:
 def test_every_process_comes_to_the_same_keys() -> None:
     program = (
         "from kvbaton.discovery.access import token_of; from kvbaton.control.curve import CurveKeys;"
-        f"print(token_of({SECRET!r}, 'router'), CurveKeys.derive({SECRET!r}).server_public.decode())"
+        f"print(token_of({SECRET!r}, 'router', 'h:1'), CurveKeys.derive({SECRET!r}).server_public.decode())"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert said.split() == [token_of(SECRET, "router"), CurveKeys.derive(SECRET).server_public.decode()]
+    assert said.split() == [token_of(SECRET, "router", "h:1"), CurveKeys.derive(SECRET).server_public.decode()]

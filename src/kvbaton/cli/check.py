@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from kvbaton.discovery.access import bearer, read_secret
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
 from kvbaton.plan.compatibility import group_differences
 from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode, encode
@@ -71,7 +72,7 @@ def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:
 
 
 def _fetch(url: str, secret: str | None) -> bytes:
-    request = urllib.request.Request(url, headers=dict(bearer(secret, "story")))
+    request = urllib.request.Request(url, headers=dict(bearer(secret, "story", audience_of_url(url))))
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             return bytes(response.read(MAX_LAYOUT_BYTES + 1))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvbaton.discovery.access import bearer, read_secret
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import AuthenticationError, ConfigError, PeerLostError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def fetch(url: str, room: int, secret: str | None) -> Sequence[Side]:
         raise ConfigError(f"a story needs the package {error.name!r}", hint="pip install 'kvbaton[serve]'") from None
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url!r} is not a URL like http://127.0.0.1:8000")
-    headers = dict(bearer(secret, "story"))
+    headers = dict(bearer(secret, "story", audience_of_url(url)))
     try:
         with urllib.request.urlopen(
             urllib.request.Request(f"{url}/story/{room}", headers=headers), timeout=TIMEOUT_SECONDS

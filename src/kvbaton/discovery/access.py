@@ -1,10 +1,10 @@
 """Who may reach a listening address: loopback freely, anything else only with a shared secret.
 
 HTTP is not encrypted, so the secret itself never travels: a process shows a token that follows from the secret and from
-the door it is for. Who overhears a token can knock at that one door; the links' keys stay unknown to him. The tokens
-for registries follow from the registry's host and port as well: where a request leads a decode server to a listener of
-somebody else, what he gets opens nothing. What must not be changed on its way or sent twice carries a code
-(:mod:`kvbaton.discovery.proof`). Servers take the secret itself, too, from people who have it
+the door it is for: its kind, and the host and port of its server. Where a request leads a decode server to a listener
+of somebody else, or somebody listens at the port of a worker that is gone, what he gets opens nothing; who overhears a
+token can knock at that one door, and the links' keys stay unknown to him. What must not be changed on its way or sent
+twice carries a code (:mod:`kvbaton.discovery.proof`). Servers take the secret itself, too, from people who have it
 (``curl -H "Authorization: Bearer $(cat FILE)"``), but for registering.
 
 This file must not know HTTP frameworks or links; it answers questions about hosts and tokens.
@@ -86,24 +86,24 @@ def unbracketed(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def token_of(secret: str, door: Door, audience: str = "") -> str:
-    """What a process shows at one kind of door; for a registry's, at that of ``audience`` (``HOST:PORT``) alone."""
+def token_of(secret: str, door: Door, audience: str) -> str:
+    """What a process shows at one kind of door, that of ``audience`` (``HOST:PORT``) alone."""
     return key_of(secret, f"token {door} {audience}").hex()
 
 
-def token_matches(token: str | None, secret: str, door: Door, audience: str = "") -> bool:
+def token_matches(token: str | None, secret: str, door: Door, audience: str) -> bool:
     """Whether a token is the one for this door, or the secret itself. Compared in constant time."""
     shown = (token or "").strip().encode("utf-8", "surrogateescape")
     good = [hmac.compare_digest(shown, right.encode()) for right in (token_of(secret, door, audience), secret)]
     return any(good)
 
 
-def bearer(secret: str | None, door: Door, audience: str = "") -> Mapping[str, str]:
+def bearer(secret: str | None, door: Door, audience: str) -> Mapping[str, str]:
     """The ``Authorization`` header for one kind of door; none without a secret."""
     return {} if secret is None else {"Authorization": f"Bearer {token_of(secret, door, audience)}"}
 
 
-def bearer_matches(header: str | None, secret: str, door: Door, audience: str = "") -> bool:
+def bearer_matches(header: str | None, secret: str, door: Door, audience: str) -> bool:
     """Whether an ``Authorization`` header opens this door."""
     return token_matches(_shown(header), secret, door, audience)
 

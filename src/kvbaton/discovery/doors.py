@@ -23,9 +23,9 @@ from aiohttp import web
 
 from kvbaton.discovery.access import bearer_matches, is_secret
 from kvbaton.discovery.freshness import Freshness
-from kvbaton.discovery.guard import Handler
+from kvbaton.discovery.guard import Handler, audience, is_for_us
 from kvbaton.discovery.json_response import json_response
-from kvbaton.discovery.names import ALLOWED_HOST_FLAG, ServerNames, audience_of, split
+from kvbaton.discovery.names import ALLOWED_HOST_FLAG, ServerNames
 from kvbaton.discovery.proof import (
     MAC_HEADER,
     MAX_NONCE_CHARACTERS,
@@ -79,20 +79,18 @@ async def body_of(request: web.Request) -> bytes:
 
 def _check_token(request: web.Request, secret: str, names: ServerNames, *, asks: bool) -> None:
     """Raises AuthenticationError unless the one who asks may look up, or register."""
-    header, audience = request.headers.get("Authorization"), _audience(request)
+    header, place = request.headers.get("Authorization"), audience(request)
     if asks and is_secret(header, secret):
         return
-    if is_secret(header, secret) or not bearer_matches(header, secret, "look-up" if asks else "register", audience):
+    if is_secret(header, secret) or not bearer_matches(header, secret, "look-up" if asks else "register", place):
         raise AuthenticationError(
             "the registry needs this deployment's shared secret as a bearer token"
             if header is None
             else "the bearer token is not this deployment's shared secret, or is for something else"
         )
-    transport = request.transport
-    arrived_at = transport.get_extra_info("sockname") if transport is not None else None
-    if not (arrived_at and names.is_audience(audience, arrived_at)):
+    if not is_for_us(request, names):
         raise AuthenticationError(
-            f"this registry is not {audience[:100]}, which the token is for; where it is reached under another name, "
+            f"this registry is not {place[:100]}, which the token is for; where it is reached under another name, "
             f"start its server with {ALLOWED_HOST_FLAG} HOST:PORT"
         )
 
@@ -100,9 +98,7 @@ def _check_token(request: web.Request, secret: str, names: ServerNames, *, asks:
 async def _signed(request: web.Request, secret: str) -> tuple[str, str]:
     """The time that a message names, and its code. Raises AuthenticationError unless the code is right."""
     told, nonce = request.headers.get(TIME_HEADER, ""), request.headers.get(NONCE_HEADER, "")
-    code = message_code(
-        secret, _audience(request), nonce, told, request.method, request.path_qs, await body_of(request)
-    )
+    code = message_code(secret, audience(request), nonce, told, request.method, request.path_qs, await body_of(request))
     if not is_code(request.headers.get(MAC_HEADER), code):
         raise AuthenticationError("the registration was changed on its way, or made by somebody without the secret")
     return told, code
@@ -113,10 +109,6 @@ def _proven(request: web.Request, response: web.StreamResponse, secret: str) -> 
     nonce = request.headers.get(NONCE_HEADER, "")
     if 0 < len(nonce) <= MAX_NONCE_CHARACTERS and isinstance(response, web.Response):
         response.headers[MAC_HEADER] = answer_code(
-            secret, _audience(request), nonce, request.path_qs, bytes(response.body or b"")
+            secret, audience(request), nonce, request.path_qs, bytes(response.body or b"")
         )
     return response
-
-
-def _audience(request: web.Request) -> str:
-    return audience_of(*split(request.headers.get("Host", "")))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web, web_response
 
-from kvbaton.discovery.names import ServerNames
+from kvbaton.discovery.names import ServerNames, audience_of, split
 
 JSON = "application/json"
 #: All that the ``Server`` header says: no versions of anything.
@@ -25,13 +25,29 @@ def guard(names: ServerNames) -> Callable[[web.Request, Handler], Awaitable[web.
     """A middleware's function. It raises AuthenticationError (host, origin) and HTTPUnsupportedMediaType (body)."""
 
     async def guarded(http: web.Request, handler: Handler) -> web.StreamResponse:
-        names.check(http.headers.get("Host"), http.headers.get("Origin"))
+        names.check(http.headers.get("Host"), http.headers.get("Origin"), here=_arrived_at(http)[0])
         is_routed = http.match_info.http_exception is None
         if is_routed and http.method in ("POST", "PUT", "PATCH") and http.content_type != JSON:
             raise web.HTTPUnsupportedMediaType(reason=f"The body must be {JSON}, and its Content-Type say so")
         return await handler(http)
 
     return guarded
+
+
+def audience(http: web.Request) -> str:
+    """``HOST:PORT`` that a request is for, by its ``Host``, as tokens are made for it."""
+    return audience_of(*split(http.headers.get("Host", "")))
+
+
+def is_for_us(http: web.Request, names: ServerNames) -> bool:
+    """Whether :func:`audience` is this server."""
+    return names.is_audience(audience(http), _arrived_at(http))
+
+
+def _arrived_at(http: web.Request) -> tuple[str, int]:
+    """Host and port of this server, at which a connection has arrived."""
+    address = http.transport.get_extra_info("sockname") if http.transport is not None else None
+    return (str(address[0]), int(address[1])) if address else ("", 0)
 
 
 def hide_versions() -> None:

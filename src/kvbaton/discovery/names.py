@@ -45,12 +45,13 @@ class ServerNames:
         others = tuple((plain(name), port) for name, port in listed)
         return ServerNames(configured, others, checks=is_loopback(host) or bool(others))
 
-    def check(self, host_header: str | None, origin: str | None) -> None:
-        """Raises AuthenticationError for a request to another host, or from another site's page."""
+    def check(self, host_header: str | None, origin: str | None, *, here: str = "") -> None:
+        """Raises AuthenticationError for a request to another host, or from another site's page. ``here``: the address
+        where its connection has arrived, by which probes may ask: no name can be re-bound to be that."""
         if not self.checks:
             return
         host, _ = split(host_header or "")
-        if not self._knows(host):
+        if not (self._knows(host) or (here and host == plain(here))):
             raise AuthenticationError(
                 f"Host: {(host_header or '')[:_SAID]!r} is no name of this server; its operator adds one with "
                 f"{ALLOWED_HOST_FLAG}"
@@ -61,10 +62,10 @@ class ServerNames:
                 f"{ALLOWED_HOST_FLAG}"
             )
 
-    def is_audience(self, audience: str, arrived_at: Sequence[object]) -> bool:
+    def is_audience(self, audience: str, arrived_at: tuple[str, int]) -> bool:
         """Whether ``HOST:PORT`` is this server. ``arrived_at``: the connection's own address here, host and port."""
         host, port = split(audience)
-        here, bound = plain(str(arrived_at[0])), arrived_at[1]
+        here, bound = plain(arrived_at[0]), arrived_at[1]
         if port == bound and (host == here or host in self.hosts):
             return True
         return any(host == name and port == (bound if only is None else only) for name, only in self.allowed)
@@ -102,6 +103,15 @@ def audience_of(host: str, port: int) -> str:
     """``HOST:PORT`` as tokens are bound to it, IPv6 addresses in brackets."""
     name = plain(host)
     return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+
+def audience_of_url(url: str) -> str:
+    """``HOST:PORT`` of a URL. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        return audience_of(parts.hostname or "", parts.port or HTTP_PORT)
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is no URL: {error}") from None
 
 
 def split(authority: str) -> tuple[str, int]:

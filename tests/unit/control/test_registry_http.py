@@ -15,6 +15,7 @@ from kvbaton.serving.server.lifecycle import port_of, reserve
 from kvbaton.serving.testing.http import run, serving
 
 SECRET = "a secret of enough characters"
+HERE = "127.0.0.1:8998"
 ROUTE = Route(instance="i1", group="g", address="tcp://127.0.0.1:41000", layout_digest="d", http_port=30000)
 
 
@@ -314,18 +315,18 @@ def test_not_loopback(host: str):
 
 
 def test_bearer_tokens():
-    for shown in (SECRET, token_of(SECRET, "look-up")):
-        assert bearer_matches(f"Bearer {shown}", SECRET, "look-up")
-        assert bearer_matches(f"bearer {shown}", SECRET, "look-up")
+    for shown in (SECRET, token_of(SECRET, "look-up", HERE)):
+        assert bearer_matches(f"Bearer {shown}", SECRET, "look-up", HERE)
+        assert bearer_matches(f"bearer {shown}", SECRET, "look-up", HERE)
     for header in (None, "", "Bearer", f"Bearer {SECRET}x", SECRET, "Bearer \udcff"):
-        assert not bearer_matches(header, SECRET, "look-up")
-    assert not bearer_matches(f"Bearer {token_of(SECRET, 'router')}", SECRET, "look-up")
+        assert not bearer_matches(header, SECRET, "look-up", HERE)
+    assert not bearer_matches(f"Bearer {token_of(SECRET, 'router', HERE)}", SECRET, "look-up", HERE)
 
 
 def test_the_secret_itself_never_travels():
-    assert SECRET not in str(bearer(SECRET, "look-up"))
-    assert len({token_of(SECRET, door) for door in ("look-up", "register", "router", "story")}) == 4
-    assert bearer(None, "look-up") == {}
+    assert SECRET not in str(bearer(SECRET, "look-up", HERE))
+    assert len({token_of(SECRET, door, HERE) for door in ("look-up", "register", "router", "story")}) == 4
+    assert bearer(None, "look-up", HERE) == {}
 
 
 def test_without_a_secret_a_rebound_name_gets_no_answer():

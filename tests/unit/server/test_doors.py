@@ -17,6 +17,7 @@ from aiohttp import web
 from kvbaton.discovery.access import ROUTER_HEADER, token_of
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.connections import Connections, affordable
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError
@@ -82,7 +83,7 @@ def test_with_a_secret_only_the_router_names_rooms():
                     assert (status, "only this deployment's router" in text) == (401, True), headers
                     assert SECRET not in text
                 assert not engine.requests
-                for token in (token_of(SECRET, "router"), SECRET):
+                for token in (token_of(SECRET, "router", audience_of_url(url)), SECRET):
                     status, _ = await ask(session, url, {ROUTER_HEADER: token}, **room)
                     assert status == 200
                 assert engine.requests[0].sources == (ROUTE.address,)
@@ -96,7 +97,7 @@ def test_a_prefill_server_is_as_strict_and_aborts_too():
             assert (await ask(session, url, bootstrap_room=7))[0] == 401
             async with session.post(f"{url}/abort_request", json={"rid": "r"}) as response:
                 assert response.status == 401
-            headers = {ROUTER_HEADER: token_of(SECRET, "router")}
+            headers = {ROUTER_HEADER: token_of(SECRET, "router", audience_of_url(url))}
             assert (await ask(session, url, headers, bootstrap_room=7))[0] == 200
             engine.script = lambda _request: []
             asking = asyncio.create_task(ask(session, url, headers, bootstrap_room=8, rid="r"))
@@ -133,7 +134,7 @@ def test_the_router_shows_its_token_to_workers_and_nothing_of_the_client():
             assert (await ask(session, url, forged, bootstrap_host="10.0.0.1", kv_transfer_params={}))[0] == 200
         assert len(seen) == 2
         for headers in seen:
-            assert headers[ROUTER_HEADER] == token_of(SECRET, "router")
+            assert headers[ROUTER_HEADER] == token_of(SECRET, "router", audience_of_url(one))
             assert not {"Cookie", "X-Request-Id", "Authorization"} & set(headers)
             assert SECRET not in str(headers)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from types import TracebackType
@@ -58,6 +58,13 @@ BLAMES_PEER = (PeerLostError.code, DisconnectedError.code, RegistryError.code)
 _BLAMES_TRANSFER = (RemoteProtocolError.code, TransferFailedError.code, ExpiredError.code)
 
 Fields = Mapping[str, msgspec.Raw]
+#: The headers that show a worker that its router asks.
+Credentials = Callable[[Worker], Mapping[str, str]]
+
+
+def no_credentials(_worker: Worker) -> Mapping[str, str]:
+    """Of a deployment without a secret."""
+    return {}
 
 
 class CallFailed(Exception):
@@ -128,7 +135,7 @@ def strip(fields: Fields) -> dict[str, msgspec.Raw]:
 class PrefillDecodeCall:
     """Both legs of one attempt. Use as an async context manager: leaving it closes both.
 
-    ``headers`` go to the workers, with ours; nothing of the client's headers does.
+    ``credentials`` of each worker go to it; nothing of the client's headers does.
     """
 
     def __init__(
@@ -137,13 +144,13 @@ class PrefillDecodeCall:
         path: str,
         fields: Fields,
         pair: Pair,
-        headers: Mapping[str, str] | None = None,
+        credentials: Credentials = no_credentials,
     ) -> None:
         self._session = session
         self._path = path
         self._fields = fields
         self._pair = pair
-        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._credentials = credentials
         self._prefill: asyncio.Task[None] | None = None
         self._decode: asyncio.Task[aiohttp.ClientResponse] | None = None
         self._answered = False
@@ -223,7 +230,7 @@ class PrefillDecodeCall:
             response = await self._session.post(
                 worker.url + self._path,
                 data=BytesIO(body),
-                headers={**self._headers, ROLE_HEADER: worker.role},
+                headers={"Content-Type": "application/json", **self._credentials(worker), ROLE_HEADER: worker.role},
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError

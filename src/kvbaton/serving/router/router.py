@@ -33,7 +33,15 @@ from kvbaton.errors import (
     PeerLostError,
     UnknownModelError,
 )
-from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, mint_room
+from kvbaton.serving.router.calls import (
+    CallFailed,
+    Credentials,
+    Fields,
+    Pair,
+    PrefillDecodeCall,
+    mint_room,
+    no_credentials,
+)
 from kvbaton.serving.router.client_fields import client_fields
 from kvbaton.serving.router.forwarding import MAX_ANSWER_BYTES, Forwarder
 from kvbaton.serving.router.limit import TimeLimit
@@ -116,8 +124,6 @@ class Router:
             connector=aiohttp.TCPConnector(limit=0), trust_env=False, auto_decompress=False
         )
         self._reads = SharedReads()
-        self._story_headers = bearer(config.secret, "story")
-        self._headers = {} if config.secret is None else {ROUTER_HEADER: token_of(config.secret, "router")}
         self.workers = Workers(config.workers, self._asking, config.health_checks)
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
@@ -142,7 +148,7 @@ class Router:
             middlewares=[
                 web.middleware(errors),
                 web.middleware(guard(self._config.names)),
-                web.middleware(require_key(self._config.keys, lambda http: is_operator(http, self._config.secret))),
+                web.middleware(require_key(self._config.keys, self._is_operator)),
             ],
             client_max_size=MAX_BODY_BYTES,
         )
@@ -165,6 +171,18 @@ class Router:
         app.router.add_get(openapi.PATH, self._openapi)
         app.cleanup_ctx.append(self._running)
         return app
+
+    def _is_operator(self, http: web.Request) -> bool:
+        return is_operator(http, self._config.secret, self._config.names)
+
+    def _credentials(self, worker: Worker) -> Mapping[str, str]:
+        """What shows a worker, and nobody else, that this is its router."""
+        secret = self._config.secret
+        return {} if secret is None else {ROUTER_HEADER: token_of(secret, "router", worker.audience)}
+
+    def _operators(self, worker: Worker) -> Mapping[str, str]:
+        """What shows a worker that an operator asks."""
+        return bearer(self._config.secret, "story", worker.audience)
 
     async def _running(self, _app: web.Application) -> AsyncIterator[None]:
         probes = asyncio.create_task(self.workers.probe_forever())
@@ -207,13 +225,13 @@ class Router:
 
     def _call(self, path: str, fields: Fields, pair: Pair) -> PrefillDecodeCall:
         if self._config.engine == "vllm":
-            return VllmCall(self._session, path, fields, pair, self._headers, known=self._known)
-        return PrefillDecodeCall(self._session, path, fields, pair, self._headers)
+            return VllmCall(self._session, path, fields, pair, self._credentials, known=self._known)
+        return PrefillDecodeCall(self._session, path, fields, pair, self._credentials)
 
     # operating
 
     async def _ask_all(
-        self, workers: list[Worker], path: str, headers: Mapping[str, str] | None = None
+        self, workers: list[Worker], path: str, credentials: Credentials = no_credentials
     ) -> list[tuple[Worker, object]]:
         """Each worker's JSON answer to a GET; a dict with ``error`` for one that gives none."""
 
@@ -221,7 +239,7 @@ class Router:
             timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
             try:
                 async with self._asking.get(
-                    worker.url + path, timeout=timeout, allow_redirects=False, headers=headers
+                    worker.url + path, timeout=timeout, allow_redirects=False, headers=credentials(worker)
                 ) as response:
                     return worker, msgspec.json.decode(await _bounded(response, MAX_TOLD_BYTES))
             except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -238,7 +256,7 @@ class Router:
     async def _passed_on(self, path: str, body: bytes) -> web.Response:
         worker = await self.workers.find("decode")
         timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_SECONDS)
-        headers = {"Content-Type": "application/json", **self._headers}
+        headers = {"Content-Type": "application/json", **self._credentials(worker)}
         try:
             async with self._session.post(
                 worker.url + path, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
@@ -294,9 +312,9 @@ class Router:
 
     async def _story(self, http: web.Request) -> web.Response:
         """Both sides of a room: every worker is asked, those that know it answer."""
-        room = story.room_of(http, self._config.secret)
+        room = story.room_of(http, self._config.secret, self._config.names)
         sides = [side] if (side := self._forwarder.trail.side(room)).lines else []
-        for worker, answer in await self._ask_all(list(self.workers.all), f"/story/{room}", self._story_headers):
+        for worker, answer in await self._ask_all(list(self.workers.all), f"/story/{room}", self._operators):
             try:
                 told = msgspec.convert(answer, story.RoomStory).sides
             except msgspec.ValidationError:
@@ -314,7 +332,7 @@ class Router:
     async def _abort(self, http: web.Request) -> web.Response:
         async with self._bodies.read(http) as asked:
             rid = parse(asked, AbortRequest).rid
-        if is_operator(http, self._config.secret):
+        if self._is_operator(http):
             self._aliases.end_for_operator(rid)
         else:
             self._aliases.end(key_of_client(http), rid)

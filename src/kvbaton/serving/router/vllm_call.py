@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import aiohttp
 import msgspec
 
-from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall
+from kvbaton.serving.router.calls import CallFailed, Credentials, Fields, Pair, PrefillDecodeCall, no_credentials
 from kvbaton.serving.server.openai import ErrorDetail
 
 #: Largest answer of prefill that is read: one token, and the addresses of at most 1,024 ranks.
@@ -69,11 +69,12 @@ class VllmCall(PrefillDecodeCall):
         path: str,
         fields: Fields,
         pair: Pair,
-        headers: Mapping[str, str] | None = None,
+        credentials: Credentials = no_credentials,
         *,
         known: KnownSources,
     ) -> None:
-        super().__init__(session, path, {name: value for name, value in fields.items() if name != "rid"}, pair, headers)
+        ours = {name: value for name, value in fields.items() if name != "rid"}
+        super().__init__(session, path, ours, pair, credentials)
         self._known = known
         self._room = ""
         self._params: Params | None = None

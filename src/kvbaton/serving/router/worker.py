@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
+from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import PeerLostError
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
@@ -106,6 +107,11 @@ class Worker:
     def lost(self) -> PeerLostError:
         """The error of a request that depended on it."""
         return PeerLostError(f"the server is lost ({self.trouble}); send the request again", peer=str(self))
+
+    @property
+    def audience(self) -> str:
+        """What tokens for it are made for: ``HOST:PORT``."""
+        return audience_of_url(self.url)
 
     def __str__(self) -> str:
         return f"{self.role} {self.url}"

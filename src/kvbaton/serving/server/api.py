@@ -17,9 +17,8 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from kvbaton.discovery.access import ROUTER_HEADER, token_matches
 from kvbaton.discovery.client import RegistryClient
-from kvbaton.discovery.guard import guard
+from kvbaton.discovery.guard import guard, is_for_us
 from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
@@ -44,7 +43,7 @@ from kvbaton.serving.server.failure import body_of, errors, status_of
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
-from kvbaton.serving.server.operators import is_operator, key_of_client
+from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router, key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
 from kvbaton.serving.server.routing import ROLE_HEADER
@@ -119,6 +118,7 @@ class ApiServer:
             layouts=layouts,
             instance=instance,
             secret=secret,
+            names=self._names,
         )
         self.app = self._routes(status)
 
@@ -146,7 +146,7 @@ class ApiServer:
 
     def _needs_no_key(self, http: web.Request) -> bool:
         """The deployment's router, and its operators."""
-        return self._secret is not None and (self._from_router(http) or is_operator(http, self._secret))
+        return self._secret is not None and (self._from_router(http) or self._from_operator(http))
 
     # answering
 
@@ -204,7 +204,8 @@ class ApiServer:
         """Half a pair computes for its router only. Raises AuthenticationError."""
         if self._config.mode != "null" and not self._from_router(http):
             raise AuthenticationError(
-                "only this deployment's router may name rooms and registries here; send requests through the router",
+                "only this deployment's router may name rooms and registries here; send requests through the router"
+                + OTHER_NAME * (not is_for_us(http, self._names)),
                 hint="start the router with the same --secret-file as the servers",
             )
 
@@ -222,7 +223,10 @@ class ApiServer:
 
     def _from_router(self, http: web.Request) -> bool:
         """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
-        return self._secret is None or token_matches(http.headers.get(ROUTER_HEADER), self._secret, "router")
+        return is_router(http, self._secret, self._names)
+
+    def _from_operator(self, http: web.Request) -> bool:
+        return is_operator(http, self._secret, self._names)
 
     def _keeps_records(self, accepted: Accepted) -> bool:
         """Whether the router is to be able to go on elsewhere; prefill's answer is nothing to go on with."""
@@ -292,7 +296,7 @@ class ApiServer:
             raise AuthenticationError("requests are aborted at the router, or with this deployment's shared secret")
         async with self._bodies.read(http) as body:
             request = parse(body, AbortRequest)
-        if is_operator(http, self._secret) or (self._secret is not None and self._from_router(http)):
+        if self._from_operator(http) or (self._secret is not None and self._from_router(http)):
             self._aliases.end_for_operator(request.rid)
         else:
             self._aliases.end(key_of_client(http), request.rid)

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.discovery.json_response import json_response
+from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import ConfigError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout, encode
@@ -45,6 +46,7 @@ class StatusRoutes:
         layouts: Sequence[RankLayout],
         instance: str,
         secret: str | None,
+        names: ServerNames,
     ) -> None:
         self._engine = engine
         self._config = config
@@ -57,6 +59,7 @@ class StatusRoutes:
         self._layouts = layouts
         self._instance = instance
         self._secret = secret
+        self._names = names
         #: An engine may wait for its processes, on a thread.
         self._reads = SharedReads()
         metrics.gauges(lambda: _engine_gauges(engine))
@@ -112,13 +115,13 @@ class StatusRoutes:
         return {"stats": self._engine.stats(), **self._info()}
 
     async def _story(self, http: web.Request) -> web.Response:
-        room = story.room_of(http, self._secret)
+        room = story.room_of(http, self._secret, self._names)
         events = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
         lines = tuple(story.StoryLine(event.seconds_ago, event.text) for event in events)
         return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
 
     async def _layout(self, http: web.Request) -> web.Response:
-        require_operator(http, self._secret, what="the layout of its memory")
+        require_operator(http, self._secret, self._names, what="the layout of its memory")
         if not self._layouts:
             raise ConfigError("this server hands nothing over: start it with --disaggregation-mode prefill or decode")
         return web.Response(body=encode(self._layouts), content_type="application/json")

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import ConfigError
 from kvbaton.manager import MAX_ROOM
 from kvbaton.serving.server.operators import require_operator
@@ -45,9 +46,9 @@ class RoomStory(Struct, frozen=True, kw_only=True):
     sides: tuple[Side, ...]
 
 
-def room_of(http: web.Request, secret: str | None) -> int:
+def room_of(http: web.Request, secret: str | None, names: ServerNames) -> int:
     """The room that an operator asks for. Raises AuthenticationError, ConfigError."""
-    require_operator(http, secret, what="a room's story")
+    require_operator(http, secret, names, what="a room's story")
     text = http.match_info["room"]
     if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= MAX_ROOM):
         raise ConfigError(f"room: {text[:40]!r} is not a room (0 to 2^63-1)")
