@@ -40,7 +40,7 @@ from kvbaton.protocol.messages import (
 from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
-from kvbaton.protocol.transfer import Incoming, On, Outgoing, Place, State, Transfer
+from kvbaton.protocol.transfer import Incoming, On, Outgoing, Place, Prompt, State, Transfer
 from lab.docs.page import filled
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -146,7 +146,9 @@ def _fresh_source(context: Recorder, state: State, outgoing: dict[str, Any]) -> 
 
 
 def _target(context: Recorder, state: State, parts: tuple[PartBytes, ...]) -> Transfer:
-    transfer = Transfer(KEY, "source", context, incoming=Incoming(grants=(GRANT,), parts=parts, token_count=TOKENS))
+    transfer = Transfer(
+        KEY, "source", context, incoming=Incoming(grants=(GRANT,), parts=parts, prompt=Prompt(token_count=TOKENS))
+    )
     transfer.state = state
     transfer.error = AbortedError("given up") if state in (State.DRAINING, State.QUIESCING) else None
     return transfer

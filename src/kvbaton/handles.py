@@ -267,12 +267,19 @@ class KVReceiver(RoomHandle):
         fails the room before."""
         return self._status.agreed
 
-    def publish(self, spans: Sequence[Span], *, token_count: int) -> None:
+    @property
+    def token_count(self) -> int:
+        """Tokens of the prompt, as published or as prefill has said with the end; 0 while only prefill knows."""
+        return self._status.token_count
+
+    def publish(self, spans: Sequence[Span], *, token_count: int | None) -> None:
         """Grant units to the sources. A paged span starts at the prefix that we hold already.
 
         Args:
             spans: one span per pool; the units are leased from now on.
-            token_count: tokens of the whole prompt; both sides must agree.
+            token_count: tokens of the whole prompt; both sides must agree. None: not known here, as many as prefill
+                has computed and at most as many as the spans hold; :attr:`token_count` tells them afterwards. Slots
+                then come with prefill's last chunk.
 
         Raises:
             LayoutError: a span names units that do not exist, twice, or that do not fit its token range.
@@ -284,4 +291,8 @@ class KVReceiver(RoomHandle):
         check_grants(grants, self._layout)
         self._handed_over = 1
         self._started_at = self._clock()
-        self._post(GrantsPublished(self.room, grants, token_count), None)
+        if token_count is None:
+            most = max((grant.token_stop for grant in grants), default=0)
+            self._post(GrantsPublished(self.room, grants, most, at_most=True), None)
+        else:
+            self._post(GrantsPublished(self.room, grants, token_count), None)

@@ -427,6 +427,11 @@ def unseen_chunks_not_leased(patches: Patches) -> None:
     patches.set(KVSender, "leased", property(lambda self: self._status.leased))
 
 
+@mutant("a target that does not know how long a prompt is waits for all that it has units for (our own)", 165)
+def most_taken_for_all(patches: Patches) -> None:
+    patches.set(receiving, "up_to", lambda grants, _tokens: tuple(grants))
+
+
 @mutant("a room goes on behind what a withdrawal has only cancelled (our own)", 630)
 def cancelled_counts_as_sent(patches: Patches) -> None:
     def withdraw(t: Any, _now: float, _: object) -> None:

@@ -265,6 +265,19 @@ def test_nothing_is_submitted_while_what_was_withdrawn_is_read(make_rank: MakeRa
     finish(source, target, sender, receiver)
 
 
+def test_decode_need_not_know_how_long_the_prompt_is(make_rank: MakeRank) -> None:
+    source, target = make_rank("prefill", fill=1), make_rank("decode")
+    room = next(ROOMS)
+    sender, receiver = source.manager.sender(room), target.manager.receiver(room, [source.manager.address])
+    receiver.publish([Span("kv", 0, 64, (5, 3, 1, 7)), Span("aux", 0, 0, (2,))], token_count=None)
+    assert receiver.token_count == 0
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    assert (receiver.error, receiver.token_count, receiver.bytes) == (None, 40, sender.bytes)
+    np.testing.assert_array_equal(target.page(1), source.page(2))
+    assert not target.page(7).any()
+
+
 def test_memory_goes_and_comes_back_while_the_peers_stay(make_rank: MakeRank) -> None:
     source, target = make_rank("prefill", fill=3), make_rank("decode")
     sender, receiver = begin(source, target)

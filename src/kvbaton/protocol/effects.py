@@ -130,6 +130,7 @@ class RoomStatus:
         exposed_seconds: from the last chunk's submission to its last write having settled, the longest of all writers.
         bytes: bytes that the room moves here: the manifest (target), posted so far (source).
         agreed: every source rank is there and compatible: pages may be published (target side).
+        token_count: tokens of the prompt, 0 while only the source knows them (target side).
         seen: calls of the engine that this status knows of (source side): chunks, and that they were withdrawn.
         token_seconds: what writing one token of all layers is predicted to take, to all targets together; 0 as long as
             none has opened, or where the layers do not travel by themselves (source side).
@@ -142,6 +143,7 @@ class RoomStatus:
     bytes: int = 0
     exposed_seconds: float = 0.0
     agreed: bool = False
+    token_count: int = 0
     seen: int = 0
     token_seconds: float = 0.0
 

@@ -107,11 +107,12 @@ class ReceiverOpened:
 
 @dataclass(frozen=True, slots=True)
 class GrantsPublished:
-    """The engine has leased units for a room."""
+    """The engine has leased units for a room. ``at_most``: its prompt may have fewer tokens."""
 
     room: int
     grants: tuple[Grant, ...]
     token_count: int
+    at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,14 @@ def check_staging(
     return leases
 
 
+def up_to(grants: Iterable[Grant], token_count: int) -> tuple[Grant, ...]:
+    """What these grants hold of a prompt of ``token_count`` tokens; slots are whole, units stay as they are."""
+    return tuple(
+        structs.replace(grant, token_stop=max(grant.token_start, min(grant.token_stop, token_count)))
+        for grant in grants
+    )
+
+
 def parts_of(pair: PairPlan, grants: Iterable[Grant]) -> tuple[PartBytes, ...]:
     """The manifest of one writer: every part of ``pair`` that moves bytes for these grants."""
     by_pool = {grant.pool: grant for grant in grants}

@@ -149,6 +149,7 @@ class Open(TransferMessage, frozen=True, tag="open", omit_defaults=True):
     ttl_seconds: Seconds
     staging: Annotated[tuple[StagingGrant, ...], Meta(max_length=MAX_GRANTS)] = ()
     begun: bool = False  #: the source has said that it has this room: if it has not (any more), it refuses at once
+    at_most: bool = False  #: the prompt has ``token_count`` tokens or fewer: how many, ``Done`` says
 
 
 class Opened(TransferMessage, frozen=True, tag="opened", omit_defaults=True):

@@ -16,6 +16,7 @@ from kvbaton.errors import (
     from_code,
 )
 from kvbaton.protocol.effects import Quiesce, Scatter
+from kvbaton.protocol.grants import parts_of, up_to
 from kvbaton.protocol.messages import Abort, Close, Done, Drained, Failed, Open, Opened, Query, StagingGrant, clip
 from kvbaton.protocol.transfer import State, Transfer, describe, expect
 
@@ -29,12 +30,13 @@ def send_open(t: Transfer, now: float, _: object = None) -> None:
         sender=t.context.instance,
         receiver=t.peer,
         key=t.key,
-        token_count=incoming.token_count,
+        token_count=incoming.prompt.token_count,
         grants=incoming.grants,
         parts=incoming.parts,
         ttl_seconds=t.context.settings.waiting_timeout,
         staging=tuple(StagingGrant(part, lease.slots) for part, lease in incoming.leases.items()),
         begun=incoming.begun,
+        at_most=incoming.at_most,
     )
     t.context.send(t, message)
     t.retry_later(now)
@@ -69,10 +71,18 @@ def delivered(t: Transfer, now: float, detail: object) -> None:
     done = expect(detail, Done)
     incoming = t.as_target()
     incoming.exposed_seconds = done.exposed_seconds
-    if frozenset(done.parts) != frozenset(incoming.parts) or done.token_count != incoming.token_count:
+    prompt = incoming.prompt
+    if incoming.at_most and incoming.pair is not None and done.token_count <= prompt.token_count:
+        incoming.grants = up_to(incoming.grants, done.token_count)
+        incoming.parts = parts_of(incoming.pair, incoming.grants)
+        incoming.bytes = sum(part.bytes for part in incoming.parts)
+    if prompt.at_most and done.token_count < prompt.token_count:  # the first source to say it; the others must agree
+        prompt.token_count = done.token_count
+    prompt.at_most = False
+    if frozenset(done.parts) != frozenset(incoming.parts) or done.token_count != prompt.token_count:
         t.error = RemoteProtocolError(
             f"the source wrote {describe(done.parts)} for {done.token_count} tokens, the manifest says "
-            f"{describe(incoming.parts)} for {incoming.token_count}",
+            f"{describe(incoming.parts)} for {prompt.token_count}",
             peer=t.peer,
             room=t.key.room,
         )

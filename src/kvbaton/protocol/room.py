@@ -13,7 +13,7 @@ from kvbaton.errors import KVBatonError
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 from kvbaton.protocol.events import Chunk
 from kvbaton.protocol.messages import Grant
-from kvbaton.protocol.transfer import State, Transfer
+from kvbaton.protocol.transfer import Prompt, State, Transfer
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +96,7 @@ class TargetRoom:
     agreed: bool = False
     untold: set[str] = field(default_factory=set)
     grants: tuple[Grant, ...] | None = None
-    token_count: int = 0
+    prompt: Prompt = field(default_factory=Prompt)
     transfers: dict[str, Transfer] = field(default_factory=dict)
     error: KVBatonError | None = None
     reported: RoomStatus = field(default_factory=RoomStatus)
@@ -125,7 +125,13 @@ class TargetRoom:
         else:
             poll = KVPoll.Transferring if succeeded else KVPoll.WaitingForInput
         return RoomStatus(
-            poll=poll, error=self.error, leased=leased, bytes=size, agreed=self.agreed, exposed_seconds=exposed
+            poll=poll,
+            error=self.error,
+            leased=leased,
+            bytes=size,
+            agreed=self.agreed,
+            exposed_seconds=exposed,
+            token_count=0 if self.prompt.at_most else self.prompt.token_count,
         )
 
 

@@ -172,14 +172,20 @@ class Rooms:
             return
         room.token_seconds += self._context.settings.costs.token_seconds(session.pair, leases)
         outgoing = Outgoing(
-            pair=session.pair, grants=grants, parts=message.parts, token_count=message.token_count, leases=leases
+            pair=session.pair,
+            grants=grants,
+            parts=message.parts,
+            token_count=message.token_count,
+            at_most=message.at_most,
+            leases=leases,
         )
         transfer = Transfer(key, session.peer, self._context, outgoing=outgoing)
         self._sources[key.room] = room
         room.group, room.expected = session.hello.group, session.hello.group_size
         self._failed_before_sender.pop(key.room, None)
         self._failed_before_open.pop(key.room, None)
-        self._context.record(key.room, f"{key} opened by {session.name} for {message.token_count} tokens")
+        tokens = f"at most {message.token_count}" if message.at_most else message.token_count
+        self._context.record(key.room, f"{key} opened by {session.name} for {tokens} tokens")
         self.begin(room, transfer)
         if room.error is not None:
             self._transfers.step(transfer, On.GIVEN_UP, room.error)

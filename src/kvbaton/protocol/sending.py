@@ -51,6 +51,7 @@ from kvbaton.plan.coverage import Coverage, Piece
 from kvbaton.plan.pair import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
+from kvbaton.protocol.grants import parts_of, up_to
 from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, clip
 from kvbaton.protocol.transfer import Lease, Place, State, Transfer, describe, expect
 
@@ -110,7 +111,8 @@ def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
 
 def check_final(t: Transfer, part: PartPlan, chunk: Chunk) -> None:
     """A slot's content changes with every token, so that before the last ones there is nothing to send."""
-    if chunk.layers is None or 0 < chunk.token_stop < t.as_source().token_count:
+    outgoing = t.as_source()
+    if chunk.layers is None or outgoing.at_most or 0 < chunk.token_stop < outgoing.token_count:
         raise LocalProtocolError(
             f"pool {part.id.pool!r}: a slot was submitted with the {chunk}; submit it with the last chunk, or its "
             "layers with those of the last tokens",
@@ -157,6 +159,9 @@ def post(t: Transfer, write: PostWrite, place: Place) -> None:
 def check_complete(t: Transfer, chunk: Chunk) -> None:
     outgoing = t.as_source()
     paged = any(span.token_stop for span in chunk.spans)
+    if paged and outgoing.at_most and chunk.token_stop <= outgoing.token_count:
+        outgoing.token_count = chunk.token_stop
+        outgoing.parts = parts_of(outgoing.pair, up_to(outgoing.grants.values(), chunk.token_stop))
     if paged and chunk.token_stop != outgoing.token_count:
         raise LocalProtocolError(
             f"the last chunk ends at token {chunk.token_stop}, the decode rank expects {outgoing.token_count}: "

@@ -22,7 +22,7 @@ from kvbaton.protocol.messages import MAX_UNITS_PER_GRANT, Grant, PartBytes, Tra
 from kvbaton.protocol.peers import Peers
 from kvbaton.protocol.room import RoomKeeper, TargetRoom
 from kvbaton.protocol.session import Session, SessionState
-from kvbaton.protocol.transfer import Incoming, Lease, Transfer
+from kvbaton.protocol.transfer import Incoming, Lease, Prompt, Transfer
 
 
 class TargetRooms:
@@ -64,7 +64,8 @@ class TargetRooms:
         room = self.rooms.get(event.room)
         if room is None or room.error is not None:
             return
-        room.grants, room.token_count = event.grants, event.token_count
+        room.grants = event.grants
+        room.prompt = Prompt(token_count=event.token_count, at_most=event.at_most)
         self._go_on(room)
 
     def _go_on(self, room: TargetRoom) -> None:
@@ -104,7 +105,8 @@ class TargetRooms:
             incoming = Incoming(
                 grants=grants,
                 parts=parts,
-                token_count=room.token_count,
+                prompt=room.prompt,
+                pair=session.pair,
                 begun=room.begun,
                 leases=self._lease_staging(session, parts, grants),
             )
@@ -163,7 +165,7 @@ class TargetRooms:
             return
         room.untold.discard(session.address)
         key = TransferKey(room.room, self._context.mint())
-        transfer = Transfer(key, session.peer, self._context, incoming=Incoming(grants=(), parts=(), token_count=0))
+        transfer = Transfer(key, session.peer, self._context, incoming=Incoming())
         transfer.error = room.error
         self._keeper.begin(room, transfer)
 

@@ -109,6 +109,7 @@ class Outgoing:
     grants: dict[str, Grant]
     parts: tuple[PartBytes, ...]
     token_count: int
+    at_most: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
     coverage: dict[int, Coverage] = field(default_factory=dict)
     outstanding: dict[WriteId, Place] = field(default_factory=dict)
@@ -135,19 +136,30 @@ class Outgoing:
 
 
 @dataclass(kw_only=True, slots=True)
-class Incoming:
-    """The target's end: what was granted and what must arrive."""
+class Prompt:
+    """What a target knows of a prompt, one for all sources of a room: its tokens, or the most that there may be."""
 
-    grants: tuple[Grant, ...]
-    parts: tuple[PartBytes, ...]
-    token_count: int
+    token_count: int = 0
+    at_most: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Incoming:
+    """The target's end: what was granted and what must arrive; of a prompt whose length the source says, at most."""
+
+    grants: tuple[Grant, ...] = ()
+    parts: tuple[PartBytes, ...] = ()
+    prompt: Prompt = field(default_factory=Prompt)
+    pair: PairPlan | None = None
     begun: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
     exposed_seconds: float = 0.0
     moving: bool = False
+    at_most: bool = field(init=False)
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.at_most = self.prompt.at_most
         self.bytes = sum(part.bytes for part in self.parts)
 
     def has_slot(self, slot: int) -> bool:

@@ -30,7 +30,7 @@ from kvbaton.protocol.messages import (
 )
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.table import TABLE, Ignored, Illegal, step
-from kvbaton.protocol.transfer import Incoming, On, Outgoing, State, Transfer
+from kvbaton.protocol.transfer import Incoming, On, Outgoing, Prompt, State, Transfer
 from lab.docs.protocol import derive
 from unit.protocol.scene import ENDED, PAIR, QUICK, Scene, dropping, holding
 
@@ -52,7 +52,7 @@ def test_the_table_has_no_other_cells() -> None:
 
 
 def test_illegal_messages_are_the_peers_fault_and_illegal_events_ours() -> None:
-    transfer = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(grants=(), parts=(), token_count=1))
+    transfer = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(prompt=Prompt(token_count=1)))
     with pytest.raises(RemoteProtocolError, match=r"Open while opening: this message goes from a target to a source"):
         step(transfer, On.OPEN_ARRIVED, 0.0)
     with pytest.raises(InternalError, match="write settled while opening"):
@@ -61,7 +61,7 @@ def test_illegal_messages_are_the_peers_fault_and_illegal_events_ours() -> None:
 
 
 def test_an_end_that_a_transfer_does_not_have_is_our_own_bug() -> None:
-    target = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(grants=(), parts=(), token_count=1))
+    target = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(prompt=Prompt(token_count=1)))
     nothing = Outgoing(pair=PairPlan(parts=(), digest=""), grants={}, parts=(), token_count=1)
     source = Transfer(TransferKey(1, 2), "peer", _Mute(), outgoing=nothing)
     with pytest.raises(InternalError, match="is no source"):
@@ -330,7 +330,7 @@ INERT = [(s, o) for s, o in CELLS if isinstance(TABLE[s][o], Ignored | Illegal)]
 @pytest.mark.parametrize(("state", "on"), INERT, ids=[f"{s.value}:{o.value}" for s, o in INERT])
 def test_what_is_ignored_or_illegal_changes_nothing(state: State, on: On) -> None:
     rule = TABLE[state][on]
-    transfer = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(grants=(), parts=(), token_count=1))
+    transfer = Transfer(TransferKey(1, 2), "peer", _Mute(), incoming=Incoming(prompt=Prompt(token_count=1)))
     transfer.state = state
     if isinstance(rule, Ignored):
         step(transfer, on, 0.0)

@@ -354,7 +354,7 @@ class TargetJob(SimJob):
         if not self._due or self.spans or not isinstance(side, KVReceiver) or side.poll() in ENDED:
             return
         starts = {pool.name: self._start(pool.window) for pool in self.process.memory.layout.pools if pool.paged}
-        tokens = self.request.tokens
+        tokens = self.request.tokens + (self.request.spare or 0)
         wanted = {}
         for pool in self.process.memory.layout.pools:
             start = starts.get(pool.name, 0)
@@ -372,7 +372,7 @@ class TargetJob(SimJob):
                 self.spans.append(Span(pool.name, 0, 0, units))
         self.process.clockwork.tell(self.process.name, f"engine: {self} publishes {self.spans}")
         try:
-            side.publish(self.spans, token_count=tokens)
+            side.publish(self.spans, token_count=None if self.request.spare is not None else tokens)
         except KVBatonError as error:
             self.process.clockwork.tell(self.process.name, f"engine: {self} cannot publish: {error}")
 
@@ -395,7 +395,10 @@ class TargetJob(SimJob):
             first = span.token_start // page
             if not span.units:
                 continue
-            wrong = memory.wrong(span.pool, seeds, span.token_start, max(span.token_stop, 1), span.units, first)
+            stop = min(span.token_stop, self.request.tokens) if span.token_stop else 1
+            wrong = stop > span.token_start and memory.wrong(
+                span.pool, seeds, span.token_start, stop, span.units, first
+            )
             if wrong:
                 return f"{span.pool} tokens {wrong}"
             if span.token_start % page:

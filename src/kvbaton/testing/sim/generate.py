@@ -99,7 +99,19 @@ def generate(seed: int) -> Scenario:
         seed=seed, model=model, tuning=tuning, sources=sources, targets=targets, requests=requests, faults=faults
     )
     by_layers = random.Random(f"layered {seed}")
-    return _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
+    scenario = _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
+    return _some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
+
+
+def _some_lengths_are_unknown(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Decode counts in pages, and prefill alone knows how many tokens there are."""
+    requests = tuple(
+        replace(request, spare=rng.randint(0, 4))
+        if rng.random() < 0.1 and not (request.steps or request.gap or request.rival)
+        else request
+        for request in scenario.requests
+    )
+    return replace(scenario, requests=requests)
 
 
 def _by_layers(rng: random.Random, scenario: Scenario) -> Scenario:

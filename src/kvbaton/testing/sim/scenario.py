@@ -100,6 +100,8 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
         declines: the target engine wants nothing of it, from when it gets it on.
+        spare: the target engine does not know how long the prompt is, and has units for so many tokens more; None: it
+            knows.
         preempt: when the source engine takes its units back, to compute the prompt again; None: never.
     """
 
@@ -126,6 +128,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     back: bool = False
     gap: int = 0
     declines: bool = False
+    spare: int | None = None
     preempt: float | None = None
 
     @property
@@ -270,7 +273,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
             for r in self.requests
         ]
         roomy = all(
-            g.pages >= sum(r.tokens + 1 for r in self.requests) and g.slots >= len(self.requests)
+            g.pages >= sum(r.tokens + (r.spare or 0) + 1 for r in self.requests) and g.slots >= len(self.requests)
             for g in (*self.sources, *self.targets)
         )
         return roomy and max(takes, default=0.0) < PROMPT_SECONDS and not (self.faults or self.misuses)
