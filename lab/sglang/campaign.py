@@ -18,6 +18,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
             *TOKENS,
             cases.metrics,
             cases.duplicate_room,
+            cases.memory_released,
             cases.client_gone,
             cases.aborts,
             cases.idle,

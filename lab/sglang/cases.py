@@ -122,6 +122,21 @@ async def duplicate_room(scene: Scene) -> str:
     return f"{[_short(answer) for answer in got]}; empty after {seconds:.1f} s"
 
 
+async def memory_released(scene: Scene) -> str:
+    """Both let go of their cache's memory and take it up again, as for a trainer that shares the device: the peers
+    stay, the next requests are equal."""
+    tokens = prompt(600, 5950)
+    expected = await scene.client.alone(tokens)
+    check(await scene.client.pair(tokens), expected, "before")
+    for server in (scene.prefill, scene.decode):
+        await scene.empty()
+        for route in ("release_memory_occupation", "resume_memory_occupation"):
+            async with scene.session.post(f"{server.url}/{route}", json={"tags": ["kv_cache"]}) as answer:
+                check(answer.status, 200, f"{server.name} {route}")
+        check(await scene.client.pair(tokens), expected, f"after that of {server.name}")
+    return f"3 of 3 equal; empty after {await scene.empty():.1f} s"
+
+
 async def contract(scene: Scene) -> str:
     """One hand-off and two halves of a request, on recording servers: the calls that SGLang makes are those that are
     kept."""
@@ -292,7 +307,7 @@ async def through_our_router(scene: Scene) -> str:
     return await through_a_router(
         scene,
         [
-            *(PYTHON, "-m", "kvbaton.cli.main", "router", "--pd-disaggregation"),
+            *(PYTHON, "-m", "kvbaton.cli.main", "router", "--pd-disaggregation", "--engine", "sglang"),
             *("--prefill", scene.prefill.url, str(scene.prefill.bootstrap_port), "--decode", scene.decode.url),
         ],
     )

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("kvbaton", "vllm"),
+        choices=("kvbaton", "vllm", "sglang"),
         default="kvbaton",
-        help="what the servers are: kvbaton's, or vLLM's with kvbaton.engines.vllm.KVBatonConnector",
+        help="what the servers are: kvbaton's, vLLM's with kvbaton.engines.vllm.KVBatonConnector, or SGLang's",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="unanswered health checks in a row that make a server silent: what it was asked is asked elsewhere",
     )
     parser.add_argument(
-        "--health-check-endpoint", default="", help="route of a health check; /ready if left out, of vLLM's /health"
+        "--health-check-endpoint",
+        default="",
+        help="route of a health check; if left out /ready, of vLLM's /health, of SGLang's /model_info",
     )
     parser.add_argument(
         "--max-concurrent-requests",

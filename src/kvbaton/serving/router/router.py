@@ -71,10 +71,10 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 ASK_TIMEOUT_SECONDS = 3.0
 
 
-#: What the workers are: our servers, or vLLM's with our connector.
-Engine = Literal["kvbaton", "vllm"]
-#: The route by which each says that it takes requests.
-HEALTH_ROUTES: dict[Engine, str] = {"kvbaton": "/ready", "vllm": "/health"}
+#: What the workers are: our servers, vLLM's with our connector, or SGLang's with our transfer backend.
+Engine = Literal["kvbaton", "vllm", "sglang"]
+#: The route by which each says that it takes requests; SGLang's own /health computes a token each time.
+HEALTH_ROUTES: dict[Engine, str] = {"kvbaton": "/ready", "vllm": "/health", "sglang": "/model_info"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
