@@ -30,7 +30,9 @@ def save(points: Sequence[Point], path: Path) -> None:
             panel.plot(runs, [getattr(p, name) * 1e3 for p in here], label=label, markersize=4, **style)
         picked = [(p.staged_seconds if p.prefers_staging else p.direct_seconds) * 1e3 for p in here]
         panel.plot(runs, picked, "o", markersize=10, fillstyle="none", color="#208040", label="the cost model's choice")
-        panel.set(xscale="log", yscale="log", xlabel="bytes of a run", title=f"{count} pages of 64 tokens")
+        panel.set(
+            xscale="log", yscale="log", xlabel="bytes of a run", title=f"{count} pages of {here[0].page_size} tokens"
+        )
         panel.set_xticks(runs, [str(run) for run in runs], rotation=60)
         panel.minorticks_off()
         panel.grid(alpha=0.3)

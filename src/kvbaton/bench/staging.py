@@ -10,24 +10,24 @@ from kvbaton.bench.transfer import TransferBench
 from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import pair_plan
 
-PAGE_SIZE = 64
 SOURCE_TP = 4
 LAYERS = 8
 #: Bytes of the pieces of a token, and pages of a room: the grid.
 RUN_BYTES = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
-ROOM_PAGES = (1, 4, 16)
+ROOM_PAGES = (1, 4, 16, 64)
 #: Most bytes of a room in the grid.
-MOST_BYTES = 256 << 20
+MOST_BYTES = 64 << 20
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One size: medians of one room, directly, staged, and with equal tensor parallelism (same bytes, no pieces)."""
+    """One size: the best round of a room, directly, staged, and between equal groups (the same bytes, no pieces)."""
 
     run_bytes: int
     pages: int
+    page_size: int
     room_bytes: int
     direct_seconds: float
     staged_seconds: float
@@ -45,25 +45,25 @@ class Point:
         return picked / min(self.staged_seconds, self.direct_seconds)
 
 
-def scenario(run_bytes: int, pages: int, rounds: int) -> BenchScenario:
+def scenario(run_bytes: int, pages: int, rounds: int, page_size: int) -> BenchScenario:
     """TP 4 to 1, tokens outermost: a token of a layer falls into pieces of ``run_bytes``."""
     return BenchScenario(
         name=f"{run_bytes} B runs, {pages} pages",
         layers=LAYERS,
         pages=pages,
-        item_bytes=run_bytes * SOURCE_TP * PAGE_SIZE,
+        item_bytes=run_bytes * SOURCE_TP * page_size,
         rooms=1,
         concurrency=1,
         source_tp=SOURCE_TP,
-        page_size=PAGE_SIZE,
+        page_size=page_size,
         interior="NHD",
         rounds=rounds,
     )
 
 
-def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, progress: Progress) -> Point:
+def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, page_size: int, progress: Progress) -> Point:
     """One point of the grid: three pairs of groups, one after the other."""
-    direct = scenario(run_bytes, pages, rounds)
+    direct = scenario(run_bytes, pages, rounds, page_size)
     seconds = {}
     for name, one in (
         ("direct", direct),
@@ -75,11 +75,12 @@ def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, progress: Pro
             result = bench.run(lambda _text: None, only=("kvbaton",))
             if result.verified_bytes != result.total_bytes:
                 raise AssertionError(f"{one.name}: {result.verified_bytes} of {result.total_bytes} bytes verified")
-            seconds[name] = result.median("kvbaton") or 0.0
+            seconds[name] = result.least("kvbaton") or 0.0
     part = pair_plan(direct.layout(1 << 40, SOURCE_TP, 0), direct.layout(2 << 40, 1, 0)).parts[0]
     return Point(
         run_bytes=run_bytes,
         pages=pages,
+        page_size=page_size,
         room_bytes=direct.room_bytes,
         direct_seconds=seconds["direct"],
         staged_seconds=seconds["staged"],
@@ -88,9 +89,12 @@ def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, progress: Pro
     )
 
 
-def grid() -> Iterator[tuple[int, int]]:
+def grid(page_size: int) -> Iterator[tuple[int, int]]:
     """(run bytes, pages) of every point."""
     for run_bytes in RUN_BYTES:
         for pages in ROOM_PAGES:
-            if run_bytes % (HEADS // SOURCE_TP) == 0 and scenario(run_bytes, pages, 1).room_bytes <= MOST_BYTES:
+            if (
+                run_bytes % (HEADS // SOURCE_TP) == 0
+                and scenario(run_bytes, pages, 1, page_size).room_bytes <= MOST_BYTES
+            ):
                 yield run_bytes, pages

@@ -37,6 +37,10 @@ class BenchResult:
         times = self.seconds.get(contestant)
         return statistics.median(times) if times else None
 
+    def least(self, contestant: str) -> float | None:
+        """Of the best round."""
+        return min(self.seconds.get(contestant, ()), default=None)
+
     def over(self, contestant: str) -> float | None:
         """kvbaton's median time as a multiple of another's; below 1 is faster."""
         other, ours = self.median(contestant), self.median("kvbaton")

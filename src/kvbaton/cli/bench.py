@@ -145,9 +145,10 @@ def _run_staging(options: argparse.Namespace) -> int:
     costs = transfer_costs(options.transfer_costs)
     save = _plotter().save if options.plot is not None else None
     points = []
-    for number, (run_bytes, pages) in enumerate(grid()):
+    for number, (run_bytes, pages) in enumerate(grid(options.page_size)):
         with console.status("starting") as status:
-            points.append(measure(run_bytes, pages, costs, options.rounds, partial(_show, status, str(number + 1))))
+            told = partial(_show, status, str(number + 1))
+            points.append(measure(run_bytes, pages, costs, options.rounds, options.page_size, told))
         point = points[-1]
         console.print(
             f"{point.run_bytes} B, {point.pages} pages: direct {point.direct_seconds * 1e3:.2f} ms, staged "

@@ -27,11 +27,11 @@ class Costs(Struct, frozen=True, kw_only=True):
     """Seconds. ``copy_byte_seconds`` is gather and scatter together, for large pieces; ``post_seconds`` a chunk's way
     from the engine to the transport, without its descriptors and bytes."""
 
-    descriptor_seconds: float = 3.0e-6
+    descriptor_seconds: float = 1.5e-6
     wire_byte_seconds: float = 1.2e-10
-    copy_byte_seconds: float = 5.0e-10
-    piece_seconds: float = 6.0e-8
-    staged_seconds: float = 3.0e-4
+    copy_byte_seconds: float = 2.5e-10
+    piece_seconds: float = 2.0e-8
+    staged_seconds: float = 1.0e-4
     post_seconds: float = 1.5e-4
 
     def direct(self, part: PartPlan, blocks: int) -> float:
