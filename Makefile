@@ -99,8 +99,10 @@ flood: setup           ## rooms, connections, bodies, registrations by the thous
 audit:                 ## known advisories of the pinned versions; the tables of docs/advisories.md are written by hand
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
-	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
-	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt --vulnerability-service osv
+	failed=0; for database in pypi osv; do \
+	    .venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt \
+	        --vulnerability-service $$database || failed=1; \
+	done; exit $$failed
 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
 	$(BIN)/python -m lab chaos --write docs/reliability.md
