@@ -59,9 +59,12 @@ class Client:
             assert response.headers["Content-Type"].startswith("text/event-stream")
             return decode_events(await response.read())
 
-    async def metric(self, line: str) -> float:
+    async def metrics(self) -> str:
         async with self.session.get(f"{self.url}/metrics") as response:
-            found = [row for row in (await response.text()).splitlines() if row.startswith(line + " ")]
+            return await response.text()
+
+    async def metric(self, line: str) -> float:
+        found = [row for row in (await self.metrics()).splitlines() if row.startswith(line + " ")]
         return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
@@ -553,9 +556,9 @@ def test_operating_routes():
         reason = ["loading"]
         async with api(readiness=lambda: reason[0], info=lambda: {"page_size": 16}) as client:
             assert await client.get("/health") == {"status": "ok"}
-            assert await client.get("/ready", 503) == {"ready": False, "reason": "loading"}
+            assert await client.get("/ready", 503) == {"ready": False, "reason": "loading", "draining": False}
             reason[0] = ""
-            assert await client.get("/ready") == {"ready": True, "reason": ""}
+            assert await client.get("/ready") == {"ready": True, "reason": "", "draining": False}
             assert (await client.get("/v1/models"))["data"][0]["id"] == "m"
             info = await client.get("/get_server_info")
             assert info == await client.get("/server_info")
