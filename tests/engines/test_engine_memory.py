@@ -211,7 +211,7 @@ def test_aux_row_goes_there_and_back() -> None:
     data = aux_row.encode(ROW)
     assert len(data) == aux_row.ROW_BYTES
     assert data[:64].hex() == (
-        "4b56424102000000ffffffffffffff7f"
+        "4b56424103000000ffffffffffffff7f"
         + ROW.prompt_digest.to_bytes(8, "little").hex()
         + "ffffffffffffffff0300000002000300"
         + "000000000000d0bf7f510200"
@@ -254,7 +254,7 @@ def test_more_than_a_row_has_room_for_is_not_written(fields: dict) -> None:
         (38, b"\xff\xff", "65535 alternatives"),
         (40, struct.pack("<d", math.nan), "nan for a logarithm"),
         (232, struct.pack("<d", -math.inf), "-inf for a logarithm"),
-        (4, b"\x01\x00", "version 1, ours is 2"),
+        (4, b"\x02\x00", "version 2, ours is 3"),
     ],
 )
 def test_a_whole_row_that_says_what_no_row_may_is_refused(at: int, value: bytes, says: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import aiohttp
 import pytest
 from test_api import Client, api, decode_events, usage
 
+from kvbaton.discovery.client import RegistryClient
+from kvbaton.discovery.registry import Registry, Route
+from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.request import Output, PromptToken, Request
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.api import ApiServer
@@ -125,6 +128,135 @@ def test_logprobs_of_a_character_in_three_tokens() -> None:
             question = {"messages": [{"role": "user", "content": "q"}], "logprobs": True}
             content = (await client.post("/v1/chat/completions", **question))["choices"][0]["logprobs"]["content"]
             assert bytes(byte for entry in content for byte in entry["bytes"]) == data
+
+    run(test())
+
+
+def told(request: Request) -> list[Output]:
+    """Says the prompt again, and of each of its tokens but the first a logprob and what is likelier."""
+    outputs = echoed(request)
+    asked = request.sampling.prompt_logprobs
+    if asked is None:
+        return outputs
+    tops = ((98, -0.25), (99, -0.75), (100, -1.25))[:asked]
+    prompt = tuple(PromptToken(-float(token), 4, tops) for token in request.prompt_tokens[1:])
+    return [replace(outputs[0], prompt_logprobs=prompt), *outputs[1:]]
+
+
+def test_echo_with_logprobs() -> None:
+    async def test() -> None:
+        async with api(told) as client:
+            fields = {"prompt": ["ax", "c"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 9}
+            choices = (await client.post(**fields))["choices"]
+            assert [choice["text"] for choice in choices] == ["axax", "axax", "cc", "cc"]
+            first, second = choices[1]["logprobs"], choices[2]["logprobs"]
+            assert first["tokens"] == ["a", "x", "a", "x"]
+            assert first["token_logprobs"] == [None, -120.0, -0.5, -0.5]
+            assert first["top_logprobs"][:2] == [None, {"b": -0.25, "x": -120.0}]
+            assert first["text_offset"] == [0, 1, 2, 3]
+            assert second["token_logprobs"] == [None, -0.5]
+            events = await client.events(**fields)
+            assert events.pop() == "[DONE]"
+            parts: dict[int, list[object]] = {}
+            for event in events:
+                (choice,) = event["choices"]
+                parts.setdefault(choice["index"], []).extend(choice["logprobs"]["token_logprobs"])
+            assert parts == {i: choice["logprobs"]["token_logprobs"] for i, choice in enumerate(choices)}
+            alone = (await client.post(**{**fields, "max_tokens": 0, "n": 1}))["choices"]
+            assert [(choice["text"], choice["finish_reason"]) for choice in alone] == [
+                ("ax", "length"),
+                ("c", "length"),
+            ]
+            assert alone[0]["logprobs"]["token_logprobs"] == [None, -120.0]
+            assert client.engine.requests[-1].sampling.max_tokens == 1
+            best = (await client.post(**{**fields, "n": 1, "best_of": 2}))["choices"]
+            assert [choice["text"] for choice in best] == ["axax", "cc"]
+
+    run(test())
+
+
+def test_prompt_logprobs() -> None:
+    async def test() -> None:
+        async with api(told) as client:
+            body = await client.post(prompt="ab", prompt_logprobs=2)
+            own = {"logprob": -98.0, "rank": 4, "decoded_token": "b"}
+            other = {"logprob": -0.75, "rank": 2, "decoded_token": "c"}
+            assert body["choices"][0]["prompt_logprobs"] == [None, {"98": own, "99": other}]
+            assert "prompt_logprobs" not in (await client.post(prompt="ab"))["choices"][0]
+            question = {"messages": [{"role": "user", "content": "q"}], "prompt_logprobs": 0}
+            whole = await client.post("/v1/chat/completions", **question)
+            assert [row and len(row) for row in whole["prompt_logprobs"]][:2] == [None, 1]
+            params = {"return_logprob": True, "top_logprobs_num": 1}
+            for start, expected in ((0, [None, -98.0, -99.0]), (1, [None, -99.0]), (3, []), (-1, [])):
+                fields = {"input_ids": [97, 98, 99], "logprob_start_len": start, **params}
+                meta = (await client.post("/generate", **fields))["meta_info"]
+                assert [logprob for logprob, _, _ in meta["input_token_logprobs"]] == expected
+                assert len(meta["input_top_logprobs"]) == len(expected)
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("answer", "texts", "said", "offsets"),
+    [
+        (b"\x97\xa5b", ["", "日", "b"], "日b", [0, 0, 1]),
+        (b"xy", ["x", "y"], "\ufffdxy", [0, 1]),
+        (b"\x97", [""], "\ufffd", [0]),
+    ],
+)
+def test_a_prompt_that_ends_within_a_character(answer: bytes, texts: list[str], said: str, offsets: list[int]) -> None:
+    """``texts`` are those of the engine: a character belongs to the answer that completes it, else to the prompt."""
+    prompt = [ord("a"), "日".encode()[0]]
+    steps = [Output(tokens=(byte,), text=text, logprobs=(-0.5,)) for byte, text in zip(answer, texts, strict=True)]
+    steps[0] = replace(steps[0], prompt_logprobs=(PromptToken(-1.0, 1),))
+    steps[-1] = replace(steps[-1], finish_reason="stop")
+
+    async def test() -> None:
+        engine = ScriptedEngine(lambda _request: steps)
+        server = ApiServer(engine, SplitTokenizer(), ApiConfig(model="m", max_positions=99))
+        async with serving(server.app) as url, aiohttp.ClientSession() as session:
+            client = Client(engine, server, session, url)
+            (plain,) = (await client.post(prompt=prompt, logprobs=0))["choices"]
+            assert (plain["text"], plain["logprobs"]["text_offset"]) == ("".join(texts), offsets)
+            (whole,) = (await client.post(prompt=prompt, logprobs=0, echo=True))["choices"]
+            assert whole["text"] == "a" + said
+            assert whole["logprobs"]["text_offset"][:2] == [0, 1]
+            assert whole["logprobs"]["tokens"][1] == "bytes:\\xe6"
+            *events, _ = await client.events(prompt=prompt, echo=True)
+            assert "".join(event["choices"][0]["text"] for event in events) == whole["text"]
+
+    run(test())
+
+
+class FrontTokenizer(CharacterTokenizer):
+    """Puts a token in front of every text, as most do; answers end with one as well."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return [1] * special + super().encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"<s>" if token == 1 else super().token_bytes(token)
+
+    def is_special(self, token: int) -> bool:
+        return token == 1
+
+
+def test_offsets_count_the_characters_that_are_there() -> None:
+    def script(request: Request) -> list[Output]:
+        end = Output(tokens=(1,), logprobs=(-0.5,), finish_reason="stop")
+        outputs = [*spell("xy", finish_reason=None), end]
+        prompt = tuple(PromptToken(-1.0, 1) for _ in request.prompt_tokens[1:])
+        return [replace(outputs[0], prompt_logprobs=prompt), *outputs[1:]]
+
+    async def test() -> None:
+        engine = ScriptedEngine(script)
+        server = ApiServer(engine, FrontTokenizer(), ApiConfig(model="m", max_positions=99))
+        async with serving(server.app) as url, aiohttp.ClientSession() as session:
+            client = Client(engine, server, session, url)
+            (choice,) = (await client.post(prompt="ab", echo=True, logprobs=0))["choices"]
+            assert choice["text"] == "abxy"
+            assert choice["logprobs"]["tokens"] == ["<s>", "a", "b", "x", "y", "<s>"]
+            assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 3, 4]
 
     run(test())
 
@@ -289,18 +421,25 @@ def test_api_keys() -> None:
 
 @asynccontextmanager
 async def routed(**settings: object) -> AsyncIterator[tuple[Client, ScriptedEngine]]:
-    """A router in front of two servers that both take rooms and have nobody to wait for."""
-    engines = [ScriptedEngine(echoed) for _ in range(2)]
-    servers = [
-        ApiServer(engine, CharacterTokenizer(), ApiConfig(model="m", max_positions=99, mode="prefill"))
-        for engine in engines
-    ]
-    async with serving(servers[0].app) as prefill, serving(servers[1].app) as decode:
-        workers = (Worker("prefill", prefill, 1), Worker("decode", decode))
+    """A router in front of two servers whose engines have nobody to wait for."""
+    registry = Registry()
+    route = Route(instance="i", group="g", address="tcp://127.0.0.1:41000", layout_digest="", http_port=1)
+    registry.register(route, 0.0)
+    async with AsyncExitStack() as closing:
+        lookup = await closing.enter_async_context(RegistryClient(attempts=1))
+        bootstrap = await closing.enter_async_context(serving(registry_app(registry, clock=lambda: 0.0)))
+        engines, servers, urls = [], [], []
+        for mode in ("prefill", "decode"):
+            config = ApiConfig(model="m", max_positions=99, mode=mode)  # type: ignore[arg-type]
+            engines.append(ScriptedEngine(echoed))
+            servers.append(ApiServer(engines[-1], CharacterTokenizer(), config, registry=lookup))
+            urls.append(await closing.enter_async_context(serving(servers[-1].app)))
+        workers = (Worker("prefill", urls[0], int(bootstrap.rpartition(":")[2])), Worker("decode", urls[1]))
         router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0, **settings))  # type: ignore[arg-type]
-        async with serving(router.app) as url, aiohttp.ClientSession() as session:
-            await router.workers.probe_all()
-            yield Client(engines[1], servers[1], session, url), engines[0]
+        url = await closing.enter_async_context(serving(router.app))
+        session = await closing.enter_async_context(aiohttp.ClientSession())
+        await router.workers.probe_all()
+        yield Client(engines[1], servers[1], session, url), engines[0]
 
 
 def test_the_router_passes_all_of_it_on() -> None:

@@ -13,7 +13,8 @@
             38  alternatives   u16       alternatives that follow, 0 to MAX_TOP_LOGPROBS
             40  first tokens   MAX_CHOICES of (logprob f64, token u32); unused ones are zero
            232  alternatives   MAX_TOP_LOGPROBS of the same, likeliest first; unused ones are zero
-           472  zeros
+           472  records check  u32       over the records of the prompt's logprobs; 0 where nobody asked for them
+           476  zeros
            508  crc32          u32       over bytes 0..508
 
 All choices draw their first token from one distribution, so that one list of alternatives serves them all and the row
@@ -36,21 +37,22 @@ from kvbaton.errors import LocalProtocolError, RemoteProtocolError
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Alternatives
 
 MAGIC = b"KVBA"
-VERSION = 2
+VERSION = 3
 ROW_BYTES = 512
 _HEAD = struct.Struct("<4sHHQQQIHH")
 _ENTRY = struct.Struct("<dI")
 _CHECK = struct.Struct("<I")
 _CHECK_AT = ROW_BYTES - _CHECK.size
+_RECORDS_CHECK_AT = 472
 _TOP_AT = _HEAD.size + MAX_CHOICES * _ENTRY.size
 _END_AT = _TOP_AT + MAX_TOP_LOGPROBS * _ENTRY.size
-assert _END_AT <= _CHECK_AT  # noqa: S101 - the table above
+assert _END_AT <= _RECORDS_CHECK_AT  # noqa: S101 - the table above
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuxRow:
     """The first token of each choice as (token, logprob), and what goes with them. ``seed`` is the one in use, given or
-    derived; ``top`` are the likeliest tokens of that place."""
+    derived; ``top`` are the likeliest tokens of that place; ``records_check`` is of the prompt's logprobs."""
 
     room: int
     prompt_digest: int
@@ -59,6 +61,7 @@ class AuxRow:
     seed: int
     top: Alternatives = ()
     flags: int = 0
+    records_check: int = 0
 
 
 def prompt_digest(tokens: Sequence[int]) -> int:
@@ -92,6 +95,7 @@ def encode(row: AuxRow) -> bytes:
     for start, entries in ((_HEAD.size, row.firsts), (_TOP_AT, row.top)):
         for number, (token, logprob) in enumerate(entries):
             _ENTRY.pack_into(data, start + number * _ENTRY.size, logprob, token)
+    _CHECK.pack_into(data, _RECORDS_CHECK_AT, row.records_check)
     _CHECK.pack_into(data, _CHECK_AT, zlib.crc32(data[:_CHECK_AT]))
     return bytes(data)
 
@@ -131,6 +135,7 @@ def decode(data: bytes | memoryview, *, room: int, prompt: Sequence[int]) -> Aux
         top=_entries(data, _TOP_AT, alternatives, room),
         seed=seed,
         flags=flags,
+        records_check=_CHECK.unpack_from(data, _RECORDS_CHECK_AT)[0],
     )
 
 

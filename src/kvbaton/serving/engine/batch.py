@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError
-from kvbaton.serving.engine.generation import Generation
+from kvbaton.serving.engine.generation import Generation, Opening
 from kvbaton.serving.engine.job import Job
-from kvbaton.serving.engine.request import Handoff, Output
+from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import Pick, pick_tokens
 
@@ -42,16 +42,15 @@ class ContinuousBatch:
         self,
         choices: Sequence[Generation],
         firsts: Sequence[Pick],
-        handoff: Handoff | None = None,
-        cached_tokens: int = 0,
+        opening: Opening,
     ) -> None:
         """Add a request's answers with their first tokens; each stays only if that is not its last one, too.
 
-        ``handoff`` and ``cached_tokens`` are told with the first of them.
+        ``opening`` is told with the first of them.
         """
         self._members += choices
         for generation, first in zip(choices, firsts, strict=True):
-            self._push(generation, first, *((handoff, cached_tokens) if generation is choices[0] else ()))
+            self._push(generation, first, opening if generation is choices[0] else None)
 
     def remove(self, job: Job, error: KVBatonError) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
@@ -80,11 +79,11 @@ class ContinuousBatch:
     def _logits(self, batch: Sequence[Generation]) -> Any:
         return self._runner.decode([generation.step() for generation in batch])
 
-    def _push(self, generation: Generation, pick: Pick, handoff: Handoff | None = None, cached_tokens: int = 0) -> None:
+    def _push(self, generation: Generation, pick: Pick, opening: Opening | None = None) -> None:
         if generation.job.done:  # another of its answers has ended it meanwhile
             return
         try:
-            output = generation.push(pick, handoff, cached_tokens)
+            output = generation.push(pick, opening)
         except KVBatonError as error:
             self._end(generation.job, Output(error=error))
             return

@@ -22,13 +22,14 @@ from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError
 from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.batch import ContinuousBatch
-from kvbaton.serving.engine.generation import Generation, generations
+from kvbaton.serving.engine.generation import Generation, Opening, generations
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import Limits, limits_of
 from kvbaton.serving.engine.model import LoadedModel
-from kvbaton.serving.engine.pool import Pools
+from kvbaton.serving.engine.pool import AUX, Pools
 from kvbaton.serving.engine.prefix import Prefix, PrefixCache
-from kvbaton.serving.engine.request import Handoff, Output, Request
+from kvbaton.serving.engine.prompt_logprobs import check_records, prompt_tokens_of
+from kvbaton.serving.engine.request import Handoff, Output, PromptToken, Request
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import Pick
 from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
@@ -98,7 +99,9 @@ class Decode(Role):
             taken = self._take(self._waiting[0].request)
             if taken is None:
                 break
-            self._expect(self._waiting.popleft(), *taken)
+            job = self._waiting.popleft()
+            job.take_up()
+            self._expect(job, *taken)
             admitted = True
         return admitted
 
@@ -106,13 +109,13 @@ class Decode(Role):
         """Units for all that the request may ever cache; pages of its prefix are shared, others evicted if need be."""
         size = len(request.prompt_tokens), self._limits.cached_tokens(request), request.sampling.choices
         if self._prefixes is None:
-            sequences = allocate_group(self._pools, *size)
+            sequences = allocate_group(self._pools, *size, recorded=request.recorded_tokens)
             return None if sequences is None else (sequences, Prefix())
         prefix = self._prefixes.match(request.prompt_tokens)
         missing = missing_pages(self._pools, *size, shared=len(prefix.nodes))
         if 0 < missing <= self._prefixes.evictable and self._pools.pages is not None:
             self._pools.pages.free(self._prefixes.evict(missing))
-        sequences = allocate_group(self._pools, *size, shared=prefix.pages)
+        sequences = allocate_group(self._pools, *size, shared=prefix.pages, recorded=request.recorded_tokens)
         if sequences is None:
             self._prefixes.release(prefix)
             return None
@@ -143,7 +146,7 @@ class Decode(Role):
         arrival = _Arrival(job, request.room, receiver, sequences, slot, prefix)
         self._transfers.append(arrival)
         held = len(prefix.nodes) * self._pools.page_size
-        spans = [*self._pools.wanted(sequences.first, held, count), Span("aux", 0, 0, (slot,))]
+        spans = [*self._pools.wanted(sequences.first, held, count), Span(AUX, 0, 0, (slot,))]
         try:
             receiver.publish(spans, token_count=count)
         except KVBatonError as error:
@@ -169,6 +172,7 @@ class Decode(Role):
         try:
             row = aux_row.decode(self._pools.row(arrival.slot), room=arrival.room, prompt=prompt)
             firsts = self._firsts(row, arrival.job.request)
+            prompt_logprobs = self._prompt_logprobs(row, arrival)
             self._runner.copy(sequences.copies(self._pools, len(prompt)))
             choices = generations(arrival.job, self._model, sequences.block_tables, row.seed)
         except KVBatonError as error:
@@ -183,13 +187,25 @@ class Decode(Role):
         self._batch.join(
             choices,
             firsts,
-            Handoff(
-                bytes=arrival.receiver.bytes,
-                seconds=arrival.receiver.handoff_seconds,
-                exposed_seconds=arrival.receiver.exposed_seconds,
+            Opening(
+                handoff=Handoff(
+                    bytes=arrival.receiver.bytes,
+                    seconds=arrival.receiver.handoff_seconds,
+                    exposed_seconds=arrival.receiver.exposed_seconds,
+                ),
+                cached_tokens=held,
+                prompt_logprobs=prompt_logprobs,
             ),
-            held,
         )
+
+    def _prompt_logprobs(self, row: aux_row.AuxRow, arrival: _Arrival) -> tuple[PromptToken, ...] | None:
+        """What prefill says of the prompt's own tokens. Raises RemoteProtocolError where it is not what was asked."""
+        request = arrival.job.request
+        if request.sampling.prompt_logprobs is None:
+            return None
+        records = self._pools.read_records(arrival.sequences.first, len(request.prompt_tokens) - 1)
+        check_records(records, row.records_check, self._model.geometry.vocab_size, row.room)
+        return prompt_tokens_of(records, request.sampling.prompt_logprobs)
 
     def _firsts(self, row: aux_row.AuxRow, request: Request) -> list[Pick]:
         """The first token of each choice. Raises RemoteProtocolError where prefill was asked something else."""

@@ -116,7 +116,8 @@ class Follower:
         ]
         try:
             tokens = [list(request.tokens) for request in order.requests]
-            self._runner.forward(tokens, extents, self._ahead(*order.ahead) if order.ahead is not None else None)
+            ahead = self._ahead(*order.ahead) if order.ahead is not None else None
+            self._runner.forward(tokens, extents, ahead, every=order.every)
         except KVBatonError as error:  # the leader has failed on the same input, or hears from its own collective
             logger.warning("%s", error)
 
@@ -149,8 +150,8 @@ class Follower:
         if isinstance(order, orders.Fail):
             end.fail(order.error)
         elif isinstance(order, orders.SubmitChunk) and isinstance(end, KVSender):
-            for slot, row in order.rows:
-                self._pools.row(slot)[:] = row
+            for pool, unit, data in order.written:
+                self._pools.write_unit(pool, unit, data)
             end.submit(self._pools.here(order.spans), last=order.last, ready=self._runner.fence())
         elif isinstance(order, orders.Publish) and isinstance(end, KVReceiver):
             end.publish(self._pools.here(order.spans), token_count=order.token_count)

@@ -9,16 +9,26 @@ This file must not know of peers, batches or queues.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvbaton.errors import RemoteProtocolError
 from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import BlockTable
-from kvbaton.serving.engine.request import Handoff, Output
+from kvbaton.serving.engine.request import Handoff, Output, PromptToken
 from kvbaton.serving.engine.runner import Step
 from kvbaton.serving.engine.sampling import Draw, Pick, seed_of_choice
 from kvbaton.serving.engine.text import TextStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """What is told once of a request, with its first output."""
+
+    handoff: Handoff | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[PromptToken, ...] | None = None
 
 
 class Generation:
@@ -63,7 +73,7 @@ class Generation:
         """The tokens that ``block_table`` has: all but the newest."""
         return self._tokens[: self._position]
 
-    def push(self, pick: Pick, handoff: Handoff | None = None, cached_tokens: int = 0) -> Output:
+    def push(self, pick: Pick, opening: Opening | None = None) -> Output:
         """Take the next token. Returns what to tell the caller. Raises InternalError (no text for this token)."""
         self._newest = pick.token
         self._tokens.append(pick.token)
@@ -71,7 +81,7 @@ class Generation:
         if self._adjustment is not None:
             self._adjustment.push(pick.token)
         piece = self._text.push(pick.token)
-        sampling = self.job.request.sampling
+        sampling, opening = self.job.request.sampling, opening or _NOTHING
         return Output(
             index=self._index,
             tokens=(pick.token,),
@@ -79,13 +89,17 @@ class Generation:
             logprobs=(pick.logprob,) if sampling.logprobs else (),
             top_logprobs=(pick.top,) if sampling.top_logprobs else (),
             finish_reason=piece.finish_reason,
-            handoff=handoff,
+            handoff=opening.handoff,
             matched=piece.matched,
-            cached_tokens=cached_tokens,
+            cached_tokens=opening.cached_tokens,
+            prompt_logprobs=opening.prompt_logprobs,
         )
 
     def __repr__(self) -> str:
         return f"Generation({self.job!r} choice {self._index} at position {self._position})"
+
+
+_NOTHING = Opening()
 
 
 def generations(job: Job, model: LoadedModel, block_tables: Sequence[BlockTable], seed: int) -> list[Generation]:

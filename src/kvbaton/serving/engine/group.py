@@ -26,7 +26,7 @@ from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.cache import Extent
 from kvbaton.serving.engine.pipe import Died, Pipe
 from kvbaton.serving.engine.polls import combine
-from kvbaton.serving.engine.pool import Copies, Pools
+from kvbaton.serving.engine.pool import LEADER_POOLS, Copies, Pools
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Group:
         for member in self.members:
             member.pipe.send(order)
 
-    def announce(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None) -> None:
+    def announce(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None, every: bool) -> None:
         """Have every follower take part in the forward pass that the leader begins now, and send its own layers of it
         ahead."""
         requests = tuple(
@@ -84,7 +84,7 @@ class Group:
             for row, e in zip(tokens, extents, strict=True)
         )
         sends = (ahead.sender.number, ahead.spans) if ahead and isinstance(ahead.sender, GroupSender) else None
-        self.order(orders.Forward(requests, sends))
+        self.order(orders.Forward(requests, sends, every))
 
     def announce_copy(self, copies: Copies) -> None:
         """Have every follower copy the same units."""
@@ -233,9 +233,14 @@ class GroupSender(GroupRoom):
         if layers is not None:
             self._sender.submit(self._pools.here(spans), last=last, ready=ready, layers=layers)
             return
-        rows = tuple((span.units[0], bytes(self._pools.row(span.units[0]))) for span in spans if span.pool == "aux")
+        written = tuple(
+            (span.pool, unit, self._pools.read_unit(span.pool, unit))
+            for span in spans
+            if span.pool in LEADER_POOLS
+            for unit in span.units
+        )
         self._handed_over = True
-        self._group.order(orders.SubmitChunk(self.number, tuple(spans), last, rows))
+        self._group.order(orders.SubmitChunk(self.number, tuple(spans), last, written))
         self._sender.submit(self._pools.here(spans), last=last, ready=ready)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from time import perf_counter
 
 from kvbaton.errors import AbortedError, KVBatonError, TransferFailedError
 from kvbaton.serving.engine.request import Output, Request
@@ -32,13 +33,21 @@ class Job:
         self._on_output = on_output
         self._on_end = on_end
         self._unfinished = request.sampling.choices
+        self._arrived = perf_counter()
+        self._queued_seconds: float | None = None
         self.done = False
         self.deserted = False
+
+    def take_up(self) -> None:
+        """It has waited long enough: its memory is there."""
+        self._queued_seconds = perf_counter() - self._arrived
 
     def emit(self, output: Output) -> None:
         """Tell the caller, unless the last word has been said."""
         if self.done:
             return
+        if self._queued_seconds is not None:  # said once
+            output, self._queued_seconds = replace(output, queued_seconds=self._queued_seconds), None
         if output.finish_reason is not None:
             self._unfinished -= 1
             output = replace(output, unfinished=self._unfinished) if self._unfinished else output

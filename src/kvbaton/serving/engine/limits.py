@@ -49,6 +49,7 @@ class Limits:
         keeps_answer: the answer's tokens are cached here too (everywhere but on prefill).
         needs_room: requests are half of a hand-off.
         has_text: there is a tokenizer, so stop strings can match.
+        record_tokens: tokens of a prompt whose logprobs can be handed over.
         most_choices: how many answers of (prompt tokens, tokens in all) the empty pool has room for at once.
     """
 
@@ -58,6 +59,7 @@ class Limits:
     keeps_answer: bool = True
     needs_room: bool = False
     has_text: bool = True
+    record_tokens: int = 1 << 31
     most_choices: Callable[[int, int], int] = lambda _prompt, _tokens: MAX_CHOICES
 
     def cached_tokens(self, request: Request) -> int:
@@ -93,6 +95,10 @@ class Limits:
                 f"max_tokens: a prompt of {prompt} tokens and max_tokens={answer} exceed "
                 f"the model's {self.max_positions} positions"
             )
+        if request.recorded_tokens > self.record_tokens:
+            raise CapacityError(
+                f"prompt_logprobs: those of {prompt} tokens are more than this server hands over, {self.record_tokens}"
+            )
         needed = self.cached_tokens(request)
         if needed > self.pool_tokens:
             raise CapacityError(
@@ -120,6 +126,8 @@ def _validate_sampling(sampling: Sampling) -> None:
         raise ConfigError(
             f"top_logprobs: {sampling.top_logprobs} is outside 0..{MAX_TOP_LOGPROBS}, or without logprobs"
         )
+    if not 0 <= (sampling.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS:
+        raise ConfigError(f"prompt_logprobs: {sampling.prompt_logprobs} is outside 0..{MAX_TOP_LOGPROBS}")
     if len(sampling.stop) > MAX_STOPS:
         raise ConfigError(f"stop: {len(sampling.stop)} strings are more than {MAX_STOPS}")
     if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in sampling.stop):
@@ -155,5 +163,6 @@ def limits_of(model: LoadedModel, pools: Pools, *, keeps_answer: bool = True, ne
         keeps_answer=keeps_answer,
         needs_room=needs_room,
         has_text=model.tokenizer is not None,
+        record_tokens=pools.record_tokens if needs_room else 1 << 31,
         most_choices=lambda prompt, tokens: most_choices(pools, prompt, tokens),
     )

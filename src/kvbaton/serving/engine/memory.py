@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvbaton.errors import ConfigError
-from kvbaton.layout import InteriorOrder, Plane, Pool, Region
+from kvbaton.layout import NO_LAYER, InteriorOrder, Plane, Pool, Region
 from kvbaton.runtime.staging_memory import ALIGNMENT_BYTES
 from kvbaton.serving.engine.geometry import DTYPES, CachedTensor, PagedGeometry, PagedTensor
 from kvbaton.serving.engine.shard import RankShard
@@ -110,6 +110,25 @@ class StateMemory:
             offset += self.slots * size
         dtype = "+".join(sorted({state.dtype for state in self._states}))
         return Pool("state", "state", self.slots, 1, False, dtype, tuple(planes))
+
+
+class RecordMemory:
+    """Pages of fixed-size records, one for each token: ``tensor`` is shaped ``[pages, page_size, record_bytes]``. Every
+    rank of a stage holds them whole. On the device of the pages, for staging memory is there."""
+
+    def __init__(self, name: str, pages: int, page_size: int, record_bytes: int, shard: RankShard, device: str) -> None:
+        self.tensor: Any = aligned((pages, page_size, record_bytes), torch.uint8, device)
+        self._name = name
+        self._shard = shard
+
+    @property
+    def region(self) -> Region:
+        return region_of(self.tensor)
+
+    def pool(self, region: int) -> Pool:
+        pages, page_size, size = self.tensor.shape
+        plane = Plane(NO_LAYER, "record", region, 0, page_size * size, size, size, size, self._shard.axis(1))
+        return Pool(self._name, "aux", pages, page_size, True, "bytes", (plane,))
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, device: str, *, make: Callable[..., Any] = torch.zeros) -> Any:

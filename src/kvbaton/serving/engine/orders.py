@@ -29,10 +29,12 @@ class ForwardRequest(Struct, frozen=True, array_like=True):
 
 
 class Forward(Struct, frozen=True, tag="forward"):
-    """``ahead``: the side, and the units, that the layers of the pass are handed over with as they are computed."""
+    """``ahead``: the side, and the units, that the layers of the pass are handed over with as they are computed;
+    ``every``: the logits of every token are wanted, not only of each request's last."""
 
     requests: tuple[ForwardRequest, ...]
     ahead: tuple[int, tuple[Span, ...]] | None = None
+    every: bool = False
 
 
 class Copy(Struct, frozen=True, tag="copy"):
@@ -55,12 +57,12 @@ class Publish(Struct, frozen=True, tag="publish"):
 
 
 class SubmitChunk(Struct, frozen=True, tag="submit"):
-    """``rows``: (slot, bytes) of aux rows that the leader has written."""
+    """``written``: (pool, unit, bytes) of what the leader alone has written: aux rows, records of the prompt."""
 
     side: int
     spans: tuple[Span, ...]
     last: bool
-    rows: tuple[tuple[int, bytes], ...] = ()
+    written: tuple[tuple[str, int, bytes], ...] = ()
 
 
 class Fail(Struct, frozen=True, tag="fail"):

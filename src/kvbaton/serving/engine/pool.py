@@ -4,6 +4,8 @@ Rules: a request's units are allocated all or none, as one :class:`BlockTable`. 
 token or a state that it has not written, or been sent. All ranks of a group have the same number of units, so that one
 block table names the same tokens on each of them.
 
+Records of a prompt's own logprobs have pages of their own too, held only by requests that ask for them.
+
 Pools that keep every token (``kv``, ``mla``, ``index``) share page numbers. A sliding window (``swa``) has pages of
 its own, and a request holds a ring of them: absolute page p lies in the ring's page p modulo its length.
 
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvbaton.layout import CacheLayout, aux_pool, window_range
@@ -27,21 +30,31 @@ from kvbaton.serving.engine.geometry import Geometry, PagedGeometry
 from kvbaton.serving.engine.memory import (
     PagedMemory,
     PoolConfig,
+    RecordMemory,
     StateMemory,
     aligned,
     copy_units,
     region_of,
 )
+from kvbaton.serving.engine.prompt_logprobs import RECORD, RECORD_BYTES, Records
 from kvbaton.serving.engine.shard import RankShard
+
+#: The pools of aux rows and of records; only a group's leader has what is written there.
+AUX, RECORDS = "aux", "prompt_logprobs"
+LEADER_POOLS = (AUX, RECORDS)
+#: Most tokens whose records are held at once: 11 MB.
+MAX_RECORDS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTable:
-    """The units of one request: page i holds tokens from ``i * page_size`` on; see the module for ``ring``."""
+    """The units of one request: page i holds tokens from ``i * page_size`` on; see the module for ``ring`` and
+    ``records``."""
 
     pages: tuple[int, ...] = ()
     ring: tuple[int, ...] = ()
     state: int = 0
+    records: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -101,6 +114,9 @@ class Pools:
         self.rings = Allocator(self._window_pages(), "window page") if geometry.window else None
         self.state_slots = Allocator(config.aux_slots, "state slot") if geometry.states else None
         self.slots = Allocator(config.aux_slots, "slot")
+        record_pages = min(config.pages, self.pages_for(MAX_RECORDS))
+        self._records = RecordMemory(RECORDS, record_pages, config.page_size, RECORD_BYTES, shard, device)
+        self.record_pages = Allocator(record_pages, "record page")
         self._staging: object = None
         self.layout = self._describe(model, shard)
 
@@ -111,6 +127,11 @@ class Pools:
     def tokens(self) -> int:
         """Tokens of one request that can ever fit."""
         return self._config.pages * self.page_size
+
+    @property
+    def record_tokens(self) -> int:
+        """Tokens of one prompt whose records can ever fit."""
+        return self.record_pages.units * self.page_size
 
     @property
     def pages_free(self) -> int:
@@ -135,21 +156,24 @@ class Pools:
         """Pages of the window pool: a ring for every request, and never more than the whole pool."""
         return min(self._config.pages, self._config.aux_slots * self._ring_pages(self._config.chunk_tokens))
 
-    def allocate(self, tokens: int, *, shared: tuple[int, ...] = ()) -> BlockTable | None:
+    def allocate(self, tokens: int, *, shared: tuple[int, ...] = (), recorded: int = 0) -> BlockTable | None:
         """Units for a request of ``tokens`` tokens, or None while any pool is too full.
 
-        ``shared`` are pages that somebody holds already; they become the first of the block_table.
+        ``shared`` are pages that somebody holds already; they become the first of the block_table. ``recorded``: tokens
+        of the prompt that need a record.
         """
         count = self.pages_for(tokens)
         takes = (
             (self.pages, count - len(shared)),
             (self.rings, self.ring_pages(tokens)),
             (self.state_slots, 1),
+            (self.record_pages, self.pages_for(recorded)),
         )
         if any(allocator is not None and allocator.too_full(wanted) for allocator, wanted in takes):
             return None
-        pages, ring, state = (allocator.allocate(wanted) or () if allocator else () for allocator, wanted in takes)
-        return BlockTable((*shared, *pages), ring, state[0] if state else 0)
+        taken = (allocator.allocate(wanted) or () if allocator else () for allocator, wanted in takes)
+        pages, ring, state, records = taken
+        return BlockTable((*shared, *pages), ring, state[0] if state else 0, records)
 
     def free(self, block_table: BlockTable, *, keep: frozenset[int] = frozenset()) -> None:
         """Return what :meth:`take` gave, but for the pages to ``keep``."""
@@ -159,6 +183,7 @@ class Pools:
             self.rings.free(block_table.ring)
         if self.state_slots is not None:
             self.state_slots.free([block_table.state])
+        self.record_pages.free(block_table.records)
 
     def copy(self, copies: Copies) -> None:
         """Copy units within this rank's memory. Nothing may write to them meanwhile."""
@@ -177,11 +202,13 @@ class Pools:
             ring = block_table.ring
             units = tuple(ring[page % len(ring)] for page in range(first, last)) if pool.window else ()
             found.append(Span(pool.name, start, stop, units or block_table.pages[first:last]))
+        if block_table.records and start < stop:
+            found.append(Span(RECORDS, start, stop, block_table.records[first:last]))
         return found
 
     def wanted(self, block_table: BlockTable, held: int, stop: int) -> list[Span]:
         """What a target asks for, of a prompt of ``stop`` tokens of which it has ``held``: all else, of a window pool
-        the pages that the window touches, and the states."""
+        the pages that the window touches, all records where there are any, and the states."""
         found = []
         for pool in self.geometry.paged:
             if not pool.window and held == stop:
@@ -189,6 +216,8 @@ class Pools:
                 continue
             begin = window_range(stop, pool.window, target_page=self.page_size).start if pool.window else held
             found += [span for span in self.spans(block_table, begin, stop) if span.pool == pool.name]
+        if block_table.records:
+            found.append(Span(RECORDS, 0, stop, block_table.records[: self.pages_for(stop)]))
         return [*found, *self.state_spans(block_table)]
 
     def state_spans(self, block_table: BlockTable) -> list[Span]:
@@ -211,10 +240,41 @@ class Pools:
         """The bytes of aux row ``slot``, writable."""
         return memoryview(self._rows[slot].numpy())
 
+    def write_records(self, block_table: BlockTable, start: int, records: Records) -> None:
+        """Put the records of the tokens from ``start`` on where they belong."""
+        if len(records):
+            rows = torch.from_numpy(records.view(np.uint8).reshape(len(records), RECORD_BYTES).copy())
+            self._record_rows()[self._places(block_table, start, len(records))] = rows.to(self.device)
+
+    def read_records(self, block_table: BlockTable, count: int) -> Records:
+        """Those of the first ``count`` tokens."""
+        records: Records = self._record_rows()[self._places(block_table, 0, count)].cpu().numpy().ravel().view(RECORD)
+        return records
+
+    def _record_rows(self) -> Any:
+        return self._records.tensor.view(-1, RECORD_BYTES)
+
+    def _places(self, block_table: BlockTable, start: int, count: int) -> list[int]:
+        size = self.page_size
+        return [block_table.records[token // size] * size + token % size for token in range(start, start + count)]
+
+    def read_unit(self, pool: str, unit: int) -> bytes:
+        """One of :data:`LEADER_POOLS`."""
+        return bytes(self._leader_tensor(pool)[unit].cpu().numpy())
+
+    def write_unit(self, pool: str, unit: int, data: bytes) -> None:
+        unit_tensor = self._leader_tensor(pool)[unit]
+        unit_tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(unit_tensor.shape))
+
+    def _leader_tensor(self, pool: str) -> Any:
+        return self._rows if pool == AUX else self._records.tensor
+
     def _describe(self, model: str, shard: RankShard) -> CacheLayout:
-        memories: list[PagedMemory | StateMemory] = list(self.paged.values())
+        memories: list[PagedMemory | StateMemory | RecordMemory] = list(self.paged.values())
         if self.states is not None:
             memories.append(self.states)
+        if shard.first:
+            memories.append(self._records)
         regions = [memory.region for memory in memories]
         pools = [memory.pool(number) for number, memory in enumerate(memories)]
         if shard.first:  # one stage is enough for what belongs to no layer

@@ -22,8 +22,9 @@ from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel
-from kvbaton.serving.engine.pool import BlockTable, Pools
+from kvbaton.serving.engine.pool import AUX, BlockTable, Pools
 from kvbaton.serving.engine.prompt import PromptRun
+from kvbaton.serving.engine.prompt_logprobs import checksum
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import Draw, Pick, first_tokens, seed_of, seed_of_choice
@@ -111,15 +112,17 @@ class Prefill(Role):
         if self._computing is not None or not self._ready or not self._pools.slots.available:
             return False
         handoff = self._ready[0]
-        prompt = handoff.job.request.prompt_tokens
-        block_table = self._pools.allocate(len(prompt))
+        request = handoff.job.request
+        prompt = request.prompt_tokens
+        block_table = self._pools.allocate(len(prompt), recorded=request.recorded_tokens)
         if block_table is None:
             return False
         self._ready.pop(0)
+        handoff.job.take_up()
         handoff.block_table = block_table
         handoff.slot = self._pools.take_slot()
         handoff.sent = handoff.sender.prefix_len
-        self._computing = (handoff, PromptRun(prompt, block_table))
+        self._computing = (handoff, PromptRun(prompt, block_table, request.sampling.prompt_logprobs))
         return True
 
     def _compute(self, handoff: _Handoff, run: PromptRun) -> None:
@@ -132,10 +135,12 @@ class Prefill(Role):
                 spans = self._unsent(handoff, run, stop)
                 return Ahead(handoff.sender, spans) if spans else None
 
+            start = run.computed
             logits = run.advance(self._runner, self._chunk_tokens, self._pools.page_size, ahead_of)
+            self._pools.write_records(run.block_table, start, run.records[start : run.computed])
             if run.finished:
                 handoff.firsts = self._first_tokens(handoff, logits)
-                spans += (self._write_aux(handoff),)
+                spans += (self._write_aux(handoff, run),)
             if spans:
                 handoff.sender.submit(spans, last=run.finished, ready=self._runner.fence())
         except KVBatonError as error:
@@ -162,7 +167,7 @@ class Prefill(Role):
         adjustment = adjustment_of(request, self._model.ends_of(sampling))
         return first_tokens(logits, [Draw(sampling, seed, len(prompt), adjustment) for seed in seeds])
 
-    def _write_aux(self, handoff: _Handoff) -> Span:
+    def _write_aux(self, handoff: _Handoff, run: PromptRun) -> Span:
         assert handoff.slot is not None  # noqa: S101 - taken with the pages
         request = handoff.job.request
         row = aux_row.AuxRow(
@@ -172,9 +177,10 @@ class Prefill(Role):
             firsts=tuple((first.token, first.logprob) for first in handoff.firsts),
             top=handoff.firsts[0].top,
             seed=seed_of(request),
+            records_check=checksum(run.records),
         )
         self._pools.row(handoff.slot)[:] = aux_row.encode(row)
-        return Span("aux", 0, 0, (handoff.slot,))
+        return Span(AUX, 0, 0, (handoff.slot,))
 
     def _conclude(self) -> bool:
         """Tell the caller of what has arrived whole."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from kvbaton.serving.engine.ahead import Ahead
 from kvbaton.serving.engine.pool import BlockTable
+from kvbaton.serving.engine.prompt_logprobs import no_records, prompt_tokens_of, records_of
+from kvbaton.serving.engine.request import PromptToken
 from kvbaton.serving.engine.runner import ModelRunner
 
 
@@ -21,12 +23,15 @@ def chunk_stop(start: int, total: int, chunk_tokens: int, page_size: int) -> int
 
 
 class PromptRun:
-    """``computed`` tokens of ``tokens`` lie in ``block_table``."""
+    """``computed`` tokens of ``tokens`` lie in ``block_table``. ``alternatives``: beside each token's logprob in
+    ``records``, which has one for every computed token that another follows; None: for none."""
 
-    def __init__(self, tokens: Sequence[int], block_table: BlockTable) -> None:
+    def __init__(self, tokens: Sequence[int], block_table: BlockTable, alternatives: int | None = None) -> None:
         self.tokens = tokens
         self.block_table = block_table
         self.computed = 0
+        self.records = no_records(len(tokens) - 1 if alternatives is not None else 0)
+        self._alternatives = alternatives
 
     @property
     def finished(self) -> bool:
@@ -44,10 +49,17 @@ class PromptRun:
         ``ahead_of``: where the layers of the chunk that ends at a token may go.
         """
         stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
-        tokens = self.tokens[self.computed : stop]
-        logits = runner.prefill_chunk(tokens, self.computed, self.block_table, ahead=ahead_of(stop))
+        start, tokens, every = self.computed, self.tokens[self.computed : stop], self._alternatives is not None
+        logits = runner.prefill_chunk(tokens, start, self.block_table, ahead=ahead_of(stop), every=every)
+        if self._alternatives is not None:
+            following = self.tokens[start + 1 : stop + 1]
+            self.records[start : start + len(following)] = records_of(logits, following, self._alternatives)
         self.computed = stop
-        return logits
+        return logits[-1:]
+
+    def prompt_logprobs(self) -> tuple[PromptToken, ...] | None:
+        """What the records say; None where there are none to be."""
+        return None if self._alternatives is None else prompt_tokens_of(self.records, self._alternatives)
 
     def __repr__(self) -> str:
         return f"PromptRun({self.computed} of {len(self.tokens)} tokens)"

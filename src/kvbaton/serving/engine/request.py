@@ -17,6 +17,16 @@ MAX_STOP_TOKENS = 64
 Alternatives = tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """What the model says of one token of a prompt, given those before it: ``rank`` 1 is the likeliest, ``top`` are the
+    likeliest tokens of that place."""
+
+    logprob: float
+    rank: int
+    top: Alternatives = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How to pick tokens. ``temperature`` 0 is greedy. ``seed`` makes a sampled request repeatable.
@@ -24,7 +34,8 @@ class Sampling:
     ``choices`` answers are given to the one prompt. ``top_logprobs`` alternatives are told of beside each token's own
     logprob; they need ``logprobs``. ``top_k`` 0: all tokens. ``logit_bias``: (token, what is added to its logit).
     ``min_tokens``: so many come before the answer may end. ``include_stop``: what stopped the answer is part of its
-    text.
+    text. ``prompt_logprobs``: alternatives to each token of the prompt that are told of beside its own logprob; None:
+    nothing is.
     """
 
     max_tokens: int = 16
@@ -46,6 +57,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     skip_special_tokens: bool = True
     include_stop: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +88,11 @@ class Request:
         """The answer so far."""
         return self.prompt_tokens[len(self.prompt_tokens) - self.answered :]
 
+    @property
+    def recorded_tokens(self) -> int:
+        """Tokens of the prompt whose logprobs are asked for: all, or none."""
+        return 0 if self.sampling.prompt_logprobs is None else len(self.prompt_tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handoff:
@@ -96,8 +113,10 @@ class Output:
 
     The last of an answer has ``finish_reason`` ("stop", "length"); ``unfinished`` other answers go on after it. An
     ``error`` (AbortedError: the caller, or somebody for it) is the last word on all of them. ``top_logprobs`` has one
-    entry per token. ``matched``: the token or stop string that ended the answer. ``cached_tokens``: of the prompt, told
-    with the first output.
+    entry per token. ``matched``: the token or stop string that ended the answer. ``cached_tokens``: of the prompt, and
+    ``prompt_logprobs``, one for each of its tokens but the first: told with the first output, where they are asked for.
+    ``queued_seconds``: until the engine took the request up, told with the first output, too. ``rank``: the
+    data-parallel rank that says it.
     """
 
     index: int = 0
@@ -111,6 +130,9 @@ class Output:
     handoff: Handoff | None = None
     matched: int | str | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[PromptToken, ...] | None = None
+    queued_seconds: float | None = None
+    rank: int = 0
 
     @property
     def ends_choice(self) -> bool:

@@ -8,6 +8,7 @@ This file must not know of requests, sampling or peers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,8 @@ from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import BlockTable, Copies, Pools
 from kvbaton.serving.engine.versions import cache_argument
 
-Announce = Callable[[list[list[int]], list[Extent], Ahead | None], None]
+logger = logging.getLogger(__name__)
+Announce = Callable[[list[list[int]], list[Extent], Ahead | None, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class ModelRunner:
         pools: Pools,
         *,
         collective: Collective | None = None,
-        announce: Announce = lambda _tokens, _extents, _ahead: None,
+        announce: Announce = lambda _tokens, _extents, _ahead, _every: None,
         announce_copy: Callable[[Copies], None] = lambda _copies: None,
     ) -> None:
         self._network = model.network
@@ -65,14 +67,21 @@ class ModelRunner:
         self._cache = PagedCache(pools)
 
     def prefill_chunk(
-        self, tokens: Sequence[int], start: int, block_table: BlockTable, *, ahead: Ahead | None = None
+        self,
+        tokens: Sequence[int],
+        start: int,
+        block_table: BlockTable,
+        *,
+        ahead: Ahead | None = None,
+        every: bool = False,
     ) -> Any:
         """Compute ``tokens`` at positions ``start`` on, the cache of all before them being in ``block_table``; each
         layer goes ``ahead`` as soon as it is there.
 
-        Returns the logits [1, vocabulary] that follow the last one.
+        Returns the logits [1, vocabulary] that follow the last one, or with ``every`` [tokens, vocabulary] those that
+        follow each.
         """
-        return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))], ahead)
+        return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))], ahead, every=every)
 
     def decode(self, batch: Sequence[Step]) -> Any:
         """Compute one token of each request. Returns logits [len(batch), vocabulary]."""
@@ -86,7 +95,8 @@ class ModelRunner:
         try:
             self._pools.copy(copies)
         except Exception as error:  # torch has no common base
-            raise InternalError(f"copying {copies} failed: {error!r}") from error
+            logger.exception("copying %s failed", copies)
+            raise InternalError("copying units of the pool failed; the log of this server says why") from error
 
     def fence(self) -> Callable[[], bool]:
         """A callable that turns true when everything computed so far has reached the pools' memory."""
@@ -96,29 +106,37 @@ class ModelRunner:
         event.record()
         return event.query  # type: ignore[no-any-return]
 
-    def _lead(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None) -> Any:
-        self._announce(tokens, extents, ahead)
-        return self.forward(tokens, extents, ahead)
+    def _lead(
+        self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None, *, every: bool = False
+    ) -> Any:
+        self._announce(tokens, extents, ahead, every)
+        return self.forward(tokens, extents, ahead, every=every)
 
-    def forward(self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None) -> Any:
-        """This rank's part of one pass. The leader gets logits, others nothing to use. Raises InternalError."""
+    def forward(
+        self, tokens: list[list[int]], extents: list[Extent], ahead: Ahead | None = None, *, every: bool = False
+    ) -> Any:
+        """This rank's part of one pass. The leader gets logits, those of each request's last token or of ``every`` one,
+        others nothing to use. Raises InternalError."""
         try:
             with torch.inference_mode():
                 view = View.build(extents, self._pools)
                 self._cache.bind(view)
                 with watched(self._layers if ahead is not None else {}, partial(self._layer_done, view, ahead)):
-                    output = self._stage(tokens, view)
+                    output = self._stage(tokens, view, every=every)
                 self._cache.keep(view)
                 return output
         except Exception as error:  # torch has no common base
-            raise InternalError(f"the model failed on {len(extents)} request(s): {error!r}") from error
+            logger.exception("the model failed on %d request(s)", len(extents))
+            raise InternalError(
+                f"the model failed on {len(extents)} request(s); the log of this server says why"
+            ) from error
 
     def _layer_done(self, view: View, ahead: Ahead | None, layer: int) -> None:
         if ahead is not None:
             self._cache.keep(view, layer)
             ahead.layer_done(layer, self.fence())
 
-    def _stage(self, tokens: list[list[int]], view: View) -> Any:
+    def _stage(self, tokens: list[list[int]], view: View, *, every: bool) -> Any:
         shard, collective = self._shard, self._collective
         common = {
             "attention_mask": view.mask,
@@ -133,12 +151,13 @@ class ModelRunner:
             assert collective is not None  # noqa: S101 - a group has one
             given = {"inputs_embeds": collective.hidden_from_before(shape, DTYPES[self._geometry.dtype])}
         if shard.last:
-            logits = self._network(**given, **common, logits_to_keep=1).logits[:, -1]
+            logits = self._network(**given, **common, logits_to_keep=0 if every else 1).logits.flatten(0, 1)
             if shard.pp_size > 1 and collective is not None:
                 collective.logits_to_leader(logits)
             return logits
         assert collective is not None  # noqa: S101 - a group has one
         collective.hidden_to_next(self._network.model(**given, **common).last_hidden_state)
         if shard.rank == 0:
-            return collective.logits_at_leader((len(tokens), self._geometry.vocab_size), DTYPES[self._geometry.dtype])
+            rows = sum(map(len, tokens)) if every else len(tokens)
+            return collective.logits_at_leader((rows, self._geometry.vocab_size), DTYPES[self._geometry.dtype])
         return None

@@ -59,16 +59,20 @@ class SequenceGroup:
 
 
 def allocate_group(
-    pools: Pools, prompt: int, tokens: int, choices: int, *, shared: tuple[int, ...] = ()
+    pools: Pools, prompt: int, tokens: int, choices: int, *, shared: tuple[int, ...] = (), recorded: int = 0
 ) -> SequenceGroup | None:
     """Units for ``choices`` answers of ``tokens`` tokens each, prompt and answer, or None while any pool is too full.
 
-    ``shared`` are pages that somebody holds already; they become the first of each block_table.
+    ``shared`` are pages that somebody holds already; they become the first of each block_table. ``recorded``: tokens
+    of the prompt that need a record, in the first one's.
     """
     taken: list[BlockTable] = []
     common = len(shared)
     while len(taken) < choices:
-        block_table = pools.allocate(tokens, shared=taken[0].pages[:common] if taken else shared)
+        if taken:
+            block_table = pools.allocate(tokens, shared=taken[0].pages[:common])
+        else:
+            block_table = pools.allocate(tokens, shared=shared, recorded=recorded)
         if block_table is None:
             if taken:
                 SequenceGroup(taken, common).free(pools, keep=frozenset(shared))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvbaton.errors import KVBatonError
 from kvbaton.serving.engine.batch import ContinuousBatch
-from kvbaton.serving.engine.generation import Generation, generations
+from kvbaton.serving.engine.generation import Generation, Opening, generations
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.limits import Limits, limits_of
 from kvbaton.serving.engine.model import LoadedModel
@@ -74,11 +74,13 @@ class Unified(Role):
             return None
         job = self._waiting[0]
         prompt, tokens = job.request.prompt_tokens, self._limits.cached_tokens(job.request)
-        sequences = allocate_group(self._pools, len(prompt), tokens, job.request.sampling.choices)
+        sampling = job.request.sampling
+        sequences = allocate_group(self._pools, len(prompt), tokens, sampling.choices)
         if sequences is None:
             return None
         self._waiting.popleft()
-        return _Prompt(job, PromptRun(prompt, sequences.first), sequences)
+        job.take_up()
+        return _Prompt(job, PromptRun(prompt, sequences.first, sampling.prompt_logprobs), sequences)
 
     def _compute(self, prompt: _Prompt) -> None:
         try:
@@ -93,7 +95,7 @@ class Unified(Role):
             return
         self._prompt = None
         self._sequences[prompt.job] = prompt.sequences
-        self._batch.join(choices, firsts)
+        self._batch.join(choices, firsts, Opening(prompt_logprobs=prompt.run.prompt_logprobs()))
 
     def _drop_prompt(self, prompt: _Prompt, last: Output) -> None:
         self._prompt = None

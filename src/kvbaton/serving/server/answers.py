@@ -12,7 +12,8 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from kvbaton.serving.engine.request import Alternatives, Handoff, Output
+from kvbaton.serving.engine.request import Alternatives, Handoff, Output, PromptToken
+from kvbaton.serving.server.echo import Echo, Unfinished
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.openai import (
     Answer,
@@ -27,27 +28,31 @@ from kvbaton.serving.server.openai import (
     CompletionLogprobs,
     CompletionRequest,
     PromptDetails,
+    PromptLogprob,
+    PromptLogprobs,
     Usage,
 )
-from kvbaton.serving.server.token_text import Offsets, TokenText, token_text
+from kvbaton.serving.server.token_text import MAX_CHARACTER_TOKENS, Offsets, TokenText, token_text
 
 _Kind = Literal["text_completion", "chat.completion", "chat.completion.chunk"]
 
 
 @dataclass(slots=True)
 class _Told:
-    """What one choice has said so far. ``outputs`` are kept for a whole answer only."""
+    """What one choice has said so far. ``outputs`` are kept for a whole answer only; ``unfinished``: the character at
+    the end of an echoed prompt, until it is known what stands for it."""
 
+    offsets: Offsets
+    unfinished: Unfinished | None = None
     outputs: list[Output] = field(default_factory=list)
     started: bool = False
-    offsets: Offsets = field(default_factory=Offsets)
 
 
 class Answers:
     """Formats the answer to one request; feed it every output, in order.
 
-    ``echo``: the text of each prompt, where it is to stand in front of its answers. ``created``: seconds of the epoch
-    that are told; None: now.
+    ``echo``: each prompt, where it is to stand in front of its answers. ``created``: seconds of the epoch that are told;
+    None: now.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Answers:
         model: str,
         prompts: Sequence[Sequence[int]],
         tokenizer: Tokenizer | None,
-        echo: Sequence[str] = (),
+        echo: Sequence[Echo] = (),
         created: int | None = None,
     ) -> None:
         self._request = request
@@ -67,8 +72,10 @@ class Answers:
         self._created = int(time()) if created is None else created
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
-        self._told = [_Told() for _ in range(len(prompts) * request.choices)]
+        self._prompts = prompts
         self._echo = echo
+        self._told = [self._start(number) for number in range(len(prompts)) for _ in range(request.choices)]
+        self._prompt_logprobs: list[Sequence[PromptToken] | None] = [None] * len(prompts)
         self._tokens = 0
         self._cached_tokens: dict[int, int] = {}
         self._handoff: Handoff | UnsetType = UNSET
@@ -81,9 +88,7 @@ class Answers:
     def event(self, output: Output) -> Answer:
         """The stream event of one output."""
         told = self._told[output.index]
-        self._count(output)
-        if not told.started:
-            output = self._echoed(output)
+        output = self._count(output)
         if isinstance(self._request, ChatRequest):
             choice = self._chat_choice(output)
             choice.delta = ChatDelta(content=output.text, role=UNSET if told.started else "assistant")
@@ -111,18 +116,19 @@ class Answers:
 
     def collect(self, output: Output) -> None:
         """Keep one output for :meth:`whole`."""
-        self._count(output)
-        self._told[output.index].outputs.append(output)
+        self._told[output.index].outputs.append(self._count(output))
 
     def whole(self) -> Answer:
         """The answer made of everything collected."""
-        outputs = [self._echoed(_whole(told.outputs)) for told in self._told if told.outputs]
-        if isinstance(self._request, CompletionRequest) and self._request.wanted < self._request.choices:
-            outputs = _best(outputs, self._request.choices, self._request.wanted)
+        outputs = [_whole(told.outputs) for told in self._told if told.outputs]
         if isinstance(self._request, ChatRequest):
             answer = self._answer("chat.completion", [self._chat_message(output) for output in outputs])
+            answer.prompt_logprobs = self._prompt_table(0)
         else:
-            answer = self._answer("text_completion", [self._completion_choice(output) for output in outputs])
+            choices = [self._completion_choice(output) for output in outputs]
+            if self._request.wanted < self._request.choices:
+                choices = _best(list(zip(outputs, choices, strict=True)), self._request.choices, self._request.wanted)
+            answer = self._answer("text_completion", choices)
         answer.usage = self._usage()
         answer.handoff = self._handoff
         return answer
@@ -132,22 +138,45 @@ class Answers:
         """Whether an event of its own tells it at the end."""
         return self._request.stream_options is not None and self._request.stream_options.include_usage
 
-    def _count(self, output: Output) -> None:
+    def _start(self, number: int) -> _Told:
+        """An answer to prompt ``number``."""
+        if self._echo:
+            return _Told(Offsets(), self._echo[number].unfinished())
+        tokenizer, last = self._tokenizer, self._prompts[number][-MAX_CHARACTER_TOKENS:]
+        if tokenizer is None or self._request.logprobs is None:
+            return _Told(Offsets())
+        return _Told(Offsets(b"".join(map(tokenizer.token_bytes, last))))
+
+    def _count(self, output: Output) -> Output:
+        """What of an output is told."""
+        number = output.index // self._request.choices
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[number] = output.prompt_logprobs
+        if self._request.max_tokens == 0:  # one was drawn, which nobody has asked for
+            reason = output.finish_reason and "length"
+            output = replace(output, tokens=(), text="", logprobs=(), top_logprobs=(), finish_reason=reason)
         self._tokens += len(output.tokens)
         # of one that was broken off, the first attempt's
         self._cached_tokens.setdefault(output.index // self._request.choices, output.cached_tokens)
         if output.handoff is not None:
             self._handoff = output.handoff
+        return output
 
     def _usage(self) -> Usage:
         details = PromptDetails(sum(self._cached_tokens.values()))
         return Usage(self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens, details)
 
-    def _echoed(self, output: Output) -> Output:
-        """The first output of an answer, behind its prompt where that is asked for."""
+    def _text(self, output: Output) -> str:
+        """With the first output of an answer the prompt in front of it, where that is asked for."""
+        told, text = self._told[output.index], output.text
         if not self._echo:
-            return output
-        return replace(output, text=self._echo[output.index // self._request.choices] + output.text)
+            return text
+        if told.unfinished is not None:
+            for token in output.tokens:
+                told.unfinished.push(self._token_text(token).data)
+            if text or output.finish_reason is not None:
+                text, told.unfinished = told.unfinished.text + text, None
+        return text if told.started else self._echo[output.index // self._request.choices].text + text
 
     def _answer(self, kind: _Kind, choices: list[CompletionChoice] | list[ChatChoice]) -> Answer:
         return Answer(id=self._id, object=kind, created=self._created, model=self._model, choices=choices)
@@ -155,23 +184,64 @@ class Answers:
     def _token_ids(self, output: Output) -> list[int] | UnsetType:
         return list(output.tokens) if self._request.return_token_ids else UNSET
 
+    def _token_text(self, token: int) -> TokenText:
+        return token_text(self._tokenizer, token)
+
     def _texts(self, tokens: Iterable[int]) -> list[TokenText]:
-        return [token_text(self._tokenizer, token) for token in tokens]
+        return [self._token_text(token) for token in tokens]
 
     def _completion_choice(self, output: Output) -> CompletionChoice:
-        choice = CompletionChoice(text=output.text, finish_reason=output.finish_reason, index=output.index)
+        text = self._text(output)
+        choice = CompletionChoice(text=text, finish_reason=output.finish_reason, index=output.index)
         choice.token_ids = self._token_ids(output)
-        if self._request.logprobs is not None and output.logprobs:
-            found = self._texts(output.tokens)
-            texts = [each.text for each in found]
-            offsets = [self._told[output.index].offsets.next(each.data) for each in found]
-            own = zip(texts, output.logprobs, strict=True)
-            tops = [
-                self._by_text(top, text, logprob)
-                for top, (text, logprob) in zip(output.top_logprobs, own, strict=False)  # no tops, or one for each
-            ]
-            choice.logprobs = CompletionLogprobs(texts, list(output.logprobs), offsets, tops or None)
+        choice.logprobs = self._completion_logprobs(output)
+        if self._request.prompt_logprobs is not None:
+            choice.prompt_logprobs = self._prompt_table(output.index // self._request.choices)
         return choice
+
+    def _completion_logprobs(self, output: Output) -> CompletionLogprobs | None:
+        """Of the tokens of an output; with the first one of an echoed prompt, too."""
+        if not isinstance(self._request, CompletionRequest) or self._request.logprobs is None:
+            return None
+        number, told = output.index // self._request.choices, self._told[output.index]
+        before = None if told.started or not self._echo else self._prompt_logprobs[number]
+        if before is None and not output.logprobs:
+            return None
+        tokens, data = list(output.tokens), [self._shown(token) for token in output.tokens]
+        logprobs: list[float | None] = list(output.logprobs)
+        tops: list[Alternatives | None] = list(output.top_logprobs)
+        if before is not None:
+            asked = self._request.logprobs
+            tokens, data = [*self._prompts[number], *tokens], [*self._echo[number].data(), *data]
+            logprobs = [None, *(each.logprob for each in before), *logprobs]
+            tops = [None, *(each.top[:asked] for each in before), *tops]
+        texts = [each.text for each in self._texts(tokens)]
+        told_tops = [
+            None if top is None or logprob is None else self._by_text(top, text, logprob)
+            for top, text, logprob in zip(tops, texts, logprobs, strict=False)  # no tops, or one for each
+        ]
+        offsets = [told.offsets.next(each) for each in data]
+        return CompletionLogprobs(texts, logprobs, offsets, told_tops or None if self._request.logprobs else None)
+
+    def _shown(self, token: int) -> bytes:
+        """What a token adds to the text."""
+        skips = self._request.skip_special_tokens is not False
+        if skips and self._tokenizer is not None and self._tokenizer.is_special(token):
+            return b""
+        return self._token_text(token).data
+
+    def _prompt_table(self, number: int) -> PromptLogprobs | UnsetType:
+        """The logprobs of a prompt as vLLM tells them."""
+        asked, logprobs = self._request.prompt_logprobs, self._prompt_logprobs[number]
+        if asked is None or logprobs is None:
+            return UNSET
+        table: PromptLogprobs = [None]
+        for token, told in zip(self._prompts[number][1:], logprobs, strict=True):
+            row = {token: PromptLogprob(told.logprob, told.rank, self._token_text(token).text)}
+            for rank, (other, logprob) in enumerate(told.top[:asked], 1):
+                row.setdefault(other, PromptLogprob(logprob, rank, self._token_text(other).text))
+            table.append(row)
+        return table
 
     def _by_text(self, top: Alternatives, text: str, logprob: float) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -211,13 +281,19 @@ class Answers:
         ]
 
 
-def _best(outputs: Sequence[Output], of: int, wanted: int) -> list[Output]:
+def _best(answers: Sequence[tuple[Output, CompletionChoice]], of: int, wanted: int) -> list[CompletionChoice]:
     """For each prompt the likeliest ``wanted`` of its answers, by the mean logprob of a token, numbered anew."""
-    best: list[Output] = []
-    for start in range(0, len(outputs), of):
-        ranked = sorted(outputs[start : start + of], key=lambda each: -sum(each.logprobs) / len(each.logprobs))
-        best += [replace(output, index=len(best) + place) for place, output in enumerate(ranked[:wanted])]
+    best: list[CompletionChoice] = []
+    for start in range(0, len(answers), of):
+        ranked = sorted(answers[start : start + of], key=lambda each: -_mean(each[0].logprobs))
+        best += [choice for _, choice in ranked[:wanted]]
+    for index, choice in enumerate(best):
+        choice.index = index
     return best
+
+
+def _mean(logprobs: Sequence[float]) -> float:
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def _whole(outputs: Sequence[Output]) -> Output:

@@ -65,12 +65,21 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for, also where that is a part of a character."""
 
+    def is_special(self, token: int) -> bool:
+        """Whether it stands for no text of an answer."""
+
 
 class OutputStream:
     """The outputs of some requests, as they come; ``requests``: each by the number of its first answer. Use as a
-    context manager, inside one event loop."""
+    context manager, inside one event loop. ``heard`` is called with each one first."""
 
-    def __init__(self, engine: Engine, requests: Mapping[int, Request]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Mapping[int, Request],
+        heard: Callable[[Output], None] = lambda _output: None,
+    ) -> None:
+        self._heard = heard
         self._engine = engine
         self._requests = requests
         self._open = len(requests)
@@ -113,6 +122,7 @@ class OutputStream:
         self._finished = self._open == 0
         if output.error is not None:
             raise output.error
+        self._heard(output)
         return output
 
     def _on_output(self, first: int, output: Output) -> None:
@@ -142,4 +152,7 @@ def _joined(first: Output, second: Output) -> Output:
         handoff=first.handoff or second.handoff,
         matched=second.matched,
         cached_tokens=first.cached_tokens,
+        prompt_logprobs=first.prompt_logprobs,
+        queued_seconds=first.queued_seconds,
+        rank=first.rank,
     )

@@ -96,7 +96,6 @@ KNOWN: tuple[KnownField, ...] = (
     KnownField("use_beam_search", "vLLM", _OPENAI, (False,), "answers are sampled"),
     KnownField("length_penalty", "vLLM", _OPENAI, (1.0,), "belongs to beam search"),
     KnownField("early_stopping", "vLLM", _OPENAI, (False,), "belongs to beam search"),
-    KnownField("prompt_logprobs", "vLLM", _OPENAI, (), "logprobs are of answers only"),
     KnownField("prompt_embeds", "vLLM", _OPENAI, (), "prompts are text or token ids"),
     KnownField("truncate_prompt_tokens", "vLLM", _OPENAI, (), "prompts are not shortened"),
     KnownField("allowed_token_ids", "vLLM", _OPENAI, ([],), "use logit_bias"),

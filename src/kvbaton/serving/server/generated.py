@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from kvbaton.serving.engine.request import Alternatives, Handoff, Output
+from kvbaton.serving.engine.request import Alternatives, Handoff, Output, PromptToken
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.sglang import FinishReason, Generated, GenerateRequest, MetaInfo, TokenLogprob
 from kvbaton.serving.server.token_text import token_text
@@ -31,6 +31,7 @@ class GeneratedAnswers:
         self._tokenizer = tokenizer
         self._started = perf_counter()
         self._choices = request.choices
+        self._prompts = prompts
         self._is_batch = request.is_batch
         self._begun: set[int] = set()
         count = len(prompts) * self._choices
@@ -78,6 +79,8 @@ class GeneratedAnswers:
             self._begun.add(first)
             for other in self._told[first : first + self._choices]:
                 other.meta_info.cached_tokens = output.cached_tokens
+        if output.prompt_logprobs is not None:
+            self._add_prompt(output.index // self._choices, output.prompt_logprobs)
         if output.handoff is not None:
             told.handoff = output.handoff
         if isinstance(meta.output_token_logprobs, list):
@@ -96,12 +99,25 @@ class GeneratedAnswers:
             return self._told
         return self._told[0]
 
+    def _add_prompt(self, number: int, logprobs: Sequence[PromptToken]) -> None:
+        """With each of its answers, from the token on that was asked for."""
+        start, prompt = self._request.logprob_start or 0, self._prompts[number]
+        if start >= len(prompt):
+            return
+        own = [self._logprob(prompt[start], None)]
+        own += [self._logprob(prompt[start + 1 + i], each.logprob) for i, each in enumerate(logprobs[start:])]
+        tops: list[list[TokenLogprob] | None] = [None, *(self._alternatives(each.top) for each in logprobs[start:])]
+        for told in self._told[number * self._choices : (number + 1) * self._choices]:
+            told.meta_info.input_token_logprobs = own
+            if not isinstance(told.meta_info.input_top_logprobs, UnsetType):
+                told.meta_info.input_top_logprobs = tops
+
     def _reason(self, output: Output, tokens: int) -> FinishReason:
         if output.finish_reason == "length":
             return FinishReason(type="length", length=tokens)
         return FinishReason(type="stop", matched=UNSET if output.matched is None else output.matched)
 
-    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+    def _logprob(self, token: int, logprob: float | None) -> TokenLogprob:
         text = token_text(self._tokenizer, token).text if self._request.return_text_in_logprobs else None
         return logprob, token, text
 

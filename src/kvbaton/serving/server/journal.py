@@ -23,7 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from kvbaton.serving.engine.request import Alternatives, Output, Sampling
+from kvbaton.serving.engine.request import Alternatives, Output, PromptToken, Sampling
 from kvbaton.serving.engine.sampling import seed_of_choice
 from kvbaton.serving.server.raw import decoded, refuse
 
@@ -48,6 +48,7 @@ class Record(Struct, frozen=True, array_like=True):
     finish_reason: str | None = None
     matched: int | str | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[PromptToken, ...] | None = None
 
     @property
     def output(self) -> Output:
@@ -107,7 +108,12 @@ class Journal(Struct, frozen=True, kw_only=True):
                 Part(
                     number,
                     (*prompt, *answers[number]),
-                    replace(sampling, seed=seed_of_choice(seed & _SEED_MASK, number - numbers.start), choices=1),
+                    replace(
+                        sampling,
+                        seed=seed_of_choice(seed & _SEED_MASK, number - numbers.start),
+                        choices=1,
+                        prompt_logprobs=None,  # they are in the records
+                    ),
                     len(answers[number]),
                 )
                 for number in numbers
@@ -132,6 +138,7 @@ def record(output: Output) -> bytes:
         output.finish_reason,
         output.matched,
         output.cached_tokens,
+        output.prompt_logprobs,
     )
     return b":" + msgspec.json.encode(found) + b"\n"
 

@@ -38,6 +38,7 @@ MAX_LIST_BYTES = 64 << 10
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 Natural = Annotated[int, Meta(ge=0, le=1 << 24)]
+Alternatives = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Stop = Annotated[str, Meta(max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
@@ -64,7 +65,7 @@ class _Common(Routed, kw_only=True):
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Stops | None = None
-    max_tokens: Count | None = None
+    max_tokens: Natural | None = None
     n: Choices | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -80,9 +81,14 @@ class _Common(Routed, kw_only=True):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Alternatives | None = None
 
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""
+        if self.max_tokens == 0 and not self.echoes:
+            refuse("max_tokens", "0 is for a completion that only says its prompt again; pass echo=true")
+        if self.prompt_logprobs is not None and self.stream:
+            refuse("prompt_logprobs", "is told in whole answers only; pass stream=false, or echo with logprobs")
         if self.stream_options is not None and not self.stream:
             refuse("stream_options", "is only allowed together with stream=true")
 
@@ -91,14 +97,23 @@ class _Common(Routed, kw_only=True):
         """Answers to each prompt that are asked for."""
         return 1 if self.n is None else self.n
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is said again in front of the answer."""
+        return False
+
     def told(self) -> tuple[bool, int]:
         """Whether logprobs are asked for, and of how many alternatives to each token. Overridden by each kind."""
         raise NotImplementedError
 
+    def prompt_alternatives(self) -> int | None:
+        """Of how many alternatives to each token of the prompt; None: of none."""
+        return self.prompt_logprobs
+
     def sampling(self, *, max_tokens: int) -> Sampling:
         logprobs, top_logprobs = self.told()
         return Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max(1, max_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
@@ -117,6 +132,7 @@ class _Common(Routed, kw_only=True):
             stop_token_ids=stop_tokens_of(self.stop_token_ids),
             skip_special_tokens=self.skip_special_tokens is not False,
             include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            prompt_logprobs=self.prompt_alternatives(),
         )
 
 
@@ -131,8 +147,6 @@ class CompletionRequest(_Common, kw_only=True):
 
     def check(self) -> None:
         _Common.check(self)
-        if self.echo and self.logprobs is not None:
-            refuse("echo", "is not implemented together with logprobs: those of a prompt are not computed")
         if self.best_of is None:
             return
         if self.best_of < self.wanted:
@@ -143,6 +157,15 @@ class CompletionRequest(_Common, kw_only=True):
     @property
     def choices(self) -> int:
         return max(self.wanted, self.best_of or 1)
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    def prompt_alternatives(self) -> int | None:
+        if not self.echo or self.logprobs is None:
+            return self.prompt_logprobs
+        return max(self.logprobs, self.prompt_logprobs or 0)
 
     @property
     def wanted(self) -> int:
@@ -266,11 +289,25 @@ class Usage(Struct, frozen=True):
 
 
 class CompletionLogprobs(Struct, frozen=True):
+    """Null is the logprob of a prompt's first token."""
+
     tokens: list[str]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     text_offset: list[int]
     #: For each token the likeliest ones and itself, by their texts. Of two tokens with one text the likelier is told.
-    top_logprobs: list[dict[str, float]] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class PromptLogprob(Struct, frozen=True):
+    """As vLLM tells it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: For each token of a prompt itself and the likeliest ones, by their ids; null for the first.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class CompletionChoice(Struct, kw_only=True):
@@ -278,6 +315,7 @@ class CompletionChoice(Struct, kw_only=True):
     finish_reason: str | None
     logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     index: int = 0
 
 
@@ -324,6 +362,7 @@ class Answer(Struct, kw_only=True):
     choices: list[CompletionChoice] | list[ChatChoice]
     usage: Usage | UnsetType | None = UNSET
     handoff: Handoff | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ErrorDetail(Struct, frozen=True, kw_only=True):

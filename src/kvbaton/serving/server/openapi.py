@@ -28,6 +28,7 @@ from kvbaton.serving.server.openai import (
     CompletionChoice,
     CompletionRequest,
     ErrorBody,
+    PromptLogprobs,
     Usage,
 )
 from kvbaton.serving.server.prompts import MAX_PROMPTS
@@ -78,6 +79,7 @@ class ChatCompletionAnswer(Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage | UnsetType = UNSET
     handoff: Handoff | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Model(Struct, kw_only=True):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from kvbaton.discovery.placement import LoadBalance, checked_rank
@@ -154,7 +155,8 @@ class RemoteReplica:
             if report.output.final:
                 self._listeners.pop(report.request_id, None)
         if listener is not None:
-            _send(listener, report.output)
+            output = replace(report.output, rank=self.rank) if self.rank else report.output
+            _send(listener, output)
 
     def _lose(self, error: InternalError) -> None:
         with self._lock:

@@ -29,6 +29,7 @@ from kvbaton.errors import (
 from kvbaton.serving.engine.request import Handoff, Output, Request
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.answers import Answers
+from kvbaton.serving.server.echo import Echo
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.generated import GeneratedAnswers
 from kvbaton.serving.server.journal import Journal, Part, fresh
@@ -179,11 +180,11 @@ class RequestParser:
     ) -> Formatter:
         if isinstance(request, GenerateRequest):
             return GeneratedAnswers(request, request_id=rid, prompts=prompts, tokenizer=self._tokenizer)
-        echo: list[str] = []
+        echo: list[Echo] = []
         if isinstance(request, CompletionRequest) and request.echo:
             tokenizer = self._need_tokenizer("echo")
             given = request.prompts(self._config.max_positions)
-            echo = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in given]
+            echo = [Echo(tokenizer, *each) for each in zip(given, prompts, strict=True)]
         return Answers(
             request,
             request_id=rid,

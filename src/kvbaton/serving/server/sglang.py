@@ -1,8 +1,8 @@
 """SGLang's ``POST /generate``: what it is asked, and what it answers.
 
 Rules: as of ``openai``. Streamed texts, tokens and logprobs are cumulative, as SGLang's are. Logprobs of a prompt are
-not computed: ``logprob_start_len`` is the prompt's end. Several prompts are answered as a list, or as events with their
-``index``.
+told from ``logprob_start_len`` on, the first of them as null; left out, or -1, it is the prompt's end. Several prompts
+are answered as a list, or as events with their ``index``.
 
 This file must not know HTTP, engines' threads or tokenizers.
 """
@@ -73,15 +73,13 @@ class GenerateRequest(Routed, kw_only=True, dict=True):
     input_ids: Raw = field(default_factory=null)
     sampling_params: Raw = field(default_factory=null)
     return_logprob: bool | None = None
-    logprob_start_len: int | None = None
+    logprob_start_len: Annotated[int, Meta(ge=-1, le=1 << 24)] | None = None
     top_logprobs_num: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_text_in_logprobs: bool | None = None
 
     def check(self) -> None:
         if (bytes(self.text) == b"null") == (bytes(self.input_ids) == b"null"):
             refuse("text", "or input_ids is required, and not both")
-        if self.logprob_start_len not in (None, -1):
-            refuse("logprob_start_len", "is not implemented: logprobs of prompts are not computed; leave it out")
         _ = self.params
 
     @cached_property
@@ -116,6 +114,12 @@ class GenerateRequest(Routed, kw_only=True, dict=True):
             refuse(name, "has the wrong type; texts are text, token ids are input_ids")
         return prompts
 
+    @property
+    def logprob_start(self) -> int | None:
+        """The first token of a prompt that a logprob is told of; None: there is none."""
+        start = -1 if self.logprob_start_len is None or not self.return_logprob else self.logprob_start_len
+        return None if start < 0 else start
+
     def sampling(self, *, max_tokens: int) -> Sampling:
         params = self.params
         return Sampling(
@@ -138,11 +142,12 @@ class GenerateRequest(Routed, kw_only=True, dict=True):
             stop_token_ids=stop_tokens_of(params.stop_token_ids),
             skip_special_tokens=params.skip_special_tokens is not False,
             include_stop=bool(params.no_stop_trim),
+            prompt_logprobs=None if self.logprob_start is None else self.top_logprobs_num or 0,
         )
 
 
 #: (logprob, token, its text where it was asked for)
-TokenLogprob = tuple[float, int, str | None]
+TokenLogprob = tuple[float | None, int, str | None]
 
 
 class FinishReason(Struct, frozen=True, kw_only=True):
@@ -159,9 +164,9 @@ class MetaInfo(Struct, kw_only=True):
     cached_tokens: int
     weight_version: str = "default"
     e2e_latency: float | UnsetType = UNSET
-    input_token_logprobs: list[Any] | UnsetType = UNSET
+    input_token_logprobs: list[TokenLogprob] | UnsetType = UNSET
     output_token_logprobs: list[TokenLogprob] | UnsetType = UNSET
-    input_top_logprobs: list[Any] | UnsetType = UNSET
+    input_top_logprobs: list[list[TokenLogprob] | None] | UnsetType = UNSET
     output_top_logprobs: list[list[TokenLogprob] | None] | UnsetType = UNSET
 
 

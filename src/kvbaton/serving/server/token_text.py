@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 from kvbaton.serving.server.engine import Tokenizer
 
+#: What stands for a character that is not whole, and the most tokens that are one.
+UNFINISHED = "\ufffd"
+MAX_CHARACTER_TOKENS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
@@ -33,14 +37,24 @@ def token_text(tokenizer: Tokenizer | None, token: int) -> TokenText:
 
 
 class Offsets:
-    """Where the tokens of one answer begin, in characters; feed it all of them in order."""
+    """Where the tokens of one answer begin, in characters; feed it all of them in order.
 
-    def __init__(self) -> None:
+    ``before``: bytes of the prompt's last tokens. A character that they begin and the answer ends is the answer's; one
+    that stays unfinished is the prompt's.
+    """
+
+    def __init__(self, before: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(before)
+        self._owed = bool(self._decoder.getstate()[0])
         self._characters = 0
 
     def next(self, data: bytes) -> int:
         """Where the token with these bytes begins."""
         start = self._characters
-        self._characters += len(self._decoder.decode(data))
+        text = self._decoder.decode(data)
+        if text and self._owed:
+            self._owed = False
+            text = text.removeprefix(UNFINISHED)
+        self._characters += len(text)
         return start

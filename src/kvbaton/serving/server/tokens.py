@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,8 @@ TEMPLATE_SECONDS = 5.0
 #: It runs for so long without a rest; from then on it runs and rests in turn.
 BRISK_SECONDS = 0.05
 RUN_SECONDS, REST_SECONDS = 0.001, 0.02
+#: Tokens whose bytes are remembered.
+MAX_TOKENS_KNOWN = 1 << 16
 
 
 class ServerTokenizer:
@@ -34,6 +37,10 @@ class ServerTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        #: A token to decode others behind: some tokenizers take the space from the front of a text.
+        self._anchor = tuple(self.encode("a", special=False))[-1:]
+        self.token_bytes = lru_cache(MAX_TOKENS_KNOWN)(self._token_bytes)
 
     def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
         with self._lock:
@@ -58,8 +65,11 @@ class ServerTokenizer:
         except (OverflowError, ValueError, TypeError, IndexError):  # tokenizers have no common base
             raise ConfigError("tokens: one of them is outside the vocabulary") from None
 
-    def token_bytes(self, token: int) -> bytes:
-        text = self.decode([token])
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def _token_bytes(self, token: int) -> bytes:
+        text = self.decode([*self._anchor, token]).removeprefix(self.decode(self._anchor))
         if _UNFINISHED not in text:
             return text.encode()
         with self._lock:

@@ -131,3 +131,7 @@ class CharacterTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         return chr(token).encode()
+
+    def is_special(self, token: int) -> bool:
+        del token
+        return False
