@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import aiohttp
 import pytest
 
+from kvbaton.discovery.guard import read_across
 from kvbaton.discovery.names import ServerNames, split
 from kvbaton.discovery.registry import Registry
 from kvbaton.discovery.server import registry_app
@@ -50,6 +51,7 @@ async def port(kind: str, names: ServerNames | None = None) -> AsyncIterator[tup
         elif kind == "router":
             workers = (Worker("prefill", "http://127.0.0.1:1", 1), Worker("decode", "http://127.0.0.1:2"))
             app = Router(RouterConfig(workers=workers, names=names or ServerNames())).app
+            app.on_response_prepare.append(read_across(names or ServerNames()))
         else:
             app = registry_app(Registry(), names=names)
         url = await stack.enter_async_context(serving(app))
@@ -138,6 +140,43 @@ def test_a_name_that_the_operator_gives_is_the_servers(kind: str) -> None:
             assert await refusal(session, method, url + path, {"Origin": "https://other.example"})
 
     run(test())
+
+
+@pytest.mark.parametrize("kind", ["serve", "router"])
+@pytest.mark.parametrize("origins", [("http://Chat.example:3000/",), ("*",)])
+def test_a_site_that_the_operator_lets_in_may_ask_and_read(kind: str, origins: tuple[str, ...]) -> None:
+    asks = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+
+    async def test() -> None:
+        async with port(kind, ServerNames.of("127.0.0.1", origins=origins)) as (url, session):
+            site = {"Origin": "http://chat.example:3000"}
+            async with session.options(f"{url}/v1/chat/completions", headers={**site, **asks}) as response:
+                assert response.status == 204
+                assert "POST" in response.headers["Access-Control-Allow-Methods"]
+                assert response.headers["Access-Control-Allow-Headers"] == asks["Access-Control-Request-Headers"]
+                assert response.headers["Access-Control-Allow-Origin"] == site["Origin"]
+            for body in (b'{"prompt": "x", "stream": true}', b"{}"):  # an answer that streams, and an error
+                async with session.post(f"{url}/v1/completions", data=body, headers={**JSON, **site}) as response:
+                    assert response.headers["Access-Control-Allow-Origin"] == site["Origin"]
+                    assert "X-Request-Id" in response.headers["Access-Control-Expose-Headers"]
+                    assert response.headers["Vary"] == "Origin"
+            for headers in ({}, {"Origin": "http://chat.example"}):
+                is_let_in = "Origin" in headers and origins == ("*",)
+                async with session.options(f"{url}/v1/chat/completions", headers={**headers, **asks}) as response:
+                    assert response.status == (204 if is_let_in else 401 if headers else 405)
+                    assert ("Access-Control-Allow-Origin" in response.headers) == is_let_in
+            assert await refusal(session, "GET", f"{url}/health", {**site, "Host": "evil.example"}), "re-bound"
+
+    run(test())
+
+
+@pytest.mark.parametrize("wrong", ["chat.example", "http://", "http://a/b", "http://a b", ""])
+def test_what_is_no_origin_is_refused_at_the_start(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="--allowed-origin"):
+        ServerNames.of("127.0.0.1", origins=[wrong])
 
 
 def test_beyond_loopback_names_are_checked_where_the_operator_lists_them() -> None:

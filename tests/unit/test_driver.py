@@ -50,7 +50,7 @@ def test_a_peer_that_cannot_be_prepared_is_refused_by_name(
     receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
     target.wait_until(lambda: receiver.released, "the receiver ends")
     assert raised() == 1
-    assert f"preparing a peer failed: RuntimeError('{name} fell over')" in str(receiver.error)
+    assert f"preparing a peer failed: {name} fell over" in str(receiver.error)
     sender.abort("nobody comes")
     expect_a_room_to_go_through(source, target)
 
@@ -68,7 +68,7 @@ def test_a_write_that_falls_over_ends_its_room_and_no_other(
     assert (sender.poll(), receiver.poll()) == (KVPoll.Failed, KVPoll.Failed)
     assert source.manager.counters()["driver_errors"] == 1
     if name == "post":
-        assert "posting a write failed: RuntimeError('post fell over')" in str(sender.error)
+        assert "posting a write failed: post fell over" in str(sender.error)
     expect_a_room_to_go_through(source, target)
     assert source.manager.leased_rooms == target.manager.leased_rooms == 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvbaton.cli.settings import (
     add_allowed_host,
+    add_allowed_origin,
     add_api_keys,
     add_log_level,
     add_strict_fields,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
     add_allowed_host(parser)
+    add_allowed_origin(parser)
     parser.add_argument(
         "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
     )
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
+    from kvbaton.discovery.guard import read_across
     from kvbaton.discovery.names import ServerNames
     from kvbaton.serving.router.router import Router, RouterConfig
     from kvbaton.serving.router.workers import parse_worker
@@ -113,10 +116,13 @@ async def _route(options: argparse.Namespace) -> None:
     options.workers = (*prefill, *decode)
     options.secret = read_secret(options.secret_file) if options.secret_file is not None else None
     options.keys = ApiKeys.of(options.api_key or (), options.api_key_file)
-    options.names = ServerNames.of(options.host, allowed=options.allowed_host or ())
+    options.names = ServerNames.of(
+        options.host, allowed=options.allowed_host or (), origins=options.allowed_origin or ()
+    )
     config = config_of(RouterConfig, options)
     with reserve(options.host, options.port) as bound:
         router = Router(config)
+        router.app.on_response_prepare.append(read_across(config.names))
         keep_what_is_loaded()
         await run_server(
             router.app,

@@ -9,6 +9,7 @@ from typing import get_args
 
 from kvbaton.cli.settings import (
     add_allowed_host,
+    add_allowed_origin,
     add_api_keys,
     add_log_level,
     add_strict_fields,
@@ -91,6 +92,7 @@ def _add_http(http: argparse._ArgumentGroup) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     http.add_argument("--port", type=port, default=30000, help="port of the HTTP server; 0: any free one")
     add_allowed_host(http)
+    add_allowed_origin(http)
     add_strict_fields(http)
     add_api_keys(http)
     http.add_argument(

@@ -106,6 +106,16 @@ def add_allowed_host(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_allowed_origin(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--allowed-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="other site, as http://chat.example:3000, whose pages may ask this server from a browser (CORS), "
+        "repeatable; *: every site",
+    )
+
+
 def add_api_keys(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--api-key",

@@ -313,7 +313,7 @@ class RegistryClient:
         except TimeoutError:
             raise _Refused(f"did not answer within {self._timeout_seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _Refused(f"cannot be reached ({type(error).__name__}: {error})") from None
+            raise _Refused(f"cannot be reached ({cause_of(error)})") from None
 
     def _check_answer(self, response: aiohttp.ClientResponse, url: URL, nonce: str, payload: bytes) -> None:
         """Raises RegistryError unless whoever answers knows the secret, where there is one."""
@@ -335,6 +335,13 @@ class _Complaint(msgspec.Struct):
 
 class _Failure(msgspec.Struct):
     error: _Complaint
+
+
+def cause_of(error: Exception) -> str:
+    """Why a connection failed, in the system's words, without addresses and names of classes."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return getattr(error, "strerror", None) or str(error) or "it closed the connection"
 
 
 def _audience(host: str, port: int) -> str:

@@ -19,6 +19,8 @@ from kvbaton.errors import AuthenticationError, ConfigError
 
 HTTP_PORT = 80
 ALLOWED_HOST_FLAG = "--allowed-host"
+ALLOWED_ORIGIN_FLAG = "--allowed-origin"
+ANY_ORIGIN = "*"
 #: Of a host that is not ours, as many characters are said again.
 _SAID = 80
 
@@ -31,19 +33,23 @@ class ServerNames:
         hosts: what the server was told to listen at and to advertise.
         allowed: an operator's further names, each with one port or (None) any.
         checks: whether a request must name one of them: on loopback, and where the operator has given a list.
+        origins: other sites whose pages may ask this server and read its answers; ``*``: all.
     """
 
     hosts: tuple[str, ...] = ()
     allowed: tuple[tuple[str, int | None], ...] = ()
     checks: bool = True
+    origins: frozenset[str] = frozenset()
 
     @staticmethod
-    def of(host: str, *advertised: str, allowed: Sequence[str] = ()) -> ServerNames:
-        """Of a server that listens at ``host``. Raises ConfigError for what is neither HOST nor HOST:PORT."""
+    def of(host: str, *advertised: str, allowed: Sequence[str] = (), origins: Sequence[str] = ()) -> ServerNames:
+        """Of a server that listens at ``host``. Raises ConfigError for what is neither HOST nor HOST:PORT, or no
+        origin."""
         listed = [host_and_port(text, flag=ALLOWED_HOST_FLAG) for text in allowed]
         configured = tuple(plain(name) for name in (host, *advertised) if name)
         others = tuple((plain(name), port) for name, port in listed)
-        return ServerNames(configured, others, checks=is_loopback(host) or bool(others))
+        sites = frozenset(_origin(text) for text in origins)
+        return ServerNames(configured, others, checks=is_loopback(host) or bool(others), origins=sites)
 
     def check(self, host_header: str | None, origin: str | None, *, here: str = "") -> None:
         """Raises AuthenticationError for a request to another host, or from another site's page. ``here``: the address
@@ -56,11 +62,15 @@ class ServerNames:
                 f"Host: {(host_header or '')[:_SAID]!r} is no name of this server; its operator adds one with "
                 f"{ALLOWED_HOST_FLAG}"
             )
-        if origin is not None and not self._is_own_page(origin, host_header or ""):
+        if origin is not None and not (self.admits(origin) or self._is_own_page(origin, host_header or "")):
             raise AuthenticationError(
                 f"Origin: {origin[:_SAID]!r} is another site; this server's operator allows one with "
-                f"{ALLOWED_HOST_FLAG}"
+                f"{ALLOWED_ORIGIN_FLAG}"
             )
+
+    def admits(self, origin: str) -> bool:
+        """Whether pages of this other site may read what is answered."""
+        return ANY_ORIGIN in self.origins or origin.lower() in self.origins
 
     def is_audience(self, audience: str, arrived_at: tuple[str, int]) -> bool:
         """Whether ``HOST:PORT`` is this server. ``arrived_at``: the connection's own address here, host and port."""
@@ -83,6 +93,17 @@ class ServerNames:
         return bool(authority) and (
             authority.lower() == host_header.lower() or any(host == name for name, _ in self.allowed)
         )
+
+
+def _origin(text: str) -> str:
+    """As a browser says it. Raises ConfigError."""
+    plainly = text.strip().rstrip("/").lower()
+    scheme, separator, authority = plainly.partition("://")
+    if plainly == ANY_ORIGIN or (
+        separator and scheme.isalpha() and is_printable_host(authority) and "/" not in authority
+    ):
+        return plainly
+    raise ConfigError(f"{ALLOWED_ORIGIN_FLAG} {text!r} is no origin; write SCHEME://HOST, SCHEME://HOST:PORT or *")
 
 
 def plain(host: str) -> str:

@@ -110,5 +110,5 @@ class Commands:
 
 def _raised(error: Exception, room: int) -> InternalError:
     return InternalError(
-        f"the ready fence of a chunk raised {error!r}; look for the cause in the engine that computed it", room=room
+        f"the ready fence of a chunk raised: {error}; look for the cause in the engine that computed it", room=room
     )

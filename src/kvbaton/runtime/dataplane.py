@@ -361,4 +361,4 @@ class DataPlane:
 
 def unforeseen(doing: str, error: Exception, peer: str) -> InternalError:
     """What the core is told of a failure that no contract mentions."""
-    return InternalError(f"{doing} failed: {error!r}; the log of this rank has more", peer=peer)
+    return InternalError(f"{doing} failed: {error}; the log of this rank has more", peer=peer)

@@ -369,7 +369,7 @@ class Driver:
         """What the core is to think of an effect that failed unforeseen."""
         if isinstance(effect, Scatter):  # what is not copied must not be served, whatever the core says
             self._spoiled[effect.room] = InternalError(
-                f"what has arrived could not be copied to its pages: {error!r}; restart this rank", room=effect.room
+                f"what has arrived could not be copied to its pages: {error}; restart this rank", room=effect.room
             )
         elif isinstance(effect, PreparePeer):
             self._events.append(PeerUnprepared(effect.peer, unforeseen("preparing a peer", error, effect.peer)))

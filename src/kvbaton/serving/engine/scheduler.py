@@ -262,7 +262,7 @@ class Scheduler:
 
     def _die(self, error: Exception) -> None:
         logger.critical("the scheduler thread %s died", self._thread.name, exc_info=error)
-        broken = InternalError(f"the engine's scheduler died of {error!r}; restart the server and report its log")
+        broken = InternalError("the engine's scheduler died; restart the server and report its log")
         broken.__cause__ = error
         with self._lock:
             self._refuse(broken)

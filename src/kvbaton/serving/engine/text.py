@@ -9,6 +9,7 @@ This file must not know of schedulers, pools or sampling.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ CONTEXT_TOKENS = 5
 #: Tokens that may wait for the rest of a character; more than any character has means that the bytes are no text.
 PENDING_TOKENS = 8
 _UNFINISHED = "\ufffd"
+logger = logging.getLogger(__name__)
 
 
 class Detokenizer:
@@ -65,7 +67,10 @@ class Detokenizer:
                 self._tokenizer.decode(tokens, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False)
             )
         except Exception as error:  # tokenizers have no common base
-            raise InternalError(f"the tokenizer cannot decode {list(tokens)}: {error!r}") from error
+            logger.exception("the tokenizer cannot decode %s", list(tokens))
+            raise InternalError(
+                f"the tokenizer cannot decode {list(tokens)}; the log of this server says why"
+            ) from error
 
 
 class StopMatcher:

@@ -51,8 +51,7 @@ class _Told:
 class Answers:
     """Formats the answer to one request; feed it every output, in order.
 
-    ``echo``: each prompt, where it is to stand in front of its answers. ``created``: seconds of the epoch that are told;
-    None: now.
+    ``echo``: each prompt, where it is to stand in front of its answers. ``created``: seconds of the epoch; None: now.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from kvbaton.discovery.client import RegistryClient
-from kvbaton.discovery.guard import guard, is_for_us
+from kvbaton.discovery.guard import guard, is_for_us, read_across
 from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
@@ -40,15 +40,18 @@ from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.serving.server.failure import body_of, errors, status_of
+from kvbaton.serving.server.failure_log import FailureLog
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
 from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router, key_of_client
 from kvbaton.serving.server.parsing import parse
+from kvbaton.serving.server.request_ids import request_id_of, tell_request_id
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
 from kvbaton.serving.server.routing import ROLE_HEADER
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.status import StatusRoutes
+from kvbaton.serving.server.token_metrics import TokenClock, TokenMetrics
 from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing
 
 #: What may mean that a cached lookup no longer holds.
@@ -120,6 +123,8 @@ class ApiServer:
             secret=secret,
             names=self._names,
         )
+        self._tokens = TokenMetrics(self.metrics.registry, config.model)
+        self._failures = FailureLog()
         self.app = self._routes(status)
 
     def _routes(self, status: StatusRoutes) -> web.Application:
@@ -138,11 +143,14 @@ class ApiServer:
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/abort_request", self._abort)
         status.add_to(app)
+        app.on_response_prepare.append(tell_request_id)
+        app.on_response_prepare.append(read_across(self._names))
         app.on_cleanup.append(self._close)
         return app
 
     async def _close(self, _app: web.Application) -> None:
         self._parser.close()
+        self._failures.close()
 
     def _needs_no_key(self, http: web.Request) -> bool:
         """The deployment's router, and its operators."""
@@ -171,6 +179,7 @@ class ApiServer:
                     return await self._run(http, accepted, timer)
             except KVBatonError as error:
                 timer.outcome = error.code
+                self._failures.note(error, request_id_of(http))
                 raise
             except web.HTTPException:
                 timer.outcome = "http"
@@ -178,7 +187,8 @@ class ApiServer:
 
     async def _run(self, http: web.Request, accepted: Accepted, timer: RequestTimer) -> web.StreamResponse:
         try:
-            with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests) as outputs:
+            clock = TokenClock(self._tokens, accepted.requests)
+            with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests, clock.heard) as outputs:
                 outputs.submit()
                 accepted.recall()
                 self._recomputed.inc(sum(request.answered for request in accepted.requests.values()))
@@ -256,6 +266,7 @@ class ApiServer:
         except KVBatonError as error:  # too late for a status
             self._learn(error, accepted)
             timer.outcome = error.code
+            self._failures.note(error, request_id_of(http))
             head = journal.failure(status_of(error)) if records else b""
             await response.write(head + event(body_of(error)))
         else:

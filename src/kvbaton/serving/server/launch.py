@@ -94,6 +94,7 @@ class ServeConfig:
     load_balance_method: LoadBalance | Literal["auto"] = "auto"
     decode_enable_radix_cache: bool = False
     allowed_host: tuple[str, ...] = ()
+    allowed_origin: tuple[str, ...] = ()
     strict_fields: bool = False
     secret_file: Path | None = None
     api_key: tuple[str, ...] = field(default=(), repr=False)
@@ -269,7 +270,7 @@ class _Server:
             instance=self._instance,
             secret=self._secret,
             keys=self._keys,
-            names=ServerNames.of(config.host, allowed=config.allowed_host),
+            names=ServerNames.of(config.host, allowed=config.allowed_host, origins=config.allowed_origin),
         )
         if config.mode != "null":
             api.metrics.counters(

@@ -5,15 +5,17 @@ This file must not know of engines (it reads numbers that a callable gives it) o
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvbaton import __version__
 from kvbaton.serving.engine.request import Handoff
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -61,6 +63,9 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        build = {"version": __version__, "python": platform.python_version()}
+        Info("kvbaton_build", "What runs here; always 1.", registry=self.registry).info(build)
         self.requests = Counter(
             "kvbaton_requests",
             "Requests that ended, by route and outcome (ok, client_gone, or an error's code).",
@@ -80,7 +85,6 @@ class ServerMetrics:
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
-
         self.unknown_fields = Counter(
             "kvbaton_unknown_fields",
             "Requests with a field that nobody knows, by its name; beyond some names as one.",

@@ -115,7 +115,7 @@ def _live(name: _Name, live: Callable[[_Name, Connection], None], pipe: Connecti
         tell_death(pipe, error)
     except BaseException as error:  # noqa: BLE001 - the top of a process
         _log.critical("%s died", name, exc_info=error)
-        tell_death(pipe, InternalError(f"{name} died of {error!r}"))
+        tell_death(pipe, InternalError(f"{name} died; the log of this server says why"))
     finally:
         logging.shutdown()
         os._exit(code)
