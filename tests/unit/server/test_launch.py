@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import MakeRank
@@ -67,3 +68,20 @@ def test_a_rank_exports_its_rooms_and_staging_slots(make_rank: MakeRank) -> None
     receiver.abort("enough")
     target.wait_until(lambda: receiver.released, "the room ends")
     assert not any(gauge.value for gauge in handoffs_of(target.manager, ServerRank(), "auto").gauges())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"tensor_parallel_size": 3}, r"--tensor-parallel-size 3 does not divide the model's \d+ attention heads"),
+        ({"pipeline_parallel_size": 99}, "pipeline-parallel size 99 is more than the model's"),
+        ({"device": "cuda"}, "--device cuda: torch sees no CUDA device"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_read(
+    sizes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbaton.serving.server.launch.load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=says):
+        serve(ServeConfig(model="recall", port=0, **sizes))

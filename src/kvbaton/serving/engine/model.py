@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from kvbaton.errors import ConfigError
@@ -68,6 +68,16 @@ def check_device(device: str) -> None:
     """Raises ConfigError for one that this machine, or this build of torch, does not have."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu, or a CUDA build of torch")
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of the model called ``name``, without its weights; None where only :func:`load_model` can say what is
+    wrong with it. Raises ConfigError for a model that is not found."""
+    path = locate_model(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception:  # noqa: BLE001 - transformers has no common base
+        return None
 
 
 def load_model(

@@ -39,20 +39,27 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 Sum = Callable[[Any], None]
 
 
+def check_sizes(model_config: Any, shard: RankShard) -> None:
+    """What a model's config says of :func:`check_fits`, before its weights are loaded. Raises ConfigError."""
+    config = model_config.get_text_config(decoder=True)
+    shard.layers(int(getattr(config, "num_hidden_layers", shard.pp_size)))
+    heads = int(getattr(config, "num_attention_heads", shard.tp_size))
+    if heads % shard.tp_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {shard.tp_size} does not divide the model's {heads} attention heads; "
+            f"use a divisor of {heads}"
+        )
+
+
 def check_fits(network: Any, geometry: Geometry, shard: RankShard) -> None:
     """Raise ConfigError where this model cannot be divided so, naming the size that does not."""
+    check_sizes(network.config, shard)
     config = network.config.get_text_config(decoder=True)
     shard.layers(geometry.layers)
     if shard.pp_size > 1 and (_final_norm(network) is None or not hasattr(network, "lm_head")):
         raise ConfigError(
             f"{config.model_type} is not built as embed_tokens, layers, a final norm and lm_head; "
             "use --pipeline-parallel-size 1"
-        )
-    heads = int(getattr(config, "num_attention_heads", 1))
-    if heads % shard.tp_size:
-        raise ConfigError(
-            f"--tensor-parallel-size {shard.tp_size} does not divide the model's {heads} attention heads; "
-            f"use a divisor of {heads}"
         )
     try:
         for pool in geometry.paged:

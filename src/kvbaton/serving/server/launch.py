@@ -34,9 +34,10 @@ from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.engine.model import LoadedModel, check_device
+from kvbaton.serving.engine.model import LoadedModel, check_device, read_config
 from kvbaton.serving.engine.scheduler import STOPPING
 from kvbaton.serving.engine.shard import RankShard
+from kvbaton.serving.engine.sharding import check_sizes
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.api_keys import ApiKeys
@@ -179,6 +180,10 @@ def serve(config: ServeConfig, *, listening: Callable[[int], None] = lambda _por
             restrict(data_addresses(config.mode, allow, listens, advertised))
     check_device(config.device)
     shard = RankShard(tp_size=config.tensor_parallel_size, pp_size=config.pipeline_parallel_size)
+    if shard.ranks > 1:
+        model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+        if model_config is not None:
+            check_sizes(model_config, shard)
     rank = ServerRank(shard=shard, dp_size=config.data_parallel_size)
     placements = Placements()
     with ExitStack() as closing:
