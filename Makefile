@@ -78,7 +78,7 @@ conformance: setup     ## every model family times every topology, against a sin
 vllm: setup            ## the connector in real vLLM processes, in an environment of its own (about 20 minutes; `python -m lab vllm --help`)
 	$(BIN)/python -m lab vllm --json
 
-clients: setup         ## sglang-router and the openai SDK in front of our servers, in an environment of their own (about 5 minutes)
+clients: setup         ## clients of others, their own code, in front of our servers, in an environment of their own (about 10 minutes)
 	$(BIN)/python -m lab clients --json
 
 sglang: setup          ## the transfer backend in real SGLang processes, in an environment of its own (`python -m lab sglang --help`)

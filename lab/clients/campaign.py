@@ -1,8 +1,9 @@
 """Clients of others in front of one prefill and one decode server: every answer is that of a single process.
 
 Rules: SGLang's two routers stand in front of the same pair as ours; each is asked completions, chats and ``/generate``,
-whole and streamed, and recall questions. The openai SDK's script runs against the single process, our router, and
-SGLang's, and what it prints must be equal.
+whole and streamed, and recall questions. Scripts with the openai SDK, LangChain and LiteLLM run against the single
+process, our router, and (the SDK's) SGLang's, and what they print must be equal; so must every number and text that
+lm-eval and the benchmarks of vLLM and SGLang are given.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from msgspec import Struct
 
 from kvbaton.errors import ExpiredError
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, free_ports
-from lab.clients.environment import OPENAI, SGLANG_ROUTER
+from lab.clients import benchmarks, evaluation
+from lab.clients.benchmarks import Benchmark
+from lab.clients.environment import LANGCHAIN_OPENAI, LITELLM, LM_EVAL, OPENAI, SGLANG_ROUTER
+from lab.clients.row import PARTS, Row
 
 MODEL = "recall"
 READY_SECONDS = 300.0
@@ -29,6 +33,8 @@ ANSWER_SECONDS = 120.0
 #: Recall questions that wait for their answers at once.
 AT_ONCE = 16
 SCRIPT = Path(__file__).with_name("openai_script.py")
+CHAINS_SCRIPT = Path(__file__).with_name("chains_script.py")
+SDK_CLIENT, CHAINS_CLIENT = f"openai {OPENAI}", f"langchain-openai {LANGCHAIN_OPENAI}, litellm {LITELLM}"
 PROMPT = "g6=V6QT; s9=GZTT;?s9="
 OTHER = "a1=QX7B; b2=MM30;?a1="
 #: What the script asks and SGLang's Rust router answers by itself, otherwise than its workers do.
@@ -38,15 +44,6 @@ ROUTERS_OWN = (
 )
 #: It takes one text for ``/generate``.
 ROUTER_REFUSES = ("generate, texts", "generate, texts, stream")
-
-
-class Row(Struct, frozen=True, kw_only=True):
-    client: str
-    what: str
-    ok: int
-    asked: int
-    seconds: float
-    said: str = ""
 
 
 @asynccontextmanager
@@ -106,10 +103,12 @@ def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
         "completion, n=2": ("/v1/completions", {**sampled, "prompt": PROMPT, "n": 2}),
         "completion, prompts": ("/v1/completions", {**greedy, "prompt": [PROMPT, OTHER]}),
         "completion, prompts, n=2": ("/v1/completions", {**sampled, "prompt": [PROMPT, OTHER], "n": 2}),
+        "completion, echo, logprobs": ("/v1/completions", {**greedy, "prompt": PROMPT, "echo": True, "logprobs": 3}),
         "chat": ("/v1/chat/completions", chat),
         "generate": ("/generate", generate),
         "generate, token ids": ("/generate", {"input_ids": [5, 6, 7], "sampling_params": params}),
         "generate, logprobs": ("/generate", {**generate, "return_logprob": True}),
+        "generate, logprobs of the prompt": ("/generate", {**generate, "return_logprob": True, "logprob_start_len": 0}),
         "generate, texts": ("/generate", {**generate, "text": [PROMPT, OTHER]}),
     }
     streams = {f"{name}, stream": (path, {**body, "stream": True}) for name, (path, body) in bodies.items()}
@@ -124,11 +123,14 @@ def _said(answer: Any, *, stream: bool = False) -> Any:
         for choice in event.get("choices", ()):
             said = choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
             texts[choice["index"]] = texts.get(choice["index"], "") + said
+            found = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            logprobs.setdefault(choice["index"], []).extend(each and round(each, 3) for each in found)
         if "meta_info" in event:
             index = event.get("index", 0) if stream else place
             texts[index] = event["text"]
-            found = event["meta_info"].get("output_token_logprobs")
-            logprobs[index] = found and [(round(each[0], 3), each[1]) for each in found]
+            meta = event["meta_info"]
+            found = (meta.get("input_token_logprobs") or []) + (meta.get("output_token_logprobs") or [])
+            logprobs[index] = [(each[0] and round(each[0], 3), each[1]) for each in found]
     return sorted(texts.values()), [logprobs[index] for index in sorted(logprobs)]
 
 
@@ -170,18 +172,21 @@ async def recall(http: aiohttp.ClientSession, client: str, url: str, reference: 
     return Row(client=client, what="recall questions, equal", ok=ok, asked=count, seconds=seconds)
 
 
-async def script(python: Path, url: str) -> dict[str, Any]:
+async def script(python: Path, url: str, file: Path = SCRIPT) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
-        str(python), str(SCRIPT), url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        str(python), str(file), url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     said, _ = await process.communicate()
     rows = [json.loads(line) for line in said.decode().splitlines() if line.startswith("{")]
     return {row.pop("call"): row for row in rows}
 
 
-async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], without: tuple[str, ...] = ()) -> Row:
+async def compared(
+    python: Path, client: str, way: str, url: str, expected: dict[str, Any], file: Path, without: tuple[str, ...] = ()
+) -> Row:
+    """A script by way of a router: each call's result is the single process's."""
     started = time.monotonic()
-    found = await script(python, url)
+    found = await script(python, url, file)
     wanted = {call: said for call, said in expected.items() if call not in without}
     wrong = [
         f"{call}: {found.get(call)} is not {said}"
@@ -189,8 +194,8 @@ async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], wit
         if found.get(call) != said or "error" in said
     ]
     return Row(
-        client=f"openai {OPENAI}",
-        what=f"the script by way of {client}: equal to the single process",
+        client=client,
+        what=f"the script by way of {way}: equal to the single process",
         ok=len(wanted) - len(wrong),
         asked=len(wanted),
         seconds=time.monotonic() - started,
@@ -198,27 +203,102 @@ async def sdk(python: Path, client: str, url: str, expected: dict[str, Any], wit
     )
 
 
-async def perform(python: Path, logs: Path, *, count: int, tell: Callable[[Row], None]) -> list[Row]:
+async def scored(python: Path, url: str, reference: str, build: Path, count: int) -> list[Row]:
+    """lm-eval against the single process and the pair."""
+    directory, rows = build / "lm_eval", []
+    await asyncio.to_thread(evaluation.write_tasks, directory, count)
+    started = time.monotonic()
+    single, expected = await evaluation.evaluate(python, reference, directory, "single")
+    rows.append(_evaluated("the single process", single, expected, expected, started))
+    started = time.monotonic()
+    scores, answers = await evaluation.evaluate(python, url, directory, "pair")
+    rows.append(_evaluated("kvbaton router", scores, answers, expected, started))
+    return rows
+
+
+def _evaluated(
+    way: str, scores: dict[str, float], answers: dict[str, Any], expected: dict[str, Any], started: float
+) -> Row:
+    return Row(
+        client=f"lm-eval {LM_EVAL}",
+        what=f"local-completions by way of {way}: samples whose loglikelihoods and texts equal the single process's",
+        ok=sum(answers.get(sample) == answer for sample, answer in expected.items()),
+        asked=len(expected),
+        seconds=time.monotonic() - started,
+        said=", ".join(f"{name} {value:.3f}" for name, value in scores.items()),
+    )
+
+
+async def measured(python: Path, one: Benchmark, url: str, reference: str, build: Path) -> list[Row]:
+    """A benchmark against the single process and the pair."""
+    rows, expected = [], list[str]()
+    for way, asked in (("the single process", reference), ("kvbaton router", url)):
+        started = time.monotonic()
+        result = build / f"{one.name.replace(' ', '-')}-{way.split()[-1]}.json"
+        figures, texts = await benchmarks.measure(python, one, asked, result)
+        expected = expected or texts
+        rows.append(
+            Row(
+                client=one.name,
+                what=f"by way of {way}: texts equal to the single process's",
+                ok=sum(ours == theirs for ours, theirs in zip(texts, expected, strict=False)),
+                asked=benchmarks.PROMPTS,
+                seconds=time.monotonic() - started,
+                said=", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clients:
+    """Their interpreters; None: not there, and not run."""
+
+    python: Path
+    vllm: Path | None = None
+    sglang: Path | None = None
+
+    def benchmarks(self) -> Iterator[tuple[Path, Benchmark]]:
+        for python, several in ((self.vllm, benchmarks.VLLM), (self.sglang, benchmarks.SGLANG)):
+            if python is not None:
+                yield from ((python, one) for one in several)
+
+
+async def perform(
+    clients: Clients, build: Path, *, count: int, tell: Callable[[Row], None], parts: Sequence[str] = PARTS
+) -> list[Row]:
     """Everything; each row is told as it comes."""
     rows: list[Row] = []
+    python = clients.python
 
-    async def note(row: Awaitable[Row]) -> None:
-        rows.append(await row)
-        tell(rows[-1])
+    async def note(made: Awaitable[Row] | Awaitable[list[Row]]) -> None:
+        found = await made
+        for row in found if isinstance(found, list) else [found]:
+            rows.append(row)
+            tell(row)
 
-    async with Fleet(logs, model=MODEL, reference=True) as fleet:
+    async with Fleet(build, model=MODEL, reference=True) as fleet:
         for server in fleet.servers:
             await fleet.ready(server, READY_SECONDS)
         assert fleet.reference is not None  # noqa: S101 - asked for above
-        single, http = fleet.reference.url, fleet.http
-        expected = await script(python, single)
-        await note(sdk(python, "the single process", single, expected))
-        await note(shapes(http, "kvbaton router", fleet.router.url, single))
-        await note(sdk(python, "kvbaton router", fleet.router.url, expected))
-        for name, more in ((f"sglang-router {SGLANG_ROUTER}", ()), ("its --mini-lb", ("--mini-lb",))):
-            async with sglang_router(python, fleet, logs, *more) as url:
-                await note(shapes(http, name, url, single, () if more else ROUTER_REFUSES))
-                await note(recall(http, name, url, single, count))
-                if not more:
-                    await note(sdk(python, name, url, expected, ROUTERS_OWN))
+        single, ours, http = fleet.reference.url, fleet.router.url, fleet.http
+        if "shapes" in parts:
+            await note(shapes(http, "kvbaton router", ours, single))
+        for part, client, file in (("sdk", SDK_CLIENT, SCRIPT), ("chains", CHAINS_CLIENT, CHAINS_SCRIPT)):
+            if part in parts:
+                expected = await script(python, single, file)
+                await note(compared(python, client, "the single process", single, expected, file))
+                await note(compared(python, client, "kvbaton router", ours, expected, file))
+        if "lm-eval" in parts:
+            await note(scored(python, ours, single, build, count))
+        for other, one in clients.benchmarks() if "benchmarks" in parts else ():
+            await note(measured(other, one, ours, single, build))
+        if "routers" in parts:
+            expected = await script(python, single)
+            for name, more in ((f"sglang-router {SGLANG_ROUTER}", ()), ("its --mini-lb", ("--mini-lb",))):
+                async with sglang_router(python, fleet, build, *more) as url:
+                    await note(shapes(http, name, url, single, () if more else ROUTER_REFUSES))
+                    await note(recall(http, name, url, single, count))
+                    if not more:
+                        await note(compared(python, SDK_CLIENT, name, url, expected, SCRIPT, ROUTERS_OWN))
     return rows

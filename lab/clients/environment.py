@@ -1,16 +1,28 @@
-"""A virtual environment of its own for the clients of others, at the versions that were tried."""
+"""A virtual environment of its own for the clients of others, at the versions that were tried. Benchmarks of vLLM and
+SGLang run in the environments of ``python -m lab vllm`` and ``python -m lab sglang``, where those are there."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from kvbaton.errors import ConfigError
+from lab.engines.environment import pip, run
 
 SGLANG_ROUTER = "0.3.2"
 OPENAI = "3.57.0"
-_WANTED = (f"sglang-router=={SGLANG_ROUTER}", f"openai=={OPENAI}")
+LM_EVAL = "0.4.13"
+LANGCHAIN_OPENAI = "1.7.4"
+LITELLM = "1.110.2"
+#: lm-eval counts a prompt's tokens with the model's tokenizer; it needs no torch.
+TRANSFORMERS = "5.24.0"
+_WANTED = (
+    f"sglang-router=={SGLANG_ROUTER}",
+    f"openai=={OPENAI}",
+    f"lm-eval[api]=={LM_EVAL}",
+    f"transformers=={TRANSFORMERS}",
+    f"langchain-openai=={LANGCHAIN_OPENAI}",
+    f"litellm=={LITELLM}",
+)
 
 
 def prepare(directory: Path) -> Path:
@@ -18,13 +30,13 @@ def prepare(directory: Path) -> Path:
     python, ready = directory / "bin" / "python", directory / ".ready"
     wanted = " ".join(_WANTED)
     if not (ready.is_file() and ready.read_text() == wanted):
-        _run(sys.executable, "-m", "venv", "--clear", str(directory))
-        _run(str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *_WANTED)
+        run(sys.executable, "-m", "venv", "--clear", str(directory))
+        pip(python, "install", *_WANTED)
         ready.write_text(wanted)
     return python
 
 
-def _run(*command: str) -> None:
-    ended = subprocess.run(command, check=False, stdout=sys.stderr)
-    if ended.returncode:
-        raise ConfigError(f"{' '.join(command)} ended with {ended.returncode}")
+def interpreter(directory: Path) -> Path | None:
+    """That of an environment which others have made; None where it is not there."""
+    python = directory / "bin" / "python"
+    return python if python.is_file() else None

@@ -53,6 +53,21 @@ def calls(client: openai.OpenAI) -> dict[str, Callable[[], Any]]:
         content = chat(**GREEDY, messages=[TURN], logprobs=True, top_logprobs=3).choices[0].logprobs.content
         return [(each.token, each.bytes, round(each.logprob, 3)) for each in content]
 
+    def echoed(**fields: Any) -> Any:
+        answer = complete(**{**GREEDY, "prompt": PROMPT, "echo": True, "logprobs": 2, **fields})
+        return [
+            (choice.logprobs.tokens, choice.logprobs.text_offset, rounded(choice.logprobs.token_logprobs))
+            for choice in answer.choices
+        ]
+
+    def rounded(logprobs: list[float | None]) -> list[float | None]:
+        return [each and round(each, 3) for each in logprobs]
+
+    def prompt_logprobs() -> Any:
+        (choice,) = complete(**{**GREEDY, "prompt": PROMPT}, extra_body={"prompt_logprobs": 1}).choices
+        rows = [row or {} for row in choice.model_extra["prompt_logprobs"]]
+        return [{token: (round(each["logprob"], 3), each["rank"]) for token, each in row.items()} for row in rows]
+
     def refused(**fields: Any) -> tuple[int, Any, Any]:
         try:
             complete(**{**GREEDY, "prompt": PROMPT, **fields})
@@ -73,6 +88,9 @@ def calls(client: openai.OpenAI) -> dict[str, Callable[[], Any]]:
         "n of prompts": lambda: texts(**SAMPLED, prompt=[PROMPT, OTHER], n=2),
         "best_of": lambda: texts(**SAMPLED, best_of=3),
         "echo": lambda: texts(echo=True),
+        "echo with logprobs": lambda: echoed(prompt=[PROMPT, OTHER], max_tokens=2),
+        "echo alone": lambda: echoed(max_tokens=0),
+        "prompt_logprobs": prompt_logprobs,
         "seed": lambda: texts(**SAMPLED),
         "frequency_penalty": lambda: texts(**SAMPLED, frequency_penalty=1.5),
         "presence_penalty": lambda: texts(**SAMPLED, presence_penalty=1.5),
