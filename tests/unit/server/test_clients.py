@@ -15,9 +15,10 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.serving.engine.request import Output, PromptToken, Request
+from kvbaton.serving.engine.request import Output, PromptToken, Request, Sampling
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
+from kvbaton.serving.server import journal
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.api_keys import ApiKeys
 from kvbaton.serving.server.request_parsing import ApiConfig
@@ -478,3 +479,17 @@ def test_a_batch_is_ended_by_its_one_rid() -> None:
             assert not client.engine.live
 
     run(test())
+
+
+def test_an_answer_that_goes_on_elsewhere_tells_the_prompt_once() -> None:
+    outputs = [replace(output, index=0) for output in spell("xy", finish_reason=None)]
+    outputs[0] = replace(outputs[0], prompt_logprobs=(PromptToken(-1.5, 2, ((98, -0.5),)),))
+    records = [journal.record(output)[1:-1] for output in outputs]
+    head = journal.Journal(id="a", created=1, seed=2)
+    found = journal.Journal.of(journal.encoded(head, records))
+    assert found is not None
+    assert [record.output for record in found.records] == outputs
+    (part,) = found.parts([(97, 99)], Sampling(prompt_logprobs=1))
+    assert (part.answered, part.sampling.prompt_logprobs) == (2, None)
+    (anew,) = head.parts([(97, 99)], Sampling(prompt_logprobs=1))
+    assert anew.sampling.prompt_logprobs == 1
