@@ -161,7 +161,8 @@ async def prefill_killed(scene: Scene) -> str:
 
 
 async def preempted(scene: Scene) -> str:
-    """Prefill has few blocks and decodes for others, so that it preempts: every answer is equal, or fails by name."""
+    """Prefill has few blocks and decodes for others, so that it preempts: every answer is equal, and decode, which has
+    received every prompt, has not noticed."""
     sources = await scene.client.sources()
     others = [
         asyncio.create_task(scene.client.complete(scene.prefill.url, prompt(300, 5800 + i), count=500, ignore_eos=True))
@@ -182,6 +183,8 @@ async def preempted(scene: Scene) -> str:
     count = sum(value for name, value in values.items() if name.startswith("vllm:num_preemptions_total"))
     if not count:
         raise AssertionError("nothing was preempted")
+    rooms = await scene.rooms(scene.decode)
+    check({name: number for name, number in rooms.items() if "success" not in name and number}, {}, "failed on decode")
     return f"{len(got)} of {len(got)} equal, {count:.0f} preemptions; empty after {await scene.empty():.1f} s"
 
 

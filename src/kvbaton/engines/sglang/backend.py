@@ -95,6 +95,7 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         while self.kv.live_rooms and (left := until - time.monotonic()) > 0:
             self.kv.wait(left)
         self.kv.deregister()
+        self.draining.clear()  # nothing drains any more, and SGLang has dropped what would ask
 
     def register_buffer_to_engine(self) -> None:
         """The memory is back, at the same addresses."""
