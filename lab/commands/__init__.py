@@ -32,6 +32,7 @@ LAB = Program(
         "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
         "clients": ("lab.commands.clients", "run clients of others, their own code, in front of our servers"),
         "sglang": ("lab.commands.sglang", "run the transfer backend in real SGLang processes, likewise"),
+        "layers": ("lab.commands.layers", "measure what layers that go ahead of their chunk are worth"),
         "gpu": ("lab.commands.gpu", "move memory of a GPU between processes, and run the engine on it"),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },

@@ -19,7 +19,7 @@ QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama", ("TP 4→2, more ranks than KV heads",)),
     ("gpt_oss", ("PP 2→1", "DP 2→2, TP 2→1, prefill chooses")),
     ("deepseek_v32", ("page 16→64", "prefix hit none", "prefix hit full")),
-    ("qwen3_next", ("TP 2→1", "TP 2→1, staged")),
+    ("qwen3_next", ("TP 2→1, layer by layer", "TP 2→1, staged")),
 )
 SINGLE = Shape()
 

@@ -1,8 +1,8 @@
 """The table: which topologies there are, and how one cell is run and judged.
 
 A cell is equal when every token of every prompt is that of the single process, and, where the decode side held a
-prefix, fewer bytes have moved than without; where all was to be staged, something was. What cannot be run is a cell
-that is not equal, with the reason.
+prefix, fewer bytes have moved than without; where all was to be staged, something was, and so it is with layers. What
+cannot be run is a cell that is not equal, with the reason.
 
 This file must not know how servers are started.
 """
@@ -51,14 +51,15 @@ def _source(
     pipeline: int = 1,
     page_size: int = 16,
     staged: bool = False,
+    layered: bool = False,
     data: int = 1,
     chooses: bool = False,
 ) -> Shape:
-    return Shape("prefill", tensor, pipeline, page_size, staged=staged, data=data, chooses=chooses)
+    return Shape("prefill", tensor, pipeline, page_size, staged=staged, layered=layered, data=data, chooses=chooses)
 
 
 def _target(tensor: int = 1, *, page_size: int = 16, radix: bool = False, staged: bool = False, data: int = 1) -> Shape:
-    return Shape("decode", tensor, 1, page_size, radix, staged, data=data)
+    return Shape("decode", tensor, 1, page_size, radix, staged=staged, data=data)
 
 
 TOPOLOGIES: tuple[PairTopology, ...] = (
@@ -66,6 +67,8 @@ TOPOLOGIES: tuple[PairTopology, ...] = (
     PairTopology("TP 2→1", _source(2), _target()),
     PairTopology("TP 1→2", _source(), _target(2)),
     PairTopology("TP 2→1, staged", _source(2, staged=True), _target(staged=True)),
+    PairTopology("TP 2→1, layer by layer", _source(2, layered=True), _target()),
+    PairTopology("PP 2→1, layer by layer", _source(pipeline=2, layered=True), _target(page_size=64)),
     PairTopology("TP 4→1", _source(4), _target()),
     PairTopology("TP 2→4", _source(2), _target(4)),
     PairTopology("TP 4→2", _source(4), _target(2)),
@@ -118,8 +121,10 @@ class CellJudge:
             )
             moved = sum(answer.bytes for answer in answers)
             reason = _first_difference(prompts, answers, expected) or self._prefix_complaint(topology, moved)
-            if not reason and topology.source.staged and not await self._servers.staged_writes(source):
+            if not reason and topology.source.staged and not await self._servers.counted(source, "writes_staged"):
                 reason = "nothing was staged"
+            if not reason and topology.source.layered and not await self._servers.counted(source, "chunks_of_layers"):
+                reason = "no layer went ahead"
         except (KVBatonError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
         return Cell(

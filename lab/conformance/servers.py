@@ -189,14 +189,14 @@ class Servers:
             raise KVBatonError(f"prefill says {_answer(first).tokens}, decode {_answer(answer).tokens}")
         return _answer(answer)
 
-    async def staged_writes(self, server: ForkedServer) -> int:
-        """Staged writes that the first rank of a server has posted."""
+    async def counted(self, server: ForkedServer, name: str) -> int:
+        """What the first rank of a server has counted under a name."""
         try:
             async with self._http.get(f"{server.url}/get_server_info") as response:
                 info = msgspec.json.decode(await response.read())
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise PeerLostError(f"{server.shape}: {error}\n{server.last_words()}") from error
-        return int(info["handoff"]["counters"].get("writes_staged", 0))
+        return int(info["handoff"]["counters"].get(name, 0))
 
     async def _post(self, server: ForkedServer, body: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -147,7 +147,7 @@ class KVManager:
                 clock=clock,
             )
             given.pop_all()
-        self._layer_rules = LayerRules(layout, self._settings.costs)
+        self._layer_rules = LayerRules(layout, self._settings.layers_ahead, self._settings.costs)
         self._lock = threading.Lock()
         self._away = False
         self._staging_memory: object = None  # lives as long as peers may write it

@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout
-from kvbaton.plan.costs import Costs
+from kvbaton.plan.costs import Costs, LayersPolicy
 from kvbaton.plan.coverage import Layers
 from kvbaton.protocol.events import Chunk
 from kvbaton.runtime.commands import Fence
 
 
 class LayerRules:
-    """Of one rank: which layers it has, and what a post must be worth."""
+    """Of one rank: which layers it has, and when they go ahead."""
 
-    def __init__(self, layout: CacheLayout, costs: Costs) -> None:
+    def __init__(self, layout: CacheLayout, policy: LayersPolicy, costs: Costs) -> None:
         self.numbers = sorted({plane.layer for pool in layout.pools for plane in pool.planes if plane.layer >= 0})
+        self._policy = policy
         self._costs = costs
 
     def count(self, start: int, stop: int) -> int:
@@ -42,6 +43,8 @@ class LayerRules:
 
     def worth_a_post(self, chunk: Chunk, token_seconds: float, layer_seconds: float) -> bool:
         """Whether a chunk of some layers goes ahead; ``layer_seconds``: what computing one takes."""
+        if self._policy != "auto":
+            return self._policy == "always"
         start, stop = chunk.layers or (0, 0)
         tokens = max((span.token_stop - span.token_start for span in chunk.spans), default=0)
         moving = tokens * token_seconds * self.count(start, stop) / len(self.numbers)

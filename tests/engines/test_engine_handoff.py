@@ -14,6 +14,7 @@ from kvbaton.control.memory import Network
 from kvbaton.errors import KVBatonError
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVManager, new_instance
+from kvbaton.protocol.settings import Settings
 from kvbaton.serving.engine.decode import decode_scheduler
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.prefill import prefill_scheduler
@@ -24,6 +25,8 @@ from kvbaton.transports.memory import MemoryTransport
 
 CONFIG = SchedulerConfig(chunked_prefill_size=32)
 POLL_SECONDS = 0.001
+#: Every layer is worth a post of its own, as it would be in a model of full size.
+EACH_LAYER = Settings(layers_ahead="always")
 
 
 @dataclass
@@ -76,7 +79,8 @@ def pair(
 
     def manager(layout: CacheLayout, group: str) -> KVManager:
         instance = new_instance()
-        return KVManager(layout, MemoryTransport(instance), network.listen(), instance=instance, group=group)
+        transport, links = MemoryTransport(instance), network.listen()
+        return KVManager(layout, transport, links, instance=instance, group=group, settings=EACH_LAYER)
 
     pools = make_pools(model, **(source or {})), make_pools(model, **(target or {}))
     with (
@@ -101,6 +105,7 @@ def test_tokens_equal_generate(any_model: LoadedModel, target_page_size: int) ->
             assert handoff is not None
             assert handoff.bytes >= length * any_model.geometry.token_bytes + 64  # whole pages may travel
             assert handoff.seconds >= handoff.exposed_seconds > 0
+        assert both.source.counters()["chunks_of_layers"] >= 9 * any_model.geometry.layers  # chunks of 32 tokens
         both.assert_nothing_held()
 
 

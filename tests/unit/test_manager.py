@@ -27,7 +27,6 @@ from kvbaton.errors import (
 )
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, PeerLost, Span, new_instance
-from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
 from kvbaton.transports import make_transport
 from kvbaton.transports.base import WriteState
@@ -50,7 +49,7 @@ def test_a_room_arrives_byte_for_byte(make_rank: MakeRank) -> None:
 
 
 def test_layers_go_ahead_of_their_chunk_and_arrive_once(make_rank: MakeRank) -> None:
-    source, target = make_rank("prefill", fill=1, settings=Settings(costs=Costs(post_seconds=0.0))), make_rank("decode")
+    source, target = make_rank("prefill", fill=1, settings=Settings(layers_ahead="always")), make_rank("decode")
     sender, receiver = begin(source, target)
     first = (Span("kv", 0, 16, (4,)),)
     for layer in (1, 0):

@@ -10,22 +10,22 @@ from kvbaton.errors import LayoutError
 from kvbaton.handles import ALWAYS_READY, Span
 from kvbaton.layout import CacheLayout, Region, kv_pool
 from kvbaton.pieces import LayerRules, Pieces
-from kvbaton.plan.costs import HIDDEN_POSTS, Costs
+from kvbaton.plan.costs import HIDDEN_POSTS, Costs, LayersPolicy
 from kvbaton.protocol.events import Chunk
 
 POST = 1.0  # seconds: what a post costs here
 WORTH = HIDDEN_POSTS * POST
 POOL = kv_pool(range(4, 8), pages=4, page_size=4, heads=1, head_bytes=2, dtype="u1", region=0)
-RULES = LayerRules(CacheLayout("m", (Region(0, 1 << 10),), (POOL,)), Costs(post_seconds=POST))
+LAYOUT = CacheLayout("m", (Region(0, 1 << 10),), (POOL,))
 SPANS = (Span("kv", 0, 8, (0, 1)),)
 
 
 class Clock:
     """Hands layers over at given times; ``gone`` says what went, in order."""
 
-    def __init__(self, *, moving: float) -> None:
+    def __init__(self, *, moving: float, policy: LayersPolicy = "auto") -> None:
         """``moving``: seconds that the chunk of all four layers takes to move."""
-        self.pieces = Pieces(RULES)
+        self.pieces = Pieces(LayerRules(LAYOUT, policy, Costs(post_seconds=POST)))
         self.token_seconds = moving / 8
         self.gone: list[tuple[Chunk, Callable[[], bool]]] = []
 
@@ -71,6 +71,11 @@ def test_nothing_goes_ahead_of_what_is_computed_at_once() -> None:
     assert clock.submit((4, 5), at=0.0) == [((4, 5), 8)]  # the pace is not known yet
     assert clock.submit((5, 6), at=WORTH / 2 - 0.1) == []
     assert clock.submit((6, 7), at=WORTH / 2 - 0.1 + WORTH) == [((5, 7), 8)]
+
+
+def test_a_policy_asks_for_no_costs() -> None:
+    assert Clock(moving=0.0, policy="always").submit((4, 5)) == [((4, 5), 8)]
+    assert Clock(moving=100 * WORTH, policy="never").submit((4, 8)) == []
 
 
 def test_layers_in_any_order_are_joined_where_they_touch() -> None:

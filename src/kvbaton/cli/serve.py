@@ -204,11 +204,17 @@ def _add_staging(pd: argparse._ArgumentGroup) -> None:
         help="size of a staging slot, equal on both sides; 0: the largest page or state, and at least 4 MiB",
     )
     pd.add_argument(
+        "--layers-ahead",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="prefill hands over layers of a chunk while it computes the others: by the cost model, always, or never",
+    )
+    pd.add_argument(
         "--transfer-costs",
         type=Path,
         default=None,
         metavar="FILE",
-        help="cost model of --staging auto, written by `kvbaton bench calibrate`; none: the default one",
+        help="cost model of what is auto, written by `kvbaton bench calibrate`; none: the default one",
     )
 
 

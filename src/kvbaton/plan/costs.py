@@ -14,10 +14,13 @@ truths, and a few lines of ``calibrate`` replace them.
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Literal
 
 from msgspec import Struct
 
 from kvbaton.plan.pair import PairPlan, PartId, PartPlan
+
+LayersPolicy = Literal["auto", "always", "never"]
 
 #: So many times what a post costs must be hidden by posting layers ahead.
 HIDDEN_POSTS = 4

@@ -226,6 +226,7 @@ class Rooms:
         if room is None or room.error is not None:
             return
         room.seen += 1
+        self._context.counters["chunks_of_layers"] += event.chunk.layers is not None
         if not room.opened:  # a decode rank has its time from when something is there for it
             room.chunks.append(event.chunk)
             self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)

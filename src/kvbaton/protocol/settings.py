@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Self, get_args
 
 from kvbaton.errors import ConfigError
-from kvbaton.plan.costs import DEFAULT_COSTS, Costs
+from kvbaton.plan.costs import DEFAULT_COSTS, Costs, LayersPolicy
 from kvbaton.plan.staging import StagingPolicy
+
+#: Settings that are one of some words, by their type.
+_CHOICES = {"StagingPolicy": get_args(StagingPolicy), "LayersPolicy": get_args(LayersPolicy)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +35,8 @@ class Settings:
         tombstones: ended transfers that are remembered, so that late messages are answered rightly;
             ``tombstones_per_peer`` of one peer, so that nobody makes us forget the others'.
         staging: whether parts travel through staging memory, where both sides have some: by cost, always or never.
-        costs: what the choice by cost is made with.
+        layers_ahead: whether layers travel ahead of the rest of their chunk: by cost, always or never.
+        costs: what the choices by cost are made with.
         write_bytes, write_entries: a chunk is posted in pieces of at most so many bytes and descriptors.
     """
 
@@ -55,6 +59,7 @@ class Settings:
     write_bytes: int = 64 << 20
     write_entries: int = 32_768
     staging: StagingPolicy = "auto"
+    layers_ahead: LayersPolicy = "auto"
     costs: Costs = DEFAULT_COSTS
 
     def __post_init__(self) -> None:
@@ -74,8 +79,8 @@ class Settings:
             if name not in known:
                 raise ConfigError(f"{name!r} is no setting; there are: {', '.join(known)}")
             kind = str(known[name].type)
-            if kind == "StagingPolicy":
-                fits = value in get_args(StagingPolicy)
+            if kind in _CHOICES:
+                fits = value in _CHOICES[kind]
             else:
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 fits = number and math.isfinite(value) and (isinstance(value, int) or "float" in kind)  # type: ignore[arg-type]

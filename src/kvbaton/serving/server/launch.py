@@ -31,7 +31,7 @@ from kvbaton.discovery.placement import LoadBalance, Placements
 from kvbaton.discovery.registry import Registry
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, KVBatonError
-from kvbaton.plan.costs import DEFAULT_COSTS, Costs
+from kvbaton.plan.costs import DEFAULT_COSTS, Costs, LayersPolicy
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.engine.model import LoadedModel, check_device, read_config
@@ -111,16 +111,18 @@ class ServeConfig:
     staging: StagingPolicy = _DEFAULTS.staging
     staging_mib: int | None = None
     staging_slot_bytes: int = 0
+    layers_ahead: LayersPolicy = _DEFAULTS.layers_ahead
     transfer_costs: Costs = DEFAULT_COSTS
 
     def settings(self) -> Settings:
-        """The protocol's deadlines, and how it chooses between staging and direct writes."""
+        """The protocol's deadlines, and how it chooses between staging and direct writes, layers and whole chunks."""
         return Settings(
             handshake_timeout=self.handshake_timeout,
             bootstrap_timeout=self.bootstrap_timeout,
             waiting_timeout=self.waiting_timeout,
             heartbeat_interval=self.heartbeat_interval,
             staging=self.staging,
+            layers_ahead=self.layers_ahead,
             costs=self.transfer_costs,
         )
 
