@@ -89,6 +89,7 @@ class Cutter:
                 if piece.startswith(b"POST /v1") or piece.startswith(b"POST /generate"):
                     limit[:] = [self.cuts.pop(0)] if self.cuts else []
                 downstream.write(piece)
+            downstream.transport.abort()  # the router has gone, as from a server that it has given up
 
         asking = asyncio.create_task(ask())
         try:
