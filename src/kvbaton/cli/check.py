@@ -12,7 +12,7 @@ import io
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,11 +20,12 @@ import msgspec
 from kvbaton.discovery.access import bearer, read_secret
 from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import AuthenticationError, ConfigError, IncompatibleError, LayoutError, PeerLostError
-from kvbaton.plan.compatibility import group_differences
+from kvbaton.plan.groups import compare_groups
 from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode, encode
-from kvbaton.plan.staging import slots_too_small
 
 TIMEOUT_SECONDS = 10.0
+MAX_READY_BYTES = 64 << 10
+URLS = ("http://", "https://")
 TABLE_COLUMNS = 140
 
 
@@ -44,12 +45,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     secret = read_secret(options.secret_file) if options.secret_file is not None else None
     sides = [load(where, secret) for where in (options.prefill, options.decode)]
-    found = differences(*sides)
+    found = [*role_differences(options.prefill, options.decode), *compare_groups(*sides)]
     if options.json:
         sys.stdout.write(msgspec.json.encode(_data(options, sides, found)).decode() + "\n")
     else:
         sys.stdout.write(_as_text(options, sides, found))
     return 1 if found else 0
+
+
+def role_differences(prefill: str, decode_side: str) -> Iterator[IncompatibleError]:
+    """Servers that are given as the half that they are not. Raises PeerLostError."""
+    for wanted, where in (("prefill", prefill), ("decode", decode_side)):
+        mode = _mode(where) if where.startswith(URLS) else ""
+        if mode and mode != wanted:
+            advice = "A is the prefill side, B the decode side"
+            yield IncompatibleError(
+                f"role: {where} is a {mode} server: {advice}",
+                field="role",
+                ours=mode if wanted == "prefill" else "",
+                theirs=mode if wanted == "decode" else "",
+                hint=advice,
+            )
+
+
+class _Ready(msgspec.Struct):
+    mode: str = ""
+
+
+def _mode(url: str) -> str:
+    """What a server says that it is; nothing where it says nothing."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/ready", timeout=TIMEOUT_SECONDS) as response:
+            payload = bytes(response.read(MAX_READY_BYTES))
+    except urllib.error.HTTPError as error:  # it is not ready, and says so with the same body
+        payload = bytes(error.read(MAX_READY_BYTES))
+    except (OSError, ValueError) as error:
+        raise PeerLostError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from None
+    try:
+        return msgspec.json.decode(payload, type=_Ready).mode
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:
@@ -59,7 +94,7 @@ def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:
         from kvbaton.discovery.layouts import ask_layout
 
         return decode(encode([ask_layout(address, secret=secret) for address in where.split(",")]), where)
-    if where.startswith(("http://", "https://")):
+    if where.startswith(URLS):
         return decode(_fetch(f"{where.rstrip('/')}/layout", secret), where)
     path = Path(where)
     try:
@@ -82,25 +117,6 @@ def _fetch(url: str, secret: str | None) -> bytes:
         raise PeerLostError(f"{url} answers HTTP {error.code}; is it a prefill or decode server?") from None
     except (OSError, ValueError) as error:
         raise PeerLostError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from None
-
-
-def differences(prefill: Sequence[RankLayout], decode_side: Sequence[RankLayout]) -> list[IncompatibleError]:
-    """Every difference between two groups; missing ranks first, because much else follows from them."""
-    found = []
-    for side, ranks in (("prefill", prefill), ("decode", decode_side)):
-        if len(ranks) != ranks[0].group_size:
-            advice = "give the layouts of all ranks of the group"
-            found.append(
-                IncompatibleError(
-                    f"{side}.ranks: {len(ranks)} of {ranks[0].group_size} ranks are there: {advice}",
-                    field=f"{side}.ranks",
-                    ours=str(len(ranks) if side == "prefill" else ""),
-                    theirs=str(len(ranks) if side == "decode" else ""),
-                    hint=advice,
-                )
-            )
-    layouts = [[rank.layout for rank in side] for side in (prefill, decode_side)]
-    return [*found, *(group_differences(*layouts) or slots_too_small(*layouts))]
 
 
 def _data(

@@ -14,12 +14,17 @@ from kvbaton.cli.settings import (
     add_log_level,
     add_strict_fields,
     config_of,
+    factor,
+    natural,
     port,
     positive,
     seconds,
+    share,
 )
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
+
+POLICIES = ("round_robin", "random", "power_of_two", "least_load", "cache_aware")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="URL of a prefill server and the port of its registry (8998 if left out), repeatable",
     )
     parser.add_argument("--decode", nargs=1, action="append", metavar="URL", help="URL of a decode server, repeatable")
+    parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how a server of each role is chosen")
+    parser.add_argument("--prefill-policy", choices=POLICIES, default=None, help="for prefill servers, if another one")
+    parser.add_argument("--decode-policy", choices=POLICIES, default=None, help="for decode servers, if another one")
     parser.add_argument(
-        "--policy", choices=("round_robin",), default="round_robin", help="how a server of each role is chosen"
+        "--cache-threshold",
+        type=share,
+        default=0.3,
+        help="cache_aware: the part of a prompt, 0 to 1, that a server must have seen to be preferred",
+    )
+    parser.add_argument(
+        "--balance-abs-threshold",
+        type=natural,
+        default=64,
+        help="cache_aware: a server with more than so many requests above the one with the fewest is left out, ...",
+    )
+    parser.add_argument(
+        "--balance-rel-threshold",
+        type=factor,
+        default=1.5,
+        help="cache_aware: ... if it also has more than so many times the fewest",
     )
     parser.add_argument(
         "--engine",

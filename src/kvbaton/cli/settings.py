@@ -178,6 +178,26 @@ def seconds(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a part, 0 to 1."""
+    return _between(text, 0.0, 1.0)
+
+
+def factor(text: str) -> float:
+    """An argparse type: a factor of at least 1."""
+    return _between(text, 1.0, 1e6)
+
+
+def _between(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+    return value
+
+
 def transfer_costs(file: Path | None) -> Costs:
     """Costs from a file that ``bench calibrate`` wrote; the defaults without one. Raises ConfigError with its name."""
     if file is None:

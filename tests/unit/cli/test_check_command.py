@@ -32,7 +32,7 @@ from kvbaton.layout import (
 )
 from kvbaton.plan.layout_file import RankLayout, decode, encode
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.request_parsing import ApiConfig
+from kvbaton.serving.server.request_parsing import ApiConfig, Mode
 from kvbaton.serving.testing.engine import ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
 
@@ -343,9 +343,9 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys) -> None:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def half(ranks: list[RankLayout], secret: str | None = None) -> web.Application:
+def half(ranks: list[RankLayout], secret: str | None = None, mode: Mode = "decode") -> web.Application:
     engine = ScriptedEngine(lambda _request: spell("hi"))
-    config = ApiConfig(model="m", max_positions=1, mode="decode")
+    config = ApiConfig(model="m", max_positions=1, mode=mode)
     return ApiServer(engine, None, config, layouts=ranks, secret=secret).app
 
 
@@ -353,7 +353,7 @@ def checked(
     prefill: list[RankLayout], decode_side: list[RankLayout], *arguments: str, secret: str | None = None
 ) -> int:
     async def test() -> int:
-        async with serving(half(prefill, secret)) as a, serving(half(decode_side, secret)) as b:
+        async with serving(half(prefill, secret, "prefill")) as a, serving(half(decode_side, secret)) as b:
             return await asyncio.to_thread(main, ["check", a, b, *arguments], {})
 
     return run(test())
@@ -363,6 +363,21 @@ def test_two_servers_are_compared(capsys) -> None:
     assert checked(tp_group(2), BASE) == 0
     assert checked(tp_group(2), tp_group(1, page_size=7)) == 1
     assert "kv.page_size" in capsys.readouterr().out
+
+
+def test_swapped_servers_and_one_server_twice_are_told(capsys) -> None:
+    async def test() -> None:
+        one = [msgspec.structs.replace(rank, group="p") for rank in BASE]
+        two = [msgspec.structs.replace(rank, group="d") for rank in BASE]
+        async with serving(half(one, None, "prefill")) as a, serving(half(two)) as b:
+            for sides, count in ([(a, b), 0], [(b, a), 2], [(a, a), 2], [(b, b), 2]):
+                assert await asyncio.to_thread(main, ["check", *sides, "--json"], {}) == (1 if count else 0)
+                differences = json.loads(capsys.readouterr().out)["differences"]
+                assert [one["field"] for one in differences if one["field"] in ("role", "group")] == (
+                    [] if not count else ["role", "role"] if sides == (b, a) else ["role", "group"]
+                )
+
+    run(test())
 
 
 def test_a_layout_is_for_operators(tmp_path: Path, capsys) -> None:

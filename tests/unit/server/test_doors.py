@@ -159,8 +159,8 @@ def test_a_worker_with_another_secret_is_the_deployments_fault_not_the_clients()
     async def test() -> None:
         async with half() as (engine, worker, _), serving_router(worker, None) as (url, session):
             status, text = await ask(session, url)
-            assert status == 502, text
-            assert "only this deployment's router" in text
+            assert status == 503, text
+            assert "does not take this router's secret; give both the same --secret-file" in text
             assert not engine.requests
 
     run(test())

@@ -10,6 +10,7 @@ This file must not know of pools, schedulers or peers.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -125,7 +127,9 @@ def load_model(
         network=network,
         tokenizer=tokenizer,
         geometry=probe_geometry(network, dtype),
-        fingerprint=identity.encode({"weights": weights.result(), **_numbers(network.config)}),
+        fingerprint=identity.encode(
+            {"weights": weights.result(), **_text_identity(tokenizer), **_numbers(network.config)}
+        ),
         eos_tokens=_eos_tokens(network, tokenizer),
     )
 
@@ -170,6 +174,20 @@ def _load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _refusal("tokenizer", path, error) from error
+
+
+def _text_identity(tokenizer: Any) -> dict[str, object]:
+    """What makes tokens of text: two sides that differ here prefill other prompts than they decode."""
+    if tokenizer is None:
+        return {}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
+    template = getattr(tokenizer, "chat_template", None)
+    return {"tokenizer": _digest(rules), "chat_template": _digest(template) if template else ""}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()[:16]
 
 
 def _refusal(what: str, path: Path, error: Exception) -> ConfigError:

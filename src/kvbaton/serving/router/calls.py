@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from types import TracebackType
@@ -35,6 +35,7 @@ from kvbaton.errors import (
     RemoteProtocolError,
     TransferFailedError,
 )
+from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
@@ -58,13 +59,6 @@ BLAMES_PEER = (PeerLostError.code, DisconnectedError.code, RegistryError.code)
 _BLAMES_TRANSFER = (RemoteProtocolError.code, TransferFailedError.code, ExpiredError.code)
 
 Fields = Mapping[str, msgspec.Raw]
-#: The headers that show a worker that its router asks.
-Credentials = Callable[[Worker], Mapping[str, str]]
-
-
-def no_credentials(_worker: Worker) -> Mapping[str, str]:
-    """Of a deployment without a secret."""
-    return {}
 
 
 class CallFailed(Exception):

@@ -6,6 +6,7 @@ This file must not know HTTP, tokens or workers.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 
 import msgspec
 
@@ -42,6 +43,12 @@ def client_fields(payload: bytes, rule: FieldRule | None = None) -> tuple[dict[s
     return fields, checked_rid(fields["rid"])
 
 
+def prompt_of(fields: Mapping[str, msgspec.Raw]) -> bytes:
+    """The JSON text of what the answer is to begin with; empty where there is none."""
+    return next((bytes(fields[name]) for name in _PROMPTS if name in fields), b"")
+
+
+_PROMPTS = ("messages", "prompt", "text", "input_ids")
 _NULL = msgspec.Raw(b"null")
 _ABSENT = msgspec.Raw(b"")
 _REQUESTS = (CompletionRequest, ChatRequest, GenerateRequest)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -28,12 +27,13 @@ from aiohttp import web
 
 from kvbaton.errors import AbortedError, ExpiredError, KVBatonError, PeerLostError
 from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, broken_off, lost, refused
+from kvbaton.serving.router.client_fields import prompt_of
 from kvbaton.serving.router.events import Events
 from kvbaton.serving.router.limit import TimeLimit
 from kvbaton.serving.router.progress import Progress
 from kvbaton.serving.router.retry_budget import RetryBudget
 from kvbaton.serving.router.trail import Trail
-from kvbaton.serving.router.worker import ROLES, Worker
+from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.router.workers import Workers, cause_of
 from kvbaton.serving.server import journal
 from kvbaton.serving.server.failure import body_of
@@ -103,6 +103,7 @@ class _Forwarding:
         self._shared = shared
         self._http = http
         self._fields = dict(fields)
+        self._prompt = prompt_of(fields)
         self._limit = limit
         self._timer = timer
         self._progress = Progress() if shared.keeps_journal else None
@@ -117,9 +118,7 @@ class _Forwarding:
         shared = self._shared
         try:
             async with self._limit.running():
-                pair = Pair(
-                    await shared.workers.find("prefill"), await shared.workers.find("decode"), shared.mint_room()
-                )
+                pair = Pair(*await shared.workers.find_pair(self._prompt), shared.mint_room())
                 while True:
                     try:
                         return await self._attempt(pair)
@@ -194,17 +193,13 @@ class _Forwarding:
         return progress is not None and progress.count > (pause.count if pause is not None else 0)
 
     async def _untried(self) -> tuple[Worker, Worker] | None:
-        """Of the pairs that were not tried, one with the least blame, and the fewest requests."""
-        for role in ROLES:
-            if not self._shared.workers.usable(role):  # one may be under a suspicion that a probe clears
-                with suppress(PeerLostError):
-                    await self._shared.workers.find(role)
-        prefills, decodes = (
-            sorted(self._shared.workers.usable(role), key=lambda worker: (self._blames[worker], worker.legs))
-            for role in ROLES
-        )
-        pairs = [(p, d) for p in prefills for d in decodes if (p, d) not in self._tried]
-        return min(pairs, key=lambda pair: self._blames[pair[0]] + self._blames[pair[1]], default=None)
+        """Of the pairs that were not tried, and of those with the least blame, the one whose turn it is."""
+        workers, blames = self._shared.workers, self._blames
+        pairs = [pair for pair in await workers.known_pairs() if pair not in self._tried]
+        if not pairs:
+            return None
+        least = min(blames[prefill] + blames[decode] for prefill, decode in pairs)
+        return workers.choose(self._prompt, [pair for pair in pairs if blames[pair[0]] + blames[pair[1]] == least])
 
     def _out_of_time(self) -> KVBatonError:
         if self._limit.aborted:

@@ -33,20 +33,23 @@ from kvbaton.errors import (
     PeerLostError,
     UnknownModelError,
 )
+from kvbaton.serving.router.bounded import bounded
 from kvbaton.serving.router.calls import (
     CallFailed,
-    Credentials,
     Fields,
     Pair,
     PrefillDecodeCall,
     mint_room,
-    no_credentials,
 )
 from kvbaton.serving.router.client_fields import client_fields
+from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.forwarding import MAX_ANSWER_BYTES, Forwarder
 from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.policies import policy_of
+from kvbaton.serving.router.policies.base import Policy
+from kvbaton.serving.router.policies.cache_aware import CacheAwareSettings
 from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
-from kvbaton.serving.router.worker import ROLES, Worker
+from kvbaton.serving.router.worker import ROLES, Role, Worker
 from kvbaton.serving.router.workers import HealthChecks, Workers, cause_of, check_roles
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
@@ -83,6 +86,12 @@ class RouterConfig:
 
     workers: tuple[Worker, ...]
     engine: Engine = "kvbaton"
+    policy: str = "round_robin"
+    prefill_policy: str = ""
+    decode_policy: str = ""
+    cache_threshold: float = 0.3
+    balance_abs_threshold: int = 64
+    balance_rel_threshold: float = 1.5
     request_timeout_secs: float = 1800.0
     health_check_interval_secs: float = 1.0
     health_check_timeout_secs: float = 2.0
@@ -96,6 +105,18 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_roles(self.workers)
+
+    def policies(self) -> dict[Role, Policy]:
+        """One for each role, new. Raises ConfigError."""
+        settings = CacheAwareSettings(
+            cache_threshold=self.cache_threshold,
+            balance_abs_threshold=self.balance_abs_threshold,
+            balance_rel_threshold=self.balance_rel_threshold,
+        )
+        return {
+            "prefill": policy_of(self.prefill_policy or self.policy, settings),
+            "decode": policy_of(self.decode_policy or self.policy, settings),
+        }
 
     @property
     def health_checks(self) -> HealthChecks:
@@ -124,7 +145,14 @@ class Router:
             connector=aiohttp.TCPConnector(limit=0), trust_env=False, auto_decompress=False
         )
         self._reads = SharedReads()
-        self.workers = Workers(config.workers, self._asking, config.health_checks)
+        self.workers = Workers(
+            config.workers,
+            self._asking,
+            config.health_checks,
+            policies=config.policies(),
+            as_router=self._credentials,
+            as_operator=self._operators,
+        )
         self.admission = AdmissionLimit(config.max_concurrent_requests)
         self._aliases = Aliases()
         self._known = KnownSources()
@@ -241,7 +269,7 @@ class Router:
                 async with self._asking.get(
                     worker.url + path, timeout=timeout, allow_redirects=False, headers=credentials(worker)
                 ) as response:
-                    return worker, msgspec.json.decode(await _bounded(response, MAX_TOLD_BYTES))
+                    return worker, msgspec.json.decode(await bounded(response, MAX_TOLD_BYTES))
             except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 return worker, {"error": f"{type(error).__name__}: {error}"}
 
@@ -261,7 +289,7 @@ class Router:
             async with self._session.post(
                 worker.url + path, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
-                answer = await _bounded(response, MAX_ANSWER_BYTES)
+                answer = await bounded(response, MAX_ANSWER_BYTES)
         except (aiohttp.ClientError, OSError) as error:
             raise PeerLostError(f"{worker} does not answer ({cause_of(error)})") from None
         return web.Response(status=response.status, body=answer, content_type="application/json")
@@ -298,7 +326,10 @@ class Router:
         body: dict[str, object] = {
             "role": "router",
             "version": __version__,
-            "policy": "round_robin",
+            "policy": {
+                "prefill": self._config.prefill_policy or self._config.policy,
+                "decode": self._config.decode_policy or self._config.policy,
+            },
             "ready": not self._not_ready(),
             "requests": self.admission.in_flight,
         }
@@ -341,8 +372,7 @@ class Router:
     def _not_ready(self) -> str:
         if self.admission.is_shut:
             return "the router is stopping"
-        missing = [role for role in ROLES if not self.workers.usable(role)]
-        return f"no {' and no '.join(missing)} server takes requests" if missing else ""
+        return self.workers.not_ready()
 
     async def _health(self, _http: web.Request) -> web.Response:
         return json_response({"status": "ok"})
@@ -361,13 +391,3 @@ class Router:
             for w in self.workers.all
         ]
         return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
-
-
-async def _bounded(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
-    """A worker's answer. Raises aiohttp.ClientPayloadError for a longer one."""
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > most_bytes:
-            raise aiohttp.ClientPayloadError(f"it answers more than {most_bytes} bytes")
-    return bytes(body)

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 import aiohttp
 import msgspec
 
-from kvbaton.serving.router.calls import CallFailed, Credentials, Fields, Pair, PrefillDecodeCall, no_credentials
+from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall
+from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.server.openai import ErrorDetail
 
 #: Largest answer of prefill that is read: one token, and the addresses of at most 1,024 ranks.

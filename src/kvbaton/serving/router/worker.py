@@ -6,6 +6,7 @@ state    new requests  those in flight
 new      no            go on
 ready    yes           go on
 suspect  no            go on
+unfit    no            go on
 draining no            go on, or are handed over
 broken   no            go on
 silent   no            lost
@@ -46,6 +47,7 @@ class State(Enum):
     NEW = "new"  # not probed yet, or it has not finished starting
     READY = "ready"
     SUSPECT = "suspect"  # a request lost its connection; the next probe will tell
+    UNFIT = "unfit"  # it is not what it was given as, or does not let us in
     DRAINING = "draining"  # it is about to stop
     BROKEN = "broken"  # it answers, and nothing that it is asked succeeds
     SILENT = "silent"  # it does not answer, though nothing says that it is gone
@@ -67,6 +69,8 @@ class Worker:
     state: State = State.NEW
     trouble: str = "not probed yet"
     signs_of_life: int = 0
+    instance: str = ""  # which process it is, as it says
+    turn: int = 0  # when it was taken last; the smaller the longer ago
     _legs: set[Leg] = field(default_factory=set, repr=False)
 
     @property

@@ -7,7 +7,9 @@ Rules:
   probes in a row in which nothing came from it, because a busy server may be slow.
 - A request that loses its connection proves nothing of other requests: the worker is suspect, and probed at once.
 - Probes ask a worker's ``/ready``, so that one that is starting or draining gets no request, though it lives. An answer
-  of any kind is a sign of life.
+  of any kind is a sign of life. It also says what the worker is, and whether it lets this router in: the probe carries
+  the router's token, and a worker that is of the other role, or would refuse us, is not used.
+- What a process was asked is lost with it, also where another one is at its address by the time of the next probe.
 
 This file must not know of rooms or requests.
 """
@@ -15,18 +17,20 @@ This file must not know of rooms or requests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.router.credentials import Credentials, no_credentials
+from kvbaton.serving.router.pairs import Pairs
+from kvbaton.serving.router.policies.base import Policy
+from kvbaton.serving.router.policies.round_robin import RoundRobin
+from kvbaton.serving.router.probe import MAX_PROBE_BYTES, decoded
 from kvbaton.serving.router.worker import ROLES, Role, State, Worker
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
-
-MAX_REASON_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +79,28 @@ def check_roles(workers: Sequence[Worker]) -> None:
 
 
 class Workers:
-    """All workers of one router, with a turn per role."""
+    """All workers of one router, and whose turn it is: ``policies`` says that for each role, by default in turn."""
 
     def __init__(
         self,
         workers: Sequence[Worker],
         session: aiohttp.ClientSession,
         checks: HealthChecks | None = None,
+        *,
+        policies: Mapping[Role, Policy] | None = None,
+        as_router: Credentials = no_credentials,
+        as_operator: Credentials = no_credentials,
     ) -> None:
         self._workers = tuple(workers)
         self._session = session
         self._checks = checks if checks is not None else HealthChecks()
+        self._credentials = as_router
+        self._pairs = Pairs(session, as_router, as_operator)
         self._unanswered: dict[Worker, int] = {}
         self._round: asyncio.Task[None] | None = None
         self._extra: set[asyncio.Task[None]] = set()
-        self._turns: dict[str, int] = {"prefill": 0, "decode": 0}
+        self._policies = policies if policies is not None else {role: RoundRobin() for role in ROLES}
+        self._turn = 0
 
     @property
     def all(self) -> tuple[Worker, ...]:
@@ -98,25 +109,72 @@ class Workers:
     def usable(self, role: Role) -> list[Worker]:
         return [worker for worker in self._workers if worker.role == role and worker.usable]
 
-    def next(self, role: Role, *, without: Worker | None = None) -> Worker:
-        """The worker whose turn it is. Raises PeerLostError that names every one and its trouble."""
-        candidates = [worker for worker in self.usable(role) if worker is not without]
-        if not candidates:
-            troubles = "; ".join(
-                f"{worker.url}: {worker.trouble or 'it failed'}" for worker in self._workers if worker.role == role
-            )
-            raise PeerLostError(f"no {role} server takes requests ({troubles}); start one or wait until it is ready")
-        turn = self._turns[role]
-        self._turns[role] = turn + 1
-        return candidates[turn % len(candidates)]
+    def pairs(self) -> list[tuple[Worker, Worker]]:
+        """Every prefill and decode server that a request may be sent to now, together."""
+        decodes = self.usable("decode")
+        return [
+            (prefill, decode)
+            for prefill in self.usable("prefill")
+            for decode in decodes
+            if not self._pairs.trouble(prefill, decode)
+        ]
+
+    def not_ready(self) -> str:
+        """Why no request can be sent anywhere; empty where there is a pair."""
+        if self.pairs():
+            return ""
+        missing = [role for role in ROLES if not self.usable(role)]
+        if missing:
+            return f"no {' and no '.join(missing)} server takes requests"
+        prefill, decode = self.usable("prefill")[0], self.usable("decode")[0]
+        return f"{prefill} and {decode} cannot hand over: {self._pairs.trouble(prefill, decode)}"
+
+    def choose(self, prompt: bytes, pairs: Sequence[tuple[Worker, Worker]]) -> tuple[Worker, Worker]:
+        """The pair whose turn it is, of at least one. ``prompt``: see :meth:`Policy.choose`."""
+        prefill = self._take("prefill", {one for one, _ in pairs}, prompt)
+        decode = self._take("decode", {two for one, two in pairs if one is prefill}, prompt)
+        return prefill, decode
+
+    def _take(self, role: Role, candidates: Iterable[Worker], prompt: bytes) -> Worker:
+        places = {worker: place for place, worker in enumerate(self._workers)}
+        in_turn = sorted(candidates, key=lambda worker: (worker.turn, places[worker]))
+        worker = self._policies[role].choose(in_turn, prompt)
+        self._turn += 1
+        worker.turn = self._turn
+        return worker
+
+    async def known_pairs(self) -> list[tuple[Worker, Worker]]:
+        """Like :meth:`pairs`, but where there is none workers are probed once more first: a request after a restart
+        must not wait for the next round, and one after a failure not give up for a suspicion."""
+        for _ in range(2):  # a round that was under way may have asked before the server was there
+            if not self.pairs():
+                await self._probe_once()
+        return self.pairs()
+
+    async def find_pair(self, prompt: bytes = b"") -> tuple[Worker, Worker]:
+        """The pair whose turn it is, of those that are known. Raises PeerLostError that names every worker and its
+        trouble."""
+        pairs = await self.known_pairs()
+        if not pairs:
+            raise PeerLostError(f"{self.not_ready()}{self._troubles(*ROLES)}; start one or wait until it is ready")
+        return self.choose(prompt, pairs)
 
     async def find(self, role: Role) -> Worker:
-        """Like :meth:`next`, but where no worker is usable it probes once more before it gives up: the first request
-        after a restart must not wait for the next round of probes."""
-        for _ in range(2):  # a round that was under way may have asked before the server was there
+        """Like :meth:`find_pair`, for a question that needs one worker only."""
+        for _ in range(2):
             if not self.usable(role):
                 await self._probe_once()
-        return self.next(role)
+        candidates = self.usable(role)
+        if not candidates:
+            trouble = f"no {role} server takes requests{self._troubles(role)}"
+            raise PeerLostError(f"{trouble}; start one or wait until it is ready")
+        return min(candidates, key=lambda worker: worker.legs)
+
+    def _troubles(self, *roles: Role) -> str:
+        told = [
+            f"{worker.url}: {worker.trouble}" for worker in self._workers if worker.trouble and worker.role in roles
+        ]
+        return f" ({'; '.join(told)})" if told else ""
 
     def suspect(self, worker: Worker, trouble: str) -> None:
         """A request lost its connection to it, or was never let in: no more requests until a probe succeeds."""
@@ -128,8 +186,9 @@ class Workers:
             probe.add_done_callback(self._extra.discard)
 
     async def probe_all(self) -> None:
-        """Probe every worker once."""
+        """Probe every worker once, and check the pairs that have become possible."""
         await asyncio.gather(*(self._probe(worker) for worker in self._workers))
+        await self._pairs.check(self.usable("prefill"), self.usable("decode"))
 
     async def _probe_once(self) -> None:
         """Join the round of probes that is under way, or start one."""
@@ -148,9 +207,11 @@ class Workers:
         path = self._checks.endpoint
         timeout = aiohttp.ClientTimeout(total=self._checks.timeout_secs)
         try:
-            async with self._session.get(worker.url + path, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(
+                worker.url + path, timeout=timeout, headers=self._credentials(worker), allow_redirects=False
+            ) as response:
                 worker.heard()
-                told = _told(await response.content.read(MAX_REASON_BYTES)) if response.status != 200 else None
+                answer = decoded(await response.content.read(MAX_PROBE_BYTES))
         except TimeoutError:
             self._no_answer(worker, signs, f"{path} does not answer")
             return
@@ -162,12 +223,10 @@ class Workers:
                 self._no_answer(worker, signs, trouble)
             return
         self._unanswered.pop(worker, None)
-        if told is None:
-            worker.become(State.READY)
-        else:
-            reason = f" ({told.reason})" if told.reason else ""
-            state = State.DRAINING if told.draining else State.NEW
-            worker.become(state, f"{path} answers HTTP {response.status}{reason}")
+        if worker.instance and answer.instance and answer.instance != worker.instance:
+            worker.become(State.GONE, "another process is at its address")
+        worker.instance = answer.instance or worker.instance
+        worker.become(*answer.verdict(worker.role, path, response.status))
 
     def _no_answer(self, worker: Worker, signs: int, trouble: str) -> None:
         if worker.signs_of_life != signs:  # it answers requests, so it is only slow
@@ -192,17 +251,3 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-class _Told(msgspec.Struct):
-    """What a server that is not ready says about it."""
-
-    reason: str = ""
-    draining: bool = False
-
-
-def _told(payload: bytes) -> _Told:
-    try:
-        return msgspec.json.decode(payload, type=_Told)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _Told()

@@ -23,6 +23,7 @@ from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AuthenticationError,
+    ConfigError,
     DisconnectedError,
     IncompatibleError,
     KVBatonError,
@@ -48,7 +49,7 @@ from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router,
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_ids import request_id_of, tell_request_id
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
-from kvbaton.serving.server.routing import ROLE_HEADER
+from kvbaton.serving.server.routing import PAIR_PATH, ROLE_HEADER
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.status import StatusRoutes
 from kvbaton.serving.server.token_metrics import TokenClock, TokenMetrics
@@ -142,6 +143,7 @@ class ApiServer:
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_get(PAIR_PATH, self._pair)
         status.add_to(app)
         app.on_response_prepare.append(tell_request_id)
         app.on_response_prepare.append(read_across(self._names))
@@ -237,6 +239,15 @@ class ApiServer:
 
     def _from_operator(self, http: web.Request) -> bool:
         return is_operator(http, self._secret, self._names)
+
+    async def _pair(self, http: web.Request) -> web.Response:
+        """Whether this decode server would find a prefill group: what its router asks before it counts the pair."""
+        self._require_router(http)
+        host, port = http.query.get("bootstrap_host", ""), http.query.get("bootstrap_port", "")
+        if not (port.isascii() and port.isdecimal() and len(port) < 6):
+            raise ConfigError("bootstrap_port: must be a port")
+        topology = await self._parser.prefill_group(host, int(port))
+        return json_response({"instances": [route.instance for route in topology.ranks]})
 
     def _keeps_records(self, accepted: Accepted) -> bool:
         """Whether the router is to be able to go on elsewhere; prefill's answer is nothing to go on with."""

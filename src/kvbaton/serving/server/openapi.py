@@ -32,7 +32,7 @@ from kvbaton.serving.server.openai import (
     Usage,
 )
 from kvbaton.serving.server.prompts import MAX_PROMPTS
-from kvbaton.serving.server.routing import ROOM_END
+from kvbaton.serving.server.routing import PAIR_PATH, ROOM_END
 from kvbaton.serving.server.sglang import Generated, GenerateRequest, SamplingParams
 from kvbaton.serving.server.story import PATH as STORY_PATH
 from kvbaton.serving.server.story import RoomStory
@@ -108,8 +108,16 @@ class Health(Struct, kw_only=True):
 
 
 class Ready(Struct, kw_only=True):
+    """``draining``: it is about to stop. Of a server also what it is, and (``admits``) whether it takes requests of who
+    asks: with a shared secret, from its router."""
+
     ready: bool
     reason: str
+    draining: bool | UnsetType = UNSET
+    mode: Literal["null", "prefill", "decode"] | UnsetType = UNSET
+    instance: str | UnsetType = UNSET
+    protocol: int | UnsetType = UNSET
+    admits: bool | UnsetType = UNSET
 
 
 def document(kind: Kind, *, strict: bool = False) -> _Json:
@@ -215,6 +223,10 @@ def _paths(kind: Kind) -> _Json:
         paths[LAYOUT_PATH] = _get(
             "the memory of every rank, as kvbaton check reads it; for the same people as a room's story",
             {"200": _json(ranks), **{code: _json(_ref("ErrorBody")) for code in ("400", "401")}},
+        )
+        paths[PAIR_PATH] = _get(
+            "whether decode finds the prefill group of ?bootstrap_host=H&bootstrap_port=P; for its router",
+            {"200": _json({"type": "object"}), **{code: _json(_ref("ErrorBody")) for code in ("400", "401", "503")}},
         )
     return paths
 

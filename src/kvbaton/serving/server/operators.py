@@ -1,4 +1,5 @@
-"""Who may ask a server about its insides: holders of the shared secret; without one, this machine only."""
+"""Who may ask a server about its insides: holders of the shared secret; without one, this machine only. And who may
+name rooms there: the deployment's router."""
 
 from __future__ import annotations
 

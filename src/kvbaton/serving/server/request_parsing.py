@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from kvbaton.discovery.access import unbracketed
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.placement import LoadBalance, checked_rank, known_rank
+from kvbaton.discovery.registry import Topology
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
@@ -233,6 +234,19 @@ class RequestParser:
             )
         return None if named is None else checked_rank(named, size, "data_parallel_rank")
 
+    async def prefill_group(self, host: str, port: int) -> Topology:
+        """The group behind a registry, on a decode server, if a request for it would be let through. Raises ConfigError
+        or RegistryError."""
+        if self._registry is None:
+            raise ConfigError(f"this is a {self._config.mode} server: decode looks prefill up, nobody else does")
+        self._config.bootstrap_allow.check(host, port)
+        try:
+            topology = await self._registry.topology(host, port)
+        except AuthenticationError as error:
+            raise _locked_out(error) from None
+        await self._check_links([route.address for route in topology.ranks], host)
+        return topology
+
     async def _sources(
         self, registry: tuple[str, int] | None, request: AnyRequest, meeting: Meeting | None
     ) -> tuple[str, ...]:
@@ -247,10 +261,8 @@ class RequestParser:
                 named=request.disagg_prefill_dp_rank,
                 patience_seconds=self._config.bootstrap_timeout,
             )
-        except AuthenticationError as error:  # our secret is wrong there: not the client's doing
-            raise RegistryError(
-                f"the bootstrap registry does not let us in: {error.message}", peer=error.peer
-            ) from None
+        except AuthenticationError as error:
+            raise _locked_out(error) from None
         await self._check_links(sources, registry[0])
         return sources
 
@@ -327,6 +339,11 @@ class RequestParser:
         page = self._config.page_size
         pages, common = self._config.pool_tokens // page, min(prompt_tokens, self._config.pool_tokens) // page
         return (common + (pages - common) // choices) * page
+
+
+def _locked_out(error: AuthenticationError) -> RegistryError:
+    """Our secret is wrong there: not the client's doing."""
+    return RegistryError(f"the bootstrap registry does not let us in: {error.message}", peer=error.peer)
 
 
 async def _tokenized(tokenize: Callable[[], Sequence[int]], characters: int) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from kvbaton.serving.server.raw import decoded, null, refuse
 BOOTSTRAP_PORT = 8998
 #: A header in which a router may say which half it takes a server for.
 ROLE_HEADER = "X-KVBaton-Role"
+#: Where a router asks a decode server whether it finds a prefill group: ``?bootstrap_host=H&bootstrap_port=P``.
+PAIR_PATH = "/pair"
 MAX_RID_CHARACTERS = 128
 #: Rooms end below this: 0 means "none" to other engines, and 64 bits do not survive their int64.
 ROOM_END = 1 << 63

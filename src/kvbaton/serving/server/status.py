@@ -20,11 +20,12 @@ from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import ConfigError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout, encode
+from kvbaton.protocol.messages import PROTOCOL_VERSION
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.engine import Engine
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
-from kvbaton.serving.server.operators import require_operator
+from kvbaton.serving.server.operators import is_router, require_operator
 from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.server.shared import SharedReads
 
@@ -89,9 +90,18 @@ class StatusRoutes:
             return json_response({"status": "failed", "reason": failure.message}, status=503)
         return json_response({"status": "ok"})
 
-    async def _ready(self, _http: web.Request) -> web.Response:
+    async def _ready(self, http: web.Request) -> web.Response:
+        """Also what a router must know of a server before it sends it anything."""
         reason = self._not_ready()
-        body = {"ready": not reason, "reason": reason, "draining": self._admission.is_shut}
+        body = {
+            "ready": not reason,
+            "reason": reason,
+            "draining": self._admission.is_shut,
+            "mode": self._config.mode,
+            "instance": self._instance,
+            "protocol": PROTOCOL_VERSION,
+            "admits": is_router(http, self._secret, self._names),
+        }
         return json_response(body, status=503 if reason else 200)
 
     async def _exposition(self, _http: web.Request) -> web.Response:
