@@ -78,6 +78,21 @@ def test_concurrent(pair: tuple[StandIn, StandIn], groups: CacheGroups, length: 
     assert request.correct is not False
 
 
+def test_layers_go_ahead_once_decode_has_opened_the_room(pair: tuple[StandIn, StandIn]) -> None:
+    """Of the first chunks, too: only what was computed before decode was there is held back."""
+    prefill, decode = pair
+    request = decode.add(Request("d", prompt(40), asks_decode(5, prefill)))
+    run(decode, until=lambda: request.status is Status.WAITING_FOR_REMOTE_KVS)
+    prefill.add(Request("p", prompt(40), asks_prefill(5)))
+    prefill.step()
+    while prefill.worker.holding:
+        prefill.manager.wait(0.01)
+        prefill.step()
+    run(prefill, decode)
+    assert request.correct
+    assert prefill.manager.counters()["chunks_of_layers"]
+
+
 def test_many_at_once(pair: tuple[StandIn, StandIn]) -> None:
     prefill, decode = pair
     requests = []

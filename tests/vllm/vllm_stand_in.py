@@ -1,7 +1,8 @@
 """A stand-in for vLLM: a scheduler, a block pool and a model that is arithmetic, calling the connector's halves in
 vLLM's order and as strict as vLLM about what they report.
 
-The cache of a token is a number that only its place and the token give; the state is a checksum of all tokens before.
+The cache of a token is a number that only its layer, its place and the token give; the state is a checksum of all
+tokens before.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from kvbaton.engines.vllm.groups import CacheGroup, CacheGroups
 from kvbaton.engines.vllm.scheduler import SchedulerHalf
 from kvbaton.engines.vllm.worker import WorkerHalf, unit_maker
 
-BLOCK, WINDOW, BLOCKS = 4, 8, 64
+BLOCK, WINDOW, BLOCKS, LAYERS = 4, 8, 64, 3
 FULL = CacheGroup(pool="full0", index=0, kind="full", block_size=BLOCK)
 SWA = CacheGroup(pool="window0", index=1, kind="window", block_size=BLOCK, window=WINDOW)
 STATE = CacheGroup(pool="state0", index=2, kind="state", block_size=BLOCK)
 DENSE, HYBRID = CacheGroups((FULL,)), CacheGroups((FULL, SWA, STATE))
-PATIENT = Settings(bootstrap_timeout=60.0, retry_seconds=0.05)
-HASTY = Settings(bootstrap_timeout=0.5, retry_seconds=0.05)
+PATIENT = Settings(bootstrap_timeout=60.0, retry_seconds=0.05, layers_ahead="always")
+HASTY = Settings(bootstrap_timeout=0.5, retry_seconds=0.05, layers_ahead="always")
 
 
 class Status(Enum):
@@ -94,8 +95,8 @@ class Pool:
                 self.free.append(block.number)
 
 
-def value(token: int, place: int) -> int:
-    return token * 1000 + place
+def value(token: int, place: int, layer: int = 0) -> int:
+    return (token * 1000 + place) * LAYERS + layer
 
 
 def checksum(tokens: list[int]) -> int:
@@ -118,12 +119,22 @@ class StandIn:
         self.groups, self.recompute, self.chunk = groups, recompute, chunk
         self.block = block = groups.groups[0].block_size
         self.pool = Pool(BLOCKS)
-        self.caches = [np.zeros((BLOCKS, 1 if g.kind == "state" else block), np.int64) for g in groups.groups]
+        self.caches = [np.zeros((LAYERS, BLOCKS, 1 if g.kind == "state" else block), np.int64) for g in groups.groups]
         pools = tuple(
             layout.pool_of_strides(
                 group.pool,
                 "state" if group.kind == "state" else "kv",
-                [layout.Strided(layer=0, region=i, offset=0, shape=shape, strides=strides, element_bytes=8)],
+                [
+                    layout.Strided(
+                        layer=layer,
+                        region=i,
+                        offset=layer * self.caches[i][0].nbytes,
+                        shape=shape,
+                        strides=strides,
+                        element_bytes=8,
+                    )
+                    for layer in range(LAYERS)
+                ],
                 dims="UC" if group.kind == "state" else "UNC",
                 dtype="int64",
             )
@@ -190,8 +201,7 @@ class StandIn:
         self.calls.append(["build_connector_meta", sorted(scheduled.values())])
         self.worker.preempt(orders)
         self.worker.begin(orders)
-        for name, computing in scheduled.items():
-            self._compute(self.requests[name], computing)
+        self._compute({self.requests[name]: computing for name, computing in scheduled.items()}, orders)
         self.worker.end(orders, ALWAYS_READY)
         results = self.worker.results(idle=orders.idle)
         leased = self.worker.leased()
@@ -241,7 +251,8 @@ class StandIn:
                 assert request.local + external <= request.num_tokens
                 computed = request.local + external
                 self._extend(request, computed, computed)
-                self._write(request, 0, request.local)
+                for layer in range(LAYERS):
+                    self._write(request, 0, request.local, layer)
                 if external and parks:
                     self._allocated(request, external)
                     request.loads += 1
@@ -283,32 +294,40 @@ class StandIn:
             self.pool.free_blocks([self.pool.blocks[table[i]]])
             table[i] = 0
 
-    def _write(self, request: Request, start: int, stop: int) -> None:
+    def _write(self, request: Request, start: int, stop: int, layer: int) -> None:
         for group, cache in zip(self.groups.groups, self.caches, strict=True):
             table = request.tables[group.index]
             if group.kind == "state":
-                cache[table[-1], 0] = checksum(request.prompt[:stop])
+                cache[layer, table[-1], 0] = checksum(request.prompt[:stop])
                 continue
             for place in range(start, stop):
-                cache[table[place // self.block], place % self.block] = value(request.prompt[place], place)
+                cache[layer, table[place // self.block], place % self.block] = value(
+                    request.prompt[place], place, layer
+                )
 
-    def _compute(self, request: Request, computing: int) -> None:
-        start = request.num_computed_tokens
-        if start and request.correct is None and request.received and not request.failed:
-            request.correct = self._intact(request, start)
-        self._write(request, start, start + computing)
+    def _compute(self, batch: dict[Request, int], orders: Any) -> None:
+        for request in batch:
+            start = request.num_computed_tokens
+            if start and request.correct is None and request.received and not request.failed:
+                request.correct = self._intact(request, start)
+        for layer in range(LAYERS):
+            for request, computing in batch.items():
+                self._write(request, request.num_computed_tokens, request.num_computed_tokens + computing, layer)
+            if self.worker.sends_ahead(orders):
+                self.worker.layer_done(orders, layer, ALWAYS_READY)
 
     def _intact(self, request: Request, tokens: int) -> bool:
         """Whether the cache holds what the token that follows needs."""
         for group, cache in zip(self.groups.groups, self.caches, strict=True):
             table = request.tables[group.index]
             if group.kind == "state":
-                if cache[table[-1], 0] != checksum(request.prompt[:tokens]):
+                if (cache[:, table[-1], 0] != checksum(request.prompt[:tokens])).any():
                     return False
                 continue
             first = max(0, tokens - (WINDOW - 1)) if group.kind == "window" else 0
             for place in range(first, min(tokens, len(request.prompt))):
-                if cache[table[place // self.block], place % self.block] != value(request.prompt[place], place):
+                found = cache[:, table[place // self.block], place % self.block].tolist()
+                if found != [value(request.prompt[place], place, layer) for layer in range(LAYERS)]:
                     return False
         return True
 

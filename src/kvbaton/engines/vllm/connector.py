@@ -1,7 +1,7 @@
 """What vLLM calls: its types to ours and back, nothing else. What happens stands in ``scheduler`` and ``worker``.
 
 A worker opens its manager when vLLM has allocated the cache; its address goes to the scheduler half by vLLM's own
-handshake metadata. Layers do not travel one by one: :meth:`KVBatonConnector.save_kv_layer` is where that would begin.
+handshake metadata.
 """
 
 from __future__ import annotations
@@ -239,8 +239,12 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Requests are parked until all their layers are here."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Chunks are handed over whole, after the forward pass."""
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """On exit of an attention layer, whose keys and values are in the cache by then."""
+        if self._worker is not None and self._worker.sends_ahead(self._orders):
+            from kvbaton.engines.vllm.memory import fence_for, layer_number
+
+            self._worker.layer_done(self._orders, layer_number(layer_name), fence_for(kv_layer.device))
 
     def wait_for_save(self) -> None:
         if self._worker is not None and self._memory is not None:

@@ -159,14 +159,24 @@ def cache_memory(
     return CacheMemory(layout=layout, pages=tuple(pages), tensors=tensors)
 
 
-def _strided(name: str, tensor: Any, regions: Mapping[tuple[int, int], int]) -> Strided:
+def layer_number(name: str) -> int:
+    """The absolute id of vLLM's layer ``name``. Raises ConfigError for one that has none."""
+    return _numbered(name)[0]
+
+
+def _numbered(name: str) -> tuple[int, str]:
     found = _LAYER.search(name)
     if found is None:
         raise ConfigError(f"layer {name!r} has no number, so that it cannot be paired with the other side's")
+    return int(found[1]), found[2]
+
+
+def _strided(name: str, tensor: Any, regions: Mapping[tuple[int, int], int]) -> Strided:
+    number, rest = _numbered(name)
     storage = tensor.untyped_storage()
     return Strided(
-        layer=int(found[1]),
-        name=found[2],
+        layer=number,
+        name=rest,
         region=regions[storage.data_ptr(), storage.nbytes()],
         offset=tensor.data_ptr() - storage.data_ptr(),
         shape=tuple(tensor.shape),

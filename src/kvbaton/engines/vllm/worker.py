@@ -10,6 +10,8 @@ long as nothing was submitted: the chunks are forgotten and computed again. Afte
 waits until the writes that are out have read the blocks; what has arrived stays, the rest is sent from other blocks
 once it is computed again. A room that prefill minted is not known to anybody before prefill's answer, so its sender,
 and with it the time for which finished blocks are kept, begins with the last chunk.
+
+**Layers go ahead of their chunk** where nothing is held back, each as soon as vLLM has computed it.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ class WorkerHalf:
         self._leased: set[str] = set()
         self._leases_changed = False
         self._agreed: set[tuple[str, ...]] = set()
+        self._ahead: dict[str, tuple[Span, ...]] = {}  # of the chunks of this step, by request
         self.tally = Tally()
 
     def preempt(self, orders: Orders) -> None:
@@ -138,9 +141,40 @@ class WorkerHalf:
         """Whether chunks of former steps are held back."""
         return any(send.held for send in self._sends.values())
 
+    def sends_ahead(self, orders: Orders) -> bool:
+        """Whether layers of this step's chunks may go as they are computed."""
+        return any(self._open_to(chunk) is not None for chunk in orders.chunks)
+
+    def layer_done(self, orders: Orders, layer: int, fence: Fence) -> None:
+        """Within the forward pass: ``layer`` (its absolute id) of this step's chunks is computed, and in memory once
+        ``fence`` is ready. States go with the whole chunk, which :meth:`end` submits."""
+        for chunk in orders.chunks:
+            sender = self._open_to(chunk)
+            if sender is None:
+                continue
+            spans = self._ahead.get(chunk.request)
+            if spans is None:
+                spans = tuple(self._units(blocks) for blocks in chunk.blocks if blocks.stop)
+                self._ahead[chunk.request] = spans
+            if not spans:
+                continue
+            try:
+                self._sends[chunk.request].submitted = True
+                sender.submit(spans, layers=(layer, layer + 1), last=False, ready=fence)
+            except KVBatonError as error:
+                sender.fail(error)
+
+    def _open_to(self, chunk: Chunk) -> Sender | None:
+        """The sender of a chunk whose layers may go: decode has opened the room, and has all chunks before."""
+        send = self._sends.get(chunk.request)
+        if send is None or send.held or send.ended or send.sender is None or not _opened(send.sender):
+            return None
+        return send.sender
+
     def end(self, orders: Orders, fence: Fence | None) -> None:
         """After the forward pass; ``fence`` is ready once what it computed is in memory, and may be left out where
         there is nothing to submit."""
+        self._ahead.clear()
         for chunk in orders.chunks:
             self._hold(chunk)
         for request in orders.report:
