@@ -1,4 +1,5 @@
-"""Time to the first token and exposed hand-off, with layers ahead and without, over the length of the prompt."""
+"""Time to the first token and exposed hand-off, with layers ahead and without, over the length of the prompt: a column
+for each share that moving has of computing."""
 
 from __future__ import annotations
 
@@ -15,19 +16,27 @@ _STYLES = {"without": {"color": "#c04020", "marker": "o"}, "ahead": {"color": "#
 
 def save(cases: Sequence[Case], path: Path) -> None:
     """Write the picture to ``path`` (.svg or .png)."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    tokens = [case.tokens for case in cases]
-    medians = list(zip(*(case.milliseconds() for case in cases), strict=True))
-    for number, title in enumerate(("time to the first token", "exposed hand-off")):
-        panel = panels[number]
-        for way, values in zip(WAYS, medians[2 * number : 2 * number + 2], strict=True):
-            label = "layers ahead" if way == "ahead" else "whole chunk"
-            panel.plot(tokens, values, label=label, markersize=4, **_STYLES[way])
-        panel.set(xscale="log", yscale="log", xlabel="tokens of a prompt, one chunk", ylabel="ms", title=title)
-        panel.set_xticks(tokens, [str(count) for count in tokens])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    shares = sorted({_share(case) for case in cases})
+    figure = Figure(figsize=(4.2 * len(shares), 6.0), layout="constrained")
+    panels = figure.subplots(2, len(shares), squeeze=False)
+    for column, share in enumerate(shares):
+        here = [case for case in cases if _share(case) == share]
+        tokens = [case.tokens for case in here]
+        medians = list(zip(*(case.milliseconds() for case in here), strict=True))
+        for row, name in enumerate(("time to the first token", "exposed hand-off")):
+            panel = panels[row][column]
+            for way, values in zip(WAYS, medians[2 * row : 2 * row + 2], strict=True):
+                label = "layers ahead" if way == "ahead" else "whole chunk"
+                panel.plot(tokens, values, label=label, markersize=4, **_STYLES[way])
+            panel.set(xscale="log", yscale="log", xlabel="tokens of a prompt, one chunk", ylabel=f"{name}, ms")
+            panel.set_xticks(tokens, [str(count) for count in tokens])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        panels[0][column].set_title(f"moving takes {share:g} of computing")
+    panels[0][0].legend(fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "kvbaton", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _share(case: Case) -> float:
+    return round(case.moving / case.computing, 1)
