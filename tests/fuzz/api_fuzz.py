@@ -87,8 +87,8 @@ def servers() -> Iterator[dict[str, str]]:
         urls = {"null": run(lambda: api("null")), "prefill": run(lambda: api("prefill"))}
         allowed = run(registry).removeprefix("http://")
         urls["decode"] = run(lambda: api("decode", (allowed,)))
-        other = run(lambda: api("prefill"))  # takes rooms as a decode server does, and has nothing to wait for
-        workers = (Worker("prefill", urls["prefill"], 1), Worker("decode", other))
+        registry_port = int(allowed.rpartition(":")[2])
+        workers = (Worker("prefill", urls["prefill"], registry_port), Worker("decode", urls["decode"]))
         urls["router"] = run(lambda: Router(RouterConfig(workers=workers)).app)
         yield urls
     finally:
