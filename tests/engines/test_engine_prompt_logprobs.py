@@ -17,6 +17,7 @@ from test_engine_handoff import CONFIG, pair
 from kvbaton.errors import CapacityError, ConfigError, InternalError, KVBatonError, RemoteProtocolError
 from kvbaton.serving.engine.limits import Limits
 from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import LEADER_POOLS
 from kvbaton.serving.engine.prompt_logprobs import (
     check_records,
     checksum,
@@ -128,6 +129,23 @@ def test_halves_that_were_asked_different_things_fail(model: LoadedModel) -> Non
                 assert "prompt_logprobs" in last.error.message
             first.wait()
             both.assert_nothing_held()
+
+
+def test_followers_are_given_what_the_leader_writes(model: LoadedModel) -> None:
+    leader, follower = (make_pools(model, pages=8, page_size=4) for _ in range(2))
+    table = leader.allocate(10, recorded=10)
+    assert table is not None
+    logits = torch.randn((9, VOCABULARY))
+    records = records_of(logits, list(range(9)), 3)
+    leader.write_records(table, 0, records[:4])
+    leader.write_records(table, 4, records[4:])
+    spans = leader.spans(table, 0, 10)
+    for span in spans:
+        for unit in span.units if span.pool in LEADER_POOLS else ():
+            follower.write_unit(span.pool, unit, leader.read_unit(span.pool, unit))
+    assert follower.read_records(table, 9).tobytes() == records.tobytes()
+    leader.free(table)
+    assert leader.record_pages.used == 0
 
 
 def test_records_are_judged() -> None:
