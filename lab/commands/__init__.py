@@ -34,6 +34,10 @@ LAB = Program(
         "sglang": ("lab.commands.sglang", "run the transfer backend in real SGLang processes, likewise"),
         "layers": ("lab.commands.layers", "measure what layers that go ahead of their chunk are worth"),
         "gpu": ("lab.commands.gpu", "move memory of a GPU between processes, and run the engine on it"),
+        "throughput": (
+            "lab.commands.throughput",
+            "measure the embedded engine against generate, in turns",
+        ),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },
 )

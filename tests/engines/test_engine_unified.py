@@ -48,6 +48,46 @@ def test_sixteen_at_once_equal_their_single_runs(any_model: LoadedModel) -> None
         assert engine.stats().pages_used == 0
 
 
+def test_short_prompts_share_a_round_and_equal_ones_a_pass(
+    any_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {f"r{i}": make_prompt(length, i) for i, length in enumerate((12, 12, 12, 9, 11, 40, 40))}
+    engine = unified_scheduler(any_model, make_pools(any_model), SMALL_CHUNKS)
+    runner, passes = engine._role._runner, []
+    forward = runner.forward
+    monkeypatch.setattr(
+        runner, "forward", lambda rows, *rest, **named: passes.append(rows) or forward(rows, *rest, **named)
+    )
+    callers = {name: call(engine, greedy(prompt, 3, name)) for name, prompt in prompts.items()}
+    with engine:  # it starts when all have come
+        for name, prompt in prompts.items():
+            assert callers[name].wait().tokens == generate(any_model, prompt, 3), name
+    rounds = [[12, 12], [1, 1], [12], [9], [11], [1] * 5, [32], [1] * 3, [8], [1], [32], [1], [8], [1], [1]]
+    assert [[len(row) for row in rows] for rows in passes] == rounds
+
+
+def test_a_prompt_that_fails_does_not_disturb_those_beside_it(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = unified_scheduler(model, make_pools(model))
+    callers = [call(engine, greedy(make_prompt(20, i), 4, f"r{i}")) for i in range(4)]
+    runner, bad = engine._role._runner, make_prompt(20, 2)[-1]
+    stage = runner._stage
+
+    def poisoned(tokens: list[list[int]], *rest: object, **named: object) -> object:
+        if any(row[-1] == bad for row in tokens):
+            raise ValueError("poisoned")
+        return stage(tokens, *rest, **named)
+
+    monkeypatch.setattr(runner, "_stage", poisoned)
+    with engine:
+        assert isinstance(callers[2].wait().last.error, InternalError)
+        for i in (0, 1, 3):
+            assert callers[i].wait().tokens == generate(model, make_prompt(20, i), 4)
+        assert engine.wait_quiet(5)
+        assert engine.stats().pages_used == 0
+
+
 def test_more_requests_than_the_batch_holds(model: LoadedModel) -> None:
     prompts = {f"r{i}": make_prompt(3 + i, i) for i in range(7)}
     with unified_scheduler(model, make_pools(model), SchedulerConfig(max_batch=2)) as engine:

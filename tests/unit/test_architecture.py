@@ -56,11 +56,13 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.launch",
         "lab.conformance",
         "lab.gpu",
+        "lab.throughput",
         "lab.training",
     ),
     "transformers": (
         "kvbaton.serving.engine",
         "lab.conformance",
+        "lab.throughput",
         "lab.training",
         "lab.engines.models",
         "lab.vllm.models",

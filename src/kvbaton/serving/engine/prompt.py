@@ -37,6 +37,10 @@ class PromptRun:
     def finished(self) -> bool:
         return self.computed == len(self.tokens)
 
+    def chunk(self, chunk_tokens: int, page_size: int) -> range:
+        """The tokens of the next chunk."""
+        return range(self.computed, chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size))
+
     def advance(
         self,
         runner: ModelRunner,
@@ -48,13 +52,23 @@ class PromptRun:
 
         ``ahead_of``: where the layers of the chunk that ends at a token may go.
         """
-        stop = chunk_stop(self.computed, len(self.tokens), chunk_tokens, page_size)
-        start, tokens, every = self.computed, self.tokens[self.computed : stop], self._alternatives is not None
-        logits = runner.prefill_chunk(tokens, start, self.block_table, ahead=ahead_of(stop), every=every)
+        chunk = self.chunk(chunk_tokens, page_size)
+        tokens, ahead = self.tokens[chunk.start : chunk.stop], ahead_of(chunk.stop)
+        return self.take(
+            chunk, runner.prefill_chunk(tokens, chunk.start, self.block_table, ahead=ahead, every=self.every)
+        )
+
+    @property
+    def every(self) -> bool:
+        """Whether the logits of every token are wanted."""
+        return self._alternatives is not None
+
+    def take(self, chunk: range, logits: Any) -> Any:
+        """``chunk`` has been computed, with these logits of its last token or of ``every`` one. Returns the last's."""
         if self._alternatives is not None:
-            following = self.tokens[start + 1 : stop + 1]
-            self.records[start : start + len(following)] = records_of(logits, following, self._alternatives)
-        self.computed = stop
+            following = self.tokens[chunk.start + 1 : chunk.stop + 1]
+            self.records[chunk.start : chunk.start + len(following)] = records_of(logits, following, self._alternatives)
+        self.computed = chunk.stop
         return logits[-1:]
 
     def prompt_logprobs(self) -> tuple[PromptToken, ...] | None:
@@ -63,3 +77,13 @@ class PromptRun:
 
     def __repr__(self) -> str:
         return f"PromptRun({self.computed} of {len(self.tokens)} tokens)"
+
+
+def advance_together(runs: Sequence[PromptRun], runner: ModelRunner, chunk: range) -> list[Any]:
+    """Compute the next chunk of several prompts in one pass: the same tokens of each, and ``every`` alike.
+
+    Returns what :meth:`PromptRun.advance` does, of each. Raises InternalError, with none of them advanced.
+    """
+    tokens = [run.tokens[chunk.start : chunk.stop] for run in runs]
+    logits = runner.prefill_chunks(tokens, chunk.start, [run.block_table for run in runs], every=runs[0].every)
+    return [run.take(chunk, part) for run, part in zip(runs, logits.chunk(len(runs)), strict=True)]

@@ -83,6 +83,14 @@ class ModelRunner:
         """
         return self._lead([list(tokens)], [Extent(block_table, start, len(tokens))], ahead, every=every)
 
+    def prefill_chunks(
+        self, tokens: Sequence[Sequence[int]], start: int, block_tables: Sequence[BlockTable], *, every: bool = False
+    ) -> Any:
+        """The same of several prompts at once, equally many tokens of each. Returns logits [prompts, vocabulary], or
+        with ``every`` [prompts * tokens, vocabulary]."""
+        extents = [Extent(table, start, len(row)) for table, row in zip(block_tables, tokens, strict=True)]
+        return self._lead([list(row) for row in tokens], extents, every=every)
+
     def decode(self, batch: Sequence[Step]) -> Any:
         """Compute one token of each request. Returns logits [len(batch), vocabulary]."""
         return self._lead([[step.token] for step in batch], [Extent(s.block_table, s.position, 1) for s in batch])

@@ -43,7 +43,8 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """A picked token and the natural logarithm of its probability under the model (temperature 1, no top-p).
+    """A picked token and the natural logarithm of its probability under the model (temperature 1, no top-p); 0 where
+    nobody in its batch has asked for logprobs.
 
     ``top`` are the likeliest tokens of that place, as many as were asked for, whether picked or not.
     """
@@ -77,15 +78,12 @@ def uniform(seed: int, position: int) -> float:
 def pick_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick | InternalError]:
     """Pick one token per row of ``logits`` [rows, vocabulary]. A row that is not finite is that row's error."""
     logits = logits.float()
-    totals = logits.logsumexp(dim=-1)
-    finite = [math.isfinite(total) for total in totals.tolist()]
-    tokens = logits.argmax(dim=-1).tolist()
+    greatest, likeliest = logits.max(dim=-1)  # what is not a number is the greatest
+    finite, tokens = [math.isfinite(value) for value in greatest.tolist()], likeliest.tolist()
     for row, draw in enumerate(draws):
         if finite[row] and (draw.sampling.temperature > 0 or draw.adjustment is not None):
             tokens[row] = _pick(logits[row].cpu().numpy(), draw)
-    chosen = torch.tensor(tokens, device=logits.device)[:, None]
-    logprobs = (logits.gather(1, chosen)[:, 0] - totals).tolist()
-    tops = _tops(logits, totals, [draw.sampling.top_logprobs for draw in draws])
+    logprobs, tops = _logprobs(logits, tokens, draws)
     return [
         Pick(tokens[row], logprobs[row], tops[row])
         if finite[row]
@@ -104,6 +102,16 @@ def first_tokens(logits: Any, draws: Sequence[Draw]) -> list[Pick]:
         if isinstance(pick, InternalError):
             raise pick
     return [pick for pick in picked if isinstance(pick, Pick)]
+
+
+def _logprobs(logits: Any, tokens: Sequence[int], draws: Sequence[Draw]) -> tuple[list[float], list[Alternatives]]:
+    """Of each row's token, and its alternatives; a pass over the vocabulary that is left out where nobody asks."""
+    if not any(draw.sampling.logprobs for draw in draws):
+        return [0.0] * len(draws), [()] * len(draws)
+    totals = logits.logsumexp(dim=-1)
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = (logits.gather(1, chosen)[:, 0] - totals).tolist()
+    return logprobs, _tops(logits, totals, [draw.sampling.top_logprobs for draw in draws])
 
 
 def _tops(logits: Any, totals: Any, counts: Sequence[int]) -> list[Alternatives]:
