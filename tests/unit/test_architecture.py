@@ -62,6 +62,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": (
         "kvbaton.serving.engine",
         "lab.conformance",
+        "lab.layers.measure",
         "lab.throughput",
         "lab.training",
         "lab.engines.models",
@@ -87,7 +88,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "lab",
     ),
     "prometheus_client": ("kvbaton.serving.server",),
-    "matplotlib": ("kvbaton.bench.plot",),
+    "matplotlib": ("kvbaton.bench.plot", "lab.layers.plot"),
 }
 
 
