@@ -91,6 +91,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="route of a health check; if left out /ready, of vLLM's /health, of SGLang's /model_info",
     )
     parser.add_argument(
+        "--cb-failure-threshold",
+        type=positive,
+        default=10,
+        help="failures of one kind in a row that open a server's circuit: it gets requests where there is no other one",
+    )
+    parser.add_argument(
+        "--cb-timeout-duration-secs", type=seconds, default=10.0, help="seconds until one request tries it again"
+    )
+    parser.add_argument(
+        "--cb-window-duration-secs", type=seconds, default=120.0, help="a failure counts if the last one is as recent"
+    )
+    parser.add_argument("--disable-circuit-breaker", action="store_true", help="circuits never open")
+    parser.add_argument(
+        "--forward-header",
+        action="append",
+        metavar="NAME",
+        help="header that passes from clients to servers and back, repeatable; X-Request-Id, traceparent and "
+        "tracestate always do",
+    )
+    parser.add_argument(
         "--max-concurrent-requests",
         type=positive,
         default=1024,

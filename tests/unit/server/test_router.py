@@ -16,6 +16,7 @@ from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
 from kvbaton.serving.router.calls import mint_room, strip
+from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.router import MAX_BODY_BYTES, Router, RouterConfig
 from kvbaton.serving.router.worker import State, Worker
 from kvbaton.serving.router.workers import HealthChecks, Workers, parse_worker
@@ -821,6 +822,92 @@ def test_a_server_that_is_taken_for_the_other_half_refuses(mode):
             assert not engine.requests
 
     run(test())
+
+
+def test_a_worker_that_fails_every_request_is_tried_ever_less_and_comes_back(caplog):
+    async def test() -> None:
+        bad, good = Backend(fail(502, "internal", "another dtype")), Backend(answer)
+        settings = {"cb_failure_threshold": 3, "cb_timeout_duration_secs": 0.2}
+        async with routed([Backend(answer)], [bad, good], **settings) as setup:
+            worker = next(worker for worker in setup.router.workers.all if worker.url == setup.urls[bad])
+            while not worker.breaker.is_open:
+                assert await setup.post() == ANSWER
+            assert len(bad.bodies) == 3
+            line = f'kvbaton_router_worker_circuit_open{{role="decode",worker="{setup.urls[bad]}"}}'
+            assert await setup.metric(line) == 1
+            (warning,) = (record for record in caplog.records if "fails every request" in record.message)
+            assert "another dtype" in warning.message
+            assert setup.urls[bad] in warning.message
+            bad.behave = answer
+            while worker.breaker.is_open:  # until a trial is due
+                assert await setup.post() == ANSWER
+            assert await setup.metric(line) == 0
+
+    run(test())
+
+
+def test_a_circuit_makes_no_outage_of_its_own():
+    async def test() -> None:
+        only = Backend(fail(500, "internal", "a bug"))
+        async with routed([Backend(answer)], [only], cb_failure_threshold=1, cb_timeout_duration_secs=99.0) as setup:
+            for _ in range(3):
+                await setup.post(500)
+            assert len(only.bodies) == 3
+            only.behave = answer
+            assert await setup.post() == ANSWER
+
+    run(test())
+
+
+def test_what_a_worker_refuses_that_the_router_wrote_is_not_the_clients_mistake():
+    async def refuse(_request: web.Request, _body: dict) -> web.StreamResponse:
+        error = {"message": "bootstrap_host: not on the list", "type": "t", "code": "config", "param": "bootstrap_host"}
+        return web.json_response({"error": error}, status=400)
+
+    async def test() -> None:
+        async with routed([Backend(hang)], [decode := Backend(refuse)]) as setup:
+            error = (await setup.post(502))["error"]
+            assert error["message"].startswith(f"decode {setup.urls[decode]}: bootstrap_host")
+
+    run(test())
+
+
+def test_headers_that_pass_and_come_back():
+    async def test() -> None:
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        seen = []
+
+        async def behave(request: web.Request, body: dict) -> web.StreamResponse:
+            seen.append(request.headers)
+            response = await answer(request, body)
+            response.headers.update({"X-Tenant": "t", "X-Other": "o", "Set-Cookie": "s"})
+            return response
+
+        prefill, decode = Backend(behave), Backend(behave)
+        async with routed([prefill], [decode], forward_header=("X-Tenant",)) as setup:
+            headers = {"X-Request-Id": "mine", "traceparent": trace, "X-Tenant": "t1", "X-Other": "o1", "Cookie": "c=1"}
+            async with setup.session.post(
+                f"{setup.url}/v1/completions", json={"prompt": "x"}, headers=headers
+            ) as response:
+                assert response.status == 200
+                told = response.headers
+            for one in seen:
+                assert (one["X-Request-Id"], one["traceparent"], one["X-Tenant"]) == ("mine", trace, "t1")
+                assert not [name for name in ("X-Other", "Cookie") if name in one]
+            assert (told["X-Request-Id"], told["X-Tenant"]) == ("mine", "t")
+            assert not [name for name in ("X-Other", "Set-Cookie") if name in told]
+            assert told["X-KVBaton-Prefill"] == setup.urls[prefill]
+            assert told["X-KVBaton-Decode"] == setup.urls[decode]
+            async with setup.session.get(f"{setup.url}/nowhere") as response:
+                assert response.headers["X-Request-Id"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["Authorization", "cookie", "Content-Length", "X-KVBaton-Room", "a b", "", "Host"])
+def test_headers_that_never_pass(name):
+    with pytest.raises(ConfigError, match="--forward-header"):
+        PassedHeaders([name])
 
 
 def test_rooms_are_positive_63_bit_numbers():

@@ -30,6 +30,7 @@ from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecode
 from kvbaton.serving.router.client_fields import prompt_of
 from kvbaton.serving.router.events import Events
 from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.progress import Progress
 from kvbaton.serving.router.retry_budget import RetryBudget
 from kvbaton.serving.router.trail import Trail
@@ -54,10 +55,11 @@ class Forwarder:
     def __init__(
         self,
         workers: Workers,
-        call: Callable[[str, Fields, Pair], PrefillDecodeCall],
+        call: Callable[[str, Fields, Pair, Mapping[str, str]], PrefillDecodeCall],
         mint_room: Callable[[], int],
         metrics: ServerMetrics,
         *,
+        passed: PassedHeaders,
         keeps_journal: bool,
         most_requests: int,
         timeout_secs: float,
@@ -65,6 +67,7 @@ class Forwarder:
         self.workers = workers
         self.call = call
         self.mint_room = mint_room
+        self.passed = passed
         self.keeps_journal = keeps_journal
         self.budget = RetryBudget(most_requests)
         self.trail = Trail()
@@ -144,9 +147,12 @@ class _Forwarding:
         if progress is not None:
             self._fields[journal.JOURNAL_FIELD] = progress.field()
         try:
-            async with pair.decode.leg(), self._shared.call(self._http.path, self._fields, pair) as call:
+            passed = self._shared.passed.of_client(self._http)
+            async with pair.decode.leg(), self._shared.call(self._http.path, self._fields, pair, passed) as call:
                 response = await call.answer()
                 self._answer = await self._pass_on(response, pair)
+                if self._timer.outcome == "ok":
+                    self._shared.workers.succeeded((pair.prefill, pair.decode))
                 await call.settle()
                 return self._answer
         except PeerLostError as error:
@@ -165,6 +171,8 @@ class _Forwarding:
         self._blames[failure.culprit] += 1
         if failure.is_suspicious:
             shared.workers.suspect(failure.culprit, str(failure))
+        elif failure.status >= 500:
+            shared.workers.failed(failure.culprit, failure.detail.code, str(failure))
         begun = progress.count if progress is not None else 0
         if not failure.again or (self._out is not None and not (progress is not None and progress.can_go_on)):
             raise failure
@@ -211,7 +219,13 @@ class _Forwarding:
     async def _pass_on(self, response: aiohttp.ClientResponse, pair: Pair) -> web.StreamResponse:
         """All of decode's answer. Raises CallFailed where it breaks off."""
         kind = response.headers.get("Content-Type", "")
-        headers = {"Content-Type": kind, "X-KVBaton-Room": str(pair.room)}
+        headers = {
+            **self._shared.passed.of_worker(response.headers),
+            "Content-Type": kind,
+            "X-KVBaton-Room": str(pair.room),
+            "X-KVBaton-Prefill": pair.prefill.url,
+            "X-KVBaton-Decode": pair.decode.url,
+        }
         if kind.startswith(SSE_TYPE):
             self._timer.first_token()  # decode sends the head of a stream together with it
             headers["Cache-Control"] = "no-cache"

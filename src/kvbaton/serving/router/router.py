@@ -34,6 +34,7 @@ from kvbaton.errors import (
     UnknownModelError,
 )
 from kvbaton.serving.router.bounded import bounded
+from kvbaton.serving.router.breaker import BreakerSettings
 from kvbaton.serving.router.calls import (
     CallFailed,
     Fields,
@@ -45,6 +46,7 @@ from kvbaton.serving.router.client_fields import client_fields
 from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.forwarding import MAX_ANSWER_BYTES, Forwarder
 from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.policies import policy_of
 from kvbaton.serving.router.policies.base import Policy
 from kvbaton.serving.router.policies.cache_aware import CacheAwareSettings
@@ -62,6 +64,7 @@ from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
 from kvbaton.serving.server.openai import AbortRequest
 from kvbaton.serving.server.operators import is_operator, key_of_client
 from kvbaton.serving.server.parsing import parse
+from kvbaton.serving.server.request_ids import tell_request_id
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
 from kvbaton.serving.server.shared import SharedReads
 
@@ -97,6 +100,11 @@ class RouterConfig:
     health_check_timeout_secs: float = 2.0
     health_failure_threshold: int = 2
     health_check_endpoint: str = ""
+    cb_failure_threshold: int = 10
+    cb_timeout_duration_secs: float = 10.0
+    cb_window_duration_secs: float = 120.0
+    disable_circuit_breaker: bool = False
+    forward_header: tuple[str, ...] = ()
     max_concurrent_requests: int = 1024
     strict_fields: bool = False
     secret: str | None = field(default=None, repr=False)
@@ -117,6 +125,14 @@ class RouterConfig:
             "prefill": policy_of(self.prefill_policy or self.policy, settings),
             "decode": policy_of(self.decode_policy or self.policy, settings),
         }
+
+    @property
+    def breakers(self) -> BreakerSettings:
+        return BreakerSettings(
+            failure_threshold=0 if self.disable_circuit_breaker else self.cb_failure_threshold,
+            timeout_secs=self.cb_timeout_duration_secs,
+            window_secs=self.cb_window_duration_secs,
+        )
 
     @property
     def health_checks(self) -> HealthChecks:
@@ -150,6 +166,7 @@ class Router:
             self._asking,
             config.health_checks,
             policies=config.policies(),
+            breakers=config.breakers,
             as_router=self._credentials,
             as_operator=self._operators,
         )
@@ -165,6 +182,7 @@ class Router:
             self._call,
             params.mint_room if config.engine == "vllm" else mint_room,
             self.metrics,
+            passed=PassedHeaders(config.forward_header),
             keeps_journal=config.engine == "kvbaton",
             most_requests=config.max_concurrent_requests,
             timeout_secs=config.request_timeout_secs,
@@ -197,6 +215,7 @@ class Router:
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get(story.PATH, self._story)
         app.router.add_get(openapi.PATH, self._openapi)
+        app.on_response_prepare.append(tell_request_id)
         app.cleanup_ctx.append(self._running)
         return app
 
@@ -251,10 +270,13 @@ class Router:
                 timer.outcome = "http"
                 raise
 
-    def _call(self, path: str, fields: Fields, pair: Pair) -> PrefillDecodeCall:
+    def _call(self, path: str, fields: Fields, pair: Pair, passed: Mapping[str, str]) -> PrefillDecodeCall:
+        def headers(worker: Worker) -> Mapping[str, str]:
+            return {**passed, **self._credentials(worker)}
+
         if self._config.engine == "vllm":
-            return VllmCall(self._session, path, fields, pair, self._credentials, known=self._known)
-        return PrefillDecodeCall(self._session, path, fields, pair, self._credentials)
+            return VllmCall(self._session, path, fields, pair, headers, known=self._known)
+        return PrefillDecodeCall(self._session, path, fields, pair, headers)
 
     # operating
 
@@ -386,8 +408,22 @@ class Router:
 
     def _gauges(self) -> list[Gauge]:
         text = "Whether a worker takes requests (1) or is out (0)."
+        text_open = "Whether a worker fails every request, and gets fewer (1)."
+        circuits = [
+            Gauge(
+                "kvbaton_router_worker_circuit_open",
+                text_open,
+                float(w.breaker.is_open),
+                {"role": w.role, "worker": w.url},
+            )
+            for w in self.workers.all
+        ]
         usable = [
             Gauge("kvbaton_router_worker_usable", text, float(w.usable), {"role": w.role, "worker": w.url})
             for w in self.workers.all
         ]
-        return [*usable, Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight)]
+        return [
+            *usable,
+            *circuits,
+            Gauge("kvbaton_router_running_requests", "Requests being answered.", self.admission.in_flight),
+        ]

@@ -8,7 +8,6 @@ ready    yes           go on
 suspect  no            go on
 unfit    no            go on
 draining no            go on, or are handed over
-broken   no            go on
 silent   no            lost
 gone     no            lost
 ======== ============= ===================
@@ -34,6 +33,7 @@ from urllib.parse import urlsplit
 
 from kvbaton.discovery.names import audience_of_url
 from kvbaton.errors import PeerLostError
+from kvbaton.serving.router.breaker import Breaker
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
 Role = Literal["prefill", "decode"]
@@ -49,7 +49,6 @@ class State(Enum):
     SUSPECT = "suspect"  # a request lost its connection; the next probe will tell
     UNFIT = "unfit"  # it is not what it was given as, or does not let us in
     DRAINING = "draining"  # it is about to stop
-    BROKEN = "broken"  # it answers, and nothing that it is asked succeeds
     SILENT = "silent"  # it does not answer, though nothing says that it is gone
     GONE = "gone"  # nobody is there
 
@@ -71,6 +70,7 @@ class Worker:
     signs_of_life: int = 0
     instance: str = ""  # which process it is, as it says
     turn: int = 0  # when it was taken last; the smaller the longer ago
+    breaker: Breaker = field(default_factory=Breaker, repr=False)
     _legs: set[Leg] = field(default_factory=set, repr=False)
 
     @property

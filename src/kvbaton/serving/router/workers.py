@@ -17,6 +17,7 @@ This file must not know of rooms or requests.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.router.breaker import Breaker, BreakerSettings
 from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.pairs import Pairs
 from kvbaton.serving.router.policies.base import Policy
@@ -31,6 +33,8 @@ from kvbaton.serving.router.policies.round_robin import RoundRobin
 from kvbaton.serving.router.probe import MAX_PROBE_BYTES, decoded
 from kvbaton.serving.router.worker import ROLES, Role, State, Worker
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +92,7 @@ class Workers:
         checks: HealthChecks | None = None,
         *,
         policies: Mapping[Role, Policy] | None = None,
+        breakers: BreakerSettings | None = None,
         as_router: Credentials = no_credentials,
         as_operator: Credentials = no_credentials,
     ) -> None:
@@ -96,6 +101,8 @@ class Workers:
         self._checks = checks if checks is not None else HealthChecks()
         self._credentials = as_router
         self._pairs = Pairs(session, as_router, as_operator)
+        for worker in workers:
+            worker.breaker = Breaker(breakers)
         self._unanswered: dict[Worker, int] = {}
         self._round: asyncio.Task[None] | None = None
         self._extra: set[asyncio.Task[None]] = set()
@@ -110,14 +117,27 @@ class Workers:
         return [worker for worker in self._workers if worker.role == role and worker.usable]
 
     def pairs(self) -> list[tuple[Worker, Worker]]:
-        """Every prefill and decode server that a request may be sent to now, together."""
+        """Every prefill and decode server that a request may be sent to now, together. One whose circuit is open is
+        left out where there is another one."""
         decodes = self.usable("decode")
-        return [
+        fitting = [
             (prefill, decode)
             for prefill in self.usable("prefill")
             for decode in decodes
             if not self._pairs.trouble(prefill, decode)
         ]
+        return [pair for pair in fitting if all(worker.breaker.allows for worker in pair)] or fitting
+
+    def failed(self, worker: Worker, kind: str, trouble: str) -> None:
+        """A request failed by this worker's doing, which ``kind`` names, although it answers."""
+        if worker.breaker.failed(kind):
+            _log.warning("%s fails every request with %s and gets fewer: %s", worker, kind, trouble)
+
+    def succeeded(self, pair: tuple[Worker, Worker]) -> None:
+        """A request was answered by these two."""
+        for worker in pair:
+            if worker.breaker.succeeded():
+                _log.info("%s answers again", worker)
 
     def not_ready(self) -> str:
         """Why no request can be sent anywhere; empty where there is a pair."""
@@ -141,6 +161,7 @@ class Workers:
         worker = self._policies[role].choose(in_turn, prompt)
         self._turn += 1
         worker.turn = self._turn
+        worker.breaker.taken()
         return worker
 
     async def known_pairs(self) -> list[tuple[Worker, Worker]]:
