@@ -143,6 +143,7 @@ class KVManager:
                 links,
                 on_report=self._report,
                 on_peer_lost=self._note_lost_peer,
+                on_news=self._wake,
                 window=window if window is not None else Window(),
                 clock=clock,
             )
@@ -490,14 +491,13 @@ class KVManager:
                 self._sides.pop((report.role, report.room), None)
             if self._collects:
                 self._finished.append(side)
-        self._wake()
 
     def _note_lost_peer(self, lost: PeerLost) -> None:
         """Driver thread."""
         self._lost_peers.append(lost)
-        self._wake()
 
     def _wake(self) -> None:
+        """Driver thread, after what it has published."""
         if not self.wakeup.is_set():  # whoever clears it afterwards reads what is published here already
             self.wakeup.set()
 

@@ -76,6 +76,7 @@ class Driver:
         *,
         on_report: Callable[[Report], None],
         on_peer_lost: Callable[[PeerLost], None],
+        on_news: Callable[[], None],
         window: Window,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,6 +84,8 @@ class Driver:
         self._links = links
         self._on_report = on_report
         self._on_peer_lost = on_peer_lost
+        self._on_news = on_news
+        self._news = False
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
@@ -339,6 +342,7 @@ class Driver:
         elif isinstance(effect, Report):
             self._report(effect)
         elif isinstance(effect, PeerLost):
+            self._news = True
             self._on_peer_lost(effect)
         elif isinstance(effect, PostWrite):
             self._data.offer(effect)
@@ -359,7 +363,11 @@ class Driver:
             self._links.close_link(effect.link)
 
     def _send(self) -> None:
-        """All that was said to a peer since the last time goes together, and after what was reported to the engine."""
+        """All that was said to a peer since the last time goes together, after the engine was woken, once, for all that
+        was reported to it."""
+        if self._news:
+            self._news = False
+            self._on_news()
         outbox, self._outbox = self._outbox, {}
         for link, payloads in outbox.items():
             if not self._links.send(link, *payloads):
@@ -384,6 +392,7 @@ class Driver:
                 del self._spoiled[report.room]
             if status.poll is KVPoll.Success:
                 report = replace(report, status=replace(status, poll=KVPoll.Failed, error=spoiled))
+        self._news = True
         self._on_report(report)
 
     def _dial(self, address: str) -> None:
