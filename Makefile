@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: clients vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak
+.PHONY: clients vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak failover
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -106,6 +106,10 @@ audit:                 ## known advisories of the pinned versions; the tables of
 
 chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
 	$(BIN)/python -m lab chaos --write docs/reliability.md
+
+failover: setup        ## one of two workers killed, stopped, or all restarted in turn under load; no client may notice
+	$(BIN)/python -m lab failover
+	$(BIN)/python -m lab failover --faults term --victims all --requests 1200
 
 soak: setup            ## 400,000 rooms with aborts and kills, and what grew meanwhile; the plot goes to docs/
 	$(BIN)/python -m lab soak --rooms 400000 --sample-rooms 2000 --restart-seconds 10 --plot docs/soak.svg

@@ -16,6 +16,10 @@ LAB = Program(
             "lab.commands.soak",
             "hand over many small rooms while peers are killed, and watch what grows",
         ),
+        "failover": (
+            "lab.commands.failover",
+            "kill, stop or end one of two workers under load, and compare every answer with a single process",
+        ),
         "flood": (
             "lab.commands.flood",
             "flood a running pair in every way known, and watch p99 of honest requests, memory and readiness",

@@ -96,11 +96,14 @@ class Caller:
     outputs: list[Output] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     first: threading.Event = field(default_factory=threading.Event)
+    departing: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, output: Output) -> None:
         assert not self.ended.is_set(), "an output came after the last one"
         self.outputs.append(output)
         self.first.set()
+        if output.departing:
+            self.departing.set()
         if output.final:
             self.ended.set()
 

@@ -20,7 +20,7 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import InternalError, KVBatonError, OverloadedError, PeerLostError
-from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.request import HandedOnError, Output, Request
 from kvbaton.serving.engine.sampling import seed_of, seed_of_choice
 from kvbaton.serving.router.events import Events
 from kvbaton.serving.router.progress import Progress
@@ -143,11 +143,12 @@ async def deployment(prefills: int = 1, decodes: int = 2, **router: object) -> A
         engines: dict[str, list[ScriptedEngine]] = {"prefill": [], "decode": []}
         workers, cutters = [], []
         for role, count in (("prefill", prefills), ("decode", decodes)):
-            for _ in range(count):
+            for number in range(count):
                 engine = ScriptedEngine(answers_of)
                 config = ApiConfig(model="m", max_positions=4096, mode=role)
                 lookup = await stack.enter_async_context(RegistryClient()) if role == "decode" else None
-                server = ApiServer(engine, CharacterTokenizer(), config, registry=lookup)
+                sources = (f"tcp://127.0.0.1:{42000 + number}",) if role == "decode" else ()
+                server = ApiServer(engine, CharacterTokenizer(), config, registry=lookup, sources=sources)
                 url = await stack.enter_async_context(serving(server.app))
                 if role == "decode":
                     cutters.append(Cutter(url))
@@ -303,6 +304,70 @@ def test_a_stream_whose_decode_is_at_a_loss_goes_on_and_says_so(end: str, stream
             assert 1 <= sum(request.answered for request in requests) <= 7
             stories = [await both.story(request.room) for request in requests if not request.answered]
             assert "pieces as room" in stories[0]["sides"][0]["lines"][0]["text"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_server_that_drains_hands_on_and_nothing_is_computed_again(streamed: bool) -> None:
+    async def scenario() -> None:
+        body = {"prompt": "a long one", "max_tokens": 25, "ignore_eos": True, "seed": 2, "n": 2, "stream": streamed}
+        async with deployment() as both:
+            expected = await both.ask("/v1/completions", body)
+            for engine in both.engines["decode"]:
+                engine.requests.clear()
+            moves = asyncio.Queue[tuple[Worker, ScriptedEngine]]()
+            asking = asyncio.create_task(
+                halt(both, "/v1/completions", body, 7, lambda worker, engine: moves.put_nowait((worker, engine)))
+            )
+            worker, old = await moves.get()
+            new = next(engine for engine in both.engines["decode"] if engine is not old)
+            async with both.session.post(worker.url + "/drain", json={}) as response:
+                assert (await response.json())["draining"]
+            (request,) = old.requests
+            old.emit(request.request_id, list(answers_of(request))[7])
+            await old.until(lambda: bool(old.handed_on))
+            await new.until(lambda: len(new.requests) == 2)
+            ((room, names),) = old.handed_on.items()
+            assert names == (request.request_id,)
+            assert [(one.room, one.sources) for one in new.requests] == [
+                (room + number, (f"tcp://127.0.0.1:{42000 + both.engines['decode'].index(old)}",))
+                for number in range(2)
+            ]
+            assert sum(one.answered for one in new.requests) == 8
+            old.emit(request.request_id, Output(error=HandedOnError("it goes on elsewhere")))
+            assert await asking == expected
+            assert await both.metric("kvbaton_router_handed_on_total") == 1
+            assert await both.metric("kvbaton_router_resumed_total") == 0
+            story = await both.story(request.room)
+            assert "is handed on from" in story["sides"][0]["lines"][0]["text"]
+
+    run(scenario())
+
+
+def test_a_move_that_fails_is_made_good_by_computing_again() -> None:
+    async def scenario() -> None:
+        body = {"prompt": "a long one", "max_tokens": 25, "ignore_eos": True, "seed": 2, "n": 2, "stream": True}
+        async with deployment() as both:
+            expected = await both.ask("/v1/completions", body)
+            for engine in both.engines["decode"]:
+                engine.requests.clear()
+            moves = asyncio.Queue[tuple[Worker, ScriptedEngine]]()
+            asking = asyncio.create_task(
+                halt(both, "/v1/completions", body, 7, lambda worker, engine: moves.put_nowait((worker, engine)))
+            )
+            worker, old = await moves.get()
+            new = next(engine for engine in both.engines["decode"] if engine is not old)
+            new.script = lambda _request: ()
+            async with both.session.post(worker.url + "/drain", json={}):
+                pass
+            (request,) = old.requests
+            old.emit(request.request_id, list(answers_of(request))[7])
+            await new.until(lambda: len(new.requests) == 2)
+            new.script = answers_of
+            old.emit(request.request_id, Output(error=PeerLostError("the other decode rank went away")))
+            assert await asking == expected
+            assert await both.metric("kvbaton_router_resumed_total") == 1
 
     run(scenario())
 

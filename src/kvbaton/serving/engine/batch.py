@@ -30,6 +30,7 @@ class ContinuousBatch:
         self._release = release
         self._max_batch = max_batch
         self._members: list[Generation] = []
+        self._leaving: dict[Generation, Callable[[Generation, Pick], None]] = {}
 
     def __len__(self) -> int:
         return len(self._members)
@@ -52,6 +53,23 @@ class ContinuousBatch:
         for generation, first in zip(choices, firsts, strict=True):
             self._push(generation, first, opening if generation is choices[0] else None)
 
+    def choices_of(self, job: Job) -> list[Generation]:
+        """Those that have not ended."""
+        return [member for member in self._members if member.job is job]
+
+    def depart(self, generation: Generation, left: Callable[[Generation, Pick], None]) -> None:
+        """Take an answer out behind its next step: ``left`` gets the token that nobody has been told of; the pages,
+        which then have everything before it, are the caller's."""
+        self._leaving[generation] = left
+        self._members.remove(generation)
+        self._members.insert(0, generation)
+
+    def drop(self, generation: Generation) -> None:
+        """Take an answer out and give its pages back, without a word."""
+        self._leaving.pop(generation, None)
+        self._members.remove(generation)
+        self._release(generation)
+
     def remove(self, job: Job, error: KVBatonError) -> bool:
         """Take ``job`` out, give its pages back and tell its caller. False if it is not here."""
         return self._end(job, Output(error=error))
@@ -62,7 +80,10 @@ class ContinuousBatch:
         if not batch:
             return False
         for generation, picked in zip(batch, self._pick(batch), strict=True):
-            if isinstance(picked, Pick):
+            if isinstance(picked, Pick) and generation in self._leaving:
+                self._members.remove(generation)
+                self._leaving.pop(generation)(generation, picked)
+            elif isinstance(picked, Pick):
                 self._push(generation, picked)
             else:
                 self._end(generation.job, Output(error=picked))
@@ -96,10 +117,9 @@ class ContinuousBatch:
 
     def _end(self, job: Job, last: Output) -> bool:
         """End every answer of ``job``. False if it has none here."""
-        choices = [member for member in self._members if member.job is job]
+        choices = self.choices_of(job)
         for generation in choices:
-            self._members.remove(generation)
-            self._release(generation)
+            self.drop(generation)
         if choices:
             job.emit(last)
         return bool(choices)

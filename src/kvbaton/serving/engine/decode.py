@@ -14,14 +14,18 @@ This file must not know of transports, peers' layouts or prefill's queues.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 from kvbaton.engines.port import Manager, Receiver
 from kvbaton.errors import KVBatonError, LocalProtocolError, RemoteProtocolError, TransferFailedError
 from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.batch import ContinuousBatch
+from kvbaton.serving.engine.departures import Departures
 from kvbaton.serving.engine.generation import Generation, Opening, generations
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import Limits, limits_of
@@ -68,6 +72,7 @@ class Decode(Role):
         self._limits = limits
         self._runner = runner
         self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
+        self._departures = Departures(pools, manager, runner, self._retire)
         self._waiting: deque[Job] = deque()
         self._transfers: list[_Arrival] = []
         self._draining: list[_Arrival] = []
@@ -84,10 +89,27 @@ class Decode(Role):
         if arrival is not None:
             self._end(arrival, Output(error=error), for_peer(error))
             return
+        if self._departures.has(job):
+            for generation in self._batch.choices_of(job):
+                self._batch.drop(generation)
+            self._departures.end(job, error)
+            return
         self._batch.remove(job, error)
 
+    def hand_on(self, jobs: Sequence[Job], room: int) -> bool:
+        choices = [sorted(self._batch.choices_of(job), key=lambda one: one.index) for job in jobs]
+        if not all(choices) or any(self._departures.has(job) for job in jobs):
+            return False
+        rooms = count(room)
+        for job, generations_of_job in zip(jobs, choices, strict=True):
+            self._departures.expect(job, len(generations_of_job))
+            for generation in generations_of_job:
+                self._batch.depart(generation, partial(self._departures.add, room=next(rooms)))
+        return True
+
     def step(self) -> bool:
-        worked = self._poll_transfers()
+        worked = self._departures.step()
+        worked = self._poll_transfers() or worked
         worked = self._reap() or worked
         worked = self._admit() or worked
         return self._batch.step() or worked
@@ -259,7 +281,7 @@ class Decode(Role):
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._transfers or self._draining or len(self._batch))
+        return bool(self._waiting or self._transfers or self._draining or len(self._batch) or self._departures.count)
 
     def stats(self) -> Stats:
         holders = [*self._transfers, *self._draining]
@@ -275,6 +297,7 @@ class Decode(Role):
                 "transfer": len(self._transfers),
                 "draining": len(self._draining),
                 "ready": len(self._batch) - self._batch.running,
+                "departing": self._departures.count,
             },
             prefix_lookups=self._prefixes.lookups if self._prefixes is not None else 0,
             prefix_hit_tokens=self._prefixes.hit_tokens if self._prefixes is not None else 0,

@@ -69,6 +69,21 @@ class Generation:
         return Step(self._newest, self._position, self.block_table)
 
     @property
+    def index(self) -> int:
+        """The choice's number."""
+        return self._index
+
+    @property
+    def seed(self) -> int:
+        """The choice's own."""
+        return self._seed
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        return self._tokens
+
+    @property
     def cached_tokens(self) -> Sequence[int]:
         """The tokens that ``block_table`` has: all but the newest."""
         return self._tokens[: self._position]

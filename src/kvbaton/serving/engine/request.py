@@ -27,6 +27,12 @@ class PromptToken:
     top: Alternatives = ()
 
 
+class HandedOnError(KVBatonError):
+    """What is left of a request is another engine's, which has all of its cache now."""
+
+    code = "handed_on"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How to pick tokens. ``temperature`` 0 is greedy. ``seed`` makes a sampled request repeatable.
@@ -116,7 +122,8 @@ class Output:
     entry per token. ``matched``: the token or stop string that ended the answer. ``cached_tokens``: of the prompt, and
     ``prompt_logprobs``, one for each of its tokens but the first: told with the first output, where they are asked for.
     ``queued_seconds``: until the engine took the request up, told with the first output, too. ``rank``: the
-    data-parallel rank that says it.
+    data-parallel rank that says it. ``departing``: no answer of the request goes on here, another engine is being given
+    its cache; the last word is then a HandedOnError, or why it came to nothing.
     """
 
     index: int = 0
@@ -133,6 +140,7 @@ class Output:
     prompt_logprobs: tuple[PromptToken, ...] | None = None
     queued_seconds: float | None = None
     rank: int = 0
+    departing: bool = False
 
     @property
     def ends_choice(self) -> bool:

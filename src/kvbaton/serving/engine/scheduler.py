@@ -14,7 +14,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -75,6 +75,12 @@ class Role(ABC):
     @abstractmethod
     def end(self, job: Job, error: KVBatonError) -> None:
         """End ``job`` now, with that error on both sides; its pages go back when no peer can touch them."""
+
+    def hand_on(self, jobs: Sequence[Job], room: int) -> bool:
+        """Let another engine have the answers of ``jobs`` that have not ended, each in a room by itself, ``room`` and
+        those that follow. False where that cannot be: nothing has changed then."""
+        del jobs, room
+        return False
 
     @abstractmethod
     def step(self) -> bool:
@@ -146,6 +152,13 @@ class Scheduler:
             if job is None:
                 return
             self._inbox.append(lambda: self._end(job, AbortedError(reason, room=job.request.room)))
+        self._wakeup.set()
+
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        """Let the engine that opens ``room`` and those behind it have the answers of these requests; see
+        :meth:`Role.hand_on`. Soon their outputs are ``departing``, or they go on as if nothing had been asked."""
+        with self._lock:
+            self._inbox.append(lambda: self._hand_on(request_ids, room))
         self._wakeup.set()
 
     def end_all(self, error: KVBatonError) -> None:
@@ -242,6 +255,11 @@ class Scheduler:
     @property
     def _at_rest(self) -> bool:
         return not (self._inbox or self._jobs or self._role.busy)
+
+    def _hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        jobs = [self._jobs[name] for name in request_ids if name in self._jobs]
+        if not (jobs and self._role.hand_on(jobs, room)):
+            logger.info("%d requests stay here: not all of their answers have begun", len(request_ids))
 
     def _end(self, job: Job, error: KVBatonError) -> None:
         if not job.done:

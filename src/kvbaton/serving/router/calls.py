@@ -166,6 +166,10 @@ class PrefillDecodeCall:
         self._answered = True
         return response
 
+    def release(self) -> None:
+        """Leave decode's answer to the caller: it is not closed with the call."""
+        self._decode = None
+
     async def settle(self) -> None:
         """After a whole answer: let the prefill leg end by itself, within a bound."""
         if self._prefill is not None:
@@ -191,12 +195,15 @@ class PrefillDecodeCall:
     async def _run_prefill(self) -> None:
         prefill = self._pair.prefill
         try:
-            async with prefill.leg(), await self._open(prefill, self._prefill_body()) as response:
+            async with prefill.leg(), await self._prefill_response() as response:
                 await self._read_prefill(response)
         except PeerLostError as error:
             raise lost(prefill, error, self._pair.room) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _unreachable(prefill, error, self._pair.room) from None
+
+    async def _prefill_response(self) -> aiohttp.ClientResponse:
+        return await self._open(self._pair.prefill, self._prefill_body())
 
     async def _read_prefill(self, response: aiohttp.ClientResponse) -> None:
         async for _ in response.content.iter_any():  # nobody needs it, and it may be long

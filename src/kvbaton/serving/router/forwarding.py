@@ -28,13 +28,15 @@ from aiohttp import web
 from kvbaton.errors import AbortedError, ExpiredError, KVBatonError, PeerLostError
 from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, broken_off, lost, refused
 from kvbaton.serving.router.client_fields import prompt_of
+from kvbaton.serving.router.credentials import Credentials
 from kvbaton.serving.router.events import Events
+from kvbaton.serving.router.handing_on import Departed, HandedOnCall, Move, ask
 from kvbaton.serving.router.limit import TimeLimit
 from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.progress import Progress
 from kvbaton.serving.router.retry_budget import RetryBudget
 from kvbaton.serving.router.trail import Trail
-from kvbaton.serving.router.worker import Worker
+from kvbaton.serving.router.worker import State, Worker
 from kvbaton.serving.router.workers import Workers, cause_of
 from kvbaton.serving.server import journal
 from kvbaton.serving.server.failure import body_of
@@ -58,6 +60,8 @@ class Forwarder:
         call: Callable[[str, Fields, Pair, Mapping[str, str]], PrefillDecodeCall],
         mint_room: Callable[[], int],
         metrics: ServerMetrics,
+        session: aiohttp.ClientSession,
+        credentials: Credentials,
         *,
         passed: PassedHeaders,
         keeps_journal: bool,
@@ -68,12 +72,18 @@ class Forwarder:
         self.call = call
         self.mint_room = mint_room
         self.passed = passed
+        self.session = session
+        self.credentials = credentials
         self.keeps_journal = keeps_journal
         self.budget = RetryBudget(most_requests)
         self.trail = Trail()
         self.timeout_secs = timeout_secs
         self.retries = metrics.counter("kvbaton_router_retries", "Attempts of requests after their first one.")
         self.resumed = metrics.counter("kvbaton_router_resumed", "Answers that went on with another pair.")
+        self.handed_on = metrics.counter(
+            "kvbaton_router_handed_on",
+            "Answers that went to another decode server with their cache.",
+        )
         self.pauses = metrics.histogram(
             "kvbaton_router_pause_seconds", "How long an answer stood still that went on with another pair."
         )
@@ -111,6 +121,7 @@ class _Forwarding:
         self._timer = timer
         self._progress = Progress() if shared.keeps_journal else None
         self._pause: _Pause | None = None
+        self._move: Move | None = None  # once the decode server that answers was asked to hand on
         self._tried: set[tuple[Worker, Worker]] = set()
         self._blames: Counter[Worker] = Counter()
         self._unsent = bytearray()
@@ -122,11 +133,14 @@ class _Forwarding:
         try:
             async with self._limit.running():
                 pair = Pair(*await shared.workers.find_pair(self._prompt), shared.mint_room())
+                departed: Departed | None = None
                 while True:
                     try:
-                        return await self._attempt(pair)
+                        return await self._attempt(pair, departed)
                     except CallFailed as failure:
-                        pair = await self._another(pair, failure)
+                        pair, departed = await self._another(pair, failure), None
+                    except Departed as leaving:
+                        pair, departed = self._follow(pair, leaving), leaving
         except TimeoutError:
             if self._answer is not None:  # only prefill's end was still waited for
                 return self._answer
@@ -141,17 +155,18 @@ class _Forwarding:
 
     # attempts
 
-    async def _attempt(self, pair: Pair) -> web.StreamResponse:
-        """Raises CallFailed."""
-        progress = self._progress
-        if progress is not None:
-            self._fields[journal.JOURNAL_FIELD] = progress.field()
+    async def _attempt(self, pair: Pair, departed: Departed | None) -> web.StreamResponse:
+        """One pair's part of the answer. Raises CallFailed; Departed where another one is to follow it."""
+        self._move = None
         try:
-            passed = self._shared.passed.of_client(self._http)
-            async with pair.decode.leg(), self._shared.call(self._http.path, self._fields, pair, passed) as call:
+            async with self._call(pair, departed) as call, pair.decode.leg():
                 response = await call.answer()
-                self._answer = await self._pass_on(response, pair)
-                if self._timer.outcome == "ok":
+                try:
+                    self._answer = await self._pass_on(response, pair)
+                except Departed:
+                    call.release()
+                    raise
+                if self._timer.outcome == "ok" and departed is None:
                     self._shared.workers.succeeded((pair.prefill, pair.decode))
                 await call.settle()
                 return self._answer
@@ -159,6 +174,42 @@ class _Forwarding:
             if self._answer is not None:
                 return self._answer
             raise lost(pair.decode, error, pair.room) from None
+
+    def _call(self, pair: Pair, departed: Departed | None) -> PrefillDecodeCall:
+        shared, progress = self._shared, self._progress
+        if progress is not None:
+            self._fields[journal.JOURNAL_FIELD] = progress.field(departed.move.sources if departed is not None else ())
+        path, passed = self._http.path, shared.passed.of_client(self._http)
+        if departed is None:
+            return shared.call(path, self._fields, pair, passed)
+
+        def headers(worker: Worker) -> Mapping[str, str]:
+            return {**passed, **shared.credentials(worker)}
+
+        return HandedOnCall(shared.session, path, self._fields, pair, headers, rest=departed.rest)
+
+    async def _ask_to_hand_on(self, pair: Pair, sources: tuple[str, ...]) -> None:
+        """The server that answers is to stop: let another one have the answer, if there is one."""
+        shared = self._shared
+        pair.decode.become(State.DRAINING, "it is stopping, and hands on what it has")
+        others = [worker for worker in shared.workers.usable("decode") if worker is not pair.decode]
+        if self._move is not None or not others:
+            return
+        to = min(others, key=lambda worker: worker.legs)
+        move = Move(Pair(pair.decode, to, shared.mint_room()), sources)
+        if await ask(shared.session, pair.decode, pair.room, move.pair.room, shared.credentials(pair.decode)):
+            self._move = move
+
+    def _follow(self, pair: Pair, departed: Departed) -> Pair:
+        """Go where the answer goes."""
+        shared, other = self._shared, departed.move.pair
+        count = self._progress.count if self._progress is not None else 0
+        self._pause = _Pause(monotonic(), count)
+        shared.handed_on.inc()
+        where = f"from {other.prefill} to {other.decode}"
+        shared.trail.add(pair.room, f"the answer is handed on {where} after {count} pieces, as room {other.room}")
+        shared.trail.add(other.room, f"the answer was handed on {where} after {count} pieces, from room {pair.room}")
+        return other
 
     async def _another(self, pair: Pair, failure: CallFailed) -> Pair:
         """The pair to try after a failure. Raises the failure where there is none."""
@@ -245,7 +296,9 @@ class _Forwarding:
         while piece := await _piece(response, pair):
             try:
                 for one in events.feed(piece):
-                    data = self._take(one, pair)
+                    data = await self._take(one, response, pair)
+                    if data is None:
+                        continue
                     is_done = data == _DONE
                     has_failed = has_failed or data.startswith(b'data: {"error"')
                     self._unsent += data + b"\n\n"
@@ -274,7 +327,7 @@ class _Forwarding:
         events, body, is_done = Events(), b"", False
         while piece := await _piece(response, pair):
             for one in events.feed(piece):
-                data = self._take(one, pair)
+                data = await self._take(one, response, pair)
                 is_done = data == _DONE
                 if data and not is_done:
                     body = data.removeprefix(_DATA)
@@ -291,17 +344,23 @@ class _Forwarding:
                 raise broken_off(pair.decode, f"it answers more than {MAX_ANSWER_BYTES} bytes", pair.room)
         return bytes(body)
 
-    def _take(self, one: bytes, pair: Pair) -> bytes:
-        """An event without its record, which is kept. Raises CallFailed for an error that decode tells of."""
+    async def _take(self, one: bytes, response: aiohttp.ClientResponse, pair: Pair) -> bytes | None:
+        """An event without its record, which is kept; None for what is not for the client. Raises CallFailed for an
+        error that decode tells of, Departed where it tells no more."""
         if self._progress is None or not one.startswith(b":"):
             return one
         line, _, data = one.partition(b"\n")
         try:
-            status = journal.status_of(line[1:])
+            said = journal.notice_of(line[1:])
         except msgspec.MsgspecError as error:
             raise broken_off(pair.decode, f"its record cannot be read ({error})", pair.room) from None
-        if status is not None:
-            raise refused(pair.decode, pair, status, data.removeprefix(_DATA))
+        if said is not None and said.status:
+            raise refused(pair.decode, pair, said.status, data.removeprefix(_DATA))
+        if said is not None and said.departed and self._move is not None:
+            raise Departed(self._move, response)
+        if said is not None:
+            await self._ask_to_hand_on(pair, said.leaving)
+            return None
         self._progress.add(line[1:])
         if self._pause is not None:
             self._shared.pauses.observe(monotonic() - self._pause.since)

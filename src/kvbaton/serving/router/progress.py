@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 
+import msgspec
 from msgspec import Raw
 
 from kvbaton.serving.server.journal import MAX_JOURNAL_BYTES, Journal, encoded
@@ -37,9 +38,9 @@ class Progress:
         else:
             self._records.clear()
 
-    def field(self) -> Raw:
-        """The value of ``kvbaton_journal`` for the next attempt."""
-        return encoded(self._head, self._records)
+    def field(self, sources: tuple[str, ...] = ()) -> Raw:
+        """The value of ``kvbaton_journal`` for the next attempt; ``sources``: the ranks that hand the answer on."""
+        return encoded(msgspec.structs.replace(self._head, sources=sources), self._records)
 
     def __repr__(self) -> str:
         return f"<Progress {self.count} records, {self._bytes} bytes>"

@@ -182,6 +182,8 @@ class Router:
             self._call,
             params.mint_room if config.engine == "vllm" else mint_room,
             self.metrics,
+            self._session,
+            self._credentials,
             passed=PassedHeaders(config.forward_header),
             keeps_journal=config.engine == "kvbaton",
             most_requests=config.max_concurrent_requests,

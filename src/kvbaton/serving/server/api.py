@@ -33,8 +33,8 @@ from kvbaton.errors import (
 )
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
-from kvbaton.serving.engine.request import Output
-from kvbaton.serving.server import journal
+from kvbaton.serving.engine.request import HandedOnError, Output
+from kvbaton.serving.server import journal, openapi
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
@@ -45,11 +45,12 @@ from kvbaton.serving.server.failure_log import FailureLog
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
-from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router, key_of_client
+from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router, key_of_client, require_operator
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_ids import request_id_of, tell_request_id
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
-from kvbaton.serving.server.routing import PAIR_PATH, ROLE_HEADER
+from kvbaton.serving.server.routing import PAIR_PATH, ROLE_HEADER, HandOver
+from kvbaton.serving.server.running import Running
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.status import StatusRoutes
 from kvbaton.serving.server.token_metrics import TokenClock, TokenMetrics
@@ -70,6 +71,8 @@ class ApiServer:
         info: extra facts for ``/get_server_info``, read at every call.
         timeline: a room's story on this side; may block for a moment. None where there are no rooms.
         layouts: the memory of every rank of this group, for ``/layout``.
+        sources: the control addresses of the ranks from which another decode server can take answers over; empty where
+            none can.
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
         names: the hosts under which this server is asked; None: loopback's.
@@ -88,6 +91,7 @@ class ApiServer:
         info: Callable[[], Mapping[str, object]] = dict,
         timeline: Callable[[int], Sequence[TraceEvent]] | None = None,
         layouts: Sequence[RankLayout] = (),
+        sources: Sequence[str] = (),
         instance: str = "",
         secret: str | None = None,
         names: ServerNames | None = None,
@@ -108,6 +112,12 @@ class ApiServer:
         self._recomputed = self.metrics.counter(
             "kvbaton_recomputed_tokens", "Tokens of answers that another server had given and that were computed again."
         )
+        self._handed_on = self.metrics.counter(
+            "kvbaton_handed_on_requests",
+            "Requests that go on at another server, with their cache.",
+        )
+        self._running = Running()
+        self._sources = tuple(sources)
         self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
         self._handoffs = HandoffMetrics(self.metrics.registry)
         status = StatusRoutes(
@@ -144,6 +154,8 @@ class ApiServer:
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get(PAIR_PATH, self._pair)
+        app.router.add_post("/hand_over", self._hand_over)
+        app.router.add_post("/drain", self._drain)
         status.add_to(app)
         app.on_response_prepare.append(tell_request_id)
         app.on_response_prepare.append(read_across(self._names))
@@ -193,7 +205,7 @@ class ApiServer:
             with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests, clock.heard) as outputs:
                 outputs.submit()
                 accepted.recall()
-                self._recomputed.inc(sum(request.answered for request in accepted.requests.values()))
+                self._recomputed.inc(accepted.recomputed)
                 first = await outputs.next() if accepted.requests else None
                 timer.first_token()
                 if accepted.stream or self._keeps_records(accepted):
@@ -268,17 +280,28 @@ class ApiServer:
     ) -> web.StreamResponse:
         """A stream, or records and the whole answer behind them."""
         records = self._keeps_records(accepted)
+        may_leave = records and bool(self._sources)
         response = web.StreamResponse(headers=SSE_HEADERS if accepted.stream else RECORDS_HEADERS)
         await response.prepare(http)
         try:
-            while output is not None:
-                await response.write((journal.record(output) if records else b"") + _piece(accepted, output))
-                output = None if output.final else await outputs.next()
+            with self._running.named(accepted):
+                while output is not None:
+                    await response.write((journal.record(output) if records else b"") + _piece(accepted, output))
+                    if may_leave and self.admission.is_shut:
+                        may_leave = False
+                        await response.write(journal.notice(journal.Notice(leaving=self._sources)) + b"\n")
+                    output = None if output.final else await outputs.next()
+                    if output is not None and output.departing:
+                        await response.write(journal.notice(journal.Notice(departed=True)) + b"\n")
+                        output = await outputs.next()  # raises
+        except HandedOnError as error:
+            self._handed_on.inc()
+            timer.outcome = error.code
         except KVBatonError as error:  # too late for a status
             self._learn(error, accepted)
             timer.outcome = error.code
             self._failures.note(error, request_id_of(http))
-            head = journal.failure(status_of(error)) if records else b""
+            head = journal.notice(journal.Notice(status=status_of(error))) if records else b""
             await response.write(head + event(body_of(error)))
         else:
             self._count_handoff(accepted.answers)
@@ -312,6 +335,20 @@ class ApiServer:
             request = parse(body, kind, self._rule)
             with self.admission.entered():
                 return json_response(await convert(request))
+
+    async def _hand_over(self, http: web.Request) -> web.Response:
+        """The router has found a server for what is left of a request."""
+        self._require_router(http)
+        async with self._bodies.read(http) as body:
+            order = parse(body, HandOver)
+        self._engine.hand_on(self._running.of(order.room), order.to)
+        return json_response(order)
+
+    async def _drain(self, http: web.Request) -> web.Response:
+        """End admission, as SIGTERM does, and go on running."""
+        require_operator(http, self._secret, self._names, what="draining")
+        self.admission.shut()
+        return json_response(openapi.Drained(draining=True, requests=self.admission.in_flight))
 
     async def _abort(self, http: web.Request) -> web.Response:
         if self._config.mode != "null" and not self._from_router(http):

@@ -53,10 +53,10 @@ _log = logging.getLogger(__name__)
 def link_hosts(config: ServeConfig) -> tuple[str, str]:
     """The address where a rank's links listen, and the one that peers dial if it is another; IP addresses.
 
-    Prefill listens where its registry does. Decode dials and nobody dials it: its links listen on loopback. Raises
-    ConfigError.
+    Prefill listens where its registry does. Decode dials, and is dialled only by decode servers that take over what it
+    has: its links listen on loopback, unless it is told what to advertise. Raises ConfigError.
     """
-    if config.mode == "decode":
+    if config.mode == "decode" and not config.control_advertise:
         return "127.0.0.1", ""
     here = _resolved(config.registry_host)
     if config.control_advertise:
@@ -90,7 +90,7 @@ def build_manager(
     host, advertise = link_hosts(config)
     return KVManager.open(
         pools.layout,
-        role="decode" if config.mode == "decode" else "prefill",
+        role="both" if config.mode == "decode" else "prefill",  # a decode server that stops hands on what it has
         backend=config.transfer_backend,
         host=host,
         port=config.control_port + rank.number if config.control_port else 0,

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from kvbaton.errors import KVBatonError
-from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.request import HandedOnError, Output, Request
 from kvbaton.serving.engine.scheduler import Stats
 from kvbaton.serving.server.messages import Turn
 
@@ -38,6 +38,10 @@ class Engine(Protocol):
 
     def end_all(self, error: KVBatonError) -> None:
         """End every request soon, with that error."""
+
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        """Let the engine that opens ``room`` and those behind it have what is left of the answers of these requests, in
+        their order. Their outputs are soon ``departing``; or nothing happens."""
 
     def stats(self) -> Stats:
         """A snapshot of pages and queues."""
@@ -86,6 +90,7 @@ class OutputStream:
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Output] = deque()
         self._news = asyncio.Event()
+        self._departing = 0
         self._finished = True  # nothing to abort before it is submitted
 
     def submit(self) -> None:
@@ -109,10 +114,18 @@ class OutputStream:
 
         Raises the error that ended the request.
         """
-        while not self._arrived:
-            self._news.clear()
-            await self._news.wait()
-        output = self._arrived.popleft()
+        output = await self._take()
+        while output.departing or isinstance(output.error, HandedOnError):  # all of the requests go, or none
+            self._departing += output.departing
+            self._open -= output.final
+            self._finished = self._open == 0
+            if self._departing == self._open or self._finished:
+                break
+            output = await self._take()
+        if isinstance(output.error, HandedOnError):
+            raise output.error
+        if output.departing:
+            return output
         while self._arrived and not output.ends_choice and _continues(output, self._arrived[0]):
             output = _joined(output, self._arrived.popleft())
         if output.final:
@@ -124,6 +137,12 @@ class OutputStream:
             raise output.error
         self._heard(output)
         return output
+
+    async def _take(self) -> Output:
+        while not self._arrived:
+            self._news.clear()
+            await self._news.wait()
+        return self._arrived.popleft()
 
     def _on_output(self, first: int, output: Output) -> None:
         """On the engine's thread. ``first``: the number of the prompt's first answer."""
@@ -137,7 +156,7 @@ class OutputStream:
 
 def _continues(first: Output, second: Output) -> bool:
     """Whether ``second`` is more of the same answer."""
-    return second.index == first.index and second.error is None
+    return second.index == first.index and second.error is None and not second.departing
 
 
 def _joined(first: Output, second: Output) -> Output:

@@ -33,6 +33,7 @@ from kvbaton.errors import (
     TransportError,
     UnknownModelError,
 )
+from kvbaton.serving.engine.request import HandedOnError
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail, param_of
 
 #: Seconds that a client is asked to wait before it tries again.
@@ -69,6 +70,7 @@ _TABLE: tuple[tuple[type[KVBatonError], int, str], ...] = (
     (TransportError, 503, "service_unavailable_error"),
     (RegistryError, 503, "service_unavailable_error"),
     (DrainingError, 503, "service_unavailable_error"),
+    (HandedOnError, 503, "service_unavailable_error"),
     (OverloadedError, 429, "rate_limit_error"),
     (IncompatibleError, 503, "service_unavailable_error"),
 )

@@ -23,6 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.serving.engine.request import Alternatives, Output, PromptToken, Sampling
 from kvbaton.serving.engine.sampling import seed_of_choice
 from kvbaton.serving.server.raw import decoded, refuse
@@ -55,10 +56,18 @@ class Record(Struct, frozen=True, array_like=True):
         return Output(**msgspec.structs.asdict(self))
 
 
-class Failure(Struct, frozen=True):
-    """The record in front of an ``error`` event: the status that the error would have had."""
+class Notice(Struct, frozen=True, omit_defaults=True):
+    """What else a decode server has to say to its router, one at a time.
 
-    status: int
+    Args:
+        status: what an ``error`` event behind it would have had, had it come before the first byte.
+        leaving: the server is to stop: whoever asks its ranks at these control addresses gets the cache.
+        departed: no more comes of the answer; the rest of the stream tells how handing it on has ended.
+    """
+
+    status: int = 0
+    leaving: tuple[str, ...] = ()
+    departed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +82,13 @@ class Part:
 
 
 class Journal(Struct, frozen=True, kw_only=True):
-    """``id`` and ``created`` are the answer's; ``seed`` is of the first prompt if the client names none."""
+    """``id`` and ``created`` are the answer's; ``seed`` is of the first prompt if the client names none. ``sources``:
+    the ranks that hand on what they have of it, instead of a prefill group."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9a-zA-Z-]+$")]
     created: Annotated[int, Meta(ge=0)]
     seed: Annotated[int, Meta(ge=0, le=_SEED_END - 1)]
+    sources: Annotated[tuple[str, ...], Meta(max_length=MAX_RANKS)] = ()
     records: tuple[Record, ...] = ()
 
     @classmethod
@@ -143,14 +154,14 @@ def record(output: Output) -> bytes:
     return b":" + msgspec.json.encode(found) + b"\n"
 
 
-def failure(status: int) -> bytes:
-    """The line in front of an error."""
-    return b":" + msgspec.json.encode(Failure(status)) + b"\n"
+def notice(said: Notice) -> bytes:
+    """The line of a notice."""
+    return b":" + msgspec.json.encode(said) + b"\n"
 
 
-def status_of(line: bytes) -> int | None:
-    """The status that a line's record tells of; None for a record of an output. Raises msgspec.MsgspecError."""
-    return msgspec.json.decode(line, type=Failure).status if line.startswith(b"{") else None
+def notice_of(record: bytes) -> Notice | None:
+    """The notice that a line holds; None for a record of an output. Raises msgspec.MsgspecError."""
+    return msgspec.json.decode(record, type=Notice) if record.startswith(b"{") else None
 
 
 def encoded(head: Journal, records: Sequence[bytes]) -> Raw:

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.control.address import Address
-from kvbaton.discovery.access import read_secret, require_secret
+from kvbaton.discovery.access import is_loopback, read_secret, require_secret
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.listening import CLEANUP_SECONDS
 from kvbaton.discovery.names import ServerNames
@@ -274,6 +274,7 @@ class _Server:
             info=self._info,
             timeline=replica.timeline if config.mode != "null" else None,
             layouts=replica.layouts,
+            sources=self._sources(),
             instance=self._instance,
             secret=self._secret,
             keys=self._keys,
@@ -285,6 +286,14 @@ class _Server:
             )
             api.metrics.gauges(self._handoff_gauges)
         return api
+
+    def _sources(self) -> tuple[str, ...]:
+        """Where other decode servers find this one's ranks; nowhere if only those of this host would."""
+        config = self._config
+        local = is_loopback(link_hosts(config)[0]) and not config.control_advertise
+        if config.mode != "decode" or config.data_parallel_size > 1 or (local and not is_loopback(config.host)):
+            return ()
+        return tuple(route.address for route in self._replica.routes)
 
     @property
     def _instance(self) -> str:

@@ -41,6 +41,9 @@ class LocalReplica:
     def end_all(self, error: KVBatonError) -> None:
         self.scheduler.end_all(error)
 
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        self.scheduler.hand_on(request_ids, room)
+
     def stats(self) -> Stats:
         return self.scheduler.stats()
 

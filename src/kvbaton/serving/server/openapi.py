@@ -32,7 +32,7 @@ from kvbaton.serving.server.openai import (
     Usage,
 )
 from kvbaton.serving.server.prompts import MAX_PROMPTS
-from kvbaton.serving.server.routing import PAIR_PATH, ROOM_END
+from kvbaton.serving.server.routing import PAIR_PATH, ROOM_END, HandOver
 from kvbaton.serving.server.sglang import Generated, GenerateRequest, SamplingParams
 from kvbaton.serving.server.story import PATH as STORY_PATH
 from kvbaton.serving.server.story import RoomStory
@@ -120,12 +120,21 @@ class Ready(Struct, kw_only=True):
     admits: bool | UnsetType = UNSET
 
 
+class Drained(Struct, kw_only=True):
+    """``requests`` are still being answered."""
+
+    draining: bool
+    requests: int
+
+
 def document(kind: Kind, *, strict: bool = False) -> _Json:
     """The document of one kind of server; ``strict``: it refuses fields that nobody knows."""
     types = (
         CompletionRequest,
         ChatRequest,
         AbortRequest,
+        HandOver,
+        Drained,
         GenerateRequest,
         SamplingParams,
         TokenizeRequest,
@@ -219,6 +228,16 @@ def _paths(kind: Kind) -> _Json:
         PATH: _get("this document", {"200": _json({"type": "object"})}),
     }
     if kind != "router":
+        refusals = _refusals("400", "401", "408", "409", "413", "415", "429")
+        paths["/hand_over"] = _post(
+            "another decode server is to have what is left of a request; the router asks",
+            {"200": _json(_ref("HandOver")), **refusals},
+            body=_body("HandOver"),
+        )
+        paths["/drain"] = _post(
+            "end admission as SIGTERM does, and go on running; operators ask",
+            {"200": _json(_ref("Drained")), **_refusals("400", "401", "415")},
+        )
         ranks = {"type": "array", "items": {"type": "object"}}
         paths[LAYOUT_PATH] = _get(
             "the memory of every rank, as kvbaton check reads it; for the same people as a room's story",
@@ -236,6 +255,10 @@ def _answers(request: str, answer: _Json) -> _Json:
     ok["content"]["text/event-stream"] = {}
     responses = {"200": ok, **_refusals(*_REFUSALS)}
     return {"post": {"summary": "tokens", "requestBody": _body(request), "responses": responses}}
+
+
+def _post(summary: str, responses: _Json, body: _Json | None = None) -> _Json:
+    return {"post": {"summary": summary, "responses": responses, **({"requestBody": body} if body else {})}}
 
 
 def _question(summary: str, request: str, answer: str) -> _Json:

@@ -221,6 +221,9 @@ class Replicas:
         for rank in self._ranks:
             rank.end_all(error)
 
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        """Ranks of a server with data parallelism finish what they have."""
+
     def stats(self) -> Stats:
         """The sum."""
         return _sum([answer.stats for answer in self._ask_all() if answer.stats is not None])

@@ -119,6 +119,13 @@ class Accepted:
     registry: tuple[str, int] | None
     journal: Journal | None = None
 
+    @property
+    def recomputed(self) -> int:
+        """Tokens of answers that another server had given, and whose cache prefill computes again."""
+        if self.journal is None or self.journal.sources:
+            return 0
+        return sum(request.answered for request in self.requests.values())
+
     def recall(self) -> None:
         """Let the formatter know what was answered before."""
         for record in self.journal.records if self.journal is not None else ():
@@ -150,7 +157,8 @@ class RequestParser:
         sampling = request.sampling(max_tokens=self._max_tokens(request, max(map(len, prompts))))
         parts = journal.parts(prompts, sampling) if journal is not None else fresh(prompts, sampling)
         meetings = self._meetings(request, parts)
-        registry = self._registry_of(meetings)
+        handed_on = journal.sources if journal is not None else ()
+        registry = None if handed_on else self._registry_of(meetings)
         # nobody's choice: what a client calls it is its own business
         request_id = f"{_PREFIXES[request.kind]}-{uuid.uuid4().hex}"
         requests = {
@@ -159,7 +167,7 @@ class RequestParser:
                 prompt_tokens=part.tokens,
                 sampling=part.sampling,
                 room=meeting.room if meeting is not None else None,
-                sources=await self._sources(registry, request, meeting),
+                sources=await self._sources(registry, request, meeting, handed_on),
                 dp_rank=self._dp_rank(request, meeting),
                 answered=part.answered,
             )
@@ -248,8 +256,15 @@ class RequestParser:
         return topology
 
     async def _sources(
-        self, registry: tuple[str, int] | None, request: AnyRequest, meeting: Meeting | None
+        self,
+        registry: tuple[str, int] | None,
+        request: AnyRequest,
+        meeting: Meeting | None,
+        handed_on: tuple[str, ...],
     ) -> tuple[str, ...]:
+        if handed_on and self._config.mode == "decode":
+            await self._check_links(handed_on, meeting.host or "" if meeting is not None else "")
+            return handed_on
         if registry is None or meeting is None:
             return ()
         if self._registry is None:

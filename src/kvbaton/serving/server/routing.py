@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from msgspec import Meta, Raw, field
+from msgspec import Meta, Raw, Struct, field
 
 from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.serving.server.fields import Ruled
@@ -46,6 +46,13 @@ class Meeting:
     room: int
     host: str | None
     port: int
+
+
+class HandOver(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is left of the request in ``room`` goes on in the room ``to``, and those behind it where it has several."""
+
+    room: Room
+    to: Room
 
 
 class Routed(Ruled, kw_only=True):

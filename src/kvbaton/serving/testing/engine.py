@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class ScriptedEngine:
         self.refusal: KVBatonError | None = None  # raised by every submit
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.handed_on: dict[int, tuple[str, ...]] = {}
         self._live: dict[str, Callable[[Output], None]] = {}
         self._changed = threading.Condition()
 
@@ -80,6 +81,12 @@ class ScriptedEngine:
     def end_all(self, error: KVBatonError) -> None:
         for request_id in self.live:
             self.emit(request_id, Output(error=error))
+
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        """As an engine does all of whose targets come; ``handed_on`` has the rooms."""
+        self.handed_on[room] = tuple(request_ids)
+        for request_id in request_ids:
+            self.emit(request_id, Output(departing=True))
 
     def stats(self) -> Stats:
         return Stats(
