@@ -23,7 +23,7 @@ from kvbaton.errors import ExpiredError, InternalError
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
 from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, Span
 from kvbaton.transports.interfaces import restrict
-from lab.layers.case import WAYS, Case
+from lab.layers.case import WAYS, Case, Way
 
 PATIENCE_SECONDS = 60.0
 PAGE_SIZE, HEADS, HEAD_BYTES = 16, 8, 256
@@ -57,8 +57,9 @@ class _Rank:
     def address(self) -> str:
         return self._manager.address
 
-    def send(self, room: int, tokens: int, layer_seconds: float, ahead: bool) -> tuple[float, int]:
-        """Compute as soon as decode is there. Exposed seconds, and the writes that were posted."""
+    def send(self, room: int, tokens: int, layer_seconds: float, ahead: bool) -> tuple[float, float, int]:
+        """Compute as soon as decode is there. Exposed seconds, the processor's, and the writes that were posted."""
+        cpu = time.process_time()
         sender, before = self._manager.sender(room), self._manager.counters().get("writes_posted", 0)
         self._await(lambda: sender.poll() >= KVPoll.WaitingForInput)
         spans = (Span("kv", 0, tokens, tuple(range(-(-tokens // PAGE_SIZE)))),)
@@ -72,16 +73,18 @@ class _Rank:
         self._await(lambda: sender.released)
         if sender.error is not None:
             raise sender.error
-        return sender.exposed_seconds, self._manager.counters()["writes_posted"] - before
+        writes = self._manager.counters()["writes_posted"] - before
+        return sender.exposed_seconds, time.process_time() - cpu, writes
 
-    def receive(self, room: int, tokens: int, address: str) -> tuple[float, int]:
-        """When everything was there, and the bytes."""
+    def receive(self, room: int, tokens: int, address: str) -> tuple[float, float, int]:
+        """When everything was there, the processor's seconds, and the bytes."""
+        cpu = time.process_time()
         receiver = self._manager.receiver(room, [address])
         receiver.publish([Span("kv", 0, tokens, tuple(range(-(-tokens // PAGE_SIZE))))], token_count=tokens)
         self._await(lambda: receiver.released)
         if receiver.error is not None:
             raise receiver.error
-        return time.perf_counter(), receiver.bytes
+        return time.perf_counter(), time.process_time() - cpu, receiver.bytes
 
     def check(self, tokens: int) -> bool:
         """Whether the pages are the source's; clears them."""
@@ -140,16 +143,17 @@ class _Pair:
         self._pipes[role].send((command, arguments))
         return self.recv(role)
 
-    def play(self, tokens: int, layer_seconds: float, way: str) -> tuple[float, float, int, int]:
-        """Seconds until all is there, exposed seconds, writes, bytes."""
+    def play(self, case: Case, layer_seconds: float, way: Way) -> None:
+        """One room, noted in ``case``."""
+        tokens = case.tokens
         self._room += 1
         begun = time.perf_counter()
         self._pipes["decode"].send(("receive", (self._room, tokens, self._address)))
-        exposed, writes = self.ask("prefill", "send", self._room, tokens, layer_seconds, way == "ahead")
-        there, size = self.recv("decode")
+        exposed, cpu, writes = self.ask("prefill", "send", self._room, tokens, layer_seconds, way == "ahead")
+        there, cpu_there, case.bytes = self.recv("decode")
         if not self.ask("decode", "check", tokens):
             raise InternalError(f"{tokens} tokens, {way}: wrong bytes")
-        return there - begun, exposed, writes, size
+        case.note(way, there - begun, exposed, cpu + cpu_there, writes)
 
 
 def measure(
@@ -161,14 +165,15 @@ def measure(
         pair = _Pair(layers, max(lengths), network, stack)
         for tokens in lengths:
             progress(f"{tokens} tokens: moving alone")
-            alone = [pair.play(tokens, 0.0, "without") for _ in range(rounds + 1)][1:]
-            moving = statistics.median(exposed for _, exposed, _, _ in alone)
+            alone = Case(tokens=tokens)
+            for _ in range(rounds + 1):
+                pair.play(alone, 0.0, "without")
+            moving = statistics.median(alone.exposed["without"][1:])
             for share in shares:
-                case = Case(tokens=tokens, bytes=alone[0][3], moving=moving, computing=moving / share)
+                case = Case(tokens=tokens, moving=moving, computing=moving / share)
                 for number in range(rounds):
                     progress(f"{tokens} tokens, moving {share:g} of computing, round {number}/{rounds}")
                     for way in WAYS if number % 2 else WAYS[::-1]:
-                        first, exposed, writes, _ = pair.play(tokens, case.computing / layers, way)
-                        case.note(way, first, exposed, writes)
+                        pair.play(case, case.computing / layers, way)
                 found.append(case)
     return found

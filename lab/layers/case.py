@@ -17,7 +17,8 @@ def _by_way() -> dict[str, list[float]]:
 
 class Case(Struct, kw_only=True):
     """Seconds. ``first``: until the target has everything, and with it the first token; ``exposed``: of that, after the
-    last chunk was submitted. ``writes``: posted for it. ``moving``: of the whole chunk; ``computing``: all layers."""
+    last chunk was submitted; ``cpu``: of the processors, on both sides. ``writes``: posted for it. ``moving``: of the
+    whole chunk; ``computing``: all layers."""
 
     tokens: int
     bytes: int = 0
@@ -25,11 +26,13 @@ class Case(Struct, kw_only=True):
     computing: float = 0.0
     first: dict[str, list[float]] = field(default_factory=_by_way)
     exposed: dict[str, list[float]] = field(default_factory=_by_way)
+    cpu: dict[str, list[float]] = field(default_factory=_by_way)
     writes: dict[str, int] = field(default_factory=dict)
 
-    def note(self, way: Way, first: float, exposed: float, writes: int) -> None:
+    def note(self, way: Way, first: float, exposed: float, cpu: float, writes: int) -> None:
         self.first[way].append(first)
         self.exposed[way].append(exposed)
+        self.cpu[way].append(cpu)
         self.writes[way] = writes
 
     @property
@@ -38,5 +41,5 @@ class Case(Struct, kw_only=True):
         return statistics.median(self.first["ahead"]) / statistics.median(self.first["without"])
 
     def milliseconds(self) -> list[float]:
-        """Medians: first without and ahead, exposed without and ahead."""
-        return [statistics.median(times[way]) * 1e3 for times in (self.first, self.exposed) for way in WAYS]
+        """Medians: first without and ahead, exposed without and ahead, and so of the processors' time."""
+        return [statistics.median(times[way]) * 1e3 for times in (self.first, self.exposed, self.cpu) for way in WAYS]

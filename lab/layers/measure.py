@@ -107,10 +107,12 @@ def measure(
                 for way in order:
                     progress(f"{tokens} tokens, round {number}/{rounds}: {way}")
                     room += 1
-                    first, answer, writes = _ask(prefills[way], decode, room, prompt)
+                    first, sent, answer = _ask(prefills[way], decode, room, prompt)
                     told.add(answer.token)
                     if number:
-                        case.note(way, first, answer.exposed_seconds, writes)
+                        case.note(
+                            way, first, answer.exposed_seconds, sent.cpu_seconds + answer.cpu_seconds, sent.writes
+                        )
                 if len(told) > 1:
                     raise InternalError(f"{tokens} tokens, round {number}: the two ways gave tokens {sorted(told)}")
             case.bytes, case.moving = answer.bytes, statistics.median(case.exposed["without"])
@@ -119,11 +121,11 @@ def measure(
         return found
 
 
-def _ask(prefill: _Engine, decode: _Engine, room: int, prompt: tuple[int, ...]) -> tuple[float, Answer, int]:
-    """One prompt: seconds to the first token at decode, decode's answer, writes that prefill posted."""
+def _ask(prefill: _Engine, decode: _Engine, room: int, prompt: tuple[int, ...]) -> tuple[float, Answer, Answer]:
+    """One prompt: seconds to the first token at decode, and both sides' answers."""
     begun = time.perf_counter()
     decode.tell("answer", room, prompt, (prefill.address,))
     prefill.tell("answer", room, prompt, ())
     sent: Answer = prefill.recv()
     answer: Answer = decode.recv()
-    return answer.first_at - begun, answer, sent.writes
+    return answer.first_at - begun, sent, answer

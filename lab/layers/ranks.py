@@ -47,6 +47,7 @@ class Answer:
     token: int
     exposed_seconds: float
     bytes: int
+    cpu_seconds: float
     writes: int
 
 
@@ -79,7 +80,7 @@ class EngineProcess:
             if output.final:
                 over.set()
 
-        before = self._manager.counters().get("writes_posted", 0)
+        before, cpu = self._manager.counters().get("writes_posted", 0), time.process_time()
         sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
         request = Request(request_id=f"r{room}", prompt_tokens=prompt, sampling=sampling, room=room, sources=sources)
         self._scheduler.submit(request, take)
@@ -94,6 +95,7 @@ class EngineProcess:
             token=next(token for output in outputs for token in output.tokens),
             exposed_seconds=handoff.exposed_seconds if handoff is not None else 0.0,
             bytes=handoff.bytes if handoff is not None else 0,
+            cpu_seconds=time.process_time() - cpu,
             writes=self._manager.counters().get("writes_posted", 0) - before,
         )
 

@@ -13,6 +13,7 @@ it is of others.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from kvbaton.errors import LayoutError
@@ -33,7 +34,7 @@ class LayerRules:
 
     def count(self, start: int, stop: int) -> int:
         """Layers of this rank in ``[start, stop)``."""
-        return sum(1 for layer in self.numbers if start <= layer < stop)
+        return max(0, bisect_left(self.numbers, stop) - bisect_left(self.numbers, start))
 
     def check(self, layers: Layers) -> None:
         """Raise LayoutError where ``layers`` are none of this rank's."""
@@ -48,7 +49,7 @@ class LayerRules:
         start, stop = chunk.layers or (0, 0)
         tokens = max((span.token_stop - span.token_start for span in chunk.spans), default=0)
         moving = tokens * token_seconds * self.count(start, stop) / len(self.numbers)
-        left = sum(1 for layer in self.numbers if layer >= stop) or 1  # after the last one comes the first token
+        left = len(self.numbers) - bisect_left(self.numbers, stop) or 1  # after the last one comes the first token
         return self._costs.worth_a_post(moving, left * layer_seconds)
 
 
