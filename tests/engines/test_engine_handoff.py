@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 from engine_kit import PATIENCE_SECONDS, Caller, call, generate, make_pools, make_prompt
@@ -17,6 +17,7 @@ from kvbaton.manager import KVManager, new_instance
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.engine.decode import decode_scheduler
 from kvbaton.serving.engine.model import LoadedModel
+from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.prefill import prefill_scheduler
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
@@ -90,6 +91,68 @@ def pair(
         decode_scheduler(model, pools[1], receives, decode_config) as decode,
     ):
         yield Pair(sends, receives, prefill, decode, model, pools[1].pages_free)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_decode_engine_is_the_source_of_what_it_hands_on(any_model: LoadedModel, prefix_cache: bool) -> None:
+    """Windows, states and all: from decode to decode and on to a third, each in the role of both; and back again at the
+    same time, another answer."""
+    network = Network()
+    config = SchedulerConfig(chunked_prefill_size=32, prefix_cache=prefix_cache)
+    with ExitStack() as stack:
+
+        def rank(group: str, **sizes: object) -> tuple[KVManager, Pools]:
+            pools, instance = make_pools(any_model, **sizes), new_instance()
+            transport, links = MemoryTransport(instance), network.listen()
+            manager = KVManager(pools.layout, transport, links, instance=instance, group=group)
+            return stack.enter_context(manager), pools
+
+        source, pools = rank("prefill")
+        prefill = stack.enter_context(prefill_scheduler(any_model, pools, source, CONFIG))
+        ranks = [rank("one"), rank("two", page_size=8), rank("three")]
+        engines = [stack.enter_context(decode_scheduler(any_model, pools, sends, config)) for sends, pools in ranks]
+        addresses = [manager.address for manager, _ in ranks]
+        requests = [
+            Request(
+                request_id=f"r{room}",
+                prompt_tokens=make_prompt(37, room),
+                sampling=Sampling(temperature=0.0, ignore_eos=True, max_tokens=90),
+                room=room,
+                sources=(source.address,),
+            )
+            for room in (1, 2)
+        ]
+        tokens: list[tuple[int, ...]] = [(), ()]
+        at = [0, 1]
+        for request in requests:
+            call(prefill, request)
+        for hop in range(3):
+            callers = [call(engines[at[number]], request) for number, request in enumerate(requests)]
+            for number, caller in enumerate(callers):
+                assert caller.first.wait(PATIENCE_SECONDS)
+                engines[at[number]].hand_on([requests[number].request_id], 100 * (hop + 1) + number)
+            for number, caller in enumerate(callers):
+                assert caller.departing.wait(PATIENCE_SECONDS), caller.outputs[-1]
+                tokens[number] += caller.tokens
+                asked = requests[number].asked_tokens
+                requests[number] = replace(
+                    requests[number],
+                    request_id=f"r{number}-{hop}",
+                    prompt_tokens=(*asked, *tokens[number]),
+                    answered=len(tokens[number]),
+                    room=100 * (hop + 1) + number,
+                    sources=(addresses[at[number]],),
+                )
+            at = [(place + 1 + number) % 3 for number, place in enumerate(at)]
+            if hop == 2:
+                last = [call(engines[at[number]], request) for number, request in enumerate(requests)]
+        for number, caller in enumerate(last):
+            tokens[number] += caller.wait().tokens
+            assert tokens[number] == generate(any_model, requests[number].asked_tokens, 90)
+        for engine in engines:
+            assert engine.wait_quiet(PATIENCE_SECONDS), engine
+            assert engine.stats().queues["departing"] == engine.stats().pages_used == 0
+        assert not any(manager.leased_rooms for manager, _ in ranks)
 
 
 @pytest.mark.parametrize("target_page_size", [16, 64, 8])
