@@ -910,6 +910,73 @@ def test_headers_that_never_pass(name):
         PassedHeaders([name])
 
 
+def test_workers_come_and_go_at_run_time_and_what_was_asked_goes_on():
+    async def test() -> None:
+        go = asyncio.Event()
+
+        async def slow(request: web.Request, body: dict) -> web.StreamResponse:
+            await go.wait()
+            return await answer(request, body)
+
+        old, new = Backend(slow), Backend(answer)
+        async with routed([Backend(answer)], [old]) as setup, serving(new.app) as url:
+            asking = asyncio.create_task(setup.post())
+            await old.arrived.wait()
+            for _ in range(2):
+                async with setup.session.post(
+                    f"{setup.url}/workers", json={"url": url, "worker_type": "decode"}
+                ) as response:
+                    told = await response.json()
+            assert (response.status, told["error"]["param"]) == (400, "url")  # the second time
+            await setup.router.workers.probe_all()
+            listed = await setup.get("/workers")
+            assert (listed["total"], listed["stats"]) == (3, {"prefill_count": 1, "decode_count": 2})
+            one, two = listed["workers"][1:]
+            assert (one["url"], one["load"], one["is_healthy"]) == (setup.urls[old], 1, True)
+            assert (two["url"], two["load"], two["is_healthy"]) == (url, 0, True)
+            async with setup.session.delete(f"{setup.url}/workers/{one['id']}") as response:
+                assert (response.status, (await response.json())["worker_id"]) == (202, one["id"])
+            async with setup.session.delete(f"{setup.url}/workers/{one['id']}") as response:
+                assert response.status == 404
+            for _ in range(3):
+                assert await setup.post() == ANSWER
+            assert (len(old.bodies), len(new.bodies)) == (1, 3)
+            go.set()
+            assert await asking == ANSWER
+            assert setup.router.workers._leaving
+            await setup.router.workers.probe_all()
+            assert not setup.router.workers._leaving
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"url": "ftp://x", "worker_type": "decode"}, {"url": "http://x", "worker_type": "regular"}]
+)
+def test_what_cannot_be_added(body):
+    async def test() -> None:
+        async with routed([Backend(answer)], [Backend(answer)]) as setup:
+            async with setup.session.post(f"{setup.url}/workers", json=body) as response:
+                assert response.status == 400
+            assert len(setup.router.workers.all) == 2
+
+    run(test())
+
+
+def test_workers_are_for_operators():
+    async def test() -> None:
+        secret = "a secret of enough characters"
+        async with routed([Backend(answer)], [Backend(answer)], secret=secret) as setup:
+            for method, path in (("GET", "/workers"), ("POST", "/workers"), ("DELETE", "/workers/x")):
+                async with setup.session.request(method, setup.url + path, json={}) as response:
+                    assert response.status == 401
+            headers = {"Authorization": f"Bearer {secret}"}
+            async with setup.session.get(f"{setup.url}/workers", headers=headers) as response:
+                assert response.status == 200
+
+    run(test())
+
+
 def test_rooms_are_positive_63_bit_numbers():
     rooms = {mint_room() for _ in range(1000)}
     assert len(rooms) == 1000

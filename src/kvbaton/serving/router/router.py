@@ -52,6 +52,7 @@ from kvbaton.serving.router.policies.base import Policy
 from kvbaton.serving.router.policies.cache_aware import CacheAwareSettings
 from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.router.worker import ROLES, Role, Worker
+from kvbaton.serving.router.worker_routes import WorkerRoutes
 from kvbaton.serving.router.workers import HealthChecks, Workers, cause_of, check_roles
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
@@ -62,7 +63,7 @@ from kvbaton.serving.server.failure import errors
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
 from kvbaton.serving.server.openai import AbortRequest
-from kvbaton.serving.server.operators import is_operator, key_of_client
+from kvbaton.serving.server.operators import is_operator, key_of_client, require_operator
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_ids import tell_request_id
 from kvbaton.serving.server.request_parsing import MAX_NAME_CHARACTERS
@@ -217,12 +218,16 @@ class Router:
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get(story.PATH, self._story)
         app.router.add_get(openapi.PATH, self._openapi)
+        WorkerRoutes(self.workers, self._bodies, self._require_operator).add_to(app)
         app.on_response_prepare.append(tell_request_id)
         app.cleanup_ctx.append(self._running)
         return app
 
     def _is_operator(self, http: web.Request) -> bool:
         return is_operator(http, self._config.secret, self._config.names)
+
+    def _require_operator(self, http: web.Request) -> None:
+        require_operator(http, self._config.secret, self._config.names, what="the list of workers")
 
     def _credentials(self, worker: Worker) -> Mapping[str, str]:
         """What shows a worker, and nobody else, that this is its router."""

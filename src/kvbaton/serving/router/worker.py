@@ -24,6 +24,7 @@ This file must not know HTTP, rooms or how workers are chosen.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from enum import Enum
@@ -76,6 +77,11 @@ class Worker:
     @property
     def usable(self) -> bool:
         return self.state is State.READY
+
+    @property
+    def id(self) -> str:
+        """The same for the same role and address, also after a restart of the router."""
+        return hashlib.blake2b(f"{self.role} {self.url}".encode(), digest_size=8).hexdigest()
 
     @property
     def legs(self) -> int:

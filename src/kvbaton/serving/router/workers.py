@@ -9,6 +9,7 @@ Rules:
 - Probes ask a worker's ``/ready``, so that one that is starting or draining gets no request, though it lives. An answer
   of any kind is a sign of life. It also says what the worker is, and whether it lets this router in: the probe carries
   the router's token, and a worker that is of the other role, or would refuse us, is not used.
+- A worker that is taken out is probed for as long as something that it was asked goes on, and gets nothing new.
 - What a process was asked is lost with it, also where another one is at its address by the time of the next probe.
 
 This file must not know of rooms or requests.
@@ -34,6 +35,8 @@ from kvbaton.serving.router.probe import MAX_PROBE_BYTES, decoded
 from kvbaton.serving.router.worker import ROLES, Role, State, Worker
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
+#: Every pair of them is checked.
+MAX_WORKERS = 512
 _log = logging.getLogger(__name__)
 
 
@@ -96,11 +99,13 @@ class Workers:
         as_router: Credentials = no_credentials,
         as_operator: Credentials = no_credentials,
     ) -> None:
-        self._workers = tuple(workers)
+        self._workers = list(workers)
+        self._leaving: list[Worker] = []
         self._session = session
         self._checks = checks if checks is not None else HealthChecks()
         self._credentials = as_router
         self._pairs = Pairs(session, as_router, as_operator)
+        self._breakers = breakers
         for worker in workers:
             worker.breaker = Breaker(breakers)
         self._unanswered: dict[Worker, int] = {}
@@ -111,7 +116,24 @@ class Workers:
 
     @property
     def all(self) -> tuple[Worker, ...]:
-        return self._workers
+        return tuple(self._workers)
+
+    def add(self, worker: Worker) -> None:
+        """One more, which is probed at once. Raises ConfigError for one that is there, and above a bound."""
+        if any((one.role, one.url) == (worker.role, worker.url) for one in self._workers):
+            raise ConfigError(f"url: {worker} is there already")
+        if len(self._workers) >= MAX_WORKERS:
+            raise ConfigError(f"url: a router has at most {MAX_WORKERS} workers")
+        worker.breaker = Breaker(self._breakers)
+        self._workers.append(worker)
+        self._probe_soon()
+
+    def remove(self, worker: Worker) -> None:
+        """No request goes there any more; those that did go on."""
+        self._workers.remove(worker)
+        self._leaving.append(worker)
+        self._pairs.forget(worker)
+        self._policies[worker.role].forget(worker)
 
     def usable(self, role: Role) -> list[Worker]:
         return [worker for worker in self._workers if worker.role == role and worker.usable]
@@ -201,6 +223,9 @@ class Workers:
         """A request lost its connection to it, or was never let in: no more requests until a probe succeeds."""
         if worker.usable:
             worker.become(State.SUSPECT, trouble or "it failed")
+        self._probe_soon()
+
+    def _probe_soon(self) -> None:
         if not self._extra:
             probe = asyncio.create_task(self._probe_once())
             self._extra.add(probe)
@@ -208,7 +233,8 @@ class Workers:
 
     async def probe_all(self) -> None:
         """Probe every worker once, and check the pairs that have become possible."""
-        await asyncio.gather(*(self._probe(worker) for worker in self._workers))
+        self._leaving = [worker for worker in self._leaving if worker.legs]
+        await asyncio.gather(*(self._probe(worker) for worker in (*self._workers, *self._leaving)))
         await self._pairs.check(self.usable("prefill"), self.usable("decode"))
 
     async def _probe_once(self) -> None:

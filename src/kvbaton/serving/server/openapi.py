@@ -11,10 +11,10 @@ This file must not know engines or workers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kvbaton import __version__
 from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, Handoff
@@ -40,6 +40,7 @@ from kvbaton.serving.server.tokenizing import DetokenizeRequest, Text, TokenizeR
 
 PATH = "/openapi.json"
 LAYOUT_PATH = "/layout"
+WORKERS_PATH = "/workers"
 Kind = Literal["null", "prefill", "decode", "router"]
 _Json = dict[str, Any]
 _REF = "#/components/schemas/"
@@ -127,6 +128,14 @@ class Drained(Struct, kw_only=True):
     requests: int
 
 
+class AddWorker(Struct, kw_only=True):
+    """A server that a router is to send requests to; ``bootstrap_port`` is that of prefill's registry."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=2048)]
+    worker_type: Literal["prefill", "decode"]
+    bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+
+
 def document(kind: Kind, *, strict: bool = False) -> _Json:
     """The document of one kind of server; ``strict``: it refuses fields that nobody knows."""
     types = (
@@ -135,6 +144,7 @@ def document(kind: Kind, *, strict: bool = False) -> _Json:
         AbortRequest,
         HandOver,
         Drained,
+        AddWorker,
         GenerateRequest,
         SamplingParams,
         TokenizeRequest,
@@ -247,6 +257,16 @@ def _paths(kind: Kind) -> _Json:
             "whether decode finds the prefill group of ?bootstrap_host=H&bootstrap_port=P; for its router",
             {"200": _json({"type": "object"}), **{code: _json(_ref("ErrorBody")) for code in ("400", "401", "503")}},
         )
+    else:
+        refusals = _refusals("400", "401", "404", "408", "413", "415")
+        accepted = {"202": _json({"type": "object"}), **refusals}
+        paths[WORKERS_PATH] = {
+            **_get(
+                "the workers and what is known of them; for operators", {"200": _json({"type": "object"}), **refusals}
+            ),
+            **_post("one more worker", accepted, body=_body("AddWorker")),
+        }
+        paths[WORKERS_PATH + "/{id}"] = {"delete": {"summary": "one worker less", "responses": accepted}}
     return paths
 
 
