@@ -144,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
+    from kvbaton.discovery.connections import raise_file_limit
     from kvbaton.discovery.guard import read_across
     from kvbaton.discovery.names import ServerNames
     from kvbaton.serving.router.router import Router, RouterConfig
@@ -163,6 +164,7 @@ async def _route(options: argparse.Namespace) -> None:
         options.host, allowed=options.allowed_host or (), origins=options.allowed_origin or ()
     )
     config = config_of(RouterConfig, options)
+    raise_file_limit()  # before the router asks how many requests it can afford
     with reserve(options.host, options.port) as bound:
         router = Router(config)
         router.app.on_response_prepare.append(read_across(config.names))

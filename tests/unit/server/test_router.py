@@ -1,9 +1,12 @@
 """The router between real servers on loopback: both call, their failures, and workers that come and go."""
 
 import asyncio
+import contextlib
 import json
+import os
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from io import BytesIO
 
 import aiohttp
@@ -15,11 +18,13 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
-from kvbaton.serving.router.calls import mint_room, strip
+from kvbaton.serving.router.calls import CallFailed, Pair, mint_room, strip
+from kvbaton.serving.router.own_limits import affordable_requests
 from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.router import MAX_BODY_BYTES, Router, RouterConfig
 from kvbaton.serving.router.worker import State, Worker
 from kvbaton.serving.router.workers import HealthChecks, Workers, parse_worker
+from kvbaton.serving.server import lifecycle
 from kvbaton.serving.server.api import ApiServer
 from kvbaton.serving.server.lifecycle import listen, port_of, reserve
 from kvbaton.serving.server.request_parsing import ApiConfig
@@ -975,6 +980,61 @@ def test_workers_are_for_operators():
                 assert response.status == 200
 
     run(test())
+
+
+@contextmanager
+def no_file_left():
+    """This process may open no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for one in taken:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_router_without_files_blames_no_worker():
+    async def test() -> None:
+        async with routed([Backend(answer)], [Backend(answer)]) as setup:
+            router = setup.router
+            await router._session.close()
+            async with aiohttp.ClientSession() as router._session, aiohttp.ClientSession() as router.workers._session:
+                pair = Pair(*router.workers.all, 7)
+                with no_file_left():
+                    for _ in range(3):
+                        await router.workers.probe_all()
+                    async with router._call("/v1/completions", {}, pair, {}) as call:
+                        with pytest.raises(CallFailed) as caught:
+                            await call.answer()
+            assert (caught.value.status, caught.value.detail.code) == (429, "overloaded")
+            assert not caught.value.is_suspicious
+            assert all(worker.usable for worker in router.workers.all)
+
+    run(test())
+
+
+def test_the_gate_is_sized_by_the_limit_of_files(caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+
+    async def test() -> None:
+        async with routed([Backend(answer)], [Backend(answer)], max_concurrent_requests=1000) as setup:
+            assert f"of {affordable_requests()} inside" in repr(setup.router.admission)
+            assert affordable_requests() * 4 < 512
+            assert "the limit of open files allows no more" in caplog.text
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lifecycle, "raise_file_limit", lambda: None)
+            run(test())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_rooms_are_positive_63_bit_numbers():

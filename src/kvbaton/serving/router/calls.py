@@ -30,12 +30,14 @@ import msgspec
 from kvbaton.errors import (
     DisconnectedError,
     ExpiredError,
+    OverloadedError,
     PeerLostError,
     RegistryError,
     RemoteProtocolError,
     TransferFailedError,
 )
 from kvbaton.serving.router.credentials import Credentials, no_credentials
+from kvbaton.serving.router.own_limits import is_our_own
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
@@ -271,6 +273,10 @@ def broken_off(worker: Worker, cause: str, room: int) -> CallFailed:
 
 
 def _unreachable(worker: Worker, error: Exception, room: int) -> CallFailed:
+    if is_our_own(error):
+        trouble = f"the router can open no connection ({cause_of(error)}); try again later, or raise its limits"
+        detail = ErrorDetail(message=trouble, type="rate_limit_error", code=OverloadedError.code)
+        return CallFailed(worker, 429, detail, again=False)
     cause = f"the server cannot be reached or went away ({cause_of(error)})"
     return _gone(worker, f"{cause}; send the request again [room {room}]")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -46,6 +47,7 @@ from kvbaton.serving.router.client_fields import client_fields
 from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.forwarding import MAX_ANSWER_BYTES, Forwarder
 from kvbaton.serving.router.limit import TimeLimit
+from kvbaton.serving.router.own_limits import affordable_requests
 from kvbaton.serving.router.passing import PassedHeaders
 from kvbaton.serving.router.policies import policy_of
 from kvbaton.serving.router.policies.base import Policy
@@ -77,6 +79,7 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 #: Limit of one question to one worker for the merged routes.
 ASK_TIMEOUT_SECONDS = 3.0
 
+_log = logging.getLogger(__name__)
 
 #: What the workers are: our servers, vLLM's with our connector, or SGLang's with our transfer backend.
 Engine = Literal["kvbaton", "vllm", "sglang"]
@@ -171,7 +174,14 @@ class Router:
             as_router=self._credentials,
             as_operator=self._operators,
         )
-        self.admission = AdmissionLimit(config.max_concurrent_requests)
+        most = min(config.max_concurrent_requests, affordable_requests())
+        if most < config.max_concurrent_requests:
+            _log.warning(
+                "%d requests at a time: the limit of open files allows no more (--max-concurrent-requests %d)",
+                most,
+                config.max_concurrent_requests,
+            )
+        self.admission = AdmissionLimit(most)
         self._aliases = Aliases()
         self._known = KnownSources()
         self._bodies = Bodies(most_bytes=MAX_ROUTED_BODY_BYTES)

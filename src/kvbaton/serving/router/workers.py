@@ -28,6 +28,7 @@ import aiohttp
 from kvbaton.errors import ConfigError, PeerLostError
 from kvbaton.serving.router.breaker import Breaker, BreakerSettings
 from kvbaton.serving.router.credentials import Credentials, no_credentials
+from kvbaton.serving.router.own_limits import is_our_own
 from kvbaton.serving.router.pairs import Pairs
 from kvbaton.serving.router.policies.base import Policy
 from kvbaton.serving.router.policies.round_robin import RoundRobin
@@ -263,6 +264,8 @@ class Workers:
             self._no_answer(worker, signs, f"{path} does not answer")
             return
         except (aiohttp.ClientError, OSError) as error:
+            if is_our_own(error):
+                return  # the worker has not been asked
             trouble = f"cannot be reached ({cause_of(error)})"
             if is_refusal(error):
                 worker.become(State.GONE, trouble)
