@@ -100,7 +100,35 @@ def generate(seed: int) -> Scenario:
     )
     by_layers = random.Random(f"layered {seed}")
     scenario = _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
-    return _some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
+    scenario = _some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
+    return _some_are_handed_on(random.Random(f"onward of {seed}"), scenario)
+
+
+def _some_are_handed_on(rng: random.Random, scenario: Scenario) -> Scenario:
+    """A decode server stops: what it was sent goes on to another one, in a room of its own, as soon as it is there or a
+    little later; some of it comes to nothing."""
+    made = list(scenario.requests)
+    for before in scenario.requests:
+        others = [number for number in range(len(scenario.targets)) if number != before.target]
+        plain = not (before.back or before.rival or before.declines)
+        if not (others and plain and scenario.targets[before.target].pp == 1 and rng.random() < 0.3):
+            continue
+        spoilt = bool(scenario.faults) and rng.random() < 0.2
+        made.append(
+            SimRequest(
+                number=50 + before.number,
+                room=500 + before.number,
+                source=before.source,
+                target=before.target,
+                onward=rng.choice(others),
+                after=before.number,
+                chunks=(before.tokens,),
+                target_at=rng.choice((0.0, 0.001, 0.1)),
+                publish_after=rng.choice((0.0, 0.0, 0.01)),
+                target_abort=_soon(rng) if spoilt else None,
+            )
+        )
+    return replace(scenario, requests=tuple(made))
 
 
 def _some_lengths_are_unknown(rng: random.Random, scenario: Scenario) -> Scenario:

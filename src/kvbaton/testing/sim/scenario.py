@@ -97,6 +97,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         source_abort, target_abort: when that engine gives it up; None: never.
         lone_abort: only the first rank of the side gives up.
         back: the other way round: from the group ``target`` to the group ``source``.
+        onward: the group ``target`` hands it on to this group of the targets; None: the group ``source`` sends it.
         gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
         declines: the target engine wants nothing of it, from when it gets it on.
@@ -126,6 +127,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     lone_abort: bool = False
     rival: bool = False
     back: bool = False
+    onward: int | None = None
     gap: int = 0
     declines: bool = False
     spare: int | None = None

@@ -55,7 +55,7 @@ def _cuts(scenario: Scenario) -> Iterator[Scenario]:
         yield replace(scenario, tuning=tuning)
     for i, request in enumerate(scenario.requests):
         plain = SimRequest(number=request.number, room=request.room, chunks=(request.tokens,))
-        for simpler in _simpler(request, plain, keep=("source", "target", "rival", "after")):
+        for simpler in _simpler(request, plain, keep=("source", "target", "rival", "after", "onward")):
             yield replace(scenario, requests=(*scenario.requests[:i], simpler, *scenario.requests[i + 1 :]))
     for i, fault in enumerate(scenario.faults):
         if getattr(fault, "count", 1) > 1:
@@ -78,6 +78,8 @@ def _fewer_groups(scenario: Scenario) -> Iterator[Scenario]:
         for i in range(len(groups)):
             if len(groups) == 1 or any(getattr(request, field) == i for request in scenario.requests):
                 continue
+            if side == "targets" and any(request.onward is not None for request in scenario.requests):
+                continue  # it counts in the same list
             requests = tuple(
                 replace(r, **{field: getattr(r, field) - 1}) if getattr(r, field) > i else r for r in scenario.requests
             )

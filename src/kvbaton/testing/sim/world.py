@@ -133,7 +133,10 @@ class SimWorld:
 
     def groups_of(self, request: SimRequest) -> tuple[SimGroup, SimGroup]:
         """The source and the target of a request."""
-        pair = self.scenario.sources[request.source], self.scenario.targets[request.target]
+        targets = self.scenario.targets
+        if request.onward is not None:
+            return targets[request.target], targets[request.onward]
+        pair = self.scenario.sources[request.source], targets[request.target]
         return (pair[1], pair[0]) if request.back else pair
 
     @property
