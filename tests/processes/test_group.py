@@ -30,6 +30,12 @@ def test_a_group_answers_and_ends_with_an_error_when_a_rank_is_killed() -> None:
         with urllib.request.urlopen(post(url, **question, n=3)) as response:  # a partial page is copied on every rank
             choices = msgspec.json.decode(response.read())["choices"]
             assert [choice["text"] for choice in choices] == ["3MB0"] * 3
+        with urllib.request.urlopen(post(url, **question, echo=True, logprobs=1)) as response:
+            told = msgspec.json.decode(response.read())["choices"][0]["logprobs"]
+            assert "".join(told["tokens"]) == "a7=3MB0;?a7=3MB0"
+            assert told["token_logprobs"][0] is None
+            assert all(logprob <= 0 for logprob in told["token_logprobs"][1:])
+            assert sum(told["token_logprobs"][-4:]) > -1
         (follower,) = psutil.Process(process.pid).children()
         os.kill(follower.pid, signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) == 1
