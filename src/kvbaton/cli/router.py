@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="URL of a prefill server and the port of its registry (8998 if left out), repeatable",
     )
     parser.add_argument("--decode", nargs=1, action="append", metavar="URL", help="URL of a decode server, repeatable")
+    parser.add_argument(
+        "--workers-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file that names further servers, `prefill URL [PORT]` or `decode URL` a line; read again when it changes",
+    )
     parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how a server of each role is chosen")
     parser.add_argument("--prefill-policy", choices=POLICIES, default=None, help="for prefill servers, if another one")
     parser.add_argument("--decode-policy", choices=POLICIES, default=None, help="for decode servers, if another one")
@@ -148,6 +155,7 @@ async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.guard import read_across
     from kvbaton.discovery.names import ServerNames
     from kvbaton.serving.router.router import Router, RouterConfig
+    from kvbaton.serving.router.worker_file import parse, read
     from kvbaton.serving.router.workers import parse_worker
     from kvbaton.serving.server.api_keys import ApiKeys
     from kvbaton.serving.server.lifecycle import keep_what_is_loaded, reserve
@@ -155,6 +163,8 @@ async def _route(options: argparse.Namespace) -> None:
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
+    if options.workers_file is not None:
+        parse(read(options.workers_file), options.workers_file)  # a mistake at the start is one of the start
     prefill = [parse_worker("prefill", values) for values in options.prefill or ()]
     decode = [parse_worker("decode", values) for values in options.decode or ()]
     options.workers = (*prefill, *decode)

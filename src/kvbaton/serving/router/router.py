@@ -12,11 +12,11 @@ This file must not know of tokens, models or pages.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Literal
 
 import aiohttp
@@ -54,6 +54,7 @@ from kvbaton.serving.router.policies.base import Policy
 from kvbaton.serving.router.policies.cache_aware import CacheAwareSettings
 from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.router.worker import ROLES, Role, Worker
+from kvbaton.serving.router.worker_file import WorkerFile
 from kvbaton.serving.router.worker_routes import WorkerRoutes
 from kvbaton.serving.router.workers import HealthChecks, Workers, cause_of, check_roles
 from kvbaton.serving.server import openapi, story
@@ -108,6 +109,7 @@ class RouterConfig:
     cb_timeout_duration_secs: float = 10.0
     cb_window_duration_secs: float = 120.0
     disable_circuit_breaker: bool = False
+    workers_file: Path | None = None
     forward_header: tuple[str, ...] = ()
     max_concurrent_requests: int = 1024
     strict_fields: bool = False
@@ -116,7 +118,7 @@ class RouterConfig:
     keys: ApiKeys = field(default_factory=ApiKeys)
 
     def __post_init__(self) -> None:
-        check_roles(self.workers)
+        check_roles(self.workers, may_be_none=self.workers_file is not None)
 
     def policies(self) -> dict[Role, Policy]:
         """One for each role, new. Raises ConfigError."""
@@ -249,13 +251,15 @@ class Router:
         return bearer(self._config.secret, "story", worker.audience)
 
     async def _running(self, _app: web.Application) -> AsyncIterator[None]:
-        probes = asyncio.create_task(self.workers.probe_forever())
+        tasks = [asyncio.create_task(self.workers.probe_forever())]
+        if self._config.workers_file is not None:
+            tasks.append(asyncio.create_task(WorkerFile(self._config.workers_file, self.workers).watch_forever()))
         try:
             yield
         finally:
-            probes.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await probes
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.close()
 
     async def close(self) -> None:

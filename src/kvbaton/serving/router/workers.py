@@ -76,12 +76,13 @@ def parse_worker(role: Role, values: Sequence[str]) -> Worker:
     return Worker(role, url, int(port))
 
 
-def check_roles(workers: Sequence[Worker]) -> None:
-    """Raises ConfigError unless there is a worker of each role, and no URL twice within one."""
+def check_roles(workers: Sequence[Worker], *, may_be_none: bool = False) -> None:
+    """Raises ConfigError unless there is a worker of each role, and no URL twice within one. ``may_be_none``: others
+    come at run time."""
     for role in ROLES:
         urls = [worker.url for worker in workers if worker.role == role]
-        if not urls:
-            raise ConfigError(f"a router needs at least one --{role} URL")
+        if not urls and not may_be_none:
+            raise ConfigError(f"a router needs at least one --{role} URL, or a --workers-file")
         if len(set(urls)) != len(urls):
             raise ConfigError(f"--{role} names {max(urls, key=urls.count)} twice")
 
