@@ -26,6 +26,7 @@ from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.prompt import PromptRun, chunk_stop
 from kvbaton.serving.engine.request import Request, Sampling
 from kvbaton.serving.engine.runner import ModelRunner, Step
+from kvbaton.serving.models import builtin
 
 
 def test_a_model_says_what_it_is(any_model: LoadedModel) -> None:
@@ -69,6 +70,20 @@ def test_a_config_that_changes_numbers_is_refused_by_the_fields_name(
 ) -> None:
     edit_config(copy, rms_norm_eps=0.5)
     assert fields_that_differ(model_directories["qwen3"], copy) == ["rms_norm_eps"]
+
+
+@pytest.mark.parametrize(("file", "field"), [("chat_template.jinja", "chat_template"), ("tokenizer.json", "tokenizer")])
+def test_another_way_from_text_to_tokens_is_refused_by_name(file: str, field: str, tmp_path: Path) -> None:
+    """A template that differed ended as a room of another prompt, without a word of the template."""
+    ours = builtin("recall")
+    other = Path(shutil.copytree(ours, tmp_path / "other"))
+    text = (other / file).read_text()
+    if field == "tokenizer":
+        rules = json.loads(text)
+        rules["added_tokens"][-1]["content"] += "x"
+        text = json.dumps(rules)
+    (other / file).write_text(text if field == "tokenizer" else text + "{{ 'x' }}")
+    assert fields_that_differ(ours, other) == [field]
 
 
 def test_negated_projections_are_another_model(
