@@ -28,7 +28,7 @@ POOLS = {
 
 def test_each_family_has_its_pools(each_family: LoadedModel) -> None:
     names = {pool.name for pool in make_pools(each_family).layout.pools}
-    assert names == POOLS[each_family.path.name] | {"aux"}
+    assert names == POOLS[each_family.path.name] | {"aux", "prompt_logprobs"}
 
 
 def test_one_process_equals_generate(each_family: LoadedModel) -> None:

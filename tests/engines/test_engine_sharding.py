@@ -98,7 +98,7 @@ def test_orders_and_errors_go_there_and_back() -> None:
     here, there = multiprocessing.Pipe()
     follower: Pipe[Order] = Pipe(here, "the leader", Order)
     leader: Pipe[Report] = Pipe(there, "rank 1", Report, kill=lambda: None)
-    order = SubmitChunk(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, ((2, b"row"),))
+    order = SubmitChunk(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, (("aux", 2, b"row"),))
     leader.send(order)
     assert follower.recv() == order
     error = PeerLostError("gone", peer="rank 1", hint="wait").in_room(5, "Transferring")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -165,21 +166,21 @@ def stale_notification_after_room_reuse(patches: Patches) -> None:
     patches.set(transfers.Transfers, "find", find)
 
 
-@mutant("the target counts proofs of delivery, repeated ones too (sglang#36707)")
+@mutant("the target counts proofs of delivery, repeated ones too (sglang#36707)", shown_by=12)
 def ack_counted_instead_of_identified(patches: Patches) -> None:
     original, find = room.TargetRoom.status, Core._on_transfer_message
-    proofs: Counter[tuple[Any, ...]] = Counter()
+    proofs: WeakKeyDictionary[Any, Counter[Any]] = WeakKeyDictionary()  # by rank, so that each scenario begins anew
 
     def on_message(self: Any, session: Any, message: Any) -> None:
         if isinstance(message, Done) and message.parts:
-            proofs[self.instance, message.key] += 1
+            proofs.setdefault(self._context, Counter())[message.key] += 1
         find(self, session, message)
 
     def status(self: Any) -> Any:
         found = original(self)
         writers = [t for t in self.transfers.values() if t.incoming.parts]
         if found.poll is KVPoll.Transferring:
-            counted = proofs[writers[0].wire.instance, writers[0].key]
+            counted = proofs[writers[0].context][writers[0].key]
             if counted >= len(writers):
                 return replace(found, poll=KVPoll.Success, leased=False)
         return found

@@ -26,9 +26,14 @@ PAGES = bytearray(1 << 20)
 
 
 def rank(
-    *, tp: int = 1, at: int = 0, dtype: str = "float32", packing: str = "", secret: str | None = None
+    *,
+    tp: int = 1,
+    at: int = 0,
+    name: str = "an engine",
+    dtype: str = "float32",
+    packing: str = "",
+    secret: str | None = None,
 ) -> KVManager:
-
     pool = kv_pool(range(2), pages=4, page_size=16, heads=4, head_bytes=64, dtype=dtype, tp_size=tp, tp_rank=at)
     pool = type(pool)(**{**{name: getattr(pool, name) for name in pool.__struct_fields__}, "packing": packing})
     addresses = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in (PAGES, AUX)]
@@ -41,7 +46,7 @@ def rank(
         layout,
         role="both",
         backend="memory",
-        group="an engine",
+        group=name,
         sizes=Sizes(tp=tp),
         coordinates=Coordinates(tp=at),
         secret=secret,
@@ -57,7 +62,7 @@ def group(tp: int = 1, **settings: str) -> Iterator[str]:
 
 def test_a_running_group_is_written_down_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prefill.json"
-    with group(tp=2) as addresses, rank() as other:
+    with group(tp=2) as addresses, rank(name="another") as other:
         assert main(["layout", *addresses.split(","), "--output", str(file)]) == 0
         assert main(["layout", addresses]) == 0
         assert main(["check", addresses, other.address]) == 0
@@ -73,7 +78,7 @@ def test_a_running_group_is_written_down_as_it_is(tmp_path: Path, capsys: pytest
 
 
 def test_what_differs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with group(packing="CPU_ATTN:vec") as theirs, group() as ours:
+    with group(packing="CPU_ATTN:vec") as theirs, group(name="another") as ours:
         assert main(["check", theirs, ours, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert [(one["field"], one["prefill"], one["decode"]) for one in told["differences"]] == [

@@ -5,6 +5,7 @@ Every scene runs real cores on both ends; the world checks the invariants after 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -330,7 +331,8 @@ def test_silence_is_asked_about() -> None:
     scene.submit_all()
     scene.world.run(until=6.0)
     before = next(i for i, (*_, m) in enumerate(scene.world.trace) if isinstance(m, Query))
-    assert scene.world.trace[before][0] == QUICK.retry_most_seconds
+    first = QUICK.retry_most_seconds
+    assert first <= scene.world.trace[before][0] < 2 * first
     scene.expect_success()
 
 
@@ -339,7 +341,9 @@ def test_silence_is_asked_about_again_until_there_is_an_answer() -> None:
     scene.world.network = dropping(Query)
     scene.start()
     scene.world.run(until=20.0)
-    assert [at for at, *_, m in scene.world.trace if isinstance(m, Query)] == [5.0, 10.0, 15.0, 20.0]
+    asked = [at for at, *_, m in scene.world.trace if isinstance(m, Query)]
+    assert len(asked) >= 3
+    assert all(5.0 <= later - earlier < 10.0 for earlier, later in itertools.pairwise([0.0, *asked]))
 
 
 # ---- abort by the target --------------------------------------------------------------------------------------------

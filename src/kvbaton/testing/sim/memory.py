@@ -173,12 +173,6 @@ class RankMemory:
             raise IndexError(f"address {address} is in no region")
         return address - self._address
 
-    def units_at(self, start: int, length: int) -> list[int]:
-        """Units (numbered over all pools) that bytes ``[start, start + length)`` of the buffer belong to."""
-        found = self.unit_of[start : start + length]
-        first, last = int(found[0]), int(found[-1])
-        return [first] if first == last else sorted(set(found.tolist()))
-
     def unit_name(self, number: int) -> str:
         if number >= len(self.owners):
             return f"staging[{number - len(self.owners)}]"

@@ -10,7 +10,7 @@ It is also where most violations are seen: every byte that is read or lands is c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -31,6 +31,9 @@ LATENCY_SECONDS = (0.0001, 0.003)
 #: Bytes that have left a writer when it is cut off land at most this much later.
 FLIGHT_SECONDS = 0.1
 
+#: A unit, and who owns it.
+Owned = tuple[int, object]
+
 
 @dataclass(eq=False, slots=True)
 class Run:
@@ -39,8 +42,8 @@ class Run:
     source: int
     target: int
     length: int
-    source_owners: tuple[tuple[int, object], ...]
-    target_owners: tuple[tuple[int, object], ...]
+    source_owners: tuple[Owned, ...]
+    target_owners: tuple[Owned, ...]
     captured: Bytes | None = None
 
 
@@ -181,7 +184,7 @@ class SimTransport(Transport):
         check_entries(source, target, source_entries, target_entries)
         merged = merge(source, source_entries, target, target_entries)
         triples = zip(merged.source.tolist(), merged.target.tolist(), merged.length.tolist(), strict=True)
-        runs = [self._run(peer.host, *triple) for triple in triples]
+        runs = [run for triple in triples for run in self._runs(peer.host, *triple)]
         write = Write(Handle(next(self._ids)), self, name, peer.host, runs)
         number = self._clockwork.happened("post")
         if peer.host.alive:
@@ -198,16 +201,30 @@ class SimTransport(Transport):
         """Whether bytes still land here: a plane that helps nobody any more takes none."""
         return self.host.alive and not (self.closed and self._must_progress)
 
-    def _run(self, target: Host, source_at: int, target_at: int, length: int) -> Run:
+    def _runs(self, target: Host, source_at: int, target_at: int, length: int) -> Iterator[Run]:
+        """A piece, or one for each pair of owners: what several rooms write in one post may lie side by side."""
         ours, theirs = self.host.memory, target.memory
         source, there = ours.at(source_at), theirs.at(target_at)
-        return Run(
-            source,
-            there,
-            length,
-            tuple((unit, self.host.owner_of(unit, reading=True)) for unit in ours.units_at(source, length)),
-            tuple((unit, target.owner_of(unit, reading=False)) for unit in theirs.units_at(there, length)),
-        )
+        ends = ours.unit_of[source : source + length], theirs.unit_of[there : there + length]
+        changes = np.flatnonzero((ends[0][1:] != ends[0][:-1]) | (ends[1][1:] != ends[1][:-1])) + 1
+        bounds = [0, *changes.tolist(), length]
+        pieces = [
+            (
+                self._owned(self.host, ends[0][at], reading=True),
+                self._owned(target, ends[1][at], reading=False),
+                at,
+                stop,
+            )
+            for at, stop in itertools.pairwise(bounds)
+        ]
+        for _, group in itertools.groupby(pieces, key=lambda piece: (id(piece[0][1]), id(piece[1][1]))):
+            reads, writes, starts, stops = zip(*group, strict=True)
+            at, size = starts[0], stops[-1] - starts[0]
+            yield Run(source + at, there + at, size, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes)))
+
+    @staticmethod
+    def _owned(host: Host, unit: int, *, reading: bool) -> Owned:
+        return int(unit), host.owner_of(int(unit), reading=reading)
 
     def _launch(self, write: Write, number: int, *, stale: bool) -> Handle:
         kind, seconds = (write.fault.kind, write.fault.seconds) if write.fault else ("", 0.0)
