@@ -212,20 +212,21 @@ class PrefillDecodeCall:
             pass
 
     def _prefill_body(self) -> bytes:
-        absent = {name: None for name in ("stream_options", "model") if name in self._fields}
-        return self._body({"stream": False, **absent})
+        """Left out, not null: SGLang and vLLM refuse null for what has a default."""
+        fields = {name: value for name, value in self._fields.items() if name not in ("stream_options", "model")}
+        return self._body({**fields, "stream": False})
 
     def _decode_body(self) -> bytes:
-        return self._body({})
+        return self._body(self._fields)
 
-    def _body(self, overrides: Mapping[str, object]) -> bytes:
+    def _body(self, fields: Mapping[str, object]) -> bytes:
         pair = self._pair
         bootstrap = {
             "bootstrap_host": pair.prefill.host,
             "bootstrap_port": pair.prefill.bootstrap_port,
             "bootstrap_room": pair.room,
         }
-        return msgspec.json.encode({**self._fields, **overrides, **bootstrap})
+        return msgspec.json.encode({**fields, **bootstrap})
 
     async def _open(self, worker: Worker, body: bytes) -> aiohttp.ClientResponse:
         """A leg up to the head of its answer; the answer is a success. Raises CallFailed."""
