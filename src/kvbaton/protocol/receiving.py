@@ -143,6 +143,8 @@ def expire_opened(t: Transfer, now: float, _: object) -> None:
 
 
 def drain(t: Transfer, now: float) -> None:
+    """Bytes may be under way without our having been told, where the two do not hear each other: help them to land."""
+    t.as_target().moving = bool(t.as_target().parts)
     t.enter(State.DRAINING)
     t.retry_pause = t.context.settings.retry_seconds
     if not t.as_target().parts:
