@@ -28,6 +28,16 @@ POLICIES = ("round_robin", "random", "power_of_two", "least_load", "cache_aware"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
+    _add_policies(parser)
+    _add_clients(parser)
+    _add_health(parser)
+    _add_circuit_breaker(parser)
+    _add_limits(parser)
+    add_log_level(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pd-disaggregation", action="store_true", help="accepted for compatibility: this router has no other mode"
     )
@@ -46,6 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file that names further servers, `prefill URL [PORT]` or `decode URL` a line; read again when it changes",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("kvbaton", "vllm", "sglang"),
+        default="kvbaton",
+        help="what the servers are: kvbaton's, vLLM's with kvbaton.engines.vllm.KVBatonConnector, or SGLang's",
+    )
+    parser.add_argument(
+        "--secret-file",
+        type=Path,
+        default=None,
+        help="file with the shared secret of the servers; required where they have one",
+    )
+
+
+def _add_policies(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how a server of each role is chosen")
     parser.add_argument("--prefill-policy", choices=POLICIES, default=None, help="for prefill servers, if another one")
     parser.add_argument("--decode-policy", choices=POLICIES, default=None, help="for decode servers, if another one")
@@ -67,19 +92,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.5,
         help="cache_aware: ... if it also has more than so many times the fewest",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("kvbaton", "vllm", "sglang"),
-        default="kvbaton",
-        help="what the servers are: kvbaton's, vLLM's with kvbaton.engines.vllm.KVBatonConnector, or SGLang's",
-    )
+
+
+def _add_clients(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address that the HTTP server listens on")
     parser.add_argument("--port", type=port, default=8000, help="port of the HTTP server; 0: any free one")
     add_allowed_host(parser)
     add_allowed_origin(parser)
     parser.add_argument(
-        "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
+        "--forward-header",
+        action="append",
+        metavar="NAME",
+        help="header that passes from clients to servers and back, repeatable; X-Request-Id, traceparent and "
+        "tracestate always do",
     )
+    add_strict_fields(parser)
+    add_api_keys(parser)
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--health-check-interval-secs", type=seconds, default=1.0, help="seconds between health checks of a server"
     )
@@ -97,6 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="route of a health check; if left out /ready, of vLLM's /health, of SGLang's /model_info",
     )
+
+
+def _add_circuit_breaker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cb-failure-threshold",
         type=positive,
@@ -110,12 +144,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cb-window-duration-secs", type=seconds, default=120.0, help="a failure counts if the last one is as recent"
     )
     parser.add_argument("--disable-circuit-breaker", action="store_true", help="circuits never open")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--forward-header",
-        action="append",
-        metavar="NAME",
-        help="header that passes from clients to servers and back, repeatable; X-Request-Id, traceparent and "
-        "tracestate always do",
+        "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
     )
     parser.add_argument(
         "--max-concurrent-requests",
@@ -124,20 +157,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most requests at a time; further ones are refused",
     )
     parser.add_argument(
-        "--secret-file",
-        type=Path,
-        default=None,
-        help="file with the shared secret of the servers; required where they have one",
-    )
-    parser.add_argument(
         "--grace-period-secs",
         type=seconds,
         default=30.0,
         help="seconds that running requests may take to finish after SIGTERM",
     )
-    add_strict_fields(parser)
-    add_api_keys(parser)
-    add_log_level(parser)
 
 
 def run(options: argparse.Namespace) -> int:
