@@ -451,7 +451,7 @@ def withdrawn_counts_as_settled(patches: Patches) -> None:
     patches.set(KVSender, "leased", property(lambda self: original(self) and not self._withdrawn))
 
 
-@mutant("a chunk that waits for its fence outlives its withdrawal (our own)", 6471)
+@mutant("a chunk that waits for its fence outlives its withdrawal (our own)", 9438)
 def fenced_chunk_outlives_withdrawal(patches: Patches) -> None:
     original = Commands.take
 

@@ -145,9 +145,12 @@ class SimWorld:
 
     @property
     def most_seconds(self) -> float:
-        """Longest time until a room ends, however disturbed: every wait has a deadline, progress restarts some."""
+        """Longest time until a room ends, however disturbed: every wait has a deadline, progress restarts some; what is
+        lost is said again after a pause, and dropped as often as a fault says."""
         rates = [clock.rate for g in (*self.scenario.sources, *self.scenario.targets) for clock in g.clocks]
         late = sum(f.count * (f.seconds + 60.0) for f in self.scenario.faults if isinstance(f, WriteFault))
+        drops = (f.count for f in self.scenario.faults if isinstance(f, MessageFault) and f.kind == "drop")
+        late += self.settings.retry_most_seconds * sum(drops)
         chunks = max((len(r.chunks) for r in self.scenario.requests), default=1)
         waits = self.settings.bootstrap_timeout + (3 + chunks) * self.settings.waiting_timeout
         slowest = max((r.chunk_every * chunks + r.ready_after for r in self.scenario.requests), default=0.0)
