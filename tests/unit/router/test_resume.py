@@ -73,12 +73,26 @@ class Cutter:
         self._to = urlsplit(url)
         self.cuts: list[int] = []
         self.done = 0
+        self._connections: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[str]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         async with server:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
+        try:
+            await self._serve(reader, writer)
+        finally:
+            self._connections.discard(connection)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream, downstream = await asyncio.open_connection(self._to.hostname, self._to.port)
@@ -107,6 +121,7 @@ class Cutter:
             asking.cancel()
             downstream.transport.abort()
             writer.close()
+            await asyncio.gather(asking, return_exceptions=True)
 
 
 @dataclass
