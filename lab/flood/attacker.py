@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -167,12 +168,15 @@ async def posts(ports: list[int], payload: str, size: int, at_once: int, seconds
 
 
 async def one_byte(ports: list[int], count: int, seconds: float) -> dict[str, Any]:
-    """``count`` posts at each port that send one byte of their body; what is closed is opened again."""
+    """``count`` posts at each port that send one byte of their body; what is closed within ``seconds`` is opened
+    again. However late its turn comes, each is opened once."""
     statuses: Counter[str] = Counter()
     until = time.monotonic() + seconds
 
     async def one(port: int) -> None:
-        while time.monotonic() < until:
+        for attempt in itertools.count():
+            if attempt and time.monotonic() >= until:
+                return
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(head(port, "/v1/completions", 100) + b"{")
