@@ -13,12 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from kvbaton.control.base import Arrived, LinkChange, LinkId, Links
-from kvbaton.errors import ExpiredError, InternalError, KVBatonError
+from kvbaton.errors import ExpiredError, KVBatonError
 from kvbaton.layout import Region
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
@@ -27,7 +26,6 @@ from kvbaton.protocol.effects import (
     Dial,
     Effect,
     FencePeer,
-    KVPoll,
     PeerLost,
     PostWrite,
     PreparePeer,
@@ -51,6 +49,7 @@ from kvbaton.runtime.commands import Command, Commands
 from kvbaton.runtime.dataplane import DataPlane, unforeseen
 from kvbaton.runtime.guard import Guard
 from kvbaton.runtime.posting import Window
+from kvbaton.runtime.reports import Reports
 from kvbaton.transports.base import Transport
 
 #: Longest pause between two polls while bytes are on the move, and its share of the time since something last happened.
@@ -82,10 +81,7 @@ class Driver:
     ) -> None:
         self._core = core
         self._links = links
-        self._on_report = on_report
-        self._on_peer_lost = on_peer_lost
-        self._on_news = on_news
-        self._news = False
+        self._reports = Reports(on_report, on_peer_lost, on_news)
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
@@ -101,7 +97,6 @@ class Driver:
             clock=clock,
         )
         self._commands = Commands(core.wants_chunks, self.counters)
-        self._spoiled: dict[int, KVBatonError] = {}  # target rooms whose bytes could not be copied to their pages
         self._outbox: dict[LinkId, list[bytes]] = {}  # what this turn says, by link
         self._active_at = 0.0
         self._closing_at: float | None = None
@@ -340,10 +335,9 @@ class Driver:
         if isinstance(effect, Send):
             self._outbox.setdefault(effect.link, []).append(effect.payload)
         elif isinstance(effect, Report):
-            self._report(effect)
+            self._reports.report(effect)
         elif isinstance(effect, PeerLost):
-            self._news = True
-            self._on_peer_lost(effect)
+            self._reports.lost(effect)
         elif isinstance(effect, PostWrite):
             self._data.offer(effect)
         elif isinstance(effect, CancelWrites):
@@ -365,9 +359,7 @@ class Driver:
     def _send(self) -> None:
         """All that was said to a peer since the last time goes together, after the engine was woken, once, for all that
         was reported to it."""
-        if self._news:
-            self._news = False
-            self._on_news()
+        self._reports.flush()
         outbox, self._outbox = self._outbox, {}
         for link, payloads in outbox.items():
             if not self._links.send(link, *payloads):
@@ -375,25 +367,12 @@ class Driver:
 
     def _answer_failed(self, effect: Effect, error: Exception) -> None:
         """What the core is to think of an effect that failed unforeseen."""
-        if isinstance(effect, Scatter):  # what is not copied must not be served, whatever the core says
-            self._spoiled[effect.room] = InternalError(
-                f"what has arrived could not be copied to its pages: {error}; restart this rank", room=effect.room
-            )
+        if isinstance(effect, Scatter):
+            self._reports.spoil(effect.room, error)
         elif isinstance(effect, PreparePeer):
             self._events.append(PeerUnprepared(effect.peer, unforeseen("preparing a peer", error, effect.peer)))
         elif isinstance(effect, Dial):
             self._events.append(DialFailed(effect.address, unforeseen("dialling a peer", error, effect.address)))
-
-    def _report(self, report: Report) -> None:
-        status = report.status
-        spoiled = self._spoiled.get(report.room) if report.role == "target" else None
-        if spoiled is not None and status.poll in (KVPoll.Success, KVPoll.Failed):
-            if not status.leased:
-                del self._spoiled[report.room]
-            if status.poll is KVPoll.Success:
-                report = replace(report, status=replace(status, poll=KVPoll.Failed, error=spoiled))
-        self._news = True
-        self._on_report(report)
 
     def _dial(self, address: str) -> None:
         try:

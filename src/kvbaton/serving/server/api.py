@@ -18,18 +18,13 @@ from typing import TypeVar
 from aiohttp import web
 
 from kvbaton.discovery.client import RegistryClient
-from kvbaton.discovery.guard import guard, is_for_us, read_across
+from kvbaton.discovery.guard import guard, read_across
 from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
-    DisconnectedError,
-    IncompatibleError,
     KVBatonError,
-    PeerLostError,
-    RegistryError,
-    TransferFailedError,
 )
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
@@ -39,13 +34,14 @@ from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
 from kvbaton.serving.server.api_keys import ApiKeys, require_key
 from kvbaton.serving.server.bodies import MAX_BODY_BYTES, Bodies
+from kvbaton.serving.server.callers import Callers
 from kvbaton.serving.server.engine import Engine, OutputStream, Tokenizer
 from kvbaton.serving.server.failure import body_of, errors, status_of
 from kvbaton.serving.server.failure_log import FailureLog
 from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.metrics import HandoffMetrics, RequestTimer, ServerMetrics
 from kvbaton.serving.server.openai import DONE, AbortRequest, ChatRequest, CompletionRequest, event
-from kvbaton.serving.server.operators import OTHER_NAME, is_operator, is_router, key_of_client, require_operator
+from kvbaton.serving.server.operators import key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_ids import request_id_of, tell_request_id
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
@@ -56,8 +52,6 @@ from kvbaton.serving.server.status import StatusRoutes
 from kvbaton.serving.server.token_metrics import TokenClock, TokenMetrics
 from kvbaton.serving.server.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing
 
-#: What may mean that a cached lookup no longer holds.
-_PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
 Asked = TypeVar("Asked", TokenizeRequest, DetokenizeRequest)
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 RECORDS_HEADERS = {"Content-Type": journal.RECORDS_TYPE}
@@ -101,23 +95,12 @@ class ApiServer:
         self._parser = RequestParser(tokenizer, config, registry)
         self._tokenizing = Tokenizing(self._parser, tokenizer, config)
         self._config = config
-        self._registry = registry
-        self._secret = secret
-        self._keys = keys if keys is not None else ApiKeys()
-        self._names = names if names is not None else ServerNames()
+        self._callers = Callers(mode=config.mode, secret=secret, names=names if names is not None else ServerNames())
         self.admission = AdmissionLimit(config.max_requests)
         self._aliases = Aliases()
         self._bodies = Bodies()
         self.metrics = ServerMetrics()
-        self._recomputed = self.metrics.counter(
-            "kvbaton_recomputed_tokens", "Tokens of answers that another server had given and that were computed again."
-        )
-        self._handed_on = self.metrics.counter(
-            "kvbaton_handed_on_requests",
-            "Requests that go on at another server, with their cache.",
-        )
-        self._running = Running()
-        self._sources = tuple(sources)
+        self._running = Running(sources)
         self._rule = FieldRule(strict=config.strict_fields, count=self.metrics.unknown_field)
         self._handoffs = HandoffMetrics(self.metrics.registry)
         status = StatusRoutes(
@@ -132,18 +115,18 @@ class ApiServer:
             layouts=layouts,
             instance=instance,
             secret=secret,
-            names=self._names,
+            names=self._callers.names,
         )
         self._tokens = TokenMetrics(self.metrics.registry, config.model)
         self._failures = FailureLog()
-        self.app = self._routes(status)
+        self.app = self._routes(status, keys if keys is not None else ApiKeys())
 
-    def _routes(self, status: StatusRoutes) -> web.Application:
+    def _routes(self, status: StatusRoutes, keys: ApiKeys) -> web.Application:
         app = web.Application(
             middlewares=[
                 web.middleware(errors),
-                web.middleware(guard(self._names)),
-                web.middleware(require_key(self._keys, self._needs_no_key)),
+                web.middleware(guard(self._callers.names)),
+                web.middleware(require_key(keys, self._callers.needs_no_key)),
             ],
             client_max_size=MAX_BODY_BYTES,
         )
@@ -158,17 +141,13 @@ class ApiServer:
         app.router.add_post("/drain", self._drain)
         status.add_to(app)
         app.on_response_prepare.append(tell_request_id)
-        app.on_response_prepare.append(read_across(self._names))
+        app.on_response_prepare.append(read_across(self._callers.names))
         app.on_cleanup.append(self._close)
         return app
 
     async def _close(self, _app: web.Application) -> None:
         self._parser.close()
         self._failures.close()
-
-    def _needs_no_key(self, http: web.Request) -> bool:
-        """The deployment's router, and its operators."""
-        return self._secret is not None and (self._from_router(http) or self._from_operator(http))
 
     # answering
 
@@ -184,8 +163,8 @@ class ApiServer:
     async def _answer(self, http: web.Request, kind: type[AnyRequest]) -> web.StreamResponse:
         with self.metrics.timed(http.path) as timer:
             try:
-                self._require_router(http)  # before a byte of the body
-                self._require_role(http.headers.get(ROLE_HEADER, self._config.mode))
+                self._callers.require_router(http)  # before a byte of the body
+                self._callers.require_role(http.headers.get(ROLE_HEADER, self._config.mode))
                 async with self._bodies.read(http) as body:
                     request: AnyRequest = parse(body, kind, self._rule)
                 with self.admission.entered():  # for requests that are here, not for those that still come
@@ -205,14 +184,14 @@ class ApiServer:
             with self._aliased(http, accepted), OutputStream(self._engine, accepted.requests, clock.heard) as outputs:
                 outputs.submit()
                 accepted.recall()
-                self._recomputed.inc(accepted.recomputed)
+                self._handoffs.recomputed.inc(accepted.recomputed)
                 first = await outputs.next() if accepted.requests else None
                 timer.first_token()
                 if accepted.stream or self._keeps_records(accepted):
                     return await self._stream(http, accepted, outputs, first, timer)
                 return await self._whole(accepted, outputs, first, timer)
         except KVBatonError as error:
-            self._learn(error, accepted)
+            self._parser.learn(error, accepted)
             raise
 
     def _aliased(self, http: web.Request, accepted: Accepted) -> AbstractContextManager[None]:
@@ -224,37 +203,9 @@ class ApiServer:
 
         return self._aliases.named(key_of_client(http), accepted.rid, end)
 
-    def _require_router(self, http: web.Request) -> None:
-        """Half a pair computes for its router only. Raises AuthenticationError."""
-        if self._config.mode != "null" and not self._from_router(http):
-            raise AuthenticationError(
-                "only this deployment's router may name rooms and registries here; send requests through the router"
-                + OTHER_NAME * (not is_for_us(http, self._names)),
-                hint="start the router with the same --secret-file as the servers",
-            )
-
-    def _require_role(self, asked: str) -> None:
-        """Raises IncompatibleError where a router takes this server for the other half."""
-        mode = self._config.mode
-        if asked != mode:
-            raise IncompatibleError(
-                f"role: this is a {mode} server and was asked as a {asked[:16]!r} server; "
-                + ("start it as half a pair" if mode == "null" else f"name it with --{mode} at the router"),
-                field="role",
-                ours=mode,
-                theirs=asked[:16],
-            )
-
-    def _from_router(self, http: web.Request) -> bool:
-        """Whether the sender may name rooms: it knows the secret, or there is none (and we are on loopback)."""
-        return is_router(http, self._secret, self._names)
-
-    def _from_operator(self, http: web.Request) -> bool:
-        return is_operator(http, self._secret, self._names)
-
     async def _pair(self, http: web.Request) -> web.Response:
         """Whether this decode server would find a prefill group: what its router asks before it counts the pair."""
-        self._require_router(http)
+        self._callers.require_router(http)
         host, port = http.query.get("bootstrap_host", ""), http.query.get("bootstrap_port", "")
         if not (port.isascii() and port.isdecimal() and len(port) < 6):
             raise ConfigError("bootstrap_port: must be a port")
@@ -280,7 +231,7 @@ class ApiServer:
     ) -> web.StreamResponse:
         """A stream, or records and the whole answer behind them."""
         records = self._keeps_records(accepted)
-        may_leave = records and bool(self._sources)
+        may_leave = records and bool(self._running.sources)
         response = web.StreamResponse(headers=SSE_HEADERS if accepted.stream else RECORDS_HEADERS)
         await response.prepare(http)
         try:
@@ -289,16 +240,16 @@ class ApiServer:
                     await response.write((journal.record(output) if records else b"") + _piece(accepted, output))
                     if may_leave and self.admission.is_shut:
                         may_leave = False
-                        await response.write(journal.notice(journal.Notice(leaving=self._sources)) + b"\n")
+                        await response.write(journal.notice(journal.Notice(leaving=self._running.sources)) + b"\n")
                     output = None if output.final else await outputs.next()
                     if output is not None and output.departing:
                         await response.write(journal.notice(journal.Notice(departed=True)) + b"\n")
                         output = await outputs.next()  # raises
         except HandedOnError as error:
-            self._handed_on.inc()
+            self._handoffs.handed_on.inc()
             timer.outcome = error.code
         except KVBatonError as error:  # too late for a status
-            self._learn(error, accepted)
+            self._parser.learn(error, accepted)
             timer.outcome = error.code
             self._failures.note(error, request_id_of(http))
             head = journal.notice(journal.Notice(status=status_of(error))) if records else b""
@@ -315,11 +266,6 @@ class ApiServer:
         if answers.handoff is not None:
             self._handoffs.observe(answers.handoff)
 
-    def _learn(self, error: KVBatonError, accepted: Accepted) -> None:
-        """What a failure says about more than its request."""
-        if self._registry is not None and accepted.registry is not None and isinstance(error, _PEER_TROUBLE):
-            self._registry.invalidate(*accepted.registry)
-
     async def _tokenize(self, http: web.Request) -> web.Response:
         return await self._converted(http, TokenizeRequest, self._tokenizing.tokenize)
 
@@ -330,7 +276,7 @@ class ApiServer:
         self, http: web.Request, kind: type[Asked], convert: Callable[[Asked], Awaitable[object]]
     ) -> web.Response:
         """Text to tokens, or back: work like an answer's, for the same people and within the same bound."""
-        self._require_router(http)
+        self._callers.require_router(http)
         async with self._bodies.read(http) as body:
             request = parse(body, kind, self._rule)
             with self.admission.entered():
@@ -338,7 +284,7 @@ class ApiServer:
 
     async def _hand_over(self, http: web.Request) -> web.Response:
         """The router has found a server for what is left of a request."""
-        self._require_router(http)
+        self._callers.require_router(http)
         async with self._bodies.read(http) as body:
             order = parse(body, HandOver)
         self._engine.hand_on(self._running.of(order.room), order.to)
@@ -346,16 +292,16 @@ class ApiServer:
 
     async def _drain(self, http: web.Request) -> web.Response:
         """End admission, as SIGTERM does, and go on running."""
-        require_operator(http, self._secret, self._names, what="draining")
+        self._callers.require_operator(http, what="draining")
         self.admission.shut()
         return json_response(openapi.Drained(draining=True, requests=self.admission.in_flight))
 
     async def _abort(self, http: web.Request) -> web.Response:
-        if self._config.mode != "null" and not self._from_router(http):
+        if self._config.mode != "null" and not self._callers.is_router(http):
             raise AuthenticationError("requests are aborted at the router, or with this deployment's shared secret")
         async with self._bodies.read(http) as body:
             request = parse(body, AbortRequest)
-        if self._from_operator(http) or (self._secret is not None and self._from_router(http)):
+        if self._callers.needs_no_key(http):
             self._aliases.end_for_operator(request.rid)
         else:
             self._aliases.end(key_of_client(http), request.rid)

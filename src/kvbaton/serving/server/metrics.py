@@ -127,7 +127,7 @@ class ServerMetrics:
 
 
 class HandoffMetrics:
-    """What one side counts of the hand-offs of its requests."""
+    """What one side counts of the hand-offs of its requests, and of answers that go on elsewhere."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seconds = Histogram(
@@ -147,6 +147,16 @@ class HandoffMetrics:
             "kvbaton_handoff_exposed_seconds",
             "From the last chunk being computed to its last byte having settled, per request: what hand-off adds.",
             buckets=HANDOFF_BUCKETS,
+            registry=registry,
+        )
+        self.recomputed = Counter(
+            "kvbaton_recomputed_tokens",
+            "Tokens of answers that another server had given and that were computed again.",
+            registry=registry,
+        )
+        self.handed_on = Counter(
+            "kvbaton_handed_on_requests",
+            "Requests that go on at another server, with their cache.",
             registry=registry,
         )
 

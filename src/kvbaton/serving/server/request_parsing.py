@@ -23,8 +23,13 @@ from kvbaton.errors import (
     AuthenticationError,
     ConfigError,
     ContextLengthError,
+    DisconnectedError,
+    IncompatibleError,
     InternalError,
+    KVBatonError,
+    PeerLostError,
     RegistryError,
+    TransferFailedError,
     UnknownModelError,
 )
 from kvbaton.serving.engine.request import Handoff, Output, Request
@@ -132,6 +137,10 @@ class Accepted:
             (self.answers.event if self.stream else self.answers.collect)(record.output)
 
 
+#: What may mean that a cached lookup no longer holds.
+_PEER_TROUBLE = (PeerLostError, DisconnectedError, TransferFailedError, RegistryError, IncompatibleError)
+
+
 class RequestParser:
     """Accepts requests for one engine."""
 
@@ -145,6 +154,11 @@ class RequestParser:
     def close(self) -> None:
         """Templates that still render are left to their deadline. Idempotent."""
         self._templates.shutdown(wait=False, cancel_futures=True)
+
+    def learn(self, error: KVBatonError, accepted: Accepted) -> None:
+        """What a failure says about more than its request."""
+        if self._registry is not None and accepted.registry is not None and isinstance(error, _PEER_TROUBLE):
+            self._registry.invalidate(*accepted.registry)
 
     async def accept(self, request: AnyRequest) -> Accepted:
         """Whoever sent it may name rooms and registries: that has been seen to.

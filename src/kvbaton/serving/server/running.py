@@ -5,7 +5,7 @@ This file must not know HTTP or engines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kvbaton.errors import LocalProtocolError
@@ -13,9 +13,11 @@ from kvbaton.serving.server.request_parsing import Accepted
 
 
 class Running:
-    """See the module."""
+    """``sources``: the control addresses of the ranks from which another decode server can take answers over; empty
+    where none can."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self.sources = tuple(sources)
         self._by_room: dict[int, tuple[str, ...]] = {}
 
     @contextmanager
