@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from kvbaton.collected import Collected
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.discovery.registry import Sizes
@@ -61,10 +62,6 @@ __all__ = [
 ]
 
 MAX_ROOM = (1 << 63) - 1
-#: Lost peers that are remembered for an engine that does not ask; the oldest are forgotten.
-MAX_LOST_PEERS = 1024
-
-T = TypeVar("T")
 
 #: The side of its rooms that a rank is on: prefill sends, decode receives.
 RankRole = Literal["prefill", "decode", "both"]
@@ -115,6 +112,7 @@ class KVManager:
         self.role: RankRole = role
         self.clock = clock
         self.wakeup = wakeup if wakeup is not None else threading.Event()
+        self._collected = Collected(wanted=collect_finished)
         self._links = links
         self._registry = registry
         self._settings = settings if settings is not None else Settings()
@@ -142,7 +140,7 @@ class KVManager:
                 transport,
                 links,
                 on_report=self._report,
-                on_peer_lost=self._note_lost_peer,
+                on_peer_lost=self._collected.note_lost,
                 on_news=self._wake,
                 window=window if window is not None else Window(),
                 clock=clock,
@@ -153,10 +151,6 @@ class KVManager:
         self._away = False
         self._staging_memory: object = None  # lives as long as peers may write it
         self._sides: dict[tuple[Role, int], RoomHandle] = {}
-        self._collects = collect_finished
-        self._finished: deque[RoomHandle] = deque()
-        self._freed: dict[RoomHandle, None] = {}
-        self._lost_peers: deque[PeerLost] = deque(maxlen=MAX_LOST_PEERS)
         self.outcomes: Counter[str] = Counter()
 
     @classmethod
@@ -373,25 +367,17 @@ class KVManager:
 
     def take_finished(self) -> list[Finished]:
         """Rooms that ended and whose units are free since the last call; each exactly once."""
-        self._need_collecting()
-        ended = _take(self._finished)
-        for side in ended:
-            self._freed.pop(side, None)
-        return [side.finished() for side in ended]
+        return self._collected.take_finished()
 
     def take_freed(self) -> list[Freed]:
         """Rooms whose units became free since the last call; each exactly once, never after :meth:`take_finished` has
         told it. Senders are told before their rooms end."""
-        self._need_collecting()
-        freed = list(self._freed)
-        for side in freed:
-            del self._freed[side]
-        return [Freed(side.room, side.role, side.tag) for side in freed]
+        return self._collected.take_freed()
 
     def take_lost_peers(self) -> list[PeerLost]:
         """Peers that went silent, ended or were replaced since the last call: what is remembered of them (addresses,
         who has what cached) is out of date. Their rooms fail by themselves."""
-        return _take(self._lost_peers)
+        return self._collected.take_lost_peers()
 
     def wait(self, seconds: float) -> bool:
         """Sleep until something has changed since the last ``wait``, at most so long. Whether it has. For one thread:
@@ -399,10 +385,6 @@ class KVManager:
         changed = self.wakeup.wait(seconds)
         self.wakeup.clear()
         return changed
-
-    def _need_collecting(self) -> None:
-        if not self._collects:
-            raise LocalProtocolError("this manager does not collect finished rooms; pass collect_finished=True")
 
     @property
     def live_rooms(self) -> int:
@@ -451,7 +433,7 @@ class KVManager:
     def sizes(self) -> dict[str, int]:
         """Entries of every table of this rank, by name; waits for the driver's thread like :meth:`timeline`."""
         tables = self._driver.ask(lambda core, _now: {**core.sizes(), **self._driver.sizes()})
-        return {"sides": len(self._sides), "freed_untold": len(self._freed), **tables}
+        return {"sides": len(self._sides), "freed_untold": len(self._collected), **tables}
 
     def evidence(self) -> str:
         """How bytes were seen to travel from here to each peer, distinct answers joined; empty before any has."""
@@ -484,26 +466,13 @@ class KVManager:
             return
         if side.on_status(report.status):
             self.outcomes[f"{report.role}_{report.status.error.code if report.status.error else 'success'}"] += 1
-        if self._collects and side.note_freed():
-            self._freed[side] = None
+        self._collected.note_status(side)
         if side.released:
             with self._lock:
                 self._sides.pop((report.role, report.room), None)
-            if self._collects:
-                self._finished.append(side)
-
-    def _note_lost_peer(self, lost: PeerLost) -> None:
-        """Driver thread."""
-        self._lost_peers.append(lost)
+            self._collected.note_end(side)
 
     def _wake(self) -> None:
         """Driver thread, after what it has published."""
         if not self.wakeup.is_set():  # whoever clears it afterwards reads what is published here already
             self.wakeup.set()
-
-
-def _take(items: deque[T]) -> list[T]:
-    taken = []
-    while items:
-        taken.append(items.popleft())
-    return taken

@@ -26,7 +26,7 @@ LAYERS = (
     ("kvbaton.discovery",),
     ("kvbaton.runtime",),
     ("kvbaton.pieces",),
-    ("kvbaton.handles", "kvbaton.parts"),
+    ("kvbaton.handles", "kvbaton.collected", "kvbaton.parts"),
     ("kvbaton.manager", "kvbaton.launch"),
     ("kvbaton.engines", "kvbaton.explain"),
     ("kvbaton.testing", "kvbaton.bench"),
