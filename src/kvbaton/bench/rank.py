@@ -28,6 +28,7 @@ from kvbaton.protocol.settings import Settings
 from kvbaton.transports.interfaces import restrict
 
 TIMEOUT_SECONDS = 120.0
+Offsets = NDArray[np.int64]
 #: Rooms that are open and wait are numbered from here.
 FIRST_OPEN_ROOM = 1 << 40
 
@@ -293,12 +294,16 @@ class BenchRank:
                     source_at = part.source.table.addresses(source) - layout.regions[0].address
                     target_at = part.target.table.addresses(target) - self._layout.regions[0].address
                     length = int(part.lane_bytes[0])
-                    index = np.arange(length)
-                    for s, t in zip(np.array_split(source_at, 8), np.array_split(target_at, 8), strict=True):
-                        if not np.array_equal(memory[s[:, None] + index], self._memory[t[:, None] + index]):
-                            raise KVBatonError(f"room {room}: bytes from source rank {rank} are wrong")
+                    if not self._equal(memory, source_at, target_at, length):
+                        raise KVBatonError(f"room {room}: bytes from source rank {rank} are wrong")
                     checked += length * len(source)
         return checked
+
+    def _equal(self, memory: NDArray[np.uint8], source_at: Offsets, target_at: Offsets, length: int) -> bool:
+        """Whether pieces of ``length`` bytes at these offsets are the same in ``memory`` and here."""
+        index = np.arange(length)
+        pairs = zip(np.array_split(source_at, 8), np.array_split(target_at, 8), strict=True)
+        return all(np.array_equal(memory[s[:, None] + index], self._memory[t[:, None] + index]) for s, t in pairs)
 
     def idle_cpu(self, seconds: float) -> float:
         """Share of one core that this whole process uses while it does nothing."""

@@ -126,16 +126,17 @@ def _data(
         "compatible": not found,
         "prefill": {"from": options.prefill, "ranks": len(sides[0]), "pools": _pools(sides[0])},
         "decode": {"from": options.decode, "ranks": len(sides[1]), "pools": _pools(sides[1])},
-        "differences": [
-            {
-                "field": error.field,
-                "prefill": error.ours,
-                "decode": error.theirs,
-                "what_would_work": error.hint,
-                "message": error.message,
-            }
-            for error in found
-        ],
+        "differences": [_difference(error) for error in found],
+    }
+
+
+def _difference(error: IncompatibleError) -> dict[str, object]:
+    return {
+        "field": error.field,
+        "prefill": error.ours,
+        "decode": error.theirs,
+        "what_would_work": error.hint,
+        "message": error.message,
     }
 
 

@@ -53,7 +53,7 @@ from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedR
 from kvbaton.protocol.events import Chunk, WriteId
 from kvbaton.protocol.grants import parts_of, up_to
 from kvbaton.protocol.messages import MAX_SECONDS, Abort, Close, Done, Drained, Failed, Grant, Opened, clip
-from kvbaton.protocol.transfer import Lease, Place, State, Transfer, describe, expect
+from kvbaton.protocol.transfer import Lease, Outgoing, Place, State, Transfer, describe, expect
 
 NO_ENTRIES = np.empty(0, dtype=np.int32)
 
@@ -156,12 +156,17 @@ def post(t: Transfer, write: PostWrite, place: Place) -> None:
     t.context.emit(write)
 
 
+def shorten(outgoing: Outgoing, token_count: int) -> None:
+    """The prompt has so many tokens: the target granted units for at most as many as it may have."""
+    outgoing.token_count = token_count
+    outgoing.parts = parts_of(outgoing.pair, up_to(outgoing.grants.values(), token_count))
+
+
 def check_complete(t: Transfer, chunk: Chunk) -> None:
     outgoing = t.as_source()
     paged = any(span.token_stop for span in chunk.spans)
     if paged and outgoing.at_most and chunk.token_stop <= outgoing.token_count:
-        outgoing.token_count = chunk.token_stop
-        outgoing.parts = parts_of(outgoing.pair, up_to(outgoing.grants.values(), chunk.token_stop))
+        shorten(outgoing, chunk.token_stop)
     if paged and chunk.token_stop != outgoing.token_count:
         raise LocalProtocolError(
             f"the last chunk ends at token {chunk.token_stop}, the decode rank expects {outgoing.token_count}: "

@@ -190,6 +190,13 @@ def _tensors(
     ]
 
 
+def _check_divides(name: str, layer: int, buffer: _Buffer, page_size: int, heads: int) -> None:
+    if buffer.item % (page_size * heads):
+        raise LayoutError(
+            f"pool {name!r} layer {layer}: a page of {buffer.item} bytes is no {page_size} tokens of {heads} heads"
+        )
+
+
 def _paged(
     name: str, kind: PoolKind, tensors: Sequence[tuple[int, str, _Buffer]], args: Any, rank: Rank, heads: int | None
 ) -> Pool:
@@ -198,11 +205,7 @@ def _paged(
     axis.validate(f"pool {name!r}")
     planes = []
     for layer, tensor, buffer in tensors:
-        if buffer.item % (args.page_size * axis.width):
-            raise LayoutError(
-                f"pool {name!r} layer {layer}: a page of {buffer.item} bytes is no {args.page_size} tokens of "
-                f"{axis.width} heads"
-            )
+        _check_divides(name, layer, buffer, args.page_size, axis.width)
         token = buffer.item // args.page_size
         size = token // axis.width
         planes.append(Plane(layer, tensor, buffer.region, 0, buffer.item, token, size, size, axis))

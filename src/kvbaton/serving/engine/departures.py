@@ -127,18 +127,9 @@ class Departures:
     def _spans(self, departure: _Departure) -> list[Span]:
         generation, slot = departure.generation, departure.slot
         assert slot is not None  # noqa: S101 - the caller has just taken it
-        tokens = generation.tokens
-        row = aux_row.AuxRow(
-            room=departure.room,
-            prompt_digest=aux_row.prompt_digest(tokens),
-            prompt_tokens=len(tokens),
-            firsts=((departure.untold.token, departure.untold.logprob),),
-            top=departure.untold.top,
-            seed=generation.seed,
-        )
-        self._pools.row(slot)[:] = aux_row.encode(row)
+        self._pools.row(slot)[:] = aux_row.encode(_row_of(departure))
         return [
-            *self._pools.spans(generation.block_table, departure.sender.prefix_len, len(tokens)),
+            *self._pools.spans(generation.block_table, departure.sender.prefix_len, len(generation.tokens)),
             *self._pools.state_spans(generation.block_table),
             Span(AUX, 0, 0, (slot,)),
         ]
@@ -166,3 +157,16 @@ class Departures:
 
 def _arrived(departure: _Departure) -> bool:
     return departure.sender.poll() == KVPoll.Success and departure.sender.released
+
+
+def _row_of(departure: _Departure) -> aux_row.AuxRow:
+    """What prefill would say of a prompt that is all tokens so far."""
+    tokens = departure.generation.tokens
+    return aux_row.AuxRow(
+        room=departure.room,
+        prompt_digest=aux_row.prompt_digest(tokens),
+        prompt_tokens=len(tokens),
+        firsts=((departure.untold.token, departure.untold.logprob),),
+        top=departure.untold.top,
+        seed=departure.generation.seed,
+    )

@@ -141,6 +141,11 @@ def _validate_adjustment(sampling: Sampling, vocab_size: int) -> None:
             raise ConfigError(f"{name}: {value} is outside {low:g}..{high:g}")
     if sampling.min_tokens > sampling.max_tokens:
         raise ConfigError(f"min_tokens: {sampling.min_tokens} are more than max_tokens={sampling.max_tokens}")
+    _validate_tokens(sampling, vocab_size)
+
+
+def _validate_tokens(sampling: Sampling, vocab_size: int) -> None:
+    """Those that a request names by their number."""
     if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(f"stop_token_ids: {len(sampling.stop_token_ids)} are more than {MAX_STOP_TOKENS}")
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:

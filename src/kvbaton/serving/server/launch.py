@@ -156,16 +156,19 @@ class ServeConfig:
             raise ConfigError("--load-balance-method follow_bootstrap_room is for --disaggregation-mode prefill")
         if self.control_advertise and Address.parse(self.control_advertise, any_port=True).is_wildcard:
             raise ConfigError(f"--disaggregation-control-advertise {self.control_advertise} is every interface")
+        self._check_staging()
+        if self.page_size < 1 or self.max_total_tokens < self.page_size:
+            raise ConfigError(
+                f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
+            )
+
+    def _check_staging(self) -> None:
         if self.staging == "always" and self.staging_mib == 0:
             raise ConfigError("--staging always needs memory: set --staging-mib to at least 1")
         if self.staging_mib and self.staging_slot_bytes > self.staging_mib << 20:
             raise ConfigError(
                 f"--staging-mib {self.staging_mib} holds no slot of --staging-slot-bytes {self.staging_slot_bytes}; "
                 f"set --staging-mib to at least {-(-self.staging_slot_bytes >> 20)}"
-            )
-        if self.page_size < 1 or self.max_total_tokens < self.page_size:
-            raise ConfigError(
-                f"--max-total-tokens {self.max_total_tokens} must hold a page of --page-size {self.page_size} tokens"
             )
 
 
