@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def test_a_prefill_server_must_be_found_somewhere(host: str, says: str, tmp_path
     with pytest.raises(ConfigError) as refused:
         serve(ServeConfig(model="none", mode="prefill", host=host, port=0, secret_file=secret))
     assert says in f"{refused.value} {refused.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (config("null", "0.0.0.0"), False),  # it has no links, and needs no address for them
+        (config("null", "no-such-host.invalid"), False),
+        (config("prefill", "127.0.0.1"), False),
+        (config("decode", "127.0.0.1"), True),
+        (config("decode", "0.0.0.0"), False),
+        (config("decode", "0.0.0.0", SOMEWHERE), True),
+    ],
+)
+def test_an_answer_is_taken_over_from_where_other_decode_servers_can_dial(given: ServeConfig, found: bool) -> None:
+    assert given.hands_over == found
+    assert not dataclasses.replace(given, data_parallel_size=2).hands_over
 
 
 @pytest.mark.parametrize("advertise", ["tcp://0.0.0.0:7000", "tcp://[::]:7000"])

@@ -149,6 +149,13 @@ class ServeConfig:
     def registry_host(self) -> str:
         return self.bootstrap_host or self.host
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether other decode servers may take answers over from this one's ranks: not where only those of this host
+        could dial them."""
+        dialled = bool(self.control_advertise) or is_loopback(self.host)
+        return self.mode == "decode" and self.data_parallel_size == 1 and dialled
+
     def __post_init__(self) -> None:
         if self.decode_enable_radix_cache and self.mode != "decode":
             raise ConfigError("--disaggregation-decode-enable-radix-cache is for --disaggregation-mode decode")
@@ -277,7 +284,7 @@ class _Server:
             info=self._info,
             timeline=replica.timeline if config.mode != "null" else None,
             layouts=replica.layouts,
-            sources=self._sources(),
+            sources=[route.address for route in replica.routes] if config.hands_over else (),
             instance=self._instance,
             secret=self._secret,
             keys=self._keys,
@@ -289,14 +296,6 @@ class _Server:
             )
             api.metrics.gauges(self._handoff_gauges)
         return api
-
-    def _sources(self) -> tuple[str, ...]:
-        """Where other decode servers find this one's ranks; nowhere if only those of this host would."""
-        config = self._config
-        local = is_loopback(link_hosts(config)[0]) and not config.control_advertise
-        if config.mode != "decode" or config.data_parallel_size > 1 or (local and not is_loopback(config.host)):
-            return ()
-        return tuple(route.address for route in self._replica.routes)
 
     @property
     def _instance(self) -> str:
