@@ -22,7 +22,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Annotated, TypeVar
 
@@ -34,14 +34,7 @@ from kvbaton.discovery.access import is_printable_host
 from kvbaton.discovery.freshness import MAX_TIME_CHARACTERS
 from kvbaton.discovery.names import audience_of
 from kvbaton.discovery.placement import PLACED_SECONDS, checked_rank, known_rank
-from kvbaton.discovery.proof import (
-    MAC_HEADER,
-    TIME_PATH,
-    answer_code,
-    is_code,
-    message_headers,
-    question_headers,
-)
+from kvbaton.discovery.proof import MAC_HEADER, TIME_PATH, Asked
 from kvbaton.discovery.registry import (
     REFRESH_SECONDS,
     Registered,
@@ -280,26 +273,21 @@ class RegistryClient:
         answer = await self._attempt("GET", url.with_path(TIME_PATH), b"", "")
         return _decode(answer, _Time, url.host or "", url.port or 0).time
 
-    def _headers(self, method: str, url: URL, nonce: str, told: str, body: bytes) -> Mapping[str, str]:
-        headers = {"Content-Type": "application/json"} if method == "PUT" else {}
-        if self._secret is None:
-            return headers
-        audience = audience_of(url.host or "", url.port or 0)
-        if method == "GET":
-            return question_headers(self._secret, audience, nonce)
-        return {**headers, **message_headers(self._secret, audience, nonce, told, method, url.raw_path_qs, body)}
-
     async def _attempt(self, method: str, url: URL, body: bytes, told: str) -> bytes:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
             self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False)
-        nonce = secrets.token_urlsafe(16)
+        headers, asked = {"Content-Type": "application/json"} if method == "PUT" else {}, None
+        if self._secret is not None:
+            audience = audience_of(url.host or "", url.port or 0)
+            asked = Asked(secret=self._secret, audience=audience, method=method, path=url.raw_path_qs)
+            headers |= asked.headers(told, body)
         try:
             async with self._session.request(
                 method,
                 url,
                 data=body or None,
-                headers=self._headers(method, url, nonce, told, body),
+                headers=headers,
                 allow_redirects=False,
             ) as response:
                 payload = bytearray()
@@ -308,21 +296,15 @@ class RegistryClient:
                     if len(payload) > MAX_ANSWER_BYTES:
                         raise _Refused(f"answered more than {MAX_ANSWER_BYTES} bytes")
                 _raise_for(response.status, bytes(payload))
-                self._check_answer(response, url, nonce, bytes(payload))
+                if asked is not None and not asked.is_answered(response.headers.get(MAC_HEADER), bytes(payload)):
+                    raise RegistryError(
+                        f"what answers at {asked.audience} does not prove that it knows this deployment's secret"
+                    )
                 return bytes(payload)
         except TimeoutError:
             raise _Refused(f"did not answer within {self._timeout_seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Refused(f"cannot be reached ({cause_of(error)})") from None
-
-    def _check_answer(self, response: aiohttp.ClientResponse, url: URL, nonce: str, payload: bytes) -> None:
-        """Raises RegistryError unless whoever answers knows the secret, where there is one."""
-        if self._secret is None:
-            return
-        audience = audience_of(url.host or "", url.port or 0)
-        code = answer_code(self._secret, audience, nonce, url.raw_path_qs, payload)
-        if not is_code(response.headers.get(MAC_HEADER), code):
-            raise RegistryError(f"what answers at {audience} does not prove that it knows this deployment's secret")
 
 
 class _Time(msgspec.Struct):

@@ -10,7 +10,9 @@ This file must not know HTTP frameworks.
 from __future__ import annotations
 
 import hmac
+import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvbaton.discovery.access import bearer
 from kvbaton.secret import key_of
@@ -24,23 +26,31 @@ MAX_NONCE_CHARACTERS = 64
 TIME_PATH = "/registry_time"
 
 
-def question_headers(secret: str, audience: str, nonce: str) -> Mapping[str, str]:
-    """What a look-up at ``audience`` (``HOST:PORT``) shows."""
-    return {**bearer(secret, "look-up", audience), NONCE_HEADER: nonce}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a registry at ``audience`` (``HOST:PORT``) is asked, once; ``path`` with its query."""
 
+    secret: str = field(repr=False)
+    audience: str
+    method: str
+    path: str
+    nonce: str = field(default_factory=lambda: secrets.token_urlsafe(16))
 
-def message_headers(
-    secret: str, audience: str, nonce: str, told: str, method: str, path: str, body: bytes
-) -> Mapping[str, str]:
-    """What a registration shows, and whatever else changes something. ``told``: the registry's time; ``path`` with its
-    query."""
-    code = message_code(secret, audience, nonce, told, method, path, body)
-    return {
-        **bearer(secret, "register", audience),
-        NONCE_HEADER: nonce,
-        TIME_HEADER: told,
-        MAC_HEADER: code,
-    }
+    def headers(self, told: str, body: bytes) -> Mapping[str, str]:
+        """What is shown: for a look-up a token; for a registration, and whatever else changes something, also a code
+        over the message and ``told``, the registry's time."""
+        if self.method == "GET":
+            return {**bearer(self.secret, "look-up", self.audience), NONCE_HEADER: self.nonce}
+        return {
+            **bearer(self.secret, "register", self.audience),
+            NONCE_HEADER: self.nonce,
+            TIME_HEADER: told,
+            MAC_HEADER: message_code(self.secret, self.audience, self.nonce, told, self.method, self.path, body),
+        }
+
+    def is_answered(self, shown: str | None, payload: bytes) -> bool:
+        """Whether the code that an answer shows proves that it is one to this, by one who knows the secret."""
+        return is_code(shown, answer_code(self.secret, self.audience, self.nonce, self.path, payload))
 
 
 def message_code(secret: str, audience: str, nonce: str, told: str, method: str, path: str, body: bytes) -> str:

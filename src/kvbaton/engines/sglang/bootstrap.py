@@ -7,7 +7,6 @@ of the group and then for the address of every rank of one data-parallel rank.
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 import time
 import urllib.error
@@ -19,14 +18,7 @@ from urllib.parse import urlsplit
 from kvbaton.control.address import Address
 from kvbaton.discovery.access import is_printable_host
 from kvbaton.discovery.names import audience_of
-from kvbaton.discovery.proof import (
-    MAC_HEADER,
-    TIME_PATH,
-    answer_code,
-    is_code,
-    message_headers,
-    question_headers,
-)
+from kvbaton.discovery.proof import MAC_HEADER, TIME_PATH, Asked
 from kvbaton.errors import AuthenticationError, RegistryError
 
 #: One question, in seconds; SGLang asks on its scheduler's thread.
@@ -53,13 +45,11 @@ class Client:
         if parts.hostname is None or not is_printable_host(parts.hostname):
             raise RegistryError(f"{url!r} names no server")
         audience, path = audience_of(parts.hostname, parts.port or 80), f"{parts.path}?{parts.query}".rstrip("?")
-        nonce = secrets.token_hex(16)
-        headers = {"Content-Type": "application/json", "Host": audience}
-        if self._secret is not None and method == "GET":
-            headers |= question_headers(self._secret, audience, nonce)
-        elif self._secret is not None:
-            told = self._time(f"{parts.scheme}://{parts.netloc}{TIME_PATH}", seconds)
-            headers |= message_headers(self._secret, audience, nonce, told, method, path, data)
+        headers, asked = {"Content-Type": "application/json", "Host": audience}, None
+        if self._secret is not None:
+            asked = Asked(secret=self._secret, audience=audience, method=method, path=path)
+            told = self._time(f"{parts.scheme}://{parts.netloc}{TIME_PATH}", seconds) if method != "GET" else ""
+            headers |= asked.headers(told, data)
         request = urllib.request.Request(url, data=data or None, method=method, headers=headers)
         try:
             with _OPENER.open(request, timeout=seconds) as answer:
@@ -69,7 +59,7 @@ class Client:
             raise RegistryError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
             raise RegistryError(f"{url} does not answer: {error}") from None
-        if self._secret is not None and not is_code(code, answer_code(self._secret, audience, nonce, path, content)):
+        if asked is not None and not asked.is_answered(code, content):
             raise AuthenticationError(f"{url}: whoever answers there does not know this deployment's secret")
         try:
             return json.loads(content)
