@@ -17,7 +17,7 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.freshness import FRESH_SECONDS
 from kvbaton.discovery.guard import JSON
 from kvbaton.discovery.names import ServerNames, audience_of_url
-from kvbaton.discovery.proof import NONCE_HEADER, TIME_HEADER, TIME_PATH, message_headers
+from kvbaton.discovery.proof import NONCE_HEADER, TIME_HEADER, TIME_PATH, Asked
 from kvbaton.discovery.registry import (
     TTL_SECONDS,
     Registration,
@@ -80,8 +80,8 @@ async def decode(**arguments: object) -> AsyncIterator[tuple[ScriptedEngine, str
             yield engine, url
 
 
-async def ask(url: str, registry_port: int, host: str = "127.0.0.1") -> tuple[int, str]:
-    body = {"prompt": "x", "bootstrap_room": 7, "bootstrap_host": host, "bootstrap_port": registry_port}
+async def ask(url: str, registry_port: int, host: str = "127.0.0.1", **more: object) -> tuple[int, str]:
+    body = {"prompt": "x", "bootstrap_room": 7, "bootstrap_host": host, "bootstrap_port": registry_port, **more}
     headers = {ROUTER_HEADER: token_of(SECRET, "router", audience_of_url(url))}
     async with (
         aiohttp.ClientSession() as session,
@@ -198,6 +198,30 @@ def test_an_address_that_a_registry_names_is_dialled_only_if_it_is_allowed(
     run(test())
 
 
+@pytest.mark.parametrize(
+    ("allow", "host", "source", "param"),
+    [
+        ((), "127.0.0.1", "tcp://127.0.0.1:9", ""),
+        ((), "10.0.0.7", "tcp://127.0.0.1:9", "bootstrap_host"),
+        (("127.0.0.1",), "10.0.0.7", "tcp://10.0.0.7:9", "bootstrap_host"),
+        (("127.0.0.1",), "127.0.0.1", "tcp://10.0.0.7:9", "kvbaton_journal"),
+        (("127.0.0.1", "10.0.0.7"), "127.0.0.1", "tcp://10.0.0.7:9", ""),
+        (("127.0.0.1",), "127.0.0.1", "ipc:///tmp/x", "kvbaton_journal"),
+    ],
+)
+def test_who_hands_an_answer_over_is_dialled_only_if_he_is_allowed(
+    allow: tuple[str, ...], host: str, source: str, param: str
+) -> None:
+    async def test() -> None:
+        journal = {"id": "x", "created": 1, "seed": 1, "sources": [source]}
+        async with decode(bootstrap_allow=AllowList.parse(allow)) as (engine, url):
+            status, text = await ask(url, 8998, host, kvbaton_journal=journal)
+            assert (status, bool(engine.requests)) == ((400, False) if param else (200, True)), text
+            assert not param or msgspec.json.decode(text)["error"]["param"] == param
+
+    run(test())
+
+
 # ---- a registry's token alone
 
 
@@ -239,7 +263,8 @@ def registration(
     """The headers of a rank's message to the registry at ``url``, as somebody overhears them."""
     audience = f"127.0.0.1:{port_in(url)}"
     body = BODY if method == "PUT" else b""
-    return CIMultiDict({**message_headers(SECRET, audience, nonce, told, method, path, body), "Content-Type": JSON})
+    asked = Asked(secret=SECRET, audience=audience, method=method, path=path, nonce=nonce)
+    return CIMultiDict({**asked.headers(told, body), "Content-Type": JSON})
 
 
 def test_an_overheard_registration_is_good_for_nothing_else() -> None:

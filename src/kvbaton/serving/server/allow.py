@@ -39,7 +39,8 @@ class AllowList:
             )
 
     def check_link(self, address: str, registry: Collection[str]) -> None:
-        """Raises RegistryError unless a rank may be dialled at ``address`` (``tcp://IP:PORT``), as a registry says.
+        """Raises RegistryError unless a rank may be dialled at ``address`` (``tcp://IP:PORT``), as a registry says, and
+        ConfigError for what is no address.
 
         ``registry``: the registry's own IP addresses, where ranks may always be. Where there is a list, other hosts
         must be on it, whatever the port.
@@ -47,7 +48,7 @@ class AllowList:
         host = plain(Address.parse(address).host)
         if self.entries and host not in {plain(name) for name in (*registry, *(name for name, _ in self.entries))}:
             raise RegistryError(
-                f"the bootstrap registry names a rank at {host}, which is not on this server's allow-list; "
+                f"a rank is said to be at {host}, which is not on this server's allow-list; "
                 f"an operator adds it with {FLAG}"
             )
 

@@ -38,13 +38,14 @@ from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.echo import Echo
 from kvbaton.serving.server.engine import Tokenizer
 from kvbaton.serving.server.generated import GeneratedAnswers
-from kvbaton.serving.server.journal import Journal, Part, fresh
+from kvbaton.serving.server.journal import JOURNAL_FIELD, Journal, Part, fresh
 from kvbaton.serving.server.openai import (
     CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
 )
+from kvbaton.serving.server.raw import refuse
 from kvbaton.serving.server.routing import Meeting
 from kvbaton.serving.server.sglang import MAX_NEW_TOKENS, GenerateRequest
 
@@ -171,8 +172,8 @@ class RequestParser:
         sampling = request.sampling(max_tokens=self._max_tokens(request, max(map(len, prompts))))
         parts = journal.parts(prompts, sampling) if journal is not None else fresh(prompts, sampling)
         meetings = self._meetings(request, parts)
-        handed_on = journal.sources if journal is not None else ()
-        registry = None if handed_on else self._registry_of(meetings)
+        registry = self._registry_of(meetings)
+        handed_on = await self._handed_on(journal, registry)
         # nobody's choice: what a client calls it is its own business
         request_id = f"{_PREFIXES[request.kind]}-{uuid.uuid4().hex}"
         requests = {
@@ -181,7 +182,7 @@ class RequestParser:
                 prompt_tokens=part.tokens,
                 sampling=part.sampling,
                 room=meeting.room if meeting is not None else None,
-                sources=await self._sources(registry, request, meeting, handed_on),
+                sources=handed_on or await self._sources(registry, request, meeting),
                 dp_rank=self._dp_rank(request, meeting),
                 answered=part.answered,
             )
@@ -190,7 +191,8 @@ class RequestParser:
         name = request_id if journal is None else f"{_PREFIXES[request.kind]}-{journal.id}"
         rid = request.rid or name
         answers = self._answers(request, rid, prompts, journal)
-        return Accepted(requests, answers, rid, bool(request.stream), registry, journal)
+        asked = None if handed_on else registry
+        return Accepted(requests, answers, rid, bool(request.stream), asked, journal)
 
     def check_model(self, model: str | None) -> None:
         """Raises UnknownModelError."""
@@ -235,7 +237,8 @@ class RequestParser:
         return meetings
 
     def _registry_of(self, meetings: Sequence[Meeting | None]) -> tuple[str, int] | None:
-        """The registry to ask, on a decode server; it is one for all prompts."""
+        """The registry to ask, on a decode server; it is one for all prompts. Where an answer is handed on it is the
+        name of who has it so far, and as much within the bounds of the allow-list. Raises ConfigError."""
         if self._config.mode != "decode" or not meetings:  # all has been answered before
             return None
         registries = {(meeting.host, meeting.port) for meeting in meetings if meeting is not None}
@@ -269,16 +272,19 @@ class RequestParser:
         await self._check_links([route.address for route in topology.ranks], host)
         return topology
 
+    async def _handed_on(self, journal: Journal | None, registry: tuple[str, int] | None) -> tuple[str, ...]:
+        """The ranks that hand on what they have of an answer. Raises ConfigError for one that is not to be dialled."""
+        if journal is None or registry is None:
+            return ()
+        try:
+            await self._check_links(journal.sources, registry[0])
+        except (ConfigError, RegistryError) as error:
+            refuse(JOURNAL_FIELD, error.message)
+        return journal.sources
+
     async def _sources(
-        self,
-        registry: tuple[str, int] | None,
-        request: AnyRequest,
-        meeting: Meeting | None,
-        handed_on: tuple[str, ...],
+        self, registry: tuple[str, int] | None, request: AnyRequest, meeting: Meeting | None
     ) -> tuple[str, ...]:
-        if handed_on and self._config.mode == "decode":
-            await self._check_links(handed_on, meeting.host or "" if meeting is not None else "")
-            return handed_on
         if registry is None or meeting is None:
             return ()
         if self._registry is None:
@@ -296,9 +302,9 @@ class RequestParser:
         return sources
 
     async def _check_links(self, sources: Sequence[str], registry_host: str) -> None:
-        """Raises RegistryError for an address that this server is not to dial."""
+        """Raises RegistryError for an address that this server is not to dial, ConfigError for what is none."""
         allow = self._config.bootstrap_allow
-        if not allow.entries:
+        if not allow.entries or not sources:
             return
         try:
             found = await asyncio.get_running_loop().getaddrinfo(unbracketed(registry_host), None)
