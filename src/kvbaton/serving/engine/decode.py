@@ -26,6 +26,7 @@ from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.batch import ContinuousBatch
 from kvbaton.serving.engine.departures import Departures
+from kvbaton.serving.engine.draining import Draining
 from kvbaton.serving.engine.generation import Generation, Opening, generations
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import Limits, limits_of
@@ -75,7 +76,7 @@ class Decode(Role):
         self._departures = Departures(pools, manager, runner, self._retire)
         self._waiting: deque[Job] = deque()
         self._transfers: list[_Arrival] = []
-        self._draining: list[_Arrival] = []
+        self._draining = Draining[_Arrival](self._release)
 
     def add(self, job: Job) -> None:
         self._waiting.append(job)
@@ -110,7 +111,7 @@ class Decode(Role):
     def step(self) -> bool:
         worked = self._departures.step()
         worked = self._poll_transfers() or worked
-        worked = self._reap() or worked
+        worked = self._draining.reap() or worked
         worked = self._admit() or worked
         return self._batch.step() or worked
 
@@ -250,16 +251,8 @@ class Decode(Role):
         self._transfers.remove(arrival)
         with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
             arrival.receiver.fail(cause)
-        self._draining.append(arrival)
-        self._reap()
+        self._draining.add(arrival.receiver, arrival)
         arrival.job.emit(last)
-
-    def _reap(self) -> bool:
-        settled = [arrival for arrival in self._draining if arrival.receiver.released]
-        for arrival in settled:
-            self._draining.remove(arrival)
-            self._release(arrival)
-        return bool(settled)
 
     def _release(self, arrival: _Arrival) -> None:
         self._free(arrival.sequences, arrival.prefix)

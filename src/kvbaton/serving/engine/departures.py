@@ -20,6 +20,7 @@ from kvbaton.engines.port import Manager, Sender
 from kvbaton.errors import KVBatonError, LocalProtocolError, TransferFailedError
 from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
+from kvbaton.serving.engine.draining import Draining
 from kvbaton.serving.engine.generation import Generation
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.pool import AUX, Pools
@@ -58,7 +59,7 @@ class Departures:
         self._runner = runner
         self._release = release
         self._jobs: dict[Job, _Leaving] = {}
-        self._draining: list[_Departure] = []
+        self._draining = Draining[_Departure](self._free)
 
     def expect(self, job: Job, answers: int) -> None:
         """So many answers of ``job`` will be added."""
@@ -90,12 +91,11 @@ class Departures:
         for departure in leaving.departures if leaving is not None else ():
             with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
                 departure.sender.fail(for_peer(error))
-            self._draining.append(departure)
-        self._reap()
+            self._draining.add(departure.sender, departure)
         job.fail(error)
 
     def step(self) -> bool:
-        worked = self._reap()
+        worked = self._draining.reap()
         for job, leaving in list(self._jobs.items()):
             if job.done:  # its step has failed meanwhile
                 self.end(job, TransferFailedError("another answer of this request has failed", room=job.request.room))
@@ -133,13 +133,6 @@ class Departures:
             *self._pools.state_spans(generation.block_table),
             Span(AUX, 0, 0, (slot,)),
         ]
-
-    def _reap(self) -> bool:
-        settled = [departure for departure in self._draining if departure.sender.released]
-        for departure in settled:
-            self._draining.remove(departure)
-            self._free(departure)
-        return bool(settled)
 
     def _free(self, departure: _Departure) -> None:
         self._release(departure.generation)

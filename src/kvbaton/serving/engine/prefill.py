@@ -19,6 +19,7 @@ from kvbaton.manager import KVPoll, Span
 from kvbaton.serving.engine import aux_row
 from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.ahead import Ahead
+from kvbaton.serving.engine.draining import Draining
 from kvbaton.serving.engine.job import Job, for_peer
 from kvbaton.serving.engine.limits import limits_of
 from kvbaton.serving.engine.model import LoadedModel
@@ -59,7 +60,7 @@ class Prefill(Role):
         self._ready: list[_Handoff] = []
         self._computing: tuple[_Handoff, PromptRun] | None = None
         self._inflight: list[_Handoff] = []
-        self._draining: list[_Handoff] = []
+        self._draining = Draining[_Handoff](self._release)
 
     def add(self, job: Job) -> None:
         room = job.request.room
@@ -85,7 +86,7 @@ class Prefill(Role):
             self._compute(*self._computing)
             worked = True
         worked = self._conclude() or worked
-        return self._reap() or worked
+        return self._draining.reap() or worked
 
     def _live(self) -> list[_Handoff]:
         computing = self._computing  # read once: stats() comes from other threads
@@ -211,16 +212,8 @@ class Prefill(Role):
                 queue.remove(handoff)
         with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
             handoff.sender.fail(cause)
-        self._draining.append(handoff)
-        self._reap()
+        self._draining.add(handoff.sender, handoff)
         handoff.job.emit(last)
-
-    def _reap(self) -> bool:
-        settled = [handoff for handoff in self._draining if handoff.sender.released]
-        for handoff in settled:
-            self._draining.remove(handoff)
-            self._release(handoff)
-        return bool(settled)
 
     def _release(self, handoff: _Handoff) -> None:
         if handoff.block_table is not None:
