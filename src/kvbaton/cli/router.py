@@ -11,6 +11,7 @@ from kvbaton.cli.settings import (
     add_allowed_host,
     add_allowed_origin,
     add_api_keys,
+    add_grace_period,
     add_log_level,
     add_strict_fields,
     config_of,
@@ -156,12 +157,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=1024,
         help="most requests at a time; further ones are refused",
     )
-    parser.add_argument(
-        "--grace-period-secs",
-        type=seconds,
-        default=30.0,
-        help="seconds that running requests may take to finish after SIGTERM",
-    )
+    add_grace_period(parser)
 
 
 def run(options: argparse.Namespace) -> int:

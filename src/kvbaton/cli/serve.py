@@ -11,6 +11,7 @@ from kvbaton.cli.settings import (
     add_allowed_host,
     add_allowed_origin,
     add_api_keys,
+    add_grace_period,
     add_log_level,
     add_strict_fields,
     config_of,
@@ -95,12 +96,7 @@ def _add_http(http: argparse._ArgumentGroup) -> None:
     add_allowed_origin(http)
     add_strict_fields(http)
     add_api_keys(http)
-    http.add_argument(
-        "--grace-period-secs",
-        type=seconds,
-        default=30.0,
-        help="seconds that running requests may take to finish after SIGTERM",
-    )
+    add_grace_period(http)
 
 
 def _add_engine(engine: argparse._ArgumentGroup) -> None:

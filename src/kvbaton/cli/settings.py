@@ -136,6 +136,15 @@ def add_strict_fields(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_grace_period(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--grace-period-secs",
+        type=seconds,
+        default=30.0,
+        help="seconds that running requests may take to finish after SIGTERM",
+    )
+
+
 def add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least level of logs on stderr")
 
