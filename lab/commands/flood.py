@@ -7,6 +7,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,12 +72,28 @@ async def _run(options: argparse.Namespace, directory: Path, model: Path) -> lis
         if not attacks:
             raise ConfigError(f"--only {options.only!r}: no attack has any of this in its name")
         waves = [attacks] if options.quick else [[attack] for attack in attacks]
-        return await run_campaign(fleet, waves, sizes, _tell, judge_p99=not options.quick)
+        progress = Progress(len(waves))
+        return await run_campaign(fleet, waves, sizes, progress.begin, progress.tell, judge_p99=not options.quick)
 
 
-def _tell(result: Result) -> None:
-    verdict = "; ".join(result.complaints) or "ok"
-    print(f"{result.name}: p99 {result.ratio:.1f} times what is usual: {verdict}", file=sys.stderr, flush=True)
+class Progress:
+    """What goes on, line by line on stderr, of ``total`` waves."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._number = 0
+        self._started = time.monotonic()
+
+    def begin(self, name: str) -> None:
+        self._number += 1
+        self._say(name)
+
+    def tell(self, result: Result) -> None:
+        self._say(f"p99 {result.ratio:.1f} times what is usual: {'; '.join(result.complaints) or 'ok'}")
+
+    def _say(self, words: str) -> None:
+        passed = time.monotonic() - self._started
+        print(f"[{passed:4.0f} s, {self._number} of {self._total}] {words}", file=sys.stderr, flush=True)
 
 
 def _print(results: Sequence[Result]) -> None:

@@ -85,12 +85,13 @@ async def run(
     fleet: Fleet,
     waves: Sequence[Sequence[Attack]],
     sizes: Sizes,
+    begin: Callable[[str], None],
     tell: Callable[[Result], None],
     *,
     judge_p99: bool,
 ) -> list[Result]:
-    """Every wave of attacks that go on at once, and a calm before and after each. Without ``judge_p99`` a slow answer
-    is no complaint."""
+    """Every wave of attacks that go on at once, and a calm before and after each. ``begin`` is told the name of each,
+    ``tell`` what came of it. Without ``judge_p99`` a slow answer is no complaint."""
     expected, results = await expected_answers(fleet), []
     servers = [*fleet.prefills, *fleet.decodes, fleet.router]
 
@@ -101,6 +102,8 @@ async def run(
 
     before = await calm()
     for wave in waves:
+        name = "; ".join(attack.name for attack in wave)
+        begin(name)
         held = {server.name: resident_bytes(server) for server in servers}
         during, watch, got = await _during(fleet, servers, expected, _attacker(wave))
         after = await calm()
@@ -121,7 +124,7 @@ async def run(
         ]
         results.append(
             Result(
-                name="; ".join(attack.name for attack in wave),
+                name=name,
                 requests=(len(before.seconds) + len(after.seconds), len(during.seconds)),
                 p99_seconds=(round(usual, 3), round(p99(during.seconds), 3)),
                 peak_growth_mib={name: round(grown / 2**20, 1) for name, grown in growth.items()},

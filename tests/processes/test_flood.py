@@ -15,7 +15,7 @@ from lab.flood.campaign import Result, run
 def test_floods_keep_nobody_from_an_answer(fleet: Fleet, runner: asyncio.Runner) -> None:
     async def scenario() -> list[Result]:
         attacks = await attacks_on(fleet, SMALL, template=False)
-        return await run(fleet, [attacks], SMALL, lambda _result: None, judge_p99=False)
+        return await run(fleet, [attacks], SMALL, lambda _name: None, lambda _result: None, judge_p99=False)
 
     results = runner.run(scenario())
     assert not [(result.name, result.complaints, result.got) for result in results if not result.ok]
