@@ -737,6 +737,16 @@ def test_a_decode_server_asks_only_registries_it_may():
     run(test())
 
 
+@pytest.mark.parametrize("port", ["", "0", "65536", "99999", "-1", "x", "\u0661"])
+def test_a_pair_is_asked_for_by_a_port(port: str):
+    async def test() -> None:
+        async with decode_with_registry() as (client, _, _port):
+            body = await client.get(f"/pair?bootstrap_host=127.0.0.1&bootstrap_port={port}", status=400)
+            assert body["error"]["param"] == "bootstrap_port"
+
+    run(test())
+
+
 def test_a_lost_peer_is_looked_up_again():
     async def test() -> None:
         async with decode_with_registry() as (client, lookup, port):

@@ -124,9 +124,12 @@ class Answers:
             answer = self._answer("chat.completion", [self._chat_message(output) for output in outputs])
             answer.prompt_logprobs = self._prompt_table(0)
         else:
+            of, wanted = self._request.choices, self._request.wanted
+            if wanted < of:
+                outputs = _best(outputs, of, wanted)
             choices = [self._completion_choice(output) for output in outputs]
-            if self._request.wanted < self._request.choices:
-                choices = _best(list(zip(outputs, choices, strict=True)), self._request.choices, self._request.wanted)
+            for index, choice in enumerate(choices):
+                choice.index = index
             answer = self._answer("text_completion", choices)
         answer.usage = self._usage()
         answer.handoff = self._handoff
@@ -142,9 +145,8 @@ class Answers:
         if self._echo:
             return _Told(Offsets(), self._echo[number].unfinished())
         tokenizer, last = self._tokenizer, self._prompts[number][-MAX_CHARACTER_TOKENS:]
-        if tokenizer is None or self._request.logprobs is None:
-            return _Told(Offsets())
-        return _Told(Offsets(b"".join(map(tokenizer.token_bytes, last))))
+        counts = isinstance(self._request, CompletionRequest) and self._request.logprobs is not None
+        return _Told(Offsets(b"".join(map(tokenizer.token_bytes, last)) if tokenizer is not None and counts else b""))
 
     def _count(self, output: Output) -> Output:
         """What of an output is told."""
@@ -156,7 +158,7 @@ class Answers:
             output = replace(output, tokens=(), text="", logprobs=(), top_logprobs=(), finish_reason=reason)
         self._tokens += len(output.tokens)
         # of one that was broken off, the first attempt's
-        self._cached_tokens.setdefault(output.index // self._request.choices, output.cached_tokens)
+        self._cached_tokens.setdefault(number, output.cached_tokens)
         if output.handoff is not None:
             self._handoff = output.handoff
         return output
@@ -209,18 +211,24 @@ class Answers:
         tokens, data = list(output.tokens), [self._shown(token) for token in output.tokens]
         logprobs: list[float | None] = list(output.logprobs)
         tops: list[Alternatives | None] = list(output.top_logprobs)
+        asked = self._request.logprobs
         if before is not None:
-            asked = self._request.logprobs
             tokens, data = [*self._prompts[number], *tokens], [*self._echo[number].data(), *data]
             logprobs = [None, *(each.logprob for each in before), *logprobs]
             tops = [None, *(each.top[:asked] for each in before), *tops]
         texts = [each.text for each in self._texts(tokens)]
-        told_tops = [
+        offsets = [told.offsets.next(each) for each in data]
+        told_tops = self._tops(tops, texts, logprobs) if asked else None
+        return CompletionLogprobs(texts, logprobs, offsets, told_tops or None)
+
+    def _tops(
+        self, tops: Sequence[Alternatives | None], texts: Sequence[str], logprobs: Sequence[float | None]
+    ) -> list[dict[str, float] | None]:
+        """None of a prompt's first token, which has neither."""
+        return [
             None if top is None or logprob is None else self._by_text(top, text, logprob)
             for top, text, logprob in zip(tops, texts, logprobs, strict=False)  # no tops, or one for each
         ]
-        offsets = [told.offsets.next(each) for each in data]
-        return CompletionLogprobs(texts, logprobs, offsets, told_tops or None if self._request.logprobs else None)
 
     def _shown(self, token: int) -> bytes:
         """What a token adds to the text."""
@@ -280,14 +288,11 @@ class Answers:
         ]
 
 
-def _best(answers: Sequence[tuple[Output, CompletionChoice]], of: int, wanted: int) -> list[CompletionChoice]:
-    """For each prompt the likeliest ``wanted`` of its answers, by the mean logprob of a token, numbered anew."""
-    best: list[CompletionChoice] = []
-    for start in range(0, len(answers), of):
-        ranked = sorted(answers[start : start + of], key=lambda each: -_mean(each[0].logprobs))
-        best += [choice for _, choice in ranked[:wanted]]
-    for index, choice in enumerate(best):
-        choice.index = index
+def _best(outputs: Sequence[Output], of: int, wanted: int) -> list[Output]:
+    """For each prompt the likeliest ``wanted`` of its ``of`` answers, by the mean logprob of a token."""
+    best: list[Output] = []
+    for start in range(0, len(outputs), of):
+        best += sorted(outputs[start : start + of], key=lambda output: -_mean(output.logprobs))[:wanted]
     return best
 
 

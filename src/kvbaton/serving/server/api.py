@@ -23,7 +23,6 @@ from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import (
     AuthenticationError,
-    ConfigError,
     KVBatonError,
 )
 from kvbaton.manager import TraceEvent
@@ -45,7 +44,7 @@ from kvbaton.serving.server.operators import key_of_client
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_ids import request_id_of, tell_request_id
 from kvbaton.serving.server.request_parsing import Accepted, AnyRequest, ApiConfig, Formatter, RequestParser
-from kvbaton.serving.server.routing import PAIR_PATH, ROLE_HEADER, HandOver
+from kvbaton.serving.server.routing import PAIR_PATH, ROLE_HEADER, HandOver, port_of
 from kvbaton.serving.server.running import Running
 from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.status import StatusRoutes
@@ -106,6 +105,7 @@ class ApiServer:
         status = StatusRoutes(
             engine,
             config,
+            self._callers,
             self.admission,
             self.metrics,
             check_model=self._parser.check_model,
@@ -114,8 +114,6 @@ class ApiServer:
             timeline=timeline,
             layouts=layouts,
             instance=instance,
-            secret=secret,
-            names=self._callers.names,
         )
         self._tokens = TokenMetrics(self.metrics.registry, config.model)
         self._failures = FailureLog()
@@ -206,10 +204,8 @@ class ApiServer:
     async def _pair(self, http: web.Request) -> web.Response:
         """Whether this decode server would find a prefill group: what its router asks before it counts the pair."""
         self._callers.require_router(http)
-        host, port = http.query.get("bootstrap_host", ""), http.query.get("bootstrap_port", "")
-        if not (port.isascii() and port.isdecimal() and len(port) < 6):
-            raise ConfigError("bootstrap_port: must be a port")
-        topology = await self._parser.prefill_group(host, int(port))
+        host, port = http.query.get("bootstrap_host", ""), port_of(http.query.get("bootstrap_port", ""))
+        topology = await self._parser.prefill_group(host, port)
         return json_response({"instances": [route.instance for route in topology.ranks]})
 
     def _keeps_records(self, accepted: Accepted) -> bool:

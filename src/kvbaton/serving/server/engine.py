@@ -81,23 +81,22 @@ class OutputStream:
         self,
         engine: Engine,
         requests: Mapping[int, Request],
-        heard: Callable[[Output], None] = lambda _output: None,
+        heard: Callable[[Output], None],
     ) -> None:
         self._heard = heard
         self._engine = engine
         self._requests = requests
-        self._open = len(requests)
+        self._open = 0  # of those that are submitted
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Output] = deque()
         self._news = asyncio.Event()
         self._departing = 0
-        self._finished = True  # nothing to abort before it is submitted
 
     def submit(self) -> None:
         """Hand the requests to the engine. Raises what the engine's submit raises."""
         for first, request in self._requests.items():
             self._engine.submit(request, partial(self._on_output, first))
-            self._finished = False
+            self._open += 1
 
     def __enter__(self) -> OutputStream:
         return self
@@ -105,7 +104,7 @@ class OutputStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
+        if self._open:
             for request in self._requests.values():
                 self._engine.abort(request.request_id, "the client has gone")
 
@@ -118,8 +117,7 @@ class OutputStream:
         while output.departing or isinstance(output.error, HandedOnError):  # all of the requests go, or none
             self._departing += output.departing
             self._open -= output.final
-            self._finished = self._open == 0
-            if self._departing == self._open or self._finished:
+            if self._departing == self._open or not self._open:
                 break
             output = await self._take()
         if isinstance(output.error, HandedOnError):
@@ -132,7 +130,6 @@ class OutputStream:
             self._open -= 1
             if self._open and output.error is None:
                 output = replace(output, unfinished=self._open)
-        self._finished = self._open == 0
         if output.error is not None:
             raise output.error
         self._heard(output)
@@ -151,7 +148,7 @@ class OutputStream:
 
     def __repr__(self) -> str:
         ids = [request.request_id for request in self._requests.values()]
-        return f"<OutputStream {ids}{' finished' if self._finished else ''}>"
+        return f"<OutputStream {ids}{'' if self._open else ' finished'}>"
 
 
 def _continues(first: Output, second: Output) -> bool:

@@ -105,7 +105,8 @@ class GeneratedAnswers:
         if start >= len(prompt):
             return
         own = [self._logprob(prompt[start], None)]
-        own += [self._logprob(prompt[start + 1 + i], each.logprob) for i, each in enumerate(logprobs[start:])]
+        given = zip(prompt[start + 1 :], logprobs[start:], strict=True)
+        own += [self._logprob(token, each.logprob) for token, each in given]
         tops: list[list[TokenLogprob] | None] = [None, *(self._alternatives(each.top) for each in logprobs[start:])]
         for told in self._told[number * self._choices : (number + 1) * self._choices]:
             told.meta_info.input_token_logprobs = own

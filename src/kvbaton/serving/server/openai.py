@@ -38,7 +38,7 @@ MAX_LIST_BYTES = 64 << 10
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 Natural = Annotated[int, Meta(ge=0, le=1 << 24)]
-Alternatives = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Stop = Annotated[str, Meta(max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
@@ -81,7 +81,7 @@ class _Common(Routed, kw_only=True):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
     return_token_ids: bool | None = None
-    prompt_logprobs: Alternatives | None = None
+    prompt_logprobs: TopLogprobs | None = None
 
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""
@@ -102,16 +102,12 @@ class _Common(Routed, kw_only=True):
         """Whether the prompt is said again in front of the answer."""
         return False
 
-    def told(self) -> tuple[bool, int]:
-        """Whether logprobs are asked for, and of how many alternatives to each token. Overridden by each kind."""
-        raise NotImplementedError
-
     def prompt_alternatives(self) -> int | None:
         """Of how many alternatives to each token of the prompt; None: of none."""
         return self.prompt_logprobs
 
-    def sampling(self, *, max_tokens: int) -> Sampling:
-        logprobs, top_logprobs = self.told()
+    def _sampling(self, max_tokens: int, *, logprobs: bool, top_logprobs: int | None) -> Sampling:
+        """``top_logprobs``: of so many alternatives to each token, too."""
         return Sampling(
             max_tokens=max(1, max_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -120,7 +116,7 @@ class _Common(Routed, kw_only=True):
             stop=stops_of(self.stop),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs or 0,
             choices=self.choices,
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
@@ -172,8 +168,9 @@ class CompletionRequest(_Common, kw_only=True):
         """Of the choices, as many are told."""
         return 1 if self.n is None else self.n
 
-    def told(self) -> tuple[bool, int]:
-        return self.logprobs is not None or self.choices > self.wanted, self.logprobs or 0
+    def sampling(self, *, max_tokens: int) -> Sampling:
+        told = self.logprobs is not None or self.choices > self.wanted
+        return self._sampling(max_tokens, logprobs=told, top_logprobs=self.logprobs)
 
     def prompts(self, most_tokens: int) -> list[Prompt]:
         """Texts, or token ids. Raises ConfigError for an empty one, for too many, and for more tokens."""
@@ -185,7 +182,7 @@ class ChatRequest(_Common, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: TopLogprobs | None = None
     max_completion_tokens: Count | None = None
     tools: Raw = field(default_factory=null)
     tool_choice: Raw = field(default_factory=null)
@@ -205,8 +202,8 @@ class ChatRequest(_Common, kw_only=True):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             refuse("max_completion_tokens", "contradicts max_tokens; pass one of them")
 
-    def told(self) -> tuple[bool, int]:
-        return bool(self.logprobs), self.top_logprobs or 0
+    def sampling(self, *, max_tokens: int) -> Sampling:
+        return self._sampling(max_tokens, logprobs=bool(self.logprobs), top_logprobs=self.top_logprobs)
 
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

@@ -215,16 +215,11 @@ def _paths(kind: Kind) -> _Json:
         "/generate": _answers("GenerateRequest", {"anyOf": [_ref("Generated"), _list(_ref("Generated"))]}),
         "/tokenize": _question("text to tokens", "TokenizeRequest", "Tokens"),
         "/detokenize": _question("tokens to text", "DetokenizeRequest", "Text"),
-        "/abort_request": {
-            "post": {
-                "summary": "end a request soon; an unknown one is ignored",
-                "requestBody": _body("AbortRequest"),
-                "responses": {
-                    "200": _json(_ref("AbortRequest")),
-                    **_refusals("400", "401", "408", "413", "415", "429", "503"),
-                },
-            }
-        },
+        "/abort_request": _post(
+            "end a request soon; an unknown one is ignored",
+            {"200": _json(_ref("AbortRequest")), **_refusals("400", "401", "408", "413", "415", "429", "503")},
+            body=_body("AbortRequest"),
+        ),
         "/v1/models": _get("the models that are served", {"200": _json(_ref("Models"))}),
         "/v1/models/{model}": model,
         "/get_model_info": model_info,
@@ -273,8 +268,7 @@ def _paths(kind: Kind) -> _Json:
 def _answers(request: str, answer: _Json) -> _Json:
     ok = _json(answer)
     ok["content"]["text/event-stream"] = {}
-    responses = {"200": ok, **_refusals(*_REFUSALS)}
-    return {"post": {"summary": "tokens", "requestBody": _body(request), "responses": responses}}
+    return _post("tokens", {"200": ok, **_refusals(*_REFUSALS)}, body=_body(request))
 
 
 def _post(summary: str, responses: _Json, body: _Json | None = None) -> _Json:
@@ -283,8 +277,7 @@ def _post(summary: str, responses: _Json, body: _Json | None = None) -> _Json:
 
 def _question(summary: str, request: str, answer: str) -> _Json:
     codes = ("400", "404", "408", "413", "415", "429", "503")
-    responses = {"200": _json(_ref(answer)), **_refusals(*codes)}
-    return {"post": {"summary": summary, "requestBody": _body(request), "responses": responses}}
+    return _post(summary, {"200": _json(_ref(answer)), **_refusals(*codes)}, body=_body(request))
 
 
 def _refusals(*codes: str) -> _Json:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Raw, Struct, field
 
 from kvbaton.discovery.registry import MAX_RANKS
@@ -93,6 +94,15 @@ class Routed(Ruled, kw_only=True):
         if len({meeting.room for meeting in found}) < prompts:
             refuse("bootstrap_room", "two prompts have the same room")
         return found
+
+
+def port_of(text: str) -> int:
+    """The registry's port, as it is written in a query. Raises ConfigError."""
+    try:
+        port: int = msgspec.convert(text, Port, strict=False)
+    except msgspec.ValidationError:
+        refuse("bootstrap_port", f"{text[:40]!r} is no port (1 to 65535)")
+    return port
 
 
 def _values(raw: Raw, kind: Any, name: str) -> Any:

@@ -39,6 +39,3 @@ class Running:
         if room not in self._by_room:
             raise LocalProtocolError("no answer is being given in this room; it may just have ended", room=room)
         return self._by_room[room]
-
-    def __len__(self) -> int:
-        return len(self._by_room)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
-from kvbaton.serving.engine.request import MAX_TOP_LOGPROBS, Handoff, Sampling
+from kvbaton.serving.engine.request import Handoff, Sampling
 from kvbaton.serving.server.fields import Kind, check_known, with_known
 from kvbaton.serving.server.openai import (
     Choices,
@@ -28,6 +28,7 @@ from kvbaton.serving.server.openai import (
     Stops,
     Temperature,
     TopK,
+    TopLogprobs,
     TopP,
     bias_of,
     stop_tokens_of,
@@ -74,7 +75,7 @@ class GenerateRequest(Routed, kw_only=True, dict=True):
     sampling_params: Raw = field(default_factory=null)
     return_logprob: bool | None = None
     logprob_start_len: Annotated[int, Meta(ge=-1, le=1 << 24)] | None = None
-    top_logprobs_num: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs_num: TopLogprobs | None = None
     return_text_in_logprobs: bool | None = None
 
     def check(self) -> None:

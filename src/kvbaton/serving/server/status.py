@@ -16,16 +16,15 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.discovery.json_response import json_response
-from kvbaton.discovery.names import ServerNames
 from kvbaton.errors import ConfigError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout, encode
 from kvbaton.protocol.messages import PROTOCOL_VERSION
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
+from kvbaton.serving.server.callers import Callers
 from kvbaton.serving.server.engine import Engine
 from kvbaton.serving.server.metrics import CONTENT_TYPE, Gauge, ServerMetrics
-from kvbaton.serving.server.operators import is_router, require_operator
 from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.server.shared import SharedReads
 
@@ -37,6 +36,7 @@ class StatusRoutes:
         self,
         engine: Engine,
         config: ApiConfig,
+        callers: Callers,
         admission: AdmissionLimit,
         metrics: ServerMetrics,
         *,
@@ -46,11 +46,10 @@ class StatusRoutes:
         timeline: Callable[[int], Sequence[TraceEvent]] | None,
         layouts: Sequence[RankLayout],
         instance: str,
-        secret: str | None,
-        names: ServerNames,
     ) -> None:
         self._engine = engine
         self._config = config
+        self._callers = callers
         self._admission = admission
         self._metrics = metrics
         self._check_model = check_model
@@ -59,8 +58,6 @@ class StatusRoutes:
         self._timeline = timeline
         self._layouts = layouts
         self._instance = instance
-        self._secret = secret
-        self._names = names
         #: An engine may wait for its processes, on a thread.
         self._reads = SharedReads()
         metrics.gauges(lambda: _engine_gauges(engine))
@@ -100,7 +97,7 @@ class StatusRoutes:
             "mode": self._config.mode,
             "instance": self._instance,
             "protocol": PROTOCOL_VERSION,
-            "admits": is_router(http, self._secret, self._names),
+            "admits": self._callers.is_router(http),
         }
         return json_response(body, status=503 if reason else 200)
 
@@ -125,13 +122,13 @@ class StatusRoutes:
         return {"stats": self._engine.stats(), **self._info()}
 
     async def _story(self, http: web.Request) -> web.Response:
-        room = story.room_of(http, self._secret, self._names)
+        room = story.room_of(http, self._callers.secret, self._callers.names)
         events = await asyncio.to_thread(self._timeline, room) if self._timeline is not None else ()
         lines = tuple(story.StoryLine(event.seconds_ago, event.text) for event in events)
         return story.response(room, [story.Side(role=self._config.mode, instance=self._instance, lines=lines)])
 
     async def _layout(self, http: web.Request) -> web.Response:
-        require_operator(http, self._secret, self._names, what="the layout of its memory")
+        self._callers.require_operator(http, what="the layout of its memory")
         if not self._layouts:
             raise ConfigError("this server hands nothing over: start it with --disaggregation-mode prefill or decode")
         return web.Response(body=encode(self._layouts), content_type="application/json")

@@ -21,6 +21,7 @@ from typing import Any
 
 from kvbaton.errors import ConfigError
 from kvbaton.serving.server.messages import Turn
+from kvbaton.serving.server.token_text import UNFINISHED
 
 #: A chat template has been rendered by then.
 TEMPLATE_SECONDS = 5.0
@@ -40,6 +41,7 @@ class ServerTokenizer:
         self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
         #: A token to decode others behind: some tokenizers take the space from the front of a text.
         self._anchor = tuple(self.encode("a", special=False))[-1:]
+        self._anchor_text = self.decode(self._anchor)
         self.token_bytes = lru_cache(MAX_TOKENS_KNOWN)(self._token_bytes)
 
     def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
@@ -69,8 +71,8 @@ class ServerTokenizer:
         return token in self._special
 
     def _token_bytes(self, token: int) -> bytes:
-        text = self.decode([*self._anchor, token]).removeprefix(self.decode(self._anchor))
-        if _UNFINISHED not in text:
+        text = self.decode([*self._anchor, token]).removeprefix(self._anchor_text)
+        if UNFINISHED not in text:
             return text.encode()
         with self._lock:
             piece = self._tokenizer.convert_ids_to_tokens(token)
@@ -93,7 +95,6 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
-_UNFINISHED = "\ufffd"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ALPHABET = _alphabet()
 
