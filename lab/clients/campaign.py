@@ -43,7 +43,9 @@ ROUTERS_OWN = (
     *("refused: model", "refused: too long", "refused: grammar"),
 )
 #: It takes one text for ``/generate``.
-ROUTER_REFUSES = ("generate, texts", "generate, texts, stream")
+ROUTER_REFUSES = tuple(
+    f"generate, texts{more}{stream}" for more in ("", ", logprobs of each") for stream in ("", ", stream")
+)
 
 
 @asynccontextmanager
@@ -96,6 +98,7 @@ def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
     sampled = {**greedy, "temperature": 1.0, "seed": 5, "top_k": 20}
     chat = {**greedy, "messages": [{"role": "user", "content": PROMPT}]}
     params = {"max_new_tokens": 6, "temperature": 0}
+    logprobs = {"return_logprob": True, "logprob_start_len": 0}
     generate: dict[str, Any] = {"text": PROMPT, "sampling_params": params}
     bodies: dict[str, tuple[str, dict[str, Any]]] = {
         "completion": ("/v1/completions", {**greedy, "prompt": PROMPT}),
@@ -108,8 +111,13 @@ def _bodies() -> dict[str, tuple[str, dict[str, Any]]]:
         "generate": ("/generate", generate),
         "generate, token ids": ("/generate", {"input_ids": [5, 6, 7], "sampling_params": params}),
         "generate, logprobs": ("/generate", {**generate, "return_logprob": True}),
-        "generate, logprobs of the prompt": ("/generate", {**generate, "return_logprob": True, "logprob_start_len": 0}),
+        "generate, logprobs of the prompt": ("/generate", {**generate, **logprobs}),
+        "generate, no token": ("/generate", {**generate, **logprobs, "sampling_params": {"max_new_tokens": 0}}),
         "generate, texts": ("/generate", {**generate, "text": [PROMPT, OTHER]}),
+        "generate, texts, logprobs of each": (
+            "/generate",
+            {"text": [PROMPT, OTHER], **logprobs, "logprob_start_len": [2, 9], "sampling_params": [params, params]},
+        ),
     }
     streams = {f"{name}, stream": (path, {**body, "stream": True}) for name, (path, body) in bodies.items()}
     return {**bodies, **streams}

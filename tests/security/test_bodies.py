@@ -28,6 +28,7 @@ from kvbaton.serving.server.fields import FieldRule
 from kvbaton.serving.server.openai import ChatRequest, CompletionRequest
 from kvbaton.serving.server.parsing import parse
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
+from kvbaton.serving.server.sglang import GenerateRequest
 from kvbaton.serving.server.tokens import ServerTokenizer
 from kvbaton.serving.testing.engine import CharacterTokenizer, ScriptedEngine, spell
 from kvbaton.serving.testing.http import run, serving
@@ -45,8 +46,11 @@ def filled(start: bytes, piece: bytes, end: bytes, size: int = LARGE) -> bytes:
     return start + b",".join([piece] * ((size - len(start) - len(end)) // (len(piece) + 1))) + end
 
 
-def served(payload: bytes, kind: type[CompletionRequest] | type[ChatRequest]) -> None:
+def served(payload: bytes, kind: type[CompletionRequest] | type[ChatRequest] | type[GenerateRequest]) -> None:
     request = parse(payload, kind)
+    if isinstance(request, GenerateRequest):
+        request.asked([(1,)])
+        return
     if isinstance(request, CompletionRequest):
         request.prompts(POSITIONS)
         request.meetings(1, 1)
@@ -79,6 +83,9 @@ MATERIALISED = {
     "tokens that stop": (CompletionRequest, filled(b'{"prompt":"a","stop_token_ids":[', b"1", b"]}")),
     "rooms": (CompletionRequest, filled(b'{"prompt":"a","bootstrap_room":[', b"1", b"]}")),
     "arguments of a template": (ChatRequest, filled(CHAT + b'"chat_template_kwargs":{', b'"a":1', b"}}")),
+    "flags of prompts": (GenerateRequest, filled(b'{"text":"a","return_logprob":[', b"true", b"]}")),
+    "sampling of prompts": (GenerateRequest, filled(b'{"text":"a","sampling_params":[', b"{}", b"]}")),
+    "sampling of many prompts": (GenerateRequest, filled(b'{"text":"a","sampling_params":[', b"{}", b"]}", 200 << 10)),
     "a schema": (ChatRequest, filled(CHAT + b'"response_format":{', b'"a":1', b"}}")),
 }
 

@@ -294,6 +294,120 @@ def test_generate() -> None:
     run(test())
 
 
+def test_each_prompt_of_a_batch_is_asked_in_its_own_way() -> None:
+    """SGLang's clients send one value for all prompts, or a list with one for each."""
+
+    async def test() -> None:
+        async with api(told) as client:
+            fields = {
+                "input_ids": [[97, 98, 99], [97, 98], [97]],
+                "return_logprob": [True, True, False],
+                "logprob_start_len": [1, -1, 0],
+                "top_logprobs_num": [2, 1, 3],
+                "sampling_params": [{"max_new_tokens": 7}, {"top_k": 3, "temperature": 0.5}, {}],
+            }
+            answers = await client.post("/generate", **fields)
+            first, second, third = (answer["meta_info"] for answer in answers)
+            assert [logprob for logprob, _, _ in first["input_token_logprobs"]] == [None, -99.0]
+            assert [top and len(top) for top in first["input_top_logprobs"]] == [None, 2]
+            assert (second["input_token_logprobs"], second["input_top_logprobs"]) == ([], [])
+            assert len(second["output_token_logprobs"]) == 2
+            assert "output_token_logprobs" not in third
+            samplings = [request.sampling for request in client.engine.requests]
+            assert [(one.prompt_logprobs, one.logprobs, one.top_logprobs) for one in samplings] == [
+                (2, True, 2),
+                (None, True, 1),
+                (None, False, 0),
+            ]
+            assert [(one.max_tokens, one.top_k, one.temperature) for one in samplings] == [
+                (7, 0, 1.0),
+                (128, 3, 0.5),
+                (128, 0, 1.0),
+            ]
+            twice = {**fields, "sampling_params": [{"n": 2}] * 3}
+            assert len(await client.post("/generate", **twice)) == 6
+            (only,) = await client.post("/generate", text=["ab"], return_logprob=[True], logprob_start_len=[0])
+            assert [logprob for logprob, _, _ in only["meta_info"]["input_token_logprobs"]] == [None, -98.0]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("return_logprob", [True]),
+        ("return_logprob", [True, 1]),
+        ("logprob_start_len", [0, 0, 0]),
+        ("logprob_start_len", [0, 4]),
+        ("logprob_start_len", 3),
+        ("logprob_start_len", []),
+        ("logprob_start_len", [0, None]),
+        ("top_logprobs_num", [0, 21]),
+        ("top_logprobs_num", [[0], [1]]),
+        ("sampling_params", [{}]),
+        ("sampling_params", []),
+        ("sampling_params", [{}] * 257),
+        ("sampling_params", [{}, 1]),
+        ("sampling_params", [{"n": 2}, {"n": 1}]),
+        ("min_p", [{}, {"min_p": 2}]),
+        ("rid", ["a", "b"]),
+    ],
+)
+def test_lists_that_do_not_fit_their_prompts_name_their_field(field: str, value: object) -> None:
+    async def test() -> None:
+        async with api(told) as client:
+            sent = "sampling_params" if field == "min_p" else field
+            fields = {"input_ids": [[97, 98, 99], [97, 98]], "return_logprob": True, sent: value}
+            error = (await client.post("/generate", status=400, **fields))["error"]
+            assert error["message"].startswith(sent)
+            assert not client.engine.requests
+
+    run(test())
+
+
+def test_generate_that_only_scores_its_prompt() -> None:
+    async def test() -> None:
+        async with api(told) as client:
+            fields = {
+                "text": "abc",
+                "sampling_params": {"max_new_tokens": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            }
+            answer = await client.post("/generate", **fields)
+            meta = answer["meta_info"]
+            assert (answer["text"], answer["output_ids"], meta["output_token_logprobs"]) == ("", [], [])
+            assert [logprob for logprob, _, _ in meta["input_token_logprobs"]] == [None, -98.0, -99.0]
+            assert (meta["completion_tokens"], meta["finish_reason"]) == (0, {"type": "length", "length": 0})
+            assert client.engine.requests[-1].sampling.max_tokens == 1
+            *events, _ = await client.events("/generate", **fields)
+            assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+            assert all(event["output_ids"] == [] for event in events)
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "fields"),
+    [
+        ("/v1/completions", "prompt_logprobs", {"prompt": "a"}),
+        ("/v1/completions", "logprobs", {"prompt": "a"}),
+        ("/v1/chat/completions", "prompt_logprobs", {"messages": [{"role": "user", "content": "q"}]}),
+        ("/v1/chat/completions", "top_logprobs", {"messages": [{"role": "user", "content": "q"}], "logprobs": True}),
+    ],
+)
+def test_logprobs_of_the_whole_vocabulary_are_refused_by_name(path: str, field: str, fields: dict[str, object]) -> None:
+    """vLLM takes -1 for all tokens, and refuses it where they are more than --max-logprobs, which is 20."""
+
+    async def test() -> None:
+        async with api(told) as client:
+            error = (await client.post(path, status=400, **{**fields, field: -1}))["error"]
+            assert (error["param"], "vocabulary" in error["message"]) == (field, True)
+            assert not client.engine.requests
+
+    run(test())
+
+
 def test_what_ended_an_answer_of_generate() -> None:
     async def test() -> None:
         ends = iter(
@@ -489,7 +603,7 @@ def test_an_answer_that_goes_on_elsewhere_tells_the_prompt_once() -> None:
     found = journal.Journal.of(journal.encoded(head, records))
     assert found is not None
     assert [record.output for record in found.records] == outputs
-    (part,) = found.parts([(97, 99)], Sampling(prompt_logprobs=1))
+    (part,) = found.parts([(97, 99)], [Sampling(prompt_logprobs=1)])
     assert (part.answered, part.sampling.prompt_logprobs) == (2, None)
-    (anew,) = head.parts([(97, 99)], Sampling(prompt_logprobs=1))
+    (anew,) = head.parts([(97, 99)], [Sampling(prompt_logprobs=1)])
     assert anew.sampling.prompt_logprobs == 1

@@ -290,7 +290,9 @@ def test_lists_of_tokens_are_checked(fields, field):
         ({"text": "a", "input_ids": [1]}, "text"),
         ({"text": [1]}, "text"),
         ({"input_ids": "a"}, "input_ids"),
-        ({"text": "a", "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": [True, True]}, "return_logprob"),
         ({"text": "a", "sampling_params": []}, "sampling_params"),
         ({"text": "a", "sampling_params": {"top_k": "a"}}, "sampling_params"),
         ({"text": "a", "sampling_params": {"regex": "a"}}, "regex"),
@@ -298,8 +300,13 @@ def test_lists_of_tokens_are_checked(fields, field):
     ],
 )
 def test_a_wrong_generate_names_its_field(fields, field):
+    def served() -> None:
+        request = parse(json.dumps(fields).encode(), GenerateRequest)
+        request.prompts(64)
+        request.asked([(97,)])
+
     with pytest.raises(ConfigError, match=rf"^{field}"):
-        parse(json.dumps(fields).encode(), GenerateRequest).prompts(64)
+        served()
 
 
 def test_generate_as_sglangs_clients_send_it():
@@ -309,7 +316,9 @@ def test_generate_as_sglangs_clients_send_it():
     more = {"return_bytes": False, "return_entropy": False, "stream": False}
     payload = json.dumps({**fields, **router, **more}).encode()
     request = parse(payload, GenerateRequest, FieldRule(strict=True))
-    sampling = request.sampling(max_tokens=8)
+    (asked,) = request.asked([(97,)])
+    assert (asked.max_new_tokens, asked.start) == (8, None)
+    sampling = asked.sampling
     assert (sampling.choices, sampling.stop, sampling.seed, sampling.logprobs) == (2, ("x",), 4, True)
     assert request.prompts(64) == ["a"]
     assert request.is_batch
@@ -366,7 +375,14 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-field_names = st.sampled_from([*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, "rid", "zzz"])
+field_names = st.sampled_from(
+    sorted(
+        {
+            *(name for kind in (CompletionRequest, ChatRequest, GenerateRequest) for name in kind.__struct_fields__),
+            "zzz",
+        }
+    )
+)
 
 
 def refused_or_parsed(payload: bytes) -> None:
@@ -374,7 +390,10 @@ def refused_or_parsed(payload: bytes) -> None:
         try:
             request = parse(payload, kind)
             if isinstance(request, CompletionRequest | GenerateRequest):
-                request.sampling(max_tokens=1)
+                if isinstance(request, CompletionRequest):
+                    request.sampling(max_tokens=1)
+                else:
+                    request.asked([(1,)])
                 request.meetings(1, 1)
                 request.prompts(64)
         except ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvbaton.errors import KVBatonError
 
@@ -141,6 +141,11 @@ class Output:
     queued_seconds: float | None = None
     rank: int = 0
     departing: bool = False
+
+    def untold(self) -> Output:
+        """As whoever has asked for no token is told of it: one was drawn all the same."""
+        reason = self.finish_reason and "length"
+        return replace(self, tokens=(), text="", logprobs=(), top_logprobs=(), finish_reason=reason, matched=None)
 
     @property
     def ends_choice(self) -> bool:

@@ -6,7 +6,7 @@ This file must not know HTTP or engines' threads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import time
 from typing import Literal
 
@@ -153,9 +153,8 @@ class Answers:
         number = output.index // self._request.choices
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[number] = output.prompt_logprobs
-        if self._request.max_tokens == 0:  # one was drawn, which nobody has asked for
-            reason = output.finish_reason and "length"
-            output = replace(output, tokens=(), text="", logprobs=(), top_logprobs=(), finish_reason=reason)
+        if self._request.max_tokens == 0:
+            output = output.untold()
         self._tokens += len(output.tokens)
         # of one that was broken off, the first attempt's
         self._cached_tokens.setdefault(number, output.cached_tokens)

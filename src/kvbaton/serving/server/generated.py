@@ -32,6 +32,7 @@ class GeneratedAnswers:
         self._started = perf_counter()
         self._choices = request.choices
         self._prompts = prompts
+        self._asked = request.asked(prompts)
         self._is_batch = request.is_batch
         self._begun: set[int] = set()
         count = len(prompts) * self._choices
@@ -50,11 +51,12 @@ class GeneratedAnswers:
             )
             for index in range(count)
         ]
-        if request.return_logprob:
-            for told in self._told:
+        for index, told in enumerate(self._told):
+            sampling = self._asked[index // self._choices].sampling
+            if sampling.logprobs:
                 told.meta_info.input_token_logprobs, told.meta_info.output_token_logprobs = [], []
-                if request.top_logprobs_num:
-                    told.meta_info.input_top_logprobs, told.meta_info.output_top_logprobs = [], []
+            if sampling.top_logprobs:
+                told.meta_info.input_top_logprobs, told.meta_info.output_top_logprobs = [], []
 
     @property
     def handoff(self) -> Handoff | None:
@@ -69,18 +71,20 @@ class GeneratedAnswers:
         """Every event tells it."""
 
     def collect(self, output: Output) -> None:
-        told = self._told[output.index]
+        told, number = self._told[output.index], output.index // self._choices
         meta = told.meta_info
+        if self._asked[number].max_new_tokens == 0:
+            output = output.untold()
         told.text += output.text
         told.output_ids += output.tokens
         meta.completion_tokens += len(output.tokens)
-        first = output.index // self._choices * self._choices
+        first = number * self._choices
         if first not in self._begun:  # of a prompt that was broken off, the first attempt's
             self._begun.add(first)
             for other in self._told[first : first + self._choices]:
                 other.meta_info.cached_tokens = output.cached_tokens
         if output.prompt_logprobs is not None:
-            self._add_prompt(output.index // self._choices, output.prompt_logprobs)
+            self._add_prompt(number, output.prompt_logprobs)
         if output.handoff is not None:
             told.handoff = output.handoff
         if isinstance(meta.output_token_logprobs, list):
@@ -101,7 +105,7 @@ class GeneratedAnswers:
 
     def _add_prompt(self, number: int, logprobs: Sequence[PromptToken]) -> None:
         """With each of its answers, from the token on that was asked for."""
-        start, prompt = self._request.logprob_start or 0, self._prompts[number]
+        start, prompt = self._asked[number].start or 0, self._prompts[number]
         if start >= len(prompt):
             return
         own = [self._logprob(prompt[start], None)]

@@ -97,19 +97,20 @@ class Journal(Struct, frozen=True, kw_only=True):
         journal: Journal | None = decoded(raw, cls, JOURNAL_FIELD, MAX_JOURNAL_BYTES)
         return journal
 
-    def parts(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> list[Part]:
-        """What is still to be answered. Raises ConfigError for records of no answer of this request."""
+    def parts(self, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> list[Part]:
+        """What is still to be answered, of prompts with as many choices each. Raises ConfigError for records of no
+        answer of this request."""
         answers: defaultdict[int, list[int]] = defaultdict(list)
         ended = set[int]()
         for record in self.records:
             answers[record.index] += record.tokens
             if record.finish_reason is not None:
                 ended.add(record.index)
-        choices = sampling.choices
+        choices = samplings[0].choices
         if answers and max(answers) >= len(prompts) * choices:
             refuse(JOURNAL_FIELD, f"answer {max(answers)} is none of {len(prompts) * choices}")
         parts = []
-        for place, prompt in enumerate(prompts):
+        for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             seed = sampling.seed if sampling.seed is not None else seed_of_choice(self.seed, place)
             numbers = range(place * choices, (place + 1) * choices)
             if not any(number in answers for number in numbers):
@@ -133,9 +134,10 @@ class Journal(Struct, frozen=True, kw_only=True):
         return parts
 
 
-def fresh(prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> list[Part]:
+def fresh(prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> list[Part]:
     """The parts of a request without a journal."""
-    return [Part(place * sampling.choices, prompt, sampling) for place, prompt in enumerate(prompts)]
+    pairs = zip(prompts, samplings, strict=True)
+    return [Part(place * sampling.choices, prompt, sampling) for place, (prompt, sampling) in enumerate(pairs)]
 
 
 def record(output: Output) -> bytes:

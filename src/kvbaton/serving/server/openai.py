@@ -36,15 +36,24 @@ MAX_COMPLETION_LOGPROBS = 5
 #: Longest list that is decoded where a bound on its length is checked after it: of biases, of tokens that stop.
 MAX_LIST_BYTES = 64 << 10
 
+_FROM_NOTHING: dict[str, Any] = {"minimum": 0}
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 Natural = Annotated[int, Meta(ge=0, le=1 << 24)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+#: To vLLM -1 is the whole vocabulary; it is refused by what says so.
+Alternatives = Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS, extra_json_schema=_FROM_NOTHING)]
+CompletionAlternatives = Annotated[int, Meta(ge=-1, le=MAX_COMPLETION_LOGPROBS, extra_json_schema=_FROM_NOTHING)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Stop = Annotated[str, Meta(max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
+_MOST_ALTERNATIVES = {
+    "logprobs": MAX_COMPLETION_LOGPROBS,
+    "top_logprobs": MAX_TOP_LOGPROBS,
+    "prompt_logprobs": MAX_TOP_LOGPROBS,
+}
 #: All tokens: -1 to both engines, 0 to vLLM.
 TopK = Annotated[int, Meta(ge=-1, le=1 << 31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -81,10 +90,13 @@ class _Common(Routed, kw_only=True):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
     return_token_ids: bool | None = None
-    prompt_logprobs: TopLogprobs | None = None
+    prompt_logprobs: Alternatives | None = None
 
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""
+        for name, most in _MOST_ALTERNATIVES.items():
+            if getattr(self, name, None) == -1:
+                refuse(name, f"-1, the whole vocabulary, is more than this server tells of; pass at most {most}")
         if self.max_tokens == 0 and not self.echoes:
             refuse("max_tokens", "0 is for a completion that only says its prompt again; pass echo=true")
         if self.prompt_logprobs is not None and self.stream:
@@ -136,7 +148,7 @@ class CompletionRequest(_Common, kw_only=True):
     kind: ClassVar[Kind] = "completions"
 
     prompt: Raw
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    logprobs: CompletionAlternatives | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
@@ -182,7 +194,7 @@ class ChatRequest(_Common, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = None
+    top_logprobs: Alternatives | None = None
     max_completion_tokens: Count | None = None
     tools: Raw = field(default_factory=null)
     tool_choice: Raw = field(default_factory=null)

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kvbaton import __version__
-from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, Handoff
+from kvbaton.serving.engine.request import MAX_CHOICES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, Handoff
 from kvbaton.serving.server.fields import Kind as FieldKind
 from kvbaton.serving.server.fields import known
 from kvbaton.serving.server.journal import JOURNAL_FIELD
@@ -167,7 +167,6 @@ def document(kind: Kind, *, strict: bool = False) -> _Json:
     for request in (CompletionRequest, ChatRequest, GenerateRequest):
         _tighten(schemas[request.__name__], request.kind, kind, strict=strict)
     _fill(schemas["SamplingParams"], "sampling_params")
-    schemas["GenerateRequest"]["properties"]["sampling_params"] = _nullable(_ref("SamplingParams"))
     for name, values in _RAW.items():
         schemas[name]["properties"].update(values)
     return {
@@ -312,6 +311,11 @@ def _nullable(*kinds: _Json) -> _Json:
     return {"anyOf": [*kinds, {"type": "null"}]}
 
 
+def _for_each(one: _Json) -> _Json:
+    """One for all prompts, or a list with one for each."""
+    return _nullable(one, _list(one, minItems=1, maxItems=MAX_PROMPTS))
+
+
 _TEXT: _Json = {"type": "string", "minLength": 1}
 _TOKENS = _list({"type": "integer"}, minItems=1)
 _TEXTS = _list(_TEXT, minItems=1, maxItems=MAX_PROMPTS)
@@ -338,7 +342,10 @@ _RAW: Mapping[str, _Json] = {
     "GenerateRequest": {
         "text": _nullable(_TEXT, _TEXTS),
         "input_ids": _nullable(_TOKENS, _TOKEN_LISTS),
-        "logprob_start_len": {"enum": [-1, None]},
+        "return_logprob": _for_each({"type": "boolean"}),
+        "logprob_start_len": _for_each({"type": "integer", "minimum": -1, "maximum": 1 << 24}),
+        "top_logprobs_num": _for_each({"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS}),
+        "sampling_params": _for_each(_ref("SamplingParams")),
     },
     "TokenizeRequest": {"prompt": _nullable(_TEXT), "messages": _OBJECTS, "tools": _OBJECTS},
     "DetokenizeRequest": {"tokens": _TOKENS},

@@ -12,7 +12,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from kvbaton.discovery.access import unbracketed
@@ -32,7 +32,7 @@ from kvbaton.errors import (
     TransferFailedError,
     UnknownModelError,
 )
-from kvbaton.serving.engine.request import Handoff, Output, Request
+from kvbaton.serving.engine.request import Handoff, Output, Request, Sampling
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.answers import Answers
 from kvbaton.serving.server.echo import Echo
@@ -169,8 +169,8 @@ class RequestParser:
         self.check_model(request.model)
         prompts = await self._prompts(request)
         journal = Journal.of(request.kvbaton_journal)
-        sampling = request.sampling(max_tokens=self._max_tokens(request, max(map(len, prompts))))
-        parts = journal.parts(prompts, sampling) if journal is not None else fresh(prompts, sampling)
+        samplings = self._samplings(request, prompts)
+        parts = journal.parts(prompts, samplings) if journal is not None else fresh(prompts, samplings)
         meetings = self._meetings(request, parts)
         registry = self._registry_of(meetings)
         handed_on = await self._handed_on(journal, registry)
@@ -349,23 +349,32 @@ class RequestParser:
             raise ConfigError(f"{field_name}: this model has no tokenizer; send a completion with a list of token ids")
         return self._tokenizer
 
-    def _max_tokens(self, request: AnyRequest, prompt_tokens: int) -> int:
-        """Those that were asked for; else the default, clipped to what fits beside the longest prompt."""
+    def _samplings(self, request: AnyRequest, prompts: Sequence[Sequence[int]]) -> list[Sampling]:
+        """One for each prompt. Raises ConfigError."""
+        if isinstance(request, GenerateRequest):
+            found = []
+            for one, prompt in zip(request.asked(prompts), prompts, strict=True):
+                wanted = one.max_new_tokens
+                if wanted is None:
+                    wanted = self._fitting(MAX_NEW_TOKENS, len(prompt), request.choices, request.prompt_field)
+                found.append(replace(one.sampling, max_tokens=max(1, wanted)))  # of 0 none is told
+            return found
         if isinstance(request, ChatRequest):
-            asked, default = request.asked_tokens(), CHAT_MAX_TOKENS
-        elif isinstance(request, GenerateRequest):
-            asked, default = request.params.max_new_tokens, MAX_NEW_TOKENS
+            asked, default, name = request.asked_tokens(), CHAT_MAX_TOKENS, "messages"
         else:
-            asked, default = request.max_tokens, COMPLETION_MAX_TOKENS
-        if asked is not None:
-            return asked
-        limit = min(self._config.max_positions, self._share(prompt_tokens, request.choices))
+            asked, default, name = request.max_tokens, COMPLETION_MAX_TOKENS, "prompt"
+        if asked is None:
+            asked = self._fitting(default, max(map(len, prompts)), request.choices, name)
+        return [request.sampling(max_tokens=asked)] * len(prompts)
+
+    def _fitting(self, tokens: int, prompt_tokens: int, choices: int, name: str) -> int:
+        """``tokens``, clipped to what fits beside the prompt in the field ``name``. Raises ContextLengthError."""
+        limit = min(self._config.max_positions, self._share(prompt_tokens, choices))
         if prompt_tokens >= limit:
-            name = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ContextLengthError(
                 f"{name}: {prompt_tokens} tokens leave no room for an answer within {limit} tokens"
             )
-        return min(default, limit - prompt_tokens)
+        return min(tokens, limit - prompt_tokens)
 
     def _share(self, prompt_tokens: int, choices: int) -> int:
         """Tokens, prompt and answer, that each of ``choices`` may have in the pool; they share the prompt's pages."""

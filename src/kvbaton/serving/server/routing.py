@@ -11,14 +11,15 @@ This file must not know HTTP, engines or tokenizers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Raw, Struct, field
 
 from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.serving.server.fields import Ruled
-from kvbaton.serving.server.raw import decoded, null, refuse
+from kvbaton.serving.server.per_prompt import value_for, values_of
+from kvbaton.serving.server.raw import null, refuse
 
 #: The registry's port, where a request names only its host.
 BOOTSTRAP_PORT = 8998
@@ -77,9 +78,9 @@ class Routed(Ruled, kw_only=True):
 
         One room for several prompts is the first of as many in a row.
         """
-        rooms = _values(self.bootstrap_room, Room, "bootstrap_room")
-        hosts = _values(self.bootstrap_host, Host, "bootstrap_host")
-        ports = _values(self.bootstrap_port, Port | None, "bootstrap_port")
+        rooms = values_of(self.bootstrap_room, Room, "bootstrap_room", MAX_LIST_BYTES)
+        hosts = values_of(self.bootstrap_host, Host, "bootstrap_host", MAX_LIST_BYTES)
+        ports = values_of(self.bootstrap_port, Port | None, "bootstrap_port", MAX_LIST_BYTES)
         if rooms is None:
             return None
         if not isinstance(rooms, list):
@@ -87,7 +88,7 @@ class Routed(Ruled, kw_only=True):
         found = []
         for index in range(prompts):
             room, host, port = (
-                _one(values, index, prompts, choices, name)
+                value_for(values, index, prompts, choices, name)
                 for values, name in ((rooms, "bootstrap_room"), (hosts, "bootstrap_host"), (ports, "bootstrap_port"))
             )
             found.append(Meeting(room, host, port or BOOTSTRAP_PORT))
@@ -103,15 +104,3 @@ def port_of(text: str) -> int:
     except msgspec.ValidationError:
         refuse("bootstrap_port", f"{text[:40]!r} is no port (1 to 65535)")
     return port
-
-
-def _values(raw: Raw, kind: Any, name: str) -> Any:
-    return decoded(raw, kind | Annotated[list[kind], Meta(min_length=1)], name, MAX_LIST_BYTES)
-
-
-def _one(values: Any, index: int, prompts: int, choices: int, name: str) -> Any:
-    if not isinstance(values, list):
-        return values
-    if len(values) not in (prompts, prompts * choices):
-        refuse(name, f"{len(values)} values are not one for each of {prompts} prompts")
-    return values[index * (len(values) // prompts)]
