@@ -11,16 +11,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kvbaton.errors import DisconnectedError, InternalError, KVBatonError, TransportError
 from kvbaton.layout import Region
-from kvbaton.plan.pair import MAX_ENTRIES, PartPlan
 from kvbaton.plan.staging import StagingPool
-from kvbaton.plan.table import join
 from kvbaton.protocol.effects import CancelWrites, PostWrite, PreparePeer, Scatter
 from kvbaton.protocol.events import (
     AgentReplaced,
@@ -33,14 +27,12 @@ from kvbaton.protocol.events import (
     WriteSettled,
     WriteUnderWay,
 )
-from kvbaton.protocol.messages import MAX_GRANTS
 from kvbaton.runtime.guard import Guard
 from kvbaton.runtime.posted import PostedWrites
 from kvbaton.runtime.posting import PostingQueue, Window
 from kvbaton.runtime.staging import StagingDesk
-from kvbaton.transports.base import Handle, TableId, Transport, WriteState
-
-Entries = NDArray[np.int32]
+from kvbaton.runtime.tables import PeerTables
+from kvbaton.transports.base import Handle, Transport, WriteState
 
 log = logging.getLogger("kvbaton.driver")
 
@@ -52,29 +44,8 @@ QUIESCE_POLLS = 500
 FENCE_AGAIN_SECONDS = 1.0
 #: How often the transport is asked for evidence of the path in the life of a rank.
 MAX_EVIDENCE_ASKED = 1_000
-
-
-#: A table of more entries is prepared by itself: those of joined tables are numbered with 32 bits.
-LARGE_TABLE = MAX_ENTRIES // MAX_GRANTS
 #: Small writes to one peer go in one post, up to this size: what is first in it is done when all of it is.
 JOINED = Window(bytes=1 << 20, entries=4096)
-
-
-@dataclass(frozen=True, slots=True)
-class _Direct:
-    """Where a part's entries are in a table that is prepared for all parts of equal memory."""
-
-    table: TableId
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Tables:
-    """Prepared tables towards one peer, by part: for direct writes, and for those through staging memory."""
-
-    direct: tuple[_Direct, ...]
-    staged: tuple[TableId | None, ...]
 
 
 class DataPlane:
@@ -98,7 +69,7 @@ class DataPlane:
         self._clock = clock
         self._staging = StagingDesk(staging)
         self._queue = PostingQueue(window, self._staging.slot_free)
-        self._tables: dict[str, _Tables] = {}
+        self._tables = PeerTables(transport)
         self._posted = PostedWrites()
         self._quiescing: dict[str, tuple[float, int]] = {}
         self._to_fence: dict[str, float] = {}
@@ -166,12 +137,12 @@ class DataPlane:
         writes: tuple[PostWrite, ...] = (write,)
         try:
             if write.staged is None:
-                table = self._direct(write).table
-                along = self._queue.take_along(write, lambda other: self._direct(other).table == table, JOINED)
+                table = self._tables.direct(write)
+                along = self._queue.take_along(write, lambda other: self._tables.direct(other) == table, JOINED)
                 writes = (write, *along)
-                entries = self._joined(writes)
+                entries = self._tables.entries(writes)
             else:
-                table = self._staged(write)
+                table = self._tables.staged(write)
                 entries = self._staging.gather(write)
             handle = self._transport.post(table, *entries)
         except TransportError as error:
@@ -193,26 +164,6 @@ class DataPlane:
             for one in writes:
                 self._happened(WriteUnderWay(one.write))
         return True
-
-    def _direct(self, write: PostWrite) -> _Direct:
-        tables = self._tables.get(write.peer)
-        if tables is None:
-            raise DisconnectedError("the peer's memory is not reachable", peer=write.peer)
-        return tables.direct[write.part]
-
-    def _staged(self, write: PostWrite) -> TableId:
-        tables = self._tables.get(write.peer)
-        table = tables.staged[write.part] if tables is not None else None
-        if table is None:
-            raise DisconnectedError("the peer's staging memory is not reachable", peer=write.peer)
-        return table
-
-    def _joined(self, writes: tuple[PostWrite, ...]) -> tuple[Entries, Entries]:
-        """The entries of writes to one peer, in the table that they share."""
-        places = [self._direct(write) for write in writes]
-        source = [write.source_entries + np.int32(at.source) for write, at in zip(writes, places, strict=True)]
-        target = [write.target_entries + np.int32(at.target) for write, at in zip(writes, places, strict=True)]
-        return (source[0], target[0]) if len(writes) == 1 else (np.concatenate(source), np.concatenate(target))
 
     def poll_writes(self) -> bool:
         """Look after every post in flight. Returns whether one has ended."""
@@ -266,36 +217,12 @@ class DataPlane:
         """Make a peer's memory reachable, in place of what was known of it."""
         try:
             self._transport.connect(effect.peer, effect.metadata)
-            self._tables[effect.peer] = _Tables(
-                self._prepare_direct(effect.peer, effect.pair.parts),
-                tuple(
-                    self._transport.prepare(effect.peer, staged.source, staged.target) if staged is not None else None
-                    for staged in effect.staged
-                ),
-            )
+            self._tables.prepare(effect)
         except TransportError as error:
             log.warning("cannot prepare %s: %s", effect.peer, error)
             self._happened(PeerUnprepared(effect.peer, error))
         else:
             self._happened(PeerPrepared(effect.peer))
-
-    def _prepare_direct(self, peer: str, parts: Sequence[PartPlan]) -> tuple[_Direct, ...]:
-        """One pair of tables for all parts of equal memory, as far as their entries can be numbered."""
-        groups: dict[tuple[str, str, int], list[int]] = {}
-        for number, part in enumerate(parts):
-            source, target = part.source.table, part.target.table
-            overflow = number if max(source.entries, target.entries) > LARGE_TABLE else -1
-            groups.setdefault((source.memory, target.memory, overflow), []).append(number)
-        placed: dict[int, _Direct] = {}
-        for members in groups.values():
-            sources = [parts[number].source.table for number in members]
-            targets = [parts[number].target.table for number in members]
-            table = self._transport.prepare(peer, join(sources), join(targets))
-            source_at = target_at = 0
-            for number, source, target in zip(members, sources, targets, strict=True):
-                placed[number] = _Direct(table, source_at, target_at)
-                source_at, target_at = source_at + source.entries, target_at + target.entries
-        return tuple(placed[number] for number in range(len(parts)))
 
     def fence(self, peer: str) -> None:
         """Cut a peer off from our writes, at once if that is possible."""
@@ -313,7 +240,7 @@ class DataPlane:
         self._transport.fence(peer)
         del self._to_fence[peer]
         self._queue.drop_peer(peer)
-        self._tables.pop(peer, None)
+        self._tables.drop(peer)
         self.evidence.pop(peer, None)
         for write in self._posted.drop(peer):
             self._staging.settled(write)

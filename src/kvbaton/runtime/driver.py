@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from kvbaton.control.base import Arrived, LinkChange, LinkId, Links
-from kvbaton.errors import ExpiredError, KVBatonError
+from kvbaton.control.base import Links
+from kvbaton.errors import ExpiredError
 from kvbaton.layout import Region
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import (
@@ -35,17 +35,14 @@ from kvbaton.protocol.effects import (
     Send,
 )
 from kvbaton.protocol.events import (
-    Dialed,
     DialFailed,
     Event,
-    LinkRefused,
-    LinkUp,
-    MessageArrived,
     PeerUnprepared,
     ShutdownRequested,
     TimePassed,
 )
 from kvbaton.runtime.commands import Command, Commands
+from kvbaton.runtime.controlplane import ControlPlane
 from kvbaton.runtime.dataplane import DataPlane, unforeseen
 from kvbaton.runtime.guard import Guard
 from kvbaton.runtime.posting import Window
@@ -80,13 +77,13 @@ class Driver:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
-        self._links = links
         self._reports = Reports(on_report, on_peer_lost, on_news)
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="kvbaton-driver", daemon=True)
         self.counters: Counter[str] = Counter()
         self._guard = Guard(self.counters, lambda: self.started)
         self._events: deque[Event] = deque()
+        self._control = ControlPlane(links, happened=self._events.append, counters=self.counters)
         self._data = DataPlane(
             transport,
             core.staging,
@@ -97,7 +94,6 @@ class Driver:
             clock=clock,
         )
         self._commands = Commands(core.wants_chunks, self.counters)
-        self._outbox: dict[LinkId, list[bytes]] = {}  # what this turn says, by link
         self._active_at = 0.0
         self._closing_at: float | None = None
         self._parted = threading.Event()  # the transport is destroyed, and whoever may know it does
@@ -122,7 +118,7 @@ class Driver:
     def post(self, command: Command) -> None:
         """Hand an event to the core. Returns at once."""
         self._commands.post(command)
-        self._links.wake()
+        self._control.wake()
 
     def ask(self, question: Callable[[Core, float], T]) -> T:
         """What ``question(core, now)`` finds, asked on the driver's thread, or here where that does not run.
@@ -139,7 +135,7 @@ class Driver:
                 answer.set_exception(error)  # it is told to whoever asked, and is no fault of this thread
 
         self._commands.ask(look)
-        self._links.wake()
+        self._control.wake()
         while self._thread.is_alive():
             try:
                 return answer.result(ASK_SHARE_SECONDS)
@@ -172,7 +168,7 @@ class Driver:
             **self._commands.sizes(),
             "counter_names": len(self.counters),
             **self._data.sizes(),
-            **{f"links_{name}": size for name, size in self._links.sizes().items()},
+            **self._control.sizes(),
         }
 
     def close(self, reason: str) -> None:
@@ -190,7 +186,7 @@ class Driver:
         if self._closing_at is None:
             self._commands.post(Command(ShutdownRequested(reason)))
             self._closing_at = self._clock()
-            self._links.wake()
+            self._control.wake()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -202,7 +198,7 @@ class Driver:
             self._sleep()
         self.part()
         if not self.gone:
-            self._guard.attempt(self._links.stop_listening)
+            self._guard.attempt(self._control.stop_listening)
             self._parted.set()
         while not self.gone:
             self._sleep()
@@ -238,14 +234,8 @@ class Driver:
             self._guard.attempt(step)
 
     def _receive(self) -> None:
-        for item in self._links.receive():
+        if self._control.receive():
             self._active_at = self._clock()
-            if isinstance(item, Arrived):
-                self._events.append(MessageArrived(item.link, item.payload))
-            elif item.change is LinkChange.UP:
-                self._events.append(LinkUp(item.link))
-            elif item.change is LinkChange.REFUSED:
-                self._events.append(LinkRefused(item.link))
 
     def _pass_time(self) -> None:
         deadline = self._core.next_deadline()
@@ -326,14 +316,14 @@ class Driver:
         self._wait(None if first is None else max(0.0, first - now))
 
     def _wait(self, seconds: float | None) -> None:
-        if self._guard.attempt(lambda: self._links.wait(seconds)) is not None:
+        if self._guard.attempt(lambda: self._control.wait(seconds)) is not None:
             time.sleep(POLL_MOST_SECONDS)
 
     # ---- effects ------------------------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> None:
         if isinstance(effect, Send):
-            self._outbox.setdefault(effect.link, []).append(effect.payload)
+            self._control.say(effect.link, effect.payload)
         elif isinstance(effect, Report):
             self._reports.report(effect)
         elif isinstance(effect, PeerLost):
@@ -351,19 +341,16 @@ class Driver:
         elif isinstance(effect, Quiesce):
             self._data.quiesce(effect.peer)
         elif isinstance(effect, Dial):
-            self._dial(effect.address)
+            self._control.dial(effect.address)
         elif isinstance(effect, CloseLink):
             self._send()
-            self._links.close_link(effect.link)
+            self._control.close_link(effect.link)
 
     def _send(self) -> None:
         """All that was said to a peer since the last time goes together, after the engine was woken, once, for all that
         was reported to it."""
         self._reports.flush()
-        outbox, self._outbox = self._outbox, {}
-        for link, payloads in outbox.items():
-            if not self._links.send(link, *payloads):
-                self.counters["messages_dropped"] += 1
+        self._control.send()
 
     def _answer_failed(self, effect: Effect, error: Exception) -> None:
         """What the core is to think of an effect that failed unforeseen."""
@@ -373,12 +360,6 @@ class Driver:
             self._events.append(PeerUnprepared(effect.peer, unforeseen("preparing a peer", error, effect.peer)))
         elif isinstance(effect, Dial):
             self._events.append(DialFailed(effect.address, unforeseen("dialling a peer", error, effect.address)))
-
-    def _dial(self, address: str) -> None:
-        try:
-            self._events.append(Dialed(address, self._links.dial(address)))
-        except KVBatonError as error:
-            self._events.append(DialFailed(address, error))
 
     def part(self) -> None:
         """Say goodbye where that is true, and destroy the transport. What fails of it is logged: peers may still write
@@ -402,4 +383,4 @@ class Driver:
 
     def hang_up(self) -> None:
         """Close the links: nobody hears of this rank any more."""
-        self._links.close()
+        self._control.close()
