@@ -47,7 +47,7 @@ from kvbaton.protocol.messages import (
     encode,
 )
 from kvbaton.protocol.settings import Settings
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 
 SMALL = Settings(
     handshake_timeout=4.0,

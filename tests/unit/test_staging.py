@@ -21,7 +21,8 @@ from kvbaton.protocol.events import AbortRequested, Chunk, ChunkSubmitted, Grant
 from kvbaton.protocol.messages import Grant, Open, Verdict
 from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.gather import gather, memory, scatter
-from kvbaton.testing.world import Rank, World
+from kvbaton.testing.rank import Rank
+from kvbaton.testing.world import World
 
 Bytes = NDArray[np.uint8]
 PAGES = 12

@@ -25,7 +25,8 @@ from kvbaton.protocol.events import (
 )
 from kvbaton.protocol.messages import AnyMessage, Grant, Role
 from kvbaton.protocol.settings import Settings
-from kvbaton.testing.world import Network, Rank, World
+from kvbaton.testing.rank import Rank
+from kvbaton.testing.world import Network, World
 
 ROOM = 7
 ENDED = (KVPoll.Failed, KVPoll.Success)

@@ -45,7 +45,8 @@ from kvbaton.protocol.messages import (
 )
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.transfer import State
-from kvbaton.testing.world import Rank, World
+from kvbaton.testing.rank import Rank
+from kvbaton.testing.world import World
 from unit.protocol.scene import PAIR, QUICK, SHAPES, Scene, add_group, dropping, holding
 
 

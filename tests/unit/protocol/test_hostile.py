@@ -28,7 +28,7 @@ from kvbaton.protocol.messages import (
 )
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.trace import MAX_CHARACTERS
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 from unit.protocol.scene import QUICK, Scene
 
 ELSEWHERE = LinkId(77_777)  # a link that no session of the scenes uses

@@ -10,7 +10,8 @@ from kvbaton.layout import Coordinates
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import Chunk, ChunkSubmitted, GrantsPublished, ReceiverOpened, SenderOpened
 from kvbaton.protocol.messages import Done, Grant, Open
-from kvbaton.testing.world import Rank, World
+from kvbaton.testing.rank import Rank
+from kvbaton.testing.world import World
 from unit.protocol.scene import QUICK
 
 ROOM = 11

@@ -11,7 +11,7 @@ from kinds import DENSE, EVERYTHING, GQA, Request
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import Chunk, ChunkSubmitted, SenderOpened
 from kvbaton.protocol.messages import Done, Grant
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 from unit.protocol.test_kinds_of_cache import ROOM, Play
 
 

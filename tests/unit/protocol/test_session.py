@@ -26,7 +26,8 @@ from kvbaton.protocol.events import (
 )
 from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, UnknownPeer, Verdict, encode
 from kvbaton.protocol.settings import Settings
-from kvbaton.testing.world import Rank, World
+from kvbaton.testing.rank import Rank
+from kvbaton.testing.world import World
 from unit.protocol.scene import PAIR, QUICK, Scene, Shape, add_group, dropping, layouts
 
 

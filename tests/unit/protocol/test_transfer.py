@@ -41,7 +41,7 @@ from kvbaton.protocol.messages import (
 )
 from kvbaton.protocol.settings import Settings
 from kvbaton.protocol.transfer import State
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 from lab.docs.protocol import derive
 from unit.protocol.scene import PAIR, QUICK, SHAPES, Fault, Scene, Shape, dropping, holding
 

@@ -10,7 +10,7 @@ from msgspec import structs
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import GrantsPublished
 from kvbaton.protocol.messages import AnyMessage, Done, Grant
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 
 from .scene import SHAPES, Scene
 

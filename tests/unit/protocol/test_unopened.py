@@ -8,7 +8,7 @@ from kvbaton.errors import AbortedError, DeclinedError
 from kvbaton.protocol.effects import KVPoll, PeerLost
 from kvbaton.protocol.events import AbortRequested, GrantsPublished, ReceiverOpened
 from kvbaton.protocol.messages import Abort, Done
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 from unit.protocol.scene import QUICK, SHAPES, Scene, add_group, dropping
 
 SOME = pytest.mark.parametrize("shape", ["1→1", "2→1", "1→2"])

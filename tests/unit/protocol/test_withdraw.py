@@ -7,7 +7,7 @@ import pytest
 from kvbaton.protocol.effects import KVPoll
 from kvbaton.protocol.events import ChunksWithdrawn
 from kvbaton.protocol.messages import Done
-from kvbaton.testing.world import Rank
+from kvbaton.testing.rank import Rank
 
 from .scene import SHAPES, Scene, dropping, fill, holding
 

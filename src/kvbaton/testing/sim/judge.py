@@ -10,10 +10,13 @@ from kvbaton.protocol.effects import Report
 from kvbaton.protocol.events import Event, MessageArrived
 from kvbaton.protocol.messages import Abort, Close, Done, Failed, decode
 from kvbaton.protocol.transfer import Transfer
-from kvbaton.testing.sim.engine import ENDED, SimJob, SourceJob, TargetJob, Tenancy
+from kvbaton.testing.sim.allocator import Tenancy
+from kvbaton.testing.sim.fabric import Host, Run, Write
+from kvbaton.testing.sim.job import ENDED, SimJob
 from kvbaton.testing.sim.process import Process
 from kvbaton.testing.sim.scenario import SimRequest
-from kvbaton.testing.sim.transport import Host, Run, Write
+from kvbaton.testing.sim.source_job import SourceJob
+from kvbaton.testing.sim.target_job import TargetJob
 
 if TYPE_CHECKING:
     from kvbaton.testing.sim.world import SimWorld

@@ -10,10 +10,9 @@ It is also where most violations are seen: every byte that is read or lands is c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,100 +21,13 @@ from kvbaton.errors import DisconnectedError, TransportError
 from kvbaton.layout import Region
 from kvbaton.plan.runs import merge
 from kvbaton.plan.table import Table
-from kvbaton.testing.sim.clockwork import Clockwork
-from kvbaton.testing.sim.memory import Bytes, RankMemory
-from kvbaton.testing.sim.scenario import PrepareFault, WriteFault
+from kvbaton.testing.sim.fabric import Fabric, Host, Run, Write, runs_between
+from kvbaton.testing.sim.scenario import WriteFault
 from kvbaton.transports.base import Capabilities, Handle, TableId, Transport, WriteState, check_entries
 
 LATENCY_SECONDS = (0.0001, 0.003)
 #: Bytes that have left a writer when it is cut off land at most this much later.
 FLIGHT_SECONDS = 0.1
-
-#: A unit, and who owns it.
-Owned = tuple[int, object]
-
-
-@dataclass(eq=False, slots=True)
-class Run:
-    """One contiguous piece of a write; offsets in the buffers of both ranks, and who owned the units when posted."""
-
-    source: int
-    target: int
-    length: int
-    source_owners: tuple[Owned, ...]
-    target_owners: tuple[Owned, ...]
-    captured: Bytes | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Write:
-    """One posted write. ``flying``: runs that have not landed; while there are any, memory may be touched."""
-
-    handle: Handle
-    writer: SimTransport
-    peer: str
-    target: Host
-    flying: list[Run]
-    state: WriteState = WriteState.PENDING
-    stopped: bool = False
-    fault: WriteFault | None = None
-
-
-class Host(Protocol):
-    """The process whose memory a write reads or touches, as the data plane sees it."""
-
-    name: str
-    instance: str
-    memory: RankMemory
-
-    @property
-    def alive(self) -> bool: ...
-    def stir(self) -> None: ...
-    def owner_of(self, unit: int, *, reading: bool) -> object | None: ...
-    def in_two_roles(self, unit: int) -> bool: ...
-
-
-class Inspector(Protocol):
-    """Who judges what writes do."""
-
-    def posted(self, source: Host, target: Host, run: Run) -> None: ...
-    def read_late(self, write: Write, unit: int, owner: object) -> None: ...
-    def trespassed(self, write: Write, unit: int, owner: object) -> None: ...
-
-
-class Fabric:
-    """What connects the transports of a run."""
-
-    def __init__(self, clockwork: Clockwork, inspector: Inspector) -> None:
-        self.clockwork = clockwork
-        self.inspector = inspector
-        self.transports: dict[str, SimTransport] = {}
-        self.flying: dict[str, dict[Write, None]] = {}
-        self.write_faults: list[WriteFault] = []
-        self.prepare_faults: set[int] = set()
-
-    def add_write_fault(self, fault: WriteFault) -> None:
-        self.write_faults.append(fault)
-
-    def add_prepare_fault(self, fault: PrepareFault) -> None:
-        self.prepare_faults.add(fault.nth)
-
-    def end_faults(self) -> None:
-        """Nothing happens to writes any more."""
-        self.write_faults.clear()
-        self.prepare_faults.clear()
-
-    def towards(self, instance: str) -> list[Write]:
-        """Writes that may still touch the memory of an instance."""
-        return list(self.flying.get(instance, ()))
-
-    def reading(self, instance: str) -> list[Write]:
-        """Writes that may still read the memory of an instance."""
-        return [write for writes in self.flying.values() for write in writes if write.writer.host.instance == instance]
-
-    @property
-    def busy(self) -> bool:
-        return any(self.flying.values())
 
 
 @dataclass(slots=True)
@@ -184,7 +96,7 @@ class SimTransport(Transport):
         check_entries(source, target, source_entries, target_entries)
         merged = merge(source, source_entries, target, target_entries)
         triples = zip(merged.source.tolist(), merged.target.tolist(), merged.length.tolist(), strict=True)
-        runs = [run for triple in triples for run in self._runs(peer.host, *triple)]
+        runs = [run for triple in triples for run in runs_between(self.host, peer.host, *triple)]
         write = Write(Handle(next(self._ids)), self, name, peer.host, runs)
         number = self._clockwork.happened("post")
         if peer.host.alive:
@@ -200,31 +112,6 @@ class SimTransport(Transport):
     def _reachable(self) -> bool:
         """Whether bytes still land here: a plane that helps nobody any more takes none."""
         return self.host.alive and not (self.closed and self._must_progress)
-
-    def _runs(self, target: Host, source_at: int, target_at: int, length: int) -> Iterator[Run]:
-        """A piece, or one for each pair of owners: what several rooms write in one post may lie side by side."""
-        ours, theirs = self.host.memory, target.memory
-        source, there = ours.at(source_at), theirs.at(target_at)
-        ends = ours.unit_of[source : source + length], theirs.unit_of[there : there + length]
-        changes = np.flatnonzero((ends[0][1:] != ends[0][:-1]) | (ends[1][1:] != ends[1][:-1])) + 1
-        bounds = [0, *changes.tolist(), length]
-        pieces = [
-            (
-                self._owned(self.host, ends[0][at], reading=True),
-                self._owned(target, ends[1][at], reading=False),
-                at,
-                stop,
-            )
-            for at, stop in itertools.pairwise(bounds)
-        ]
-        for _, group in itertools.groupby(pieces, key=lambda piece: (id(piece[0][1]), id(piece[1][1]))):
-            reads, writes, starts, stops = zip(*group, strict=True)
-            at, size = starts[0], stops[-1] - starts[0]
-            yield Run(source + at, there + at, size, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes)))
-
-    @staticmethod
-    def _owned(host: Host, unit: int, *, reading: bool) -> Owned:
-        return int(unit), host.owner_of(int(unit), reading=reading)
 
     def _launch(self, write: Write, number: int, *, stale: bool) -> Handle:
         kind, seconds = (write.fault.kind, write.fault.seconds) if write.fault else ("", 0.0)

@@ -11,7 +11,8 @@ from kvbaton.manager import KVPoll
 from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.sim.clockwork import Clockwork
-from kvbaton.testing.sim.engine import SimJob, SourceJob, TargetJob
+from kvbaton.testing.sim.fabric import Fabric
+from kvbaton.testing.sim.job import SimJob
 from kvbaton.testing.sim.judge import Judge
 from kvbaton.testing.sim.memory import RankMemory
 from kvbaton.testing.sim.network import SimNetwork
@@ -28,7 +29,8 @@ from kvbaton.testing.sim.scenario import (
     SimRequest,
     WriteFault,
 )
-from kvbaton.testing.sim.transport import Fabric
+from kvbaton.testing.sim.source_job import SourceJob
+from kvbaton.testing.sim.target_job import TargetJob
 from kvbaton.testing.sim.violation import Violation
 
 #: A run that takes more steps than this has lost its way.
