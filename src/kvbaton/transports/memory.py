@@ -17,11 +17,9 @@ import errno
 import itertools
 import os
 import secrets
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -30,6 +28,15 @@ from numpy.typing import NDArray
 
 from kvbaton.errors import DisconnectedError, TransportError
 from kvbaton.layout import Region
+from kvbaton.transports.address_space import (
+    NONCE_BYTES,
+    OPEN_HERE,
+    AddressSpace,
+    OtherProcess,
+    SameProcess,
+    Vector,
+    coalesce,
+)
 from kvbaton.transports.base import (
     Capabilities,
     Handle,
@@ -41,16 +48,8 @@ from kvbaton.transports.base import (
     check_table,
 )
 
-#: Most pieces the kernel takes in one call (IOV_MAX).
-PIECES_PER_CALL = 1024
 #: Largest metadata accepted from a peer, in bytes.
 MAX_METADATA_BYTES = 4 << 20
-_NONCE_BYTES = 16
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_Vector = NDArray[np.int64]
-#: The open transports of this process, by nonce.
-_open_here: weakref.WeakValueDictionary[bytes, MemoryTransport] = weakref.WeakValueDictionary()
 
 
 class _Metadata(Struct, frozen=True, array_like=True):
@@ -79,92 +78,9 @@ def _started(pid: int) -> int:
     return int(stat[stat.rindex(b")") + 1 :].split()[19])
 
 
-def coalesce(source: _Vector, target: _Vector, length: _Vector) -> tuple[_Vector, _Vector, _Vector]:
-    """Merge neighbours that are adjacent on both sides; addresses and lengths in bytes, order kept."""
-    joined = (source[1:] == source[:-1] + length[:-1]) & (target[1:] == target[:-1] + length[:-1])
-    first = np.flatnonzero(np.concatenate(([True], ~joined)))
-    return source[first], target[first], np.add.reduceat(length, first)
-
-
-class _Place(Protocol):
-    """An address space that can be written."""
-
-    how: str
-
-    def alive(self) -> bool: ...
-
-    def write(self, source: _Vector, target: _Vector, length: _Vector) -> None: ...
-
-
-class _SameProcess:
-    def __init__(self, nonce: bytes) -> None:
-        self.how = "memmove (same process)"
-        self._nonce = nonce
-
-    def alive(self) -> bool:
-        return self._nonce in _open_here
-
-    def write(self, source: _Vector, target: _Vector, length: _Vector) -> None:
-        for piece in zip(target.tolist(), source.tolist(), length.tolist(), strict=True):
-            ctypes.memmove(*piece)
-
-
-class _OtherProcess:
-    def __init__(self, pid: int, cell: int, nonce: bytes) -> None:
-        self.how = f"process_vm_writev to pid {pid}"
-        self._pid = pid
-        self._cell = cell
-        self._nonce = nonce
-
-    def alive(self) -> bool:
-        seen = ctypes.create_string_buffer(_NONCE_BYTES)
-        here = np.array([[ctypes.addressof(seen), _NONCE_BYTES]], dtype=np.int64)
-        there = np.array([[self._cell, _NONCE_BYTES]], dtype=np.int64)
-        try:
-            return self._call(_libc.process_vm_readv, here, there) == _NONCE_BYTES and seen.raw == self._nonce
-        except OSError as error:
-            if error.errno in (errno.ESRCH, errno.EFAULT):
-                return False
-            raise TransportError(f"the kernel does not let us reach pid {self._pid}: {error.strerror}") from error
-
-    def write(self, source: _Vector, target: _Vector, length: _Vector) -> None:
-        here, there = np.stack([source, length], axis=1), np.stack([target, length], axis=1)
-        at = 0
-        while at < len(here):
-            until = at + PIECES_PER_CALL
-            wrote = self._call(_libc.process_vm_writev, here[at:until], there[at:until])
-            ends = np.cumsum(here[at:until, 1])
-            whole = int(np.searchsorted(ends, wrote, side="right"))
-            partly = wrote - (int(ends[whole - 1]) if whole else 0)
-            at += whole
-            if partly:  # the kernel stops at 2 GiB, or where memory is missing; the next call tells which
-                for side in (here, there):
-                    side[at] += (partly, -partly)
-
-    def _call(self, function: ctypes._NamedFuncPointer, here: _Vector, there: _Vector) -> int:
-        done = int(
-            function(
-                ctypes.c_int(self._pid),
-                ctypes.c_void_p(here.ctypes.data),
-                ctypes.c_ulong(len(here)),
-                ctypes.c_void_p(there.ctypes.data),
-                ctypes.c_ulong(len(there)),
-                ctypes.c_ulong(0),
-            )
-        )
-        if done < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return done
-
-
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-_libc.process_vm_writev.restype = ctypes.c_ssize_t
-
-
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    place: _Place
+    place: AddressSpace
     regions: tuple[Region, ...]
 
 
@@ -195,8 +111,8 @@ class MemoryTransport(Transport):
 
     def __init__(self, instance: str) -> None:
         self._instance = instance
-        self._nonce = secrets.token_bytes(_NONCE_BYTES)
-        self._cell = ctypes.create_string_buffer(self._nonce, _NONCE_BYTES)
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._cell = ctypes.create_string_buffer(self._nonce, NONCE_BYTES)
         self._regions: list[Region] = []
         self._peers: dict[str, _Peer] = {}
         self._tables: dict[TableId, _Prepared] = {}
@@ -204,7 +120,7 @@ class MemoryTransport(Transport):
         self._written: set[str] = set()
         self._ids = itertools.count(1)
         self._closed = False
-        _open_here[self._nonce] = self
+        OPEN_HERE[self._nonce] = self
 
     def __repr__(self) -> str:
         return f"<MemoryTransport {self._instance} pid={os.getpid()} peers={len(self._peers)} closed={self._closed}>"
@@ -243,13 +159,13 @@ class MemoryTransport(Transport):
             raise TransportError(f"metadata is not of a memory transport: {error}", peer=peer) from error
         if there.host != _host():
             raise TransportError("the peer is on another host or in another pid namespace; use nixl", peer=peer)
-        place: _Place
+        place: AddressSpace
         if there.pid == os.getpid():
-            place = _SameProcess(there.nonce)
+            place = SameProcess(there.nonce)
         elif not 0 < there.pid < 1 << 31 or not 0 < there.cell < 1 << 63 or _started(there.pid) != there.started:
             raise DisconnectedError(f"process {there.pid} is gone", peer=peer)
         else:
-            place = _OtherProcess(there.pid, there.cell, there.nonce)
+            place = OtherProcess(there.pid, there.cell, there.nonce)
         if not place.alive():
             raise DisconnectedError(f"process {there.pid} has closed its transport", peer=peer)
         self._peers[peer] = _Peer(place, there.regions)
@@ -281,7 +197,7 @@ class MemoryTransport(Transport):
         self._written.add(peer)
         return handle
 
-    def _copy(self, peer: str, source: _Vector, target: _Vector, length: _Vector) -> None:
+    def _copy(self, peer: str, source: Vector, target: Vector, length: Vector) -> None:
         place = self._peers[peer].place
         try:
             intact = place.alive()
@@ -318,8 +234,8 @@ class MemoryTransport(Transport):
         if self._closed:
             return
         self._closed = True
-        _open_here.pop(self._nonce, None)
-        ctypes.memset(self._cell, 0, _NONCE_BYTES)
+        OPEN_HERE.pop(self._nonce, None)
+        ctypes.memset(self._cell, 0, NONCE_BYTES)
         for peer in list(self._peers):
             self.fence(peer)
         self._regions.clear()

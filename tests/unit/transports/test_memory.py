@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kvbaton.errors import DisconnectedError, TransportError
 from kvbaton.layout import Region
-from kvbaton.transports.memory import MemoryTransport, _Metadata, coalesce
+from kvbaton.transports.address_space import coalesce
+from kvbaton.transports.memory import MemoryTransport, _Metadata
 
 pairs = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 3)), min_size=1, max_size=40)
 
