@@ -12,6 +12,7 @@ import pytest
 
 from kvbaton.errors import InternalError
 from kvbaton.serving.engine import pipe as pipes
+from kvbaton.serving.engine.orders import EndRequest, Fail, RankOrder, RankReport, ReplicaOrder, ReplicaReport, Stop
 from kvbaton.serving.engine.pipe import Died, Pipe, tell_death
 
 PATIENCE_SECONDS = 20.0
@@ -41,6 +42,21 @@ def ends(killed: threading.Event) -> Iterator[Ends]:
     child._connection.close()
     parent.close()
     child.release()
+
+
+def test_all_processes_of_a_server_speak_one_language() -> None:
+    """Two messages of one tag, or of a type that does not go through a pipe, are refused here."""
+    everything = RankOrder | RankReport | ReplicaOrder | ReplicaReport
+    here, there = multiprocessing.Pipe()
+    with here, there:
+        parent: Pipe[msgspec.Struct] = Pipe(here, "rank 1", everything)
+        child: Pipe[msgspec.Struct] = Pipe(there, "the server", everything)
+        for message in (Stop(), EndRequest("a", "gone"), Fail(1, InternalError("broken", room=3))):
+            parent.send(message)
+            received = child.recv()
+            assert type(received) is type(message)
+            assert str(received) == str(message)
+        parent.release()
 
 
 def in_time(work: object) -> None:

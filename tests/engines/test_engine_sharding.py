@@ -16,7 +16,7 @@ from engine_kit import LoadedModels, make_prompt
 
 from kvbaton.errors import ConfigError, InternalError, PeerLostError
 from kvbaton.manager import KVPoll, Span
-from kvbaton.serving.engine.orders import Order, RankStatus, Report, SubmitChunk
+from kvbaton.serving.engine.orders import RankOrder, RankReport, RankStatus, SubmitChunk
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.polls import combine
 from kvbaton.serving.engine.shard import RankShard
@@ -96,8 +96,8 @@ def test_a_group_is_as_far_as_its_slowest_rank(polls: tuple[KVPoll, ...]) -> Non
 
 def test_orders_and_errors_go_there_and_back() -> None:
     here, there = multiprocessing.Pipe()
-    follower: Pipe[Order] = Pipe(here, "the leader", Order)
-    leader: Pipe[Report] = Pipe(there, "rank 1", Report, kill=lambda: None)
+    follower: Pipe[RankOrder] = Pipe(here, "the leader", RankOrder)
+    leader: Pipe[RankReport] = Pipe(there, "rank 1", RankReport, kill=lambda: None)
     order = SubmitChunk(7, (Span("kv", 0, 20, (3, 1)), Span("aux", 0, 0, (2,))), True, (("aux", 2, b"row"),))
     leader.send(order)
     assert follower.recv() == order

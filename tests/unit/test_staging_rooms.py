@@ -14,6 +14,7 @@ from kvbaton.manager import ALWAYS_READY, KVManager, KVPoll, KVReceiver, KVSende
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.server.local_replica import handoffs_of
 from kvbaton.serving.server.rank import ServerRank
+from kvbaton.serving.server.replica import gauges_of
 from kvbaton.transports import make_transport
 
 LAYERS, PAGES, PAGE, HEADS, HEAD_BYTES = 2, 64, 16, 4, 32
@@ -159,7 +160,7 @@ def test_a_room_whose_fence_opens_late_holds_its_slots_and_nobody_else(make_ring
         rank.wait_until(lambda sender=sender: sender.poll() is KVPoll.WaitingForInput, "all have met")  # type: ignore[misc]
     late.submit(lambda: ready[0])
     assert ring.target.manager.staging_slots_free == 0
-    told = {gauge.name: gauge.value for gauge in handoffs_of(ring.target.manager, ServerRank(), "auto").gauges()}
+    told = {gauge.name: gauge.value for gauge in gauges_of(handoffs_of(ring.target.manager, ServerRank(), "auto"))}
     assert (told["kvbaton_staging_slots"], told["kvbaton_staging_slots_used"]) == (2, 2)
     for number in range(1, 9):
         room = Room(ring, number)

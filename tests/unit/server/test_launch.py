@@ -15,6 +15,7 @@ from kvbaton.serving.server.build import link_hosts
 from kvbaton.serving.server.launch import ServeConfig, serve
 from kvbaton.serving.server.local_replica import handoffs_of
 from kvbaton.serving.server.rank import ServerRank
+from kvbaton.serving.server.replica import gauges_of
 
 SOMEWHERE = "tcp://10.0.0.1:7000"
 
@@ -80,11 +81,11 @@ def test_a_rank_exports_its_rooms_and_staging_slots(make_rank: MakeRank) -> None
     source, target = make_rank("prefill"), make_rank("decode")
     receiver = target.manager.receiver(1, [source.manager.address])
     receiver.publish([Span("kv", 0, 40, (5, 3, 1))], token_count=40)
-    told = {gauge.name: gauge.value for gauge in handoffs_of(target.manager, ServerRank(), "auto").gauges()}
+    told = {gauge.name: gauge.value for gauge in gauges_of(handoffs_of(target.manager, ServerRank(), "auto"))}
     assert told == {"kvbaton_rooms_live": 1, "kvbaton_rooms_leased": 1, "kvbaton_rooms_quarantined": 0}
     receiver.abort("enough")
     target.wait_until(lambda: receiver.released, "the room ends")
-    assert not any(gauge.value for gauge in handoffs_of(target.manager, ServerRank(), "auto").gauges())
+    assert not any(gauge.value for gauge in gauges_of(handoffs_of(target.manager, ServerRank(), "auto")))
 
 
 @pytest.mark.parametrize(

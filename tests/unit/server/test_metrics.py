@@ -16,13 +16,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_api import api
 
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.engine.handoffs import Handoffs, StagingUse
 from kvbaton.serving.engine.request import Handoff, Output, Request
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server import failure_log
 from kvbaton.serving.server.failure_log import FailureLog
 from kvbaton.serving.server.metrics import HandoffMetrics, ServerMetrics
-from kvbaton.serving.server.replica import Handoffs, StagingUse
+from kvbaton.serving.server.replica import gauges_of
 from kvbaton.serving.server.request_parsing import ApiConfig
 from kvbaton.serving.testing.engine import spell, spell_all
 from kvbaton.serving.testing.http import run, serving
@@ -98,7 +99,7 @@ def test_what_half_a_pair_tells_of_its_handoffs_is_clean() -> None:
     use = StagingUse(policy="auto", slot_bytes=1, slots=2, slots_free=1)
     fields = {"evidence": "", "address": "", "group": "", "layout_digest": "", "rank": 0, "counters": {}}
     rooms = {"live_rooms": 3, "leased_rooms": 2, "quarantined_rooms": 1}
-    metrics.gauges(Handoffs(**fields, **rooms, staging=use).gauges)  # type: ignore[arg-type]
+    metrics.gauges(lambda: gauges_of(Handoffs(**fields, **rooms, staging=use)))  # type: ignore[arg-type]
     check(metrics.exposition().decode())
 
 

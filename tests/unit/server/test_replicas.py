@@ -22,9 +22,9 @@ from kvbaton.discovery.registry import RegistryCoordinates, Route, Sizes
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError, OverloadedError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
+from kvbaton.serving.engine.handoffs import Handoffs, StagingUse
 from kvbaton.serving.engine.pipe import tell_death
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.server.replica import Handoffs, StagingUse
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica, Replicas
 from kvbaton.serving.testing.engine import ScriptedEngine, spell

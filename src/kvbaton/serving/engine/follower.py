@@ -60,7 +60,7 @@ class Follower:
     """One rank's loop. ``run`` returns when the leader says so or is gone. Without ``manager`` it only computes."""
 
     def __init__(self, connection: Connection, runner: ModelRunner, pools: Pools, manager: KVManager | None) -> None:
-        self._pipe: Pipe[orders.Order] = Pipe(connection, "the leader of this group", orders.Order)
+        self._pipe: Pipe[orders.RankOrder] = Pipe(connection, "the leader of this group", orders.RankOrder)
         self._runner = runner
         self._pools = pools
         self._manager = manager
@@ -82,7 +82,7 @@ class Follower:
                 if order is None:
                     logger.info("the leader of this group has gone")
                     return
-                if isinstance(order, orders.StopRank):
+                if isinstance(order, orders.Stop):
                     return
                 self._do(order)
         finally:
@@ -91,7 +91,7 @@ class Follower:
             self._reporter.join()
             self._pipe.release()
 
-    def _do(self, order: orders.Order) -> None:
+    def _do(self, order: orders.RankOrder) -> None:
         if isinstance(order, orders.Forward):
             self._compute(order)
         elif isinstance(order, orders.Copy):

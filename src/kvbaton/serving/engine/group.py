@@ -40,7 +40,9 @@ class Member:
 
     def __init__(self, rank: int, connection: Connection, kill: Callable[[], None]) -> None:
         self.rank = rank
-        self.pipe: Pipe[orders.Report] = Pipe(connection, f"rank {rank} of this group", orders.Report, kill=kill)
+        self.pipe: Pipe[orders.RankReport] = Pipe(
+            connection, f"rank {rank} of this group", orders.RankReport, kill=kill
+        )
         self.ready: orders.RankReady | None = None
 
     def await_ready(self, seconds: float) -> orders.RankReady:
@@ -69,7 +71,7 @@ class Group:
         for thread in self._threads:
             thread.start()
 
-    def order(self, order: orders.Order) -> None:
+    def order(self, order: orders.RankOrder) -> None:
         """Tell every follower. Raises InternalError when the group is broken."""
         if self.lost is not None:
             raise self.lost.again()
@@ -105,7 +107,7 @@ class Group:
         self._closing = True
         for member in self.members:
             try:
-                member.pipe.send(orders.StopRank("shutdown"))
+                member.pipe.send(orders.Stop())
             except KVBatonError as error:
                 logger.debug("%s", error)
         deadline = time.monotonic() + STOP_SECONDS

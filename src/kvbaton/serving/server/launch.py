@@ -54,7 +54,7 @@ from kvbaton.serving.server.lifecycle import (
 )
 from kvbaton.serving.server.metrics import Gauge
 from kvbaton.serving.server.rank import ServerRank
-from kvbaton.serving.server.replica import Replica
+from kvbaton.serving.server.replica import Replica, gauges_of
 from kvbaton.serving.server.replicas import Replicas
 from kvbaton.serving.server.request_parsing import ApiConfig, Mode
 from kvbaton.serving.server.tokens import ServerTokenizer
@@ -309,7 +309,7 @@ class _Server:
 
     def _handoff_gauges(self) -> list[Gauge]:
         handoffs = self._replica.handoffs()
-        return handoffs.gauges() if handoffs is not None else []
+        return gauges_of(handoffs) if handoffs is not None else []
 
     def _info(self) -> Mapping[str, object]:
         model, config = self._model, self._config

@@ -14,10 +14,10 @@ from kvbaton.manager import KVManager, TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.serving.engine.group import Group
+from kvbaton.serving.engine.handoffs import Handoffs, StagingUse
 from kvbaton.serving.engine.request import Output, Request
 from kvbaton.serving.engine.scheduler import Scheduler, Stats
 from kvbaton.serving.server.rank import ServerRank
-from kvbaton.serving.server.replica import Handoffs, StagingUse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

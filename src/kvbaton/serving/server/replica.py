@@ -6,91 +6,32 @@ This file must not know of processes, models or transports.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
-
-from msgspec import Struct
 
 from kvbaton.discovery.registry import Route
 from kvbaton.errors import KVBatonError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
+from kvbaton.serving.engine.handoffs import Handoffs
 from kvbaton.serving.server.engine import Engine
 from kvbaton.serving.server.metrics import Gauge
 
 
-class StagingUse(Struct, frozen=True, kw_only=True):
-    """Staging memory of a rank, and how much of it is in use."""
-
-    policy: str
-    slot_bytes: int
-    slots: int
-    slots_free: int
-
-
-class Handoffs(Struct, frozen=True, kw_only=True):
-    """What the first rank of an engine knows of its hand-offs; or the sum, where there are several engines."""
-
-    evidence: str
-    address: str
-    group: str
-    layout_digest: str
-    rank: int
-    live_rooms: int
-    leased_rooms: int
-    quarantined_rooms: int
-    staging: StagingUse | None
-    counters: dict[str, int]
-
-    def gauges(self) -> list[Gauge]:
-        """What is held now."""
-        gauges = [
-            Gauge("kvbaton_rooms_live", "Rooms of rank 0 that have not ended, or are leased.", self.live_rooms),
-            Gauge("kvbaton_rooms_leased", "Rooms of rank 0 that a peer may still write.", self.leased_rooms),
-            Gauge("kvbaton_rooms_quarantined", "Leased rooms of rank 0 that have failed.", self.quarantined_rooms),
+def gauges_of(handoffs: Handoffs) -> list[Gauge]:
+    """What is held now."""
+    gauges = [
+        Gauge("kvbaton_rooms_live", "Rooms of rank 0 that have not ended, or are leased.", handoffs.live_rooms),
+        Gauge("kvbaton_rooms_leased", "Rooms of rank 0 that a peer may still write.", handoffs.leased_rooms),
+        Gauge("kvbaton_rooms_quarantined", "Leased rooms of rank 0 that have failed.", handoffs.quarantined_rooms),
+    ]
+    if handoffs.staging is not None:
+        used = handoffs.staging.slots - handoffs.staging.slots_free
+        gauges += [
+            Gauge("kvbaton_staging_slots", "Staging slots of rank 0.", handoffs.staging.slots),
+            Gauge("kvbaton_staging_slots_used", "Staging slots of rank 0 in use.", used),
         ]
-        if self.staging is not None:
-            used = self.staging.slots - self.staging.slots_free
-            gauges += [
-                Gauge("kvbaton_staging_slots", "Staging slots of rank 0.", self.staging.slots),
-                Gauge("kvbaton_staging_slots_used", "Staging slots of rank 0 in use.", used),
-            ]
-        return gauges
-
-
-def sum_of(several: Sequence[Handoffs]) -> Handoffs:
-    """The hand-offs of several engines that are alike, as one."""
-    first = several[0]
-    counters = Counter[str]()
-    for one in several:
-        counters.update(one.counters)
-    staging = first.staging
-    uses = [one.staging for one in several if one.staging is not None]
-    if staging is not None:
-        staging = StagingUse(
-            policy=staging.policy,
-            slot_bytes=staging.slot_bytes,
-            slots=sum(use.slots for use in uses),
-            slots_free=sum(use.slots_free for use in uses),
-        )
-    return Handoffs(
-        evidence=_joined(one.evidence for one in several),
-        address=_joined(one.address for one in several),
-        group=_joined(one.group for one in several),
-        layout_digest=_joined(one.layout_digest for one in several),
-        rank=first.rank,
-        live_rooms=sum(one.live_rooms for one in several),
-        leased_rooms=sum(one.leased_rooms for one in several),
-        quarantined_rooms=sum(one.quarantined_rooms for one in several),
-        staging=staging,
-        counters=dict(counters),
-    )
-
-
-def _joined(words: Iterable[str]) -> str:
-    """Distinct ones, in order of appearance."""
-    return ", ".join(dict.fromkeys(word for word in words if word))
+    return gauges
 
 
 class Replica(Engine, Protocol):

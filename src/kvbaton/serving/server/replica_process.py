@@ -13,20 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from kvbaton.errors import InternalError, KVBatonError
-from kvbaton.serving.engine.pipe import Pipe
-from kvbaton.serving.engine.request import Output
-from kvbaton.serving.server.replica import Replica
-from kvbaton.serving.server.replica_orders import (
+from kvbaton.serving.engine.orders import (
     EndAll,
     EndRequest,
-    Order,
     ReplicaAnswer,
+    ReplicaOrder,
     ReplicaOutput,
     ReplicaQuery,
     ReplicaReady,
-    StopReplica,
+    Stop,
     SubmitRequest,
 )
+from kvbaton.serving.engine.pipe import Pipe
+from kvbaton.serving.engine.request import Output
+from kvbaton.serving.server.replica import Replica
 
 #: How often a rank that nobody asks anything looks after its engine.
 LOOK_SECONDS = 1.0
@@ -37,7 +37,7 @@ class ReplicaProcess:
     """The loop of one rank; ``run`` returns when it is to end. Raises KVBatonError for what it was lost of."""
 
     def __init__(self, connection: Connection, replica: Replica) -> None:
-        self._pipe: Pipe[Order] = Pipe(connection, "the server", Order)
+        self._pipe: Pipe[ReplicaOrder] = Pipe(connection, "the server", ReplicaOrder)
         self._replica = replica
         self._lost: KVBatonError | None = None
         self._answering = ThreadPoolExecutor(1, "kvbaton-answers")
@@ -58,7 +58,7 @@ class ReplicaProcess:
             if not self._pipe.waits(LOOK_SECONDS):
                 continue
             order = self._pipe.recv()
-            if order is None or isinstance(order, StopReplica):
+            if order is None or isinstance(order, Stop):
                 return
             self._do(order)
 

@@ -24,22 +24,22 @@ from kvbaton.discovery.registry import Route
 from kvbaton.errors import ConfigError, ExpiredError, InternalError, KVBatonError
 from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
-from kvbaton.serving.engine.pipe import Pipe
-from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import Stats
-from kvbaton.serving.server.replica import Handoffs, sum_of
-from kvbaton.serving.server.replica_orders import (
+from kvbaton.serving.engine.handoffs import Handoffs, sum_of
+from kvbaton.serving.engine.orders import (
     EndAll,
     EndRequest,
-    Order,
     ReplicaAnswer,
+    ReplicaOrder,
     ReplicaOutput,
     ReplicaQuery,
     ReplicaReady,
-    Report,
-    StopReplica,
+    ReplicaReport,
+    Stop,
     SubmitRequest,
 )
+from kvbaton.serving.engine.pipe import Pipe
+from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.scheduler import Stats
 
 #: How long a rank may take to say how it fares.
 ASK_SECONDS = 5.0
@@ -57,7 +57,7 @@ class RemoteReplica:
         self.layouts: tuple[RankLayout, ...] = ()
         self.on_lost: Callable[[KVBatonError], None] = lambda _error: None
         self.lost: KVBatonError | None = None
-        self._pipe: Pipe[Report] = Pipe(connection, f"data-parallel rank {rank}", Report, kill=kill)
+        self._pipe: Pipe[ReplicaReport] = Pipe(connection, f"data-parallel rank {rank}", ReplicaReport, kill=kill)
         self._lock = threading.Lock()
         self._listeners: dict[str, Callable[[Output], None]] = {}
         self._questions: dict[int, Future[ReplicaAnswer]] = {}
@@ -118,7 +118,7 @@ class RemoteReplica:
     def stop(self) -> None:
         """Tell it to end."""
         self._closing = True
-        self._order(StopReplica())
+        self._order(Stop())
 
     def close(self) -> None:
         """Wait, within a bound, until its pipe has ended. Idempotent."""
@@ -126,7 +126,7 @@ class RemoteReplica:
             self._thread.join(STOP_SECONDS)
         self._pipe.close()
 
-    def _order(self, order: Order) -> None:
+    def _order(self, order: ReplicaOrder) -> None:
         """A rank that is gone is noticed by its listener, which ends what waits for it."""
         try:
             self._pipe.send(order)
