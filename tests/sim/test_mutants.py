@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from onward_mutants import ONWARD
 from sim_mutants import MUTANTS, Mutant
 
 from kvbaton.cli.main import main
@@ -36,6 +38,17 @@ def test_a_planted_bug_is_found(mutant: Mutant) -> None:
     assert failed is not None, mutant.what
     assert failed.kind != "crash: AttributeError", "the patch names what is no more: it would be found by anything"
     assert run(failed.scenario).ok, "what fails must be the planted bug, and it must be gone again"
+
+
+@pytest.mark.parametrize(
+    "mutant", [one for one in ONWARD if one.name != "forgotten in either role"], ids=lambda mutant: mutant.name
+)
+def test_it_takes_rooms_that_are_handed_on_to_find_these(mutant: Mutant) -> None:
+    scenario = generate(mutant.shown_by)
+    plain = replace(scenario, requests=tuple(r for r in scenario.requests if r.onward is None))
+    with mutant.planted():
+        assert not run(scenario).ok
+        assert run(plain).ok
 
 
 def test_a_failure_shrinks_and_replays() -> None:

@@ -62,6 +62,13 @@ class SimAllocator:
         tenancy.units = {}
         return freed
 
+    def pass_on(self, before: Tenancy, after: Tenancy) -> None:
+        """All units of one tenancy are another's from now on, as they are."""
+        after.units, before.units = before.units, {}
+        for pool, units in after.units.items():
+            for unit in units:
+                self.memory.owners[self.memory.first_unit[pool] + unit] = after
+
     @property
     def taken(self) -> int:
         return sum(1 for owner in self.memory.owners if owner is not None)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvbaton.testing.sim.allocator import SimAllocator
+from kvbaton.testing.sim.allocator import SimAllocator, Tenancy
 from kvbaton.testing.sim.job import SimJob
+from kvbaton.testing.sim.scenario import SimRequest
 from kvbaton.testing.sim.source_job import SourceJob
 from kvbaton.testing.sim.target_job import TargetJob
 
@@ -24,6 +25,7 @@ class SimEngine:
         self._process = process
         self.allocator = SimAllocator(process.memory, process.clockwork.stream(f"engine {process.name}"))
         self.jobs: list[SourceJob | TargetJob] = []
+        self._kept: dict[int, Tenancy] = {}
         self._looking = False
 
     def add(self, job: SourceJob | TargetJob) -> None:
@@ -31,6 +33,26 @@ class SimEngine:
         job.begin()
         if job.over:
             self.forget(job)
+
+    def keep(self, onward: SimRequest, job: TargetJob) -> None:
+        """What has come for a job stays until ``onward`` hands it on, or is known never to."""
+        if onward.number not in self._kept:
+            kept = self._kept[onward.number] = Tenancy(job)
+            self.allocator.pass_on(job.tenancy, kept)
+
+    def keeps(self, onward: SimRequest) -> bool:
+        return onward.number in self._kept
+
+    def take_kept(self, onward: SimRequest) -> Tenancy | None:
+        """What is handed on from here, once."""
+        return self._kept.pop(onward.number, None)
+
+    def drop_kept(self, onward: SimRequest) -> None:
+        """It will not be handed on."""
+        kept = self.take_kept(onward)
+        if kept is not None:
+            self.allocator.give_back(kept)
+            self.look_at_all()
 
     def forget(self, job: SimJob) -> None:
         self.jobs = [other for other in self.jobs if other is not job]

@@ -92,6 +92,17 @@ def closed_while_written(rng: random.Random, targets: tuple[SimGroup, ...]) -> t
     )
 
 
+def leaves_early(rng: random.Random, leaving: SimGroup) -> RankFault:
+    """A server that has not the patience, or not the life, to hand on what it has."""
+    soon = rng.uniform(0.0, rng.choice((0.0, 0.002, 0.002, 0.02)))
+    return RankFault(
+        kind=rng.choice(("close", "close", "kill", "restart", "pause")),
+        rank=leaving.rank(rng.randrange(leaving.size)),
+        when=Trigger(event="departure", nth=rng.randint(1, 2), delay=soon),
+        seconds=_duration(rng, 5.0),
+    )
+
+
 def _late_welcome(rng: random.Random) -> list[Fault]:
     """A source that goes on with what its target gave up, let go by policy and forgot: it never heard of the end."""
     return [

@@ -25,6 +25,7 @@ class SimJob(ABC):
     def __init__(self, process: Process, request: SimRequest) -> None:
         self.process = process
         self.request = request
+        self.prompt = process.world.scenario.prompt_of(request)
         self.tenancy = Tenancy(self)
         self.side: KVSender | KVReceiver | None = None
         self.started_at = process.clockwork.now
@@ -59,6 +60,7 @@ class SimJob(ABC):
             self.side = self.open()
         except (LocalProtocolError, OverloadedError) as error:
             self.process.clockwork.tell(self.process.name, f"engine: {self} refused: {error}")
+            self.free()
             self.refused = self.over = True
             self.process.world.job_over(self)
             return

@@ -8,7 +8,11 @@ from itertools import pairwise
 
 from msgspec.structs import replace
 
+from kvbaton.testing.sim.faults import leaves_early
 from kvbaton.testing.sim.scenario import Scenario, SimGroup, SimRequest, SimStep
+
+#: Of a prompt, and of a prompt with an answer that is handed on.
+MOST_TOKENS = 10
 
 
 def draw_requests(
@@ -32,7 +36,7 @@ def _request(
     calm = theme in ("clean", "calm")
     source, target = rng.randrange(len(sources)), rng.randrange(len(targets))
     back = targets[target].pp == 1 and rng.random() < (0.5 if theme == "both" else 0.12)
-    after, room, tokens, rival, twin = None, 100 + number, rng.randint(1, 10), False, None
+    after, room, tokens, rival, twin = None, 100 + number, rng.randint(1, MOST_TOKENS), False, None
     chance = {"reuse": 0.9, "rivals": 0.0, "amnesia": 0.0}.get(theme, 0.25)
     if made and rng.random() < chance:  # the room is used again, after its end
         before = rng.choice(list({r.room: r for r in made if not r.rival}.values()))
@@ -144,30 +148,42 @@ def some_lengths_are_unknown(rng: random.Random, scenario: Scenario) -> Scenario
 
 
 def some_are_handed_on(rng: random.Random, scenario: Scenario) -> Scenario:
-    """A decode server stops: what it was sent goes on to another one, in a room of its own, as soon as it is there or a
-    little later; some of it comes to nothing."""
-    made = list(scenario.requests)
-    for before in scenario.requests:
-        others = [number for number in range(len(scenario.targets)) if number != before.target]
-        plain = not (before.back or before.rival or before.declines)
-        if not (others and plain and scenario.targets[before.target].pp == 1 and rng.random() < 0.3):
+    """A decode server stops: what it was sent goes on to another one with the answer so far, in a room of its own, as
+    soon as it is there or a little later, and perhaps from there to a third; some of it comes to nothing."""
+    made, faults = list(scenario.requests), list(scenario.faults)
+    fought_over = {request.room for request in made if request.rival}
+    for before in made:
+        holder = before.target if before.onward is None else before.onward
+        others = [number for number in range(len(scenario.targets)) if number != holder]
+        plain = not (before.back or before.declines or before.room in fought_over)
+        if not (others and plain and scenario.targets[holder].pp == 1 and rng.random() < 0.3):
             continue
         spoilt = bool(scenario.faults) and rng.random() < 0.2
+        number, onward = len(made), rng.choice(others)
+        tokens = min(before.tokens + rng.choice((0, 1, 1, 3)), MOST_TOKENS)
+        pages = scenario.targets[holder].page_size, scenario.targets[onward].page_size
+        step = math.lcm(*pages) if rng.random() < 0.7 else math.gcd(*pages)
         made.append(
             SimRequest(
-                number=50 + before.number,
-                room=500 + before.number,
+                number=50 + number,
+                room=500 + number,
                 source=before.source,
-                target=before.target,
-                onward=rng.choice(others),
+                target=holder,
+                onward=onward,
                 after=before.number,
-                chunks=(before.tokens,),
+                chunks=(tokens,),
+                prefix=rng.choice((0, 0, rng.randint(0, tokens // step) * step)),
+                skip_prefix=True,
+                ready_after=rng.choice((0.0, 0.0, 0.002, 0.1)),
                 target_at=rng.choice((0.0, 0.001, 0.1)),
                 publish_after=rng.choice((0.0, 0.0, 0.01)),
-                target_abort=_soon(rng) if spoilt else None,
+                source_abort=_soon(rng) if spoilt and rng.random() < 0.5 else None,
+                target_abort=_soon(rng) if spoilt and rng.random() < 0.5 else None,
             )
         )
-    return replace(scenario, requests=tuple(made))
+        if scenario.faults and rng.random() < 0.3:
+            faults.append(leaves_early(rng, scenario.targets[holder]))
+    return replace(scenario, requests=tuple(made), faults=tuple(faults))
 
 
 def _soon(rng: random.Random) -> float:

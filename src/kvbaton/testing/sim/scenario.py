@@ -97,7 +97,8 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         source_abort, target_abort: when that engine gives it up; None: never.
         lone_abort: only the first rank of the side gives up.
         back: the other way round: from the group ``target`` to the group ``source``.
-        onward: the group ``target`` hands it on to this group of the targets; None: the group ``source`` sends it.
+        onward: the group ``target``, to which ``after`` brought it, hands it on to this group of the targets, with the
+            answer so far, in the units where it lies; None: the group ``source`` computes and sends it.
         gap: the source engine forgets to submit this chunk; 0: none.
         rival: its room is in use by another request already.
         declines: the target engine wants nothing of it, from when it gets it on.
@@ -141,7 +142,8 @@ class SimRequest(Struct, frozen=True, kw_only=True):
 class Trigger(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When a fault happens: at a time, or ``delay`` after the ``nth`` occurrence of a named event.
 
-    Events: the name of a message type when one is sent, ``post`` when a write is posted, ``settled`` when one settles.
+    Events: the name of a message type when one is sent, ``post`` when a write is posted, ``departure`` when what an
+    engine hands on may be read.
     """
 
     at: float = 0.0
@@ -263,6 +265,12 @@ class Scenario(Struct, frozen=True, kw_only=True):
         """Whether somebody outside did something that must fail: a room used twice at once, groups that do not fit."""
         misfits = {g.misfit for g in (*self.sources, *self.targets)}
         return any(r.rival or r.gap for r in self.requests) or len(misfits) > 1
+
+    def prompt_of(self, request: SimRequest) -> int:
+        """The number of the request that computed its tokens first: what is handed on stays what it is."""
+        while request.onward is not None:
+            request = next(one for one in self.requests if one.number == request.after)
+        return request.number
 
     @property
     def undisturbed(self) -> bool:

@@ -64,9 +64,13 @@ def _cuts(scenario: Scenario) -> Iterator[Scenario]:
 
 
 def _without_request(scenario: Scenario, index: int) -> Scenario:
-    gone = scenario.requests[index]
+    """Without those that hand it on, either."""
+    gone, without = scenario.requests[index], {scenario.requests[index].number}
     rest = []
-    for request in scenario.requests[:index] + scenario.requests[index + 1 :]:
+    for request in scenario.requests:
+        if request.number in without or (request.onward is not None and request.after in without):
+            without.add(request.number)
+            continue
         rest.append(replace(request, after=gone.after) if request.after == gone.number else request)
     return replace(scenario, requests=tuple(rest))
 

@@ -32,6 +32,7 @@ class SourceJob(SimJob):
         self._ready: set[int] = set()
         self._life = 0  # how often it was preempted: what was planned before is void
         self._evicted = False
+        self._fresh = 0  # the first token that is computed here
 
     def open(self) -> KVSender:
         return self.process.manager.sender(self.request.room)
@@ -154,9 +155,9 @@ class SourceJob(SimJob):
             return
         for span in spans:
             if span.units:
-                first = span.token_start // self.process.group.page_size
-                seed = self.request.number
-                self.process.memory.fill(span.pool, seed, span.token_start, span.token_stop, span.units, first, layers)
+                first, start = span.token_start // self.process.group.page_size, max(span.token_start, self._fresh)
+                seed = self.prompt if span.token_stop else self.request.number
+                self.process.memory.fill(span.pool, seed, start, span.token_stop, span.units, first, layers)
         self._ready.add(number)
         if stir:
             self.process.stir()

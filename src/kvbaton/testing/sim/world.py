@@ -11,6 +11,7 @@ from kvbaton.manager import KVPoll
 from kvbaton.plan.costs import Costs
 from kvbaton.protocol.settings import Settings
 from kvbaton.testing.sim.clockwork import Clockwork
+from kvbaton.testing.sim.departing import DepartingJob
 from kvbaton.testing.sim.fabric import Fabric
 from kvbaton.testing.sim.job import SimJob
 from kvbaton.testing.sim.judge import Judge
@@ -110,6 +111,7 @@ class SimWorld:
         self._places: dict[str, Process] = {}
         self._holes: set[str] = set()
         self._births = 0
+        self.onward = {r.after: r for r in scenario.requests if r.onward is not None}
         self._waiting: dict[int, list[SimRequest]] = {}
         self._unstarted = 0
         self._open: dict[int, int] = {}
@@ -194,9 +196,11 @@ class SimWorld:
             return
         self._last_start = self.clockwork.now
         if not process.alive or process.closing:
+            process.engine.drop_kept(request)
             self._one_over(request)
             return
-        job = SourceJob(process, request) if source else TargetJob(process, request, addresses or [])
+        sender = SourceJob if request.onward is None else DepartingJob
+        job = sender(process, request) if source else TargetJob(process, request, addresses or [])
         self.judge.begun(job)
         process.engine.add(job)
 
@@ -207,8 +211,19 @@ class SimWorld:
         self._open[request.number] -= 1
         if not self._open[request.number]:
             self._unstarted -= 1
-            for following in self._waiting.pop(request.number, ()):
+            self._go_on_after(request)
+
+    def _go_on_after(self, request: SimRequest) -> None:
+        """Whatever waited for its end. What did not come to every rank of a group cannot go on from there."""
+        for following in self._waiting.pop(request.number, ()):
+            group = self.groups_of(following)[0]
+            engines = [self._places[group.rank(number)].engine for number in range(group.size)]
+            if following.onward is None or all(engine.keeps(following) for engine in engines):
                 self._plan(following)
+                continue
+            for engine in engines:
+                engine.drop_kept(following)
+            self._go_on_after(following)
 
     def process_over(self, process: Process) -> None:
         for job in process.engine.jobs:
