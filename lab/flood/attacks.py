@@ -47,7 +47,7 @@ FULL = Sizes(
     silent=1_500,
     seconds=20.0,
     hold_seconds=6.0,
-    calm_seconds=20.0,
+    calm_seconds=15.0,
 )
 SMALL = Sizes(
     count=250,
