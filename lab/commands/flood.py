@@ -89,7 +89,9 @@ class Progress:
         self._say(name)
 
     def tell(self, result: Result) -> None:
-        self._say(f"p99 {result.ratio:.1f} times what is usual: {'; '.join(result.complaints) or 'ok'}")
+        usual, during = result.p99_seconds
+        verdict = "; ".join(result.complaints) or "ok"
+        self._say(f"p99 {usual:.2f} s, {during:.2f} s during: {result.ratio:.1f} times: {verdict}")
 
     def _say(self, words: str) -> None:
         passed = time.monotonic() - self._started
