@@ -17,15 +17,9 @@ from kvbaton.serving.engine.decode import Decode
 from kvbaton.serving.engine.generation import Generation
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.request import Request, Sampling
-from kvbaton.serving.engine.sampling import (
-    LEAST_LOGPROB,
-    Draw,
-    InternalError,
-    first_tokens,
-    pick_tokens,
-    seed_of_choice,
-)
+from kvbaton.serving.engine.sampling import LEAST_LOGPROB, Draw, InternalError, first_tokens, pick_tokens
 from kvbaton.serving.engine.scheduler import SchedulerConfig
+from kvbaton.serving.engine.seed import seed_of_choice
 from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group, missing_pages, most_choices
 from kvbaton.serving.engine.unified import unified_scheduler
 

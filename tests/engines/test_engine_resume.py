@@ -20,8 +20,8 @@ from kvbaton.serving.engine.decode import decode_scheduler
 from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.prefill import prefill_scheduler
 from kvbaton.serving.engine.request import HandedOnError, Request
-from kvbaton.serving.engine.sampling import seed_of, seed_of_choice
 from kvbaton.serving.engine.scheduler import Scheduler
+from kvbaton.serving.engine.seed import seed_of, seed_of_choice
 from kvbaton.serving.engine.unified import unified_scheduler
 
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.3, "min_tokens": 6}

@@ -11,7 +11,8 @@ from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonErro
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.limits import Limits
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import STOPPING, Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.scheduler import STOPPING, Role, Scheduler, SchedulerConfig
+from kvbaton.serving.engine.stats import Stats
 
 LIMITS = Limits(max_positions=100, vocab_size=10, pool_tokens=100)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvbaton.errors import ConfigError, InternalError
 from kvbaton.serving.engine.adjustment import adjustment_of
 from kvbaton.serving.engine.request import Request, Sampling
-from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, seed_of, uniform
+from kvbaton.serving.engine.sampling import Draw, Pick, pick_tokens, uniform
+from kvbaton.serving.engine.seed import seed_of
 from kvbaton.serving.engine.text import Detokenizer, StopMatcher, TextStream
 from kvbaton.serving.server.tokens import ServerTokenizer
 

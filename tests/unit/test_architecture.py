@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,24 +93,34 @@ HOMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for root in (ROOT, LAB):
-        for path in sorted(root.rglob("*.py")):
-            name = ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
-            yield name, ast.parse(path.read_text(), str(path))
+#: What an import statement may stand in.
+HOLDERS = ast.stmt | ast.excepthandler | ast.match_case
+
+
+@cache
+def modules() -> tuple[tuple[str, ast.Module], ...]:
+    paths = [(root, path) for root in (ROOT, LAB) for path in sorted(root.rglob("*.py"))]
+    return tuple(
+        (
+            ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"),
+            ast.parse(path.read_text(), str(path)),
+        )
+        for root, path in paths
+    )
 
 
 def imports(tree: ast.Module, *, eager_only: bool = False) -> Iterator[str]:
     """Full names of everything a module imports; with ``eager_only`` what it imports when it is imported."""
-    lazy = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(node)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if eager_only and id(node) in lazy:
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if eager_only and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(node)):
             continue
+        todo += (
+            inner
+            for inner in ast.iter_child_nodes(node)
+            if isinstance(inner, ast.stmt | ast.excepthandler | ast.match_case)
+        )
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -173,10 +184,10 @@ def test_libraries_stay_in_their_place() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_importing_the_facade_needs_only_core_dependencies() -> None:
-    """Whoever embeds kvbaton imports the front door; nothing behind it may need an extra."""
+def foreign_of(*names: str) -> set[str]:
+    """The libraries that are imported with modules of ours."""
     trees = dict(modules())
-    seen, todo, foreign = set(), ["kvbaton", "kvbaton.manager", "kvbaton.transports", "kvbaton.control.zmq"], set()
+    seen, todo, foreign = set(), list(names), set()
     while todo:
         name = todo.pop()
         if name in seen:
@@ -188,7 +199,20 @@ def test_importing_the_facade_needs_only_core_dependencies() -> None:
             continue
         for imported in imports(trees[name], eager_only=True):
             todo += [imported, imported.rpartition(".")[0] or imported]
+    return foreign
+
+
+def test_importing_the_facade_needs_only_core_dependencies() -> None:
+    """Whoever embeds kvbaton imports the front door; nothing behind it may need an extra."""
+    foreign = foreign_of("kvbaton", "kvbaton.manager", "kvbaton.transports", "kvbaton.control.zmq")
     assert not foreign & {"torch", "transformers", "aiohttp", "rich", *nixl_package.PACKAGES}, foreign
+
+
+def test_a_router_computes_nothing() -> None:
+    """It starts four times as fast, and in a quarter of the memory, without the libraries of an engine."""
+    foreign = foreign_of("kvbaton.cli.router", "kvbaton.serving.router.router")
+    assert "aiohttp" in foreign
+    assert not foreign & {"torch", "transformers", "tokenizers", *nixl_package.PACKAGES}, foreign
 
 
 def test_no_pickle_and_no_sleep_where_it_matters() -> None:

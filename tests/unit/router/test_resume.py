@@ -21,7 +21,7 @@ from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import InternalError, KVBatonError, OverloadedError, PeerLostError
 from kvbaton.serving.engine.request import HandedOnError, Output, Request
-from kvbaton.serving.engine.sampling import seed_of, seed_of_choice
+from kvbaton.serving.engine.seed import seed_of, seed_of_choice
 from kvbaton.serving.router.events import Events
 from kvbaton.serving.router.progress import Progress
 from kvbaton.serving.router.router import Router, RouterConfig

@@ -37,8 +37,9 @@ from kvbaton.serving.engine.prompt_logprobs import check_records, prompt_tokens_
 from kvbaton.serving.engine.request import Handoff, Output, PromptToken, Request
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.sampling import Pick
-from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig
 from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group, missing_pages
+from kvbaton.serving.engine.stats import Stats
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,8 @@ from kvbaton.serving.engine.model import LoadedModel
 from kvbaton.serving.engine.pool import BlockTable
 from kvbaton.serving.engine.request import Handoff, Output, PromptToken
 from kvbaton.serving.engine.runner import Step
-from kvbaton.serving.engine.sampling import Draw, Pick, seed_of_choice
+from kvbaton.serving.engine.sampling import Draw, Pick
+from kvbaton.serving.engine.seed import seed_of_choice
 from kvbaton.serving.engine.text import TextStream
 
 

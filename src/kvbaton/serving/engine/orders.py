@@ -23,7 +23,7 @@ from kvbaton.serving.engine.handoffs import Handoffs
 from kvbaton.serving.engine.pipe import Died
 from kvbaton.serving.engine.pool import Copies
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.engine.stats import Stats
 
 
 class Stop(Struct, frozen=True, tag="stop"):

@@ -28,8 +28,10 @@ from kvbaton.serving.engine.prompt import PromptRun
 from kvbaton.serving.engine.prompt_logprobs import checksum
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
-from kvbaton.serving.engine.sampling import Draw, Pick, first_tokens, seed_of, seed_of_choice
-from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.sampling import Draw, Pick, first_tokens
+from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig
+from kvbaton.serving.engine.seed import seed_of, seed_of_choice
+from kvbaton.serving.engine.stats import Stats
 
 
 @dataclass(slots=True, eq=False)

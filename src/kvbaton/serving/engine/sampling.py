@@ -24,9 +24,8 @@ import torch
 
 from kvbaton.errors import InternalError
 from kvbaton.serving.engine.adjustment import Adjustment
-from kvbaton.serving.engine.request import Alternatives, Request, Sampling
+from kvbaton.serving.engine.request import Alternatives, Sampling
 
-_SEED_MASK = (1 << 64) - 1
 #: Told instead of minus infinity, which JSON cannot say: OpenAI's number for what is out of the question.
 LEAST_LOGPROB = -9999.0
 
@@ -52,21 +51,6 @@ class Pick:
     token: int
     logprob: float
     top: Alternatives = ()
-
-
-def seed_of(request: Request) -> int:
-    """The request's seed as 64 bits; one derived from its id where it has none."""
-    if request.sampling.seed is not None:
-        return request.sampling.seed & _SEED_MASK
-    return int.from_bytes(hashlib.blake2b(request.request_id.encode(), digest_size=8).digest(), "little")
-
-
-def seed_of_choice(seed: int, index: int) -> int:
-    """The seed of answer number ``index``: the first has the request's own."""
-    if index == 0:
-        return seed
-    packed = struct.pack("<QQ", seed, index)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=b"kvbaton choice").digest(), "little")
 
 
 def uniform(seed: int, position: int) -> float:

@@ -16,13 +16,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError, OverloadedError
 from kvbaton.serving.engine.job import Job
 from kvbaton.serving.engine.limits import Limits
 from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.stats import Stats
 
 #: What a request is told that its engine cannot finish, on both sides.
 STOPPING = "the engine that had this request is stopping; send it again"
@@ -45,24 +46,6 @@ class SchedulerConfig:
         for name in ("chunked_prefill_size", "max_batch", "max_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stats:
-    """A snapshot. ``pages_leased`` (part of ``pages_used``) may still be touched by a peer.
-
-    ``prefix_lookups``, ``prefix_hit_tokens``: since the start; requests that were admitted by way of the prefix cache,
-    and their tokens that it had.
-    """
-
-    pages_free: int
-    pages_used: int
-    pages_leased: int
-    slots_used: int
-    running: int
-    queues: dict[str, int] = field(default_factory=dict)
-    prefix_lookups: int = 0
-    prefix_hit_tokens: int = 0
 
 
 class Role(ABC):

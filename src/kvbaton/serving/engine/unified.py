@@ -25,9 +25,11 @@ from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.prompt import PromptRun, advance_together
 from kvbaton.serving.engine.request import Output
 from kvbaton.serving.engine.runner import ModelRunner
-from kvbaton.serving.engine.sampling import first_tokens, seed_of
-from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig, Stats
+from kvbaton.serving.engine.sampling import first_tokens
+from kvbaton.serving.engine.scheduler import Role, Scheduler, SchedulerConfig
+from kvbaton.serving.engine.seed import seed_of
 from kvbaton.serving.engine.sequence_group import SequenceGroup, allocate_group
+from kvbaton.serving.engine.stats import Stats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

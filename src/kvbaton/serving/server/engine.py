@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from kvbaton.errors import KVBatonError
 from kvbaton.serving.engine.request import HandedOnError, Output, Request
-from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.engine.stats import Stats
 from kvbaton.serving.server.messages import Turn
 
 

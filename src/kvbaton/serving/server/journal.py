@@ -25,7 +25,7 @@ from msgspec import Meta, Raw, Struct
 
 from kvbaton.discovery.registry import MAX_RANKS
 from kvbaton.serving.engine.request import Alternatives, Output, PromptToken, Sampling
-from kvbaton.serving.engine.sampling import seed_of_choice
+from kvbaton.serving.engine.seed import SEED_MASK, seed_of_choice
 from kvbaton.serving.server.raw import decoded, refuse
 
 JOURNAL_FIELD = "kvbaton_journal"
@@ -35,7 +35,6 @@ RECORDS_TYPE = "application/vnd.kvbaton.records"
 MAX_JOURNAL_BYTES = 8 << 20
 #: Seeds of routers are below this, those of engines are taken modulo 2^64.
 _SEED_END = 1 << 63
-_SEED_MASK = (1 << 64) - 1
 
 
 class Record(Struct, frozen=True, array_like=True):
@@ -122,7 +121,7 @@ class Journal(Struct, frozen=True, kw_only=True):
                     (*prompt, *answers[number]),
                     replace(
                         sampling,
-                        seed=seed_of_choice(seed & _SEED_MASK, number - numbers.start),
+                        seed=seed_of_choice(seed & SEED_MASK, number - numbers.start),
                         choices=1,
                         prompt_logprobs=None,  # they are in the records
                     ),

@@ -16,7 +16,8 @@ from kvbaton.plan.staging import StagingPolicy
 from kvbaton.serving.engine.group import Group
 from kvbaton.serving.engine.handoffs import Handoffs, StagingUse
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import Scheduler, Stats
+from kvbaton.serving.engine.scheduler import Scheduler
+from kvbaton.serving.engine.stats import Stats
 from kvbaton.serving.server.rank import ServerRank
 
 

@@ -39,7 +39,7 @@ from kvbaton.serving.engine.orders import (
 )
 from kvbaton.serving.engine.pipe import Pipe
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.engine.stats import Stats
 
 #: How long a rank may take to say how it fares.
 ASK_SECONDS = 5.0

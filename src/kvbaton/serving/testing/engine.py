@@ -14,7 +14,7 @@ from typing import Any
 
 from kvbaton.errors import AbortedError, ConfigError, InternalError, KVBatonError
 from kvbaton.serving.engine.request import Output, Request
-from kvbaton.serving.engine.scheduler import Stats
+from kvbaton.serving.engine.stats import Stats
 from kvbaton.serving.server.messages import Turn
 
 PATIENCE_SECONDS = 10.0
