@@ -33,11 +33,11 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2
 
 # Other versions, each in a virtual environment of its own. torch stays at the constraints' version but in `update`:
 # another one may be a build for GPUs, of gigabytes.
-TESTS := -m pytest -n 2 --dist worksteal
+TESTS := -m pytest -n 2
 
 latest:                ## all tests with the newest versions that pyproject.toml allows
 	mkdir -p build && grep '^torch==' constraints.txt > build/latest.txt

@@ -1,37 +1,59 @@
-"""Fixtures that several suites share: ranks in this process, over memory or over real NIXL; a running pair."""
+"""Fixtures that several suites share: ranks in this process, over memory or over real NIXL; and who runs what when.
+
+With several workers a file is one worker's, so that what it sets up is set up once; so is all of ``tests/pair``, for
+there is one pair, and of ``tests/engines``, whose models are made and loaded once. What takes longest begins first, so
+that nobody waits at the end.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from ranks import MakeRank, RankHarness
 
 from kvbaton.control.memory import Network
 from kvbaton.protocol.settings import Settings
-from kvbaton.serving.fleet import Fleet
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).parent
+FIRST = ("pair", "processes")
+WHOLE = ("pair", "engines")
+
+
+def directory(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: directory(item.path) not in FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatTheyShare(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            """What is one worker's: tests with the same answer."""
+            file = nodeid.partition("::")[0]
+            part = directory(config.rootpath / file)
+            return part if part in WHOLE else nodeid if part == "processes" else file
+
+    config.option.loadscopereorder = False
+    return ByWhatTheyShare(config, log)
 
 
 @pytest.fixture(scope="session")
 def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
         yield runner
-
-
-@pytest.fixture(scope="session")
-def fleet(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Real processes, real NIXL, real HTTP. Small chunks: a long prompt is many of them, so that there is a middle to
-    be killed in."""
-    directory: Path = tmp_path_factory.mktemp("fleet")
-    fleet = Fleet(directory, model="recall", reference=True, extra=("--chunked-prefill-size", "32"))
-    runner.run(fleet.__aenter__())
-    try:
-        runner.run(fleet.all_ready())
-        yield fleet
-    finally:
-        runner.run(fleet.__aexit__(None, None, None))
 
 
 @pytest.fixture(params=["memory", "nixl"])

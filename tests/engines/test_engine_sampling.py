@@ -41,7 +41,7 @@ samplings = st.builds(
     include_stop=st.booleans(),
 )
 ROOMS = count(1)
-EXAMPLES = 40
+EXAMPLES = 25
 
 
 def test_a_pair_equals_one_process(model: LoadedModel) -> None:

@@ -47,7 +47,7 @@ def age(directory: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_one_flipped_bit_of_any_tensor_is_another_model(checkpoint: Path, data: st.DataObject) -> None:
     file = checkpoint / "model.safetensors"
     save_file(TENSORS, file, {"format": "pt"})

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from lab.commands import LAB
 from lab.conformance.campaign import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +26,6 @@ def test_the_quick_cells_are_equal(tmp_path: Path) -> None:
     assert all(cell["bytes"] > 0 and cell["requests"] for cell in found["cells"])
 
 
-def test_a_name_that_is_not_known_is_refused() -> None:
-    command = [sys.executable, "-m", "lab", "conformance", "--family", "nobody"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2
-    assert "'nobody' is neither a family" in done.stderr
+def test_a_name_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert LAB.main(["conformance", "--family", "nobody"]) == 2
+    assert "'nobody' is neither a family" in capsys.readouterr().err

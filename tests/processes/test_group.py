@@ -12,13 +12,14 @@ import msgspec
 import psutil
 import pytest
 from listening import beyond_loopback, listeners
-from test_serve import PATIENCE_SECONDS, post, refused, serving
+from refusals import refused
+from test_serve import PATIENCE_SECONDS, post, serving
 
 from kvbaton.serving.fleet import free_ports
 
 
-def test_sizes_that_do_not_divide_are_one_line() -> None:
-    said = refused("--model", "recall", "--port", "0", "--tensor-parallel-size", "3")
+def test_sizes_that_do_not_divide_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--model", "recall", "--port", "0", "--tensor-parallel-size", "3")
     assert "kvbaton: --tensor-parallel-size 3 does not divide the model's" in said
 
 

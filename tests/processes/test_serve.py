@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
+from refusals import refused
 
 import kvbaton
 
@@ -76,19 +78,11 @@ def test_what_the_grace_period_does_not_last_for_is_told_so():
         assert process.wait(PATIENCE_SECONDS) == 0
 
 
-def refused(*arguments: str) -> str:
-    done = subprocess.run(command("serve", *arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2, done
-    assert not done.stdout
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path):
-    assert f"kvbaton: {tmp_path} holds no config.json" in refused("--model", str(tmp_path), "--port", "0")
-    assert "kvbaton: model '/no/such/model' is no directory" in refused("--model", "/no/such/model", "--port", "0")
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"kvbaton: {tmp_path} holds no config.json" in refused(capsys, "--model", str(tmp_path), "--port", "0")
+    assert "kvbaton: model '/no/such/model' is no directory" in refused(capsys, "--model", "/no/such/model")
     half = ("--model", "recall", "--disaggregation-mode", "decode", "--port", "0")
-    assert "without a shared secret\nhint: pass --secret-file" in refused(*half, "--host", "0.0.0.0")
+    assert "without a shared secret\nhint: pass --secret-file" in refused(capsys, *half, "--host", "0.0.0.0")
 
 
 def test_a_full_disk_under_the_logs_stops_nothing():
