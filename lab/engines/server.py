@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import aiohttp
+import psutil
 
+from kvbaton.discovery.access import is_loopback
 from kvbaton.errors import ExpiredError, PeerLostError
 
 READY_SECONDS = 900.0
@@ -74,6 +76,18 @@ class EngineServer(ABC):
         lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
         wrong = [line for line in lines if "Error" in line][-LOG_LINES:]
         return "\n".join(wrong or lines[-LOG_LINES:])
+
+    def beyond_loopback(self) -> list[str]:
+        """Of its processes, where others than this machine reach them: ``PROCESS HOST:PORT``."""
+        if self.process is None:
+            return []
+        first = psutil.Process(self.process.pid)
+        return [
+            f"{process.name()} {connection.laddr.ip}:{connection.laddr.port}"
+            for process in (first, *first.children(recursive=True))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip)
+        ]
 
     def kill(self) -> None:
         """All of its processes at once, as when its host goes."""

@@ -17,6 +17,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
         cases=(
             *TOKENS,
             cases.metrics,
+            cases.listeners,
             cases.duplicate_room,
             cases.memory_released,
             cases.client_gone,

@@ -16,6 +16,7 @@ import msgspec
 
 from kvbaton.serving.fleet import free_ports
 from lab.engines.campaign import check
+from lab.engines.listeners import compared
 from lab.engines.requests import Refused, prompt
 from lab.sglang.contract import DIRECTORY, KEPT, read
 from lab.sglang.requests import new_room
@@ -153,6 +154,13 @@ async def contract(scene: Scene) -> str:
         KEPT.write_bytes(found + b"\n")
     check(record, msgspec.json.decode(KEPT.read_bytes()), f"calls (see {directory / 'found.json'})")
     return f"{sum(len(calls) for half in record.values() for calls in half)} calls as kept"
+
+
+async def listeners(scene: Scene) -> str:
+    """Servers of loopback listen there alone, but for what SGLang opens by itself, in a plain server too."""
+    tokens = prompt(300, 5950)
+    check(await scene.client.pair(tokens), await scene.client.alone(tokens), "tokens")
+    return compared(scene.plain, scene.prefill, scene.decode)
 
 
 async def strangers(scene: Scene) -> str:

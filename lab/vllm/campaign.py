@@ -33,6 +33,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
             failures.prefill_silent,
             service.idle,
             service.metrics,
+            service.listeners,
             failures.decode_killed,
             failures.prefill_killed,
             service.bench_serve,

@@ -20,6 +20,7 @@ from kvbaton.serving.fleet import free_ports
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from lab.engines.campaign import check
+from lab.engines.listeners import compared
 from lab.engines.requests import prompt
 from lab.engines.server import READY_SECONDS
 from lab.vllm.contract import KEPT, read
@@ -232,6 +233,13 @@ async def idle_parts(workers: Sequence[psutil.Process]) -> list[float]:
     before = [sum(worker.cpu_times()[:2]) for worker in workers]
     await asyncio.sleep(IDLE_SECONDS)
     return [(sum(worker.cpu_times()[:2]) - was) / IDLE_SECONDS for worker, was in zip(workers, before, strict=True)]
+
+
+async def listeners(scene: Scene) -> str:
+    """Servers of loopback listen there alone, but for what vLLM opens by itself."""
+    given = prompt(300, 6400)
+    check(await scene.client.sequential(given), await scene.client.alone(given), "tokens")
+    return compared(scene.plain, scene.prefill, scene.decode)
 
 
 async def metrics(scene: Scene) -> str:

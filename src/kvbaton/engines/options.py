@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from kvbaton.errors import ConfigError
+from kvbaton.transports.interfaces import restrict
 
+LOCALHOST = "127.0.0.1"
 _KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 
 
@@ -63,6 +65,12 @@ class RankOptions:
         """Raises ConfigError for a number out of its bounds."""
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"{self.SOURCE}: port={self.port} must be from 0 to 65535")
+
+    def keep_to(self, address: str) -> None:
+        """Have the data plane use the interface of ``address`` alone; where there is no secret loopback's, for all
+        peers are on this machine then. To be called before the first manager is opened."""
+        if self.backend == "nixl":
+            restrict([address if self.secret_file else LOCALHOST])
 
     def secret(self) -> str | None:
         """The shared secret, if there is one. Raises ConfigError where the file cannot be read."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kvbaton.engines.sglang.options import Options as SglangOptions
+from kvbaton.engines.vllm.options import Options as VllmOptions
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.data_network import data_addresses
 from kvbaton.transports import interfaces
@@ -63,6 +65,39 @@ def test_what_is_no_address_of_this_machine_restricts_nothing_and_is_told(
     assert chosen() is None
     assert "UCX listens on every interface" in caplog.text
     assert f"set {VARIABLE}" in caplog.text
+
+
+@pytest.mark.usefixtures("rdma")
+@pytest.mark.parametrize(
+    ("options", "receives", "chosen_devices"),
+    [
+        ({}, False, LOOPBACK),
+        ({}, True, LOOPBACK),
+        ({"secret_file": "s"}, False, LOOPBACK),
+        ({"secret_file": "s"}, True, None),  # prefill may be anywhere
+        ({"secret_file": "s", "host": "198.51.100.7"}, True, "eth7,mlx5_0:1,mlx5_1:1"),
+        ({"secret_file": "s", "host": "0.0.0.0", "advertise": "198.51.100.7"}, False, "eth7,mlx5_0:1,mlx5_1:1"),
+        ({"backend": "memory"}, False, None),
+    ],
+)
+def test_a_rank_of_vllm_uses_the_interface_where_it_is_reached(
+    options: dict[str, object], receives: bool, chosen_devices: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = interfaces.ipaddress.ip_address("198.51.100.7")
+    monkeypatch.setattr(interfaces, "_all_addresses", lambda: {outer: "eth7"})
+    VllmOptions.from_mapping(options).place_data_plane(receives=receives)
+    assert chosen() == chosen_devices
+
+
+@pytest.mark.usefixtures("rdma")
+@pytest.mark.parametrize(("secret", "chosen_devices"), [("", LOOPBACK), ("s", "eth7,mlx5_0:1,mlx5_1:1")])
+def test_a_rank_of_sglang_uses_that_interface_and_without_a_secret_loopback(
+    secret: str, chosen_devices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = interfaces.ipaddress.ip_address("198.51.100.7")
+    monkeypatch.setattr(interfaces, "_all_addresses", lambda: {outer: "eth7"})
+    SglangOptions(secret_file=secret).keep_to("198.51.100.7")
+    assert chosen() == chosen_devices
 
 
 def test_every_address_of_this_machine_has_its_interface() -> None:

@@ -40,6 +40,7 @@ from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
 from kvbaton.errors import ConfigError, LocalProtocolError, RegistryError
 from kvbaton.plan import identity
+from kvbaton.transports.interfaces import VARIABLE as UCX_DEVICES
 
 logger = logging.getLogger("sglang.kvbaton")  # SGLang prints what is below its own name
 
@@ -76,9 +77,10 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
         if prefill and self.pp_size > 1:
             threading.Thread(target=self._tell_stages, name="kvbaton-stages", daemon=True).start()
         logger.info(
-            "kvbaton hands over %s, listens at %s",
+            "kvbaton hands over %s, listens at %s, UCX on %s",
             ", ".join(f"{pool.name} ({len(pool.planes)} x {pool.units})" for pool in self.cache.layout.pools),
             self.kv.address,
+            os.environ.get(UCX_DEVICES, "every interface"),
         )
 
     def register_to_bootstrap(self) -> None:
@@ -381,11 +383,13 @@ def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManage
         "waiting_timeout": float(envs.SGLANG_DISAGGREGATION_WAITING_TIMEOUT.get()),
         **options.settings,
     }
+    host = options.host or _host()
+    options.keep_to(host)
     return KVManager.open(
         cache.layout,
         role="prefill" if prefill else "decode",
         backend=options.backend,
-        host=(options.host or _host()) if prefill else "127.0.0.1",
+        host=host if prefill else "127.0.0.1",
         port=options.port + number if options.port and prefill else 0,
         secret=options.secret(),
         group=group,

@@ -19,8 +19,9 @@ class Options(RankOptions):
     """How a scheduler's rank opens its manager.
 
     Args:
-        host: IP address where the control links of a prefill rank listen; empty: 127.0.0.1 where SGLang's ``--host`` is
-            loopback, otherwise the address that SGLang finds for this machine.
+        host: IP address at which this side is reached: the data plane uses its interface, the control links of a
+            prefill rank listen there. Empty: 127.0.0.1 where SGLang's ``--host`` is loopback, otherwise the address
+            that SGLang finds for this machine.
         staging_mib: memory through which small pieces travel together where tensor-parallel sizes differ, in MiB, on
             the device of the pages; 0: none.
 

@@ -190,9 +190,11 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._memory = memory = cache_memory(
             kv_caches, self._kv_cache_config, self._vllm_config, tp_rank=place.tp, weights=options.weights
         )
+        role = self._manager_role()
+        options.place_data_plane(receives=role != "prefill")
         self._manager = manager = KVManager.open(
             memory.layout,
-            role=self._manager_role(),
+            role=role,
             backend=options.backend,
             host=options.host,
             port=options.port + parallel.data_parallel_index * sizes.ranks + rank if options.port else 0,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvbaton.discovery.access import is_loopback
 from kvbaton.engines.options import RankOptions
+
+EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +29,10 @@ class Options(RankOptions):
     host: str = "127.0.0.1"
     advertise: str = ""
     quarantine: bool = True
+
+    def place_data_plane(self, *, receives: bool) -> None:
+        """Where peers reach it. Those of a rank that ``receives`` may be anywhere, unless there is no secret or it is
+        told a ``host``: every interface stays then."""
+        if receives and self.secret_file and is_loopback(self.host):
+            return
+        self.keep_to(self.advertise if self.host in EVERY_INTERFACE else self.host)
