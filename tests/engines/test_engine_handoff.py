@@ -11,7 +11,7 @@ import pytest
 from engine_kit import PATIENCE_SECONDS, Caller, call, generate, make_pools, make_prompt
 
 from kvbaton.control.memory import Network
-from kvbaton.errors import KVBatonError
+from kvbaton.errors import AbortedError, KVBatonError
 from kvbaton.layout import CacheLayout
 from kvbaton.manager import KVManager, new_instance
 from kvbaton.protocol.settings import Settings
@@ -28,6 +28,8 @@ CONFIG = SchedulerConfig(chunked_prefill_size=32)
 POLL_SECONDS = 0.001
 #: Every layer is worth a post of its own, as it would be in a model of full size.
 EACH_LAYER = Settings(layers_ahead="always")
+#: A decode server that says nothing of a room is waited for this long.
+HASTY = Settings(bootstrap_timeout=0.6, heartbeat_interval=0.1, heartbeat_misses=100)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Pair:
     prefill: Scheduler
     decode: Scheduler
     model: LoadedModel
-    pages: int  # of the decode side
+    target_pools: Pools
 
     def request(self, room: int, length: int, count: int, **sampling: object) -> Request:
         fields: dict = {"temperature": 0.0, "ignore_eos": True, "max_tokens": count, **sampling}
@@ -75,13 +77,14 @@ def pair(
     source: dict | None = None,
     target: dict | None = None,
     decode_config: SchedulerConfig = CONFIG,
+    settings: Settings = EACH_LAYER,
 ) -> Iterator[Pair]:
     network = Network()
 
     def manager(layout: CacheLayout, group: str) -> KVManager:
         instance = new_instance()
         transport, links = MemoryTransport(instance), network.listen()
-        return KVManager(layout, transport, links, instance=instance, group=group, settings=EACH_LAYER)
+        return KVManager(layout, transport, links, instance=instance, group=group, settings=settings)
 
     pools = make_pools(model, **(source or {})), make_pools(model, **(target or {}))
     with (
@@ -90,7 +93,7 @@ def pair(
         prefill_scheduler(model, pools[0], sends, CONFIG) as prefill,
         decode_scheduler(model, pools[1], receives, decode_config) as decode,
     ):
-        yield Pair(sends, receives, prefill, decode, model, pools[1].pages_free)
+        yield Pair(sends, receives, prefill, decode, model, pools[1])
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -179,6 +182,26 @@ def test_many_rooms_at_once_through_small_pools(model: LoadedModel) -> None:
         callers = [both.ask(request) for request in requests]
         for request, (first, answer) in zip(requests, callers, strict=True):
             expected = generate(model, request.prompt_tokens, request.sampling.max_tokens)
+            assert answer.wait().tokens == expected
+            assert first.wait().tokens == expected[:1]
+        both.assert_nothing_held()
+
+
+def test_no_deadline_measures_the_queue_of_decode(model: LoadedModel) -> None:
+    """Decode lives and has no memory: who waits there, waits, for many times as long as for a decode that is dead."""
+    with pair(model, settings=HASTY) as both:
+        held = both.target_pools.allocate(both.target_pools.tokens)
+        assert held is not None
+        requests = [both.request(room, 20, 4) for room in range(1, 4)]
+        callers = [both.ask(request) for request in requests]
+        assert not callers[-1][1].first.wait(4 * HASTY.bootstrap_timeout)
+        assert both.decode.stats().queues["waiting"] == both.prefill.stats().queues["bootstrap"] == len(requests)
+        both.decode.abort("r3")
+        assert all(isinstance(caller.wait().last.error, AbortedError) for caller in callers[2])  # prefill hears of it
+        both.target_pools.free(held)
+        both.target.wakeup.set()
+        for request, (first, answer) in zip(requests[:2], callers, strict=False):
+            expected = generate(model, request.prompt_tokens, 4)
             assert answer.wait().tokens == expected
             assert first.wait().tokens == expected[:1]
         both.assert_nothing_held()

@@ -554,3 +554,8 @@ def held_layers_dropped(patches: Patches) -> None:
         return original(self, chunk, ready, now, token_seconds)[-1:]
 
     patches.set(pieces.Pieces, "add", add)
+
+
+@mutant("a source waits for the queue of decode only as long as for a decode that says nothing (our own)", 165)
+def queue_measured_by_a_deadline(patches: Patches) -> None:
+    patches.set(rooms.Rooms, "on_queued", lambda _self, _session, _queued: None)

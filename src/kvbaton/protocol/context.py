@@ -30,8 +30,9 @@ _TIMERS = ("deadline", "retry", "heartbeat", "forget")
 class Context:
     """See the module.
 
-    ``session_link``, ``session_changed`` and ``session_needed`` are set by whoever keeps the sessions and the rooms:
-    the link of a peer's session, what follows a session's new state, and whether a room or a lease depends on one.
+    ``session_link``, ``session_changed``, ``session_needed`` and ``queued`` are set by whoever keeps the sessions and
+    the rooms: the link of a peer's session, what follows a session's new state, whether a room or a lease depends on
+    one, and the rooms that our engine will have from its peer once it has memory for them.
     """
 
     def __init__(self, identity: Identity, settings: Settings) -> None:
@@ -46,6 +47,7 @@ class Context:
         self.session_link: Callable[[str, Role], LinkId | None] = lambda _peer, _role: None
         self.session_changed: Callable[[Session], None] = lambda _session: None
         self.session_needed: Callable[[Session], bool] = lambda _session: False
+        self.queued: Callable[[Session], tuple[int, ...]] = lambda _session: ()
         self._serial = itertools.count(1)
         self._effects: list[Effect] = []
 

@@ -94,6 +94,7 @@ class Core:
         self._peers = Peers(self._context, self._session_changed)
         self._transfers = Transfers(self._context, self._peers, self._transfer_changed)
         self._rooms = Rooms(self._context, self._peers, self._transfers)
+        self._context.queued = self._rooms.targets.queued
         self._handlers: dict[type, Callable[..., None]] = {
             Dialed: self._peers.on_dialed,
             DialFailed: self._on_dial_failed,
@@ -268,6 +269,8 @@ class Core:
         session.on_message(now)
         if isinstance(message, Ping):
             self._context.send_on(link, Pong(sender=self.instance, receiver=message.sender))
+            if session.role == "source":
+                self._rooms.on_queued(session, message.queued)
         elif isinstance(message, Pong):
             pass
         elif isinstance(message, Verdict):

@@ -28,6 +28,8 @@ MAX_MESSAGE_BYTES = 8 << 20
 MAX_GRANTS = 64
 MAX_UNITS_PER_GRANT = 1 << 20
 MAX_UNIT = (1 << 31) - 1
+#: Rooms that one ping names.
+MAX_QUEUED = 4_096
 
 InstanceId = Annotated[str, Meta(min_length=1, max_length=64)]
 MAX_SECONDS = 86_400.0
@@ -110,10 +112,12 @@ class Verdict(Message, frozen=True, tag="verdict"):
     reason: Text = ""
 
 
-class Ping(Message, frozen=True, tag="ping"):
+class Ping(Message, frozen=True, tag="ping", omit_defaults=True):
     """Are you there? Answered with Pong; any message counts as a sign of life."""
 
     receiver: InstanceId
+    #: Target → source: rooms that it will open as soon as its engine has memory for them; as many pings as it takes.
+    queued: Annotated[tuple[Count, ...], Meta(max_length=MAX_QUEUED)] = ()
 
 
 class Pong(Message, frozen=True, tag="pong"):

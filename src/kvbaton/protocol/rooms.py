@@ -29,6 +29,7 @@ has proof that no write can come. Nothing in this file frees by time.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbaton.errors import (
@@ -136,7 +137,7 @@ class Rooms:
         self._failed_before_open.pop(event.room, None)
         room.has_sender = True
         self._context.record(event.room, "sender opened")
-        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
+        self._await_targets(room)
         self.touch(room)
 
     def on_open(self, session: Session, message: Open) -> None:
@@ -221,6 +222,19 @@ class Rooms:
             raise RemoteProtocolError(f"room {key.room} is open already for every rank of decode group {room.group!r}")
         return room
 
+    def on_queued(self, session: Session, queued: Sequence[int]) -> None:
+        """A target says that its engine will open these rooms once it has memory: no deadline of ours measures its
+        queue, and while it lives it says so again."""
+        for number in queued:
+            room = self._sources.get(number)
+            if room is None or room.opened or room.error is not None or not room.has_sender:
+                continue
+            if not room.transfers or (session.hello is not None and room.group == session.hello.group):
+                self._await_targets(room)
+
+    def _await_targets(self, room: SourceRoom) -> None:
+        self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
+
     def on_chunk_submitted(self, event: ChunkSubmitted) -> None:
         room = self._sources.get(event.room)
         if room is None or room.error is not None:
@@ -229,7 +243,7 @@ class Rooms:
         self._context.counters["chunks_of_layers"] += event.chunk.layers is not None
         if not room.opened:  # a decode rank has its time from when something is there for it
             room.chunks.append(event.chunk)
-            self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
+            self._await_targets(room)
         self._context.record(event.room, f"{event.chunk} submitted{', the last' if event.chunk.last else ''}")
         for transfer in list(room.transfers.values()):
             self._transfers.step(transfer, On.CHUNK_SUBMITTED, event.chunk)

@@ -16,8 +16,9 @@ A session is directed: its *role* is what we are in it. The target dials; the so
   the session any more: LOST or REFUSED for a while, and no room or lease of ours depends on the peer
 
 A session of a restarted peer is a new session: the instance id is minted when a process starts. The target of a LOST
-peer keeps pinging; a sign of life starts the greeting again. This module decides states and messages; what a change
-means for transfers is the core's business, told through ``Context.session_changed``.
+peer keeps pinging; a sign of life starts the greeting again. A target's pings name the rooms that its engine has in its
+queue: they wait at the source for as long as it goes on saying so. This module decides states and messages; what a
+change means for transfers is the core's business, told through ``Context.session_changed``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kvbaton.plan.staging import StagedPart, stage
 from kvbaton.plan.verify import check_bounds
 from kvbaton.protocol.context import Context
 from kvbaton.protocol.effects import PreparePeer
-from kvbaton.protocol.messages import PROTOCOL_VERSION, Hello, Ping, Role, Verdict, clip
+from kvbaton.protocol.messages import MAX_QUEUED, PROTOCOL_VERSION, Hello, Ping, Role, Verdict, clip
 
 
 class SessionState(enum.Enum):
@@ -336,10 +337,18 @@ class Session:
                 self.lose(_silent(silence, self.name), now)
                 return
             if self.peer:
-                self.context.send_on(self.link, Ping(sender=self.context.identity.instance, receiver=self.peer))
+                self._ping()
             else:
                 self._say_hello()
             self.context.set_timer(self, "heartbeat", now + settings.heartbeat_interval)
+
+    def _ping(self) -> None:
+        """With what our engine's queue has of the peer: a room may wait there for as long as we live."""
+        queued = self.context.queued(self)
+        for first in range(0, max(1, len(queued)), MAX_QUEUED):
+            some = queued[first : first + MAX_QUEUED]
+            ping = Ping(sender=self.context.identity.instance, receiver=self.peer, queued=some)
+            self.context.send_on(self.link, ping)
 
     def _enter(self, state: SessionState, now: float) -> None:
         self.context.cancel_timers(self)

@@ -22,7 +22,7 @@ class Settings:
     Args:
         handshake_timeout: a dialled peer must have answered and agreed by then.
         bootstrap_timeout: both sides of a room must have met by then; a source counts it anew from each chunk that
-            waits for its targets.
+            waits for its targets, and from each ping of a target whose engine has the room in its queue.
         waiting_timeout: an opened room must make progress, and end, by then.
         announce_seconds: how long an outcome is repeated to a peer that does not acknowledge it.
         settle_seconds: how long a failed source waits for its own writes before it cuts the peer off.

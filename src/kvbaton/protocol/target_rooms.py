@@ -5,6 +5,9 @@ A room is opened with all source ranks in one step, when pages are granted *and*
 minted for all of them, and the set of sources is checked to be one whole group that writes each byte of ours once.
 Until then nothing of ours may be written, so a failure needs no drain; but its sources wait for an Open, so each is
 told, now or as soon as it can be reached.
+
+A room that is agreed and has no units waits in its own engine's queue, for as long as the engine wants and the sources
+live: the queue is the engine's to bound. Pings tell the sources of it (:meth:`TargetRooms.queued`).
 """
 
 from __future__ import annotations
@@ -47,6 +50,14 @@ class TargetRooms:
             session.address in (room.sources if room.error is None else room.untold) for room in self.rooms.values()
         )
 
+    def queued(self, session: Session) -> tuple[int, ...]:
+        """Rooms to be filled by a session's peer that wait for our engine to publish units."""
+        return tuple(
+            number
+            for number, room in self.rooms.items()
+            if room.agreed and room.grants is None and room.error is None and session.address in room.sources
+        )
+
     def on_receiver_opened(self, event: ReceiverOpened) -> None:
         room = self.rooms[event.room] = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
         self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
@@ -80,6 +91,7 @@ class TargetRooms:
             self._keeper.fail(room, error)
             return
         room.agreed = True
+        self._context.timers.cancel(room, "deadline")  # from here on it is our engine's queue that it waits in
         if room.grants is not None:
             self._open(room, ready, room.grants)
 

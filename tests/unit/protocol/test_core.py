@@ -421,16 +421,55 @@ def test_a_receiver_whose_source_never_answers_is_told_so() -> None:
     scene.expect_over()
 
 
-def test_a_receiver_that_is_never_granted_pages_expires() -> None:
-    scene = Scene()
+@pytest.mark.parametrize("shape", ["1→1", "2→1", "1→2"])
+def test_a_room_waits_in_the_queue_of_decode_for_as_long_as_decode_lives(shape: str) -> None:
+    scene = Scene(SHAPES[shape])
+    scene.open_senders()
     scene.open_receivers()
-    scene.world.run(until=QUICK.bootstrap_timeout)
-    error = scene.status("target").error
+    scene.world.run(until=10 * QUICK.bootstrap_timeout)
+    assert {scene.status(side).poll for side in ("source", "target")} == {KVPoll.Bootstrapping}
+    scene.publish()
+    scene.submit_all()
+    scene.world.run()
+    scene.expect_success()
+
+
+def test_a_source_waits_for_a_queue_no_longer_than_it_hears_of_it() -> None:
+    scene = Scene()
+    scene.open_senders()
+    scene.open_receivers()
+    scene.world.run(until=3 * QUICK.bootstrap_timeout)
+    assert scene.status("source").poll is KVPoll.Bootstrapping
+    scene.world.network = lambda _from, _to, _message: 0
+    scene.world.run(until=4 * QUICK.bootstrap_timeout + QUICK.heartbeat_interval)
+    for side, code in (("source", "expired"), ("target", "peer_lost")):
+        error = scene.status(side).error
+        assert error is not None
+        assert error.code == code
+
+
+def test_a_source_room_that_was_never_asked_for_does_not_wait_for_a_queue() -> None:
+    """One rank of decode has opened it, another says that it is queued: our own engine is what is missing."""
+    scene = Scene(SHAPES["1→2"])
+    scene.open_receivers()
+    scene.world.run(until=1.0)
+    first, _ = scene.targets
+    first.do(GrantsPublished(scene.room, scene.grants(first), scene.shape.tokens))
+    scene.world.run(until=QUICK.waiting_timeout + QUICK.bootstrap_timeout)
+    error = first.status("target", scene.room).error
     assert error is not None
     assert error.code == "expired"
-    assert "the engine to publish pages" in error.message
-    scene.publish()
-    scene.expect_over()
+
+
+def test_more_rooms_than_one_ping_names_wait_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbaton.protocol.session.MAX_QUEUED", 2)
+    scene = Scene()
+    rooms = range(1, 6)
+    for room in rooms:
+        scene.source.do(SenderOpened(room))
+        scene.target.do(ReceiverOpened(room, scene.addresses))
+    scene.world.run(until=3 * QUICK.bootstrap_timeout)
+    assert [scene.source.status("source", room).poll for room in rooms] == [KVPoll.Bootstrapping] * len(rooms)
 
 
 def test_an_open_that_is_never_acknowledged_expires_and_drains() -> None:

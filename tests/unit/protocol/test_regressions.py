@@ -73,6 +73,7 @@ def test_a_room_that_is_received_again_while_a_bystander_drains_keeps_the_tables
     assert scene.status("target").poll is KVPoll.Failed
     assert not scene.status("target").leased
     scene.target.do(ReceiverOpened(scene.room, scene.addresses))  # checks the invariants
+    scene.publish()
     scene.world.run(until=scene.world.now + 120.0)
     assert scene.status("target").poll in ENDED, scene.explain()
 

@@ -5,7 +5,8 @@ have arrived whole. Several answers to one prompt are one hand-off: its cache ar
 and is shared with the others or copied to theirs.
 
 Rules: a request is admitted, in order, when there are pages for its prompt and all of its answer, so that a running
-request never runs out; while the pool is full requests wait, they do not fail. Pages that were published go back only
+request never runs out; while the pool is full requests wait, they do not fail: each has its receiver from the moment in
+which it comes, by which prefill knows that it is queued here and waits as long. Pages that were published go back only
 when the receiver has ended *and* holds no lease. Nothing is served from a hand-off whose aux row is not this room's.
 
 This file must not know of transports, peers' layouts or prefill's queues.
@@ -43,12 +44,18 @@ from kvbaton.serving.engine.stats import Stats
 
 
 @dataclass(slots=True, eq=False)
-class _Arrival:
-    """One prompt whose cache is expected in the first block table of ``sequences``, its aux row in ``slot``."""
+class _Expected:
+    """One prompt whose cache is to come."""
 
     job: Job
     room: int
     receiver: Receiver
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival(_Expected):
+    """It is expected in the first block table of ``sequences``, its aux row in ``slot``."""
+
     sequences: SequenceGroup
     slot: int
     prefix: Prefix
@@ -75,19 +82,23 @@ class Decode(Role):
         self._runner = runner
         self._batch = ContinuousBatch(runner, self._retire, config.max_batch)
         self._departures = Departures(pools, manager, runner, self._retire)
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[_Expected] = deque()
         self._transfers: list[_Arrival] = []
-        self._draining = Draining[_Arrival](self._release)
+        self._draining = Draining[_Expected](self._release)
 
     def add(self, job: Job) -> None:
-        self._waiting.append(job)
-
-    def end(self, job: Job, error: KVBatonError) -> None:
-        if job in self._waiting:
-            self._waiting.remove(job)
+        request = job.request
+        try:
+            if request.room is None:
+                raise LocalProtocolError("a decode request has no room")
+            receiver = self._manager.receiver(request.room, request.sources)
+        except KVBatonError as error:
             job.fail(error)
             return
-        arrival = next((arrival for arrival in self._transfers if arrival.job is job), None)
+        self._waiting.append(_Expected(job, request.room, receiver))
+
+    def end(self, job: Job, error: KVBatonError) -> None:
+        arrival = next((arrival for arrival in (*self._waiting, *self._transfers) if arrival.job is job), None)
         if arrival is not None:
             self._end(arrival, Output(error=error), for_peer(error))
             return
@@ -120,12 +131,12 @@ class Decode(Role):
         """Admit as many as fit, oldest first; who does not fit yet holds up those behind it."""
         admitted = False
         while self._waiting and self._pools.slots.available:
-            taken = self._take(self._waiting[0].request)
+            taken = self._take(self._waiting[0].job.request)
             if taken is None:
                 break
-            job = self._waiting.popleft()
-            job.take_up()
-            self._expect(job, *taken)
+            expected = self._waiting.popleft()
+            expected.job.take_up()
+            self._publish(expected, *taken)
             admitted = True
         return admitted
 
@@ -153,41 +164,28 @@ class Decode(Role):
         if self._prefixes is not None:
             self._prefixes.release(prefix)
 
-    def _expect(self, job: Job, sequences: SequenceGroup, prefix: Prefix) -> None:
-        """Publish the units of the prompt and an aux row to the sources."""
-        request, slot = job.request, self._pools.take_slot()
+    def _publish(self, expected: _Expected, sequences: SequenceGroup, prefix: Prefix) -> None:
+        """The units of the prompt and an aux row, to the sources."""
+        slot = self._pools.take_slot()
         assert slot is not None  # noqa: S101 - admission saw a free one
-        count = len(request.prompt_tokens)
-        try:
-            if request.room is None:
-                raise LocalProtocolError("a decode request has no room")
-            receiver = self._manager.receiver(request.room, request.sources)
-        except KVBatonError as error:  # no peer has heard of the pages
-            self._free(sequences, prefix)
-            self._pools.slots.free([slot])
-            job.fail(error)
-            return
-        arrival = _Arrival(job, request.room, receiver, sequences, slot, prefix)
+        arrival = _Arrival(expected.job, expected.room, expected.receiver, sequences, slot, prefix)
         self._transfers.append(arrival)
-        held = len(prefix.nodes) * self._pools.page_size
+        held, count = len(prefix.nodes) * self._pools.page_size, len(expected.job.request.prompt_tokens)
         spans = [*self._pools.wanted(sequences.first, held, count), Span(AUX, 0, 0, (slot,))]
         try:
-            receiver.publish(spans, token_count=count)
+            arrival.receiver.publish(spans, token_count=count)
         except KVBatonError as error:
             self._end(arrival, Output(error=error), error)
 
     def _poll_transfers(self) -> bool:
-        worked = False
-        for arrival in list(self._transfers):
-            poll = arrival.receiver.poll()
-            if poll == KVPoll.Failed:
-                error = arrival.receiver.error or TransferFailedError("the transfer failed", room=arrival.room)
-                self._end(arrival, Output(error=error), error)
-                worked = True
-            elif poll == KVPoll.Success and arrival.receiver.released:
-                self._begin(arrival)
-                worked = True
-        return worked
+        failed = [one for one in (*self._waiting, *self._transfers) if one.receiver.poll() == KVPoll.Failed]
+        for expected in failed:
+            error = expected.receiver.error or TransferFailedError("the transfer failed", room=expected.room)
+            self._end(expected, Output(error=error), error)
+        arrived = [a for a in self._transfers if a.receiver.poll() == KVPoll.Success and a.receiver.released]
+        for arrival in arrived:
+            self._begin(arrival)
+        return bool(failed or arrived)
 
     def _begin(self, arrival: _Arrival) -> None:
         """Everything is here: check the aux row, serve the first tokens, join the batch."""
@@ -246,18 +244,23 @@ class Decode(Role):
             )
         return [Pick(token, logprob, row.top) for token, logprob in row.firsts]
 
-    def _end(self, arrival: _Arrival, last: Output, cause: KVBatonError) -> None:
-        """Take ``arrival`` out of the transfer queue; its memory follows when nothing can touch it. The other side is
-        told the cause."""
-        self._transfers.remove(arrival)
+    def _end(self, expected: _Expected, last: Output, cause: KVBatonError) -> None:
+        """Take ``expected`` out of its queue; its memory follows when nothing can touch it. The other side is told the
+        cause."""
+        if isinstance(expected, _Arrival):
+            self._transfers.remove(expected)
+        else:
+            self._waiting.remove(expected)
         with suppress(LocalProtocolError):  # a closed manager has ended every room by itself
-            arrival.receiver.fail(cause)
-        self._draining.add(arrival.receiver, arrival)
-        arrival.job.emit(last)
+            expected.receiver.fail(cause)
+        self._draining.add(expected.receiver, expected)
+        expected.job.emit(last)
 
-    def _release(self, arrival: _Arrival) -> None:
-        self._free(arrival.sequences, arrival.prefix)
-        self._pools.slots.free([arrival.slot])
+    def _release(self, expected: _Expected) -> None:
+        """What waited has nothing yet."""
+        if isinstance(expected, _Arrival):
+            self._free(expected.sequences, expected.prefix)
+            self._pools.slots.free([expected.slot])
 
     def _retire(self, generation: Generation) -> None:
         """An answer has ended: what it has cached may serve another."""
@@ -278,7 +281,7 @@ class Decode(Role):
         return bool(self._waiting or self._transfers or self._draining or len(self._batch) or self._departures.count)
 
     def stats(self) -> Stats:
-        holders = [*self._transfers, *self._draining]
+        holders = [*self._transfers, *(one for one in self._draining if isinstance(one, _Arrival))]
         spare = self._prefixes.evictable if self._prefixes is not None else 0
         return Stats(
             pages_free=self._pools.pages_free + spare,

@@ -13,6 +13,7 @@ from kvbaton.testing.sim.requests import (
     some_are_declined,
     some_are_handed_on,
     some_are_preempted,
+    some_are_queued,
     some_fences_raise,
     some_lengths_are_unknown,
 )
@@ -61,7 +62,8 @@ def generate(seed: int) -> Scenario:
     by_layers = random.Random(f"layered {seed}")
     scenario = _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
     scenario = some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
-    return some_are_handed_on(random.Random(f"onward of {seed}"), scenario)
+    scenario = some_are_handed_on(random.Random(f"onward of {seed}"), scenario)
+    return some_are_queued(random.Random(f"queued of {seed}"), scenario)
 
 
 def _by_layers(rng: random.Random, scenario: Scenario) -> Scenario:

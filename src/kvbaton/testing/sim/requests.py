@@ -147,6 +147,15 @@ def some_lengths_are_unknown(rng: random.Random, scenario: Scenario) -> Scenario
     return replace(scenario, requests=requests)
 
 
+def some_are_queued(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Decode has no memory for a request yet, for longer than its sources would wait for somebody who says nothing."""
+    requests = tuple(
+        replace(request, publish_after=rng.uniform(21, 70)) if rng.random() < 0.03 and not request.declines else request
+        for request in scenario.requests
+    )
+    return replace(scenario, requests=requests)
+
+
 def some_are_handed_on(rng: random.Random, scenario: Scenario) -> Scenario:
     """A decode server stops: what it was sent goes on to another one with the answer so far, in a room of its own, as
     soon as it is there or a little later, and perhaps from there to a third; some of it comes to nothing."""

@@ -87,7 +87,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     Args:
         chunks: token numbers where a chunk ends; the last is the number of tokens.
         source_at, target_at: when each engine gets it.
-        publish_after: from then until the target engine publishes units.
+        publish_after: from then until the target engine publishes units: the time in its queue.
         steps: how the chunks are handed over, in this order; none: each as a whole.
         chunk_every: computing time of a chunk, in which its steps share.
         ready_after: from submission of a chunk until its fence opens.
@@ -274,12 +274,10 @@ class Scenario(Struct, frozen=True, kw_only=True):
 
     @property
     def undisturbed(self) -> bool:
-        """Whether nothing stands between these requests and their success but aborts: no fault, engines without delay,
-        room for everybody at once."""
+        """Whether nothing stands between these requests and their success but aborts: no fault, engines without delay
+        but for the time in their queues, room for everybody at once."""
         takes = [
-            r.publish_after
-            + (r.preempt or 0.0)
-            + (r.chunk_every * len(r.chunks) + r.ready_after) * (1 if r.preempt is None else 2)
+            (r.preempt or 0.0) + (r.chunk_every * len(r.chunks) + r.ready_after) * (1 if r.preempt is None else 2)
             for r in self.requests
         ]
         roomy = all(

@@ -14,6 +14,9 @@ from kvbaton.testing.sim.scenario import SimRequest
 if TYPE_CHECKING:
     from kvbaton.testing.sim.process import Process
 
+#: How long a request that could be published may wait for units in its engine's queue; then it is refused.
+QUEUE_SECONDS = 60.0
+
 
 class TargetJob(SimJob):
     """A prompt that is expected: units are published when there are enough, and read once the room has succeeded."""
@@ -46,6 +49,11 @@ class TargetJob(SimJob):
     def _publish_now(self) -> None:
         self._due = True
         self.go_on()
+        self.later(QUEUE_SECONDS, self._refuse)
+
+    def _refuse(self) -> None:
+        if not self.spans:
+            self.abort()
 
     def go_on(self) -> None:
         side = self.side

@@ -31,7 +31,7 @@ from kvbaton.testing.sim.scenario import (
     WriteFault,
 )
 from kvbaton.testing.sim.source_job import SourceJob
-from kvbaton.testing.sim.target_job import TargetJob
+from kvbaton.testing.sim.target_job import QUEUE_SECONDS, TargetJob
 from kvbaton.testing.sim.violation import Violation
 
 #: A run that takes more steps than this has lost its way.
@@ -158,7 +158,8 @@ class SimWorld:
         chunks = max((len(r.chunks) for r in self.scenario.requests), default=1)
         waits = self.settings.bootstrap_timeout + (3 + chunks) * self.settings.waiting_timeout
         slowest = max((r.chunk_every * chunks + r.ready_after for r in self.scenario.requests), default=0.0)
-        return (waits + slowest + late + self.settings.announce_seconds) / min(rates, default=1.0)
+        queued = max((r.publish_after for r in self.scenario.requests), default=0.0) + QUEUE_SECONDS
+        return (waits + queued + slowest + late + self.settings.announce_seconds) / min(rates, default=1.0)
 
     # ---- processes and requests ---------------------------------------------------------------------------------
 
