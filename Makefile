@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # What `make update` installs of torch; `TORCH=torch` takes the newest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: clients vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak failover
+.PHONY: real clients vllm sglang wheel update latest oldest models conformance demo test setup lint types unit properties bench train docs format clean fuzz flood audit chaos soak failover
 
 demo: setup            ## one prefill, one decode, one router: the main job, checked against a single process
 	$(BIN)/kvbaton demo
@@ -81,6 +81,9 @@ vllm: setup            ## the connector in real vLLM processes, in an environmen
 clients: setup         ## clients of others, their own code, in front of our servers, in an environment of their own (about 10 minutes)
 	$(BIN)/python -m lab clients --json
 
+real: setup            ## SmolLM2-135M, single and as a pair, against generate and by lm-eval (about 6 minutes)
+	$(BIN)/python -m lab real
+
 sglang: setup          ## the transfer backend in real SGLang processes, in an environment of its own (`python -m lab sglang --help`)
 	$(BIN)/python -m lab sglang --json
 
@@ -125,4 +128,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .venv-audit .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-update .venv-audit .venv-clients .venv-real .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,58 +8,25 @@ of :func:`pick_tokens` for a plain greedy batch, over an argmax alone.
 
 from __future__ import annotations
 
-import random
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
-from transformers.utils import logging
 
-from kvbaton.errors import InternalError
-from kvbaton.serving.engine.memory import PoolConfig
 from kvbaton.serving.engine.model import LoadedModel, load_model
 from kvbaton.serving.engine.pool import Pools
-from kvbaton.serving.engine.request import Output, Request, Sampling
+from kvbaton.serving.engine.request import Sampling
 from kvbaton.serving.engine.runner import ModelRunner, Step
 from kvbaton.serving.engine.sampling import Draw, pick_tokens
-from kvbaton.serving.engine.unified import unified_scheduler
+from lab.rounds import Prompts, Round, Scenario, answer, pools_of, prompts_of, timed, write_model
 
-VOCABULARY = 32_000
-SEED = 7
-PATIENCE_SECONDS = 600.0
 #: Steps of a batch that picking is timed beside.
 STEPS = 15
-Prompts = Sequence[tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """``prompts`` of ``prompt_tokens`` each, all at once; each is answered with ``answer_tokens``."""
-
-    prompts: int
-    prompt_tokens: int
-    answer_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.prompts} x {self.prompt_tokens:,} + {self.answer_tokens}"
-
-
-SUITE = (Scenario(8, 256, 64), Scenario(1, 1024, 32), Scenario(16, 64, 64))
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """Of one contestant, in seconds."""
-
-    wall: float
-    processor: float
 
 
 @dataclass(slots=True)
@@ -75,7 +42,7 @@ class Result:
     picking: float = 0.0
 
     def tokens_per_second(self, rounds: Sequence[Round]) -> float:
-        return self.scenario.prompts * self.scenario.answer_tokens / median(one.wall for one in rounds)
+        return self.scenario.tokens_per_second(median(one.wall for one in rounds))
 
     @property
     def wall_ratio(self) -> float:
@@ -91,87 +58,26 @@ class Throughput:
     """The model, made in ``directory`` where it is not there yet, and both contestants over it."""
 
     def __init__(self, directory: Path, threads: int) -> None:
-        if not (directory / "config.json").is_file():
-            _write_model(directory)
+        write_model(directory)
         self._model = load_model(str(directory), threads=threads)
 
     def measure(self, scenario: Scenario, rounds: int) -> Result:
         """``rounds`` of each contestant in turn, after a short one that warms up. Raises InternalError."""
         result = Result(scenario)
-        pools = Pools(self._model.geometry, PoolConfig(pages=1024), model=self._model.fingerprint)
-        warm_up = _prompts(Scenario(scenario.prompts, 16, 2), seed=-1)
-        _answer(self._model, pools, warm_up, 2)
+        pools = pools_of(self._model)
+        warm_up = prompts_of(Scenario(scenario.prompts, 16, 2), seed=-1)
+        answer(self._model, pools, warm_up, 2)
         _generate(self._model, warm_up, 2)
         for number in range(rounds):
-            prompts = _prompts(scenario, number)
-            ours, one = _timed(partial(_answer, self._model, pools, prompts, scenario.answer_tokens))
-            theirs, other = _timed(partial(_generate, self._model, prompts, scenario.answer_tokens))
+            prompts = prompts_of(scenario, number)
+            ours, one = timed(partial(answer, self._model, pools, prompts, scenario.answer_tokens))
+            theirs, other = timed(partial(_generate, self._model, prompts, scenario.answer_tokens))
             result.engine.append(one)
             result.generate.append(other)
             result.equal += sum(a == b for a, b in zip(ours, theirs, strict=True))
             result.answers += len(prompts)
         result.picking = _picking(self._model, pools, scenario)
         return result
-
-
-def _write_model(directory: Path) -> None:
-    logging.disable_progress_bar()
-    torch.manual_seed(SEED)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=4096,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=3,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-
-
-def _prompts(scenario: Scenario, seed: int) -> Prompts:
-    source = random.Random(seed)
-    return [
-        tuple(source.randrange(4, VOCABULARY) for _ in range(scenario.prompt_tokens)) for _ in range(scenario.prompts)
-    ]
-
-
-def _timed(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], Round]:
-    wall, processor = perf_counter(), process_time()
-    answers = run()
-    return answers, Round(perf_counter() - wall, process_time() - processor)
-
-
-def _answer(model: LoadedModel, pools: Pools, prompts: Prompts, count: int) -> list[list[int]]:
-    """The engine's answers, in the order of the prompts."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    failures: list[Exception] = []
-    ended = threading.Semaphore(0)
-
-    def collect(number: int, output: Output) -> None:
-        answers[number] += output.tokens
-        if output.error is not None:
-            failures.append(output.error)
-        if output.final:
-            ended.release()
-
-    sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
-    with unified_scheduler(model, pools) as engine:
-        for number, prompt in enumerate(prompts):
-            request = Request(request_id=str(number), prompt_tokens=prompt, sampling=sampling)
-            engine.submit(request, partial(collect, number))
-        for _ in prompts:
-            if not ended.acquire(timeout=PATIENCE_SECONDS):
-                raise InternalError(f"no answer within {PATIENCE_SECONDS:.0f} s")
-    if failures:
-        raise InternalError(f"an answer failed: {failures[0]}")
-    return answers
 
 
 def _generate(model: LoadedModel, prompts: Prompts, count: int) -> list[list[int]]:

@@ -22,9 +22,12 @@ import aiohttp
 from kvbaton.errors import ExpiredError
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, free_ports
+from kvbaton.serving.models import builtin
 from lab.clients import benchmarks, evaluation
 from lab.clients.benchmarks import Benchmark
 from lab.clients.environment import LANGCHAIN_OPENAI, LITELLM, LM_EVAL, OPENAI, SGLANG_ROUTER
+from lab.clients.lm_eval import LmEval
+from lab.clients.promtool import checked
 from lab.clients.row import PARTS, Row
 
 MODEL = "recall"
@@ -73,7 +76,7 @@ async def _answers(http: aiohttp.ClientSession, url: str) -> None:
     until = time.monotonic() + READY_SECONDS
     while time.monotonic() < until:
         try:
-            await _post(http, url, "/v1/completions", {"model": MODEL, "prompt": PROMPT, "max_tokens": 1})
+            await post(http, url, "/v1/completions", {"model": MODEL, "prompt": PROMPT, "max_tokens": 1})
         except (aiohttp.ClientError, TimeoutError):
             await asyncio.sleep(1.0)
         else:
@@ -81,7 +84,8 @@ async def _answers(http: aiohttp.ClientSession, url: str) -> None:
     raise ExpiredError(f"{url} has not answered within {READY_SECONDS:g} s")
 
 
-async def _post(http: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
+async def post(http: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
+    """The answer, or the events of one. Raises aiohttp.ClientError, TimeoutError."""
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     async with http.post(url + path, json=body, timeout=timeout) as response:
         payload = await response.text()
@@ -149,7 +153,7 @@ async def shapes(
     bodies = {name: body for name, body in _bodies().items() if name not in without}
     for name, (path, body) in bodies.items():
         try:
-            answers = [await _post(http, each, path, body) for each in (url, reference)]
+            answers = [await post(http, each, path, body) for each in (url, reference)]
         except (aiohttp.ClientError, TimeoutError) as error:
             wrong.append(f"{name}: {error}")
             continue
@@ -172,7 +176,7 @@ async def recall(http: aiohttp.ClientSession, client: str, url: str, reference: 
     async def equal(prompt: str) -> bool:
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 5, "temperature": 0}
         async with places:
-            found = [_said(await _post(http, each, "/v1/completions", body)) for each in (url, reference)]
+            found = [_said(await post(http, each, "/v1/completions", body)) for each in (url, reference)]
         return bool(found[0] == found[1])
 
     ok = sum(await asyncio.gather(*(equal(question.prompt) for question in make_prompts(count, seed=1))))
@@ -213,13 +217,21 @@ async def compared(
 
 async def scored(python: Path, url: str, reference: str, build: Path, count: int) -> list[Row]:
     """lm-eval against the single process and the pair."""
-    directory, rows = build / "lm_eval", []
+    directory = build / "lm_eval"
     await asyncio.to_thread(evaluation.write_tasks, directory, count)
+    tasks = tuple(evaluation.TASKS)
+    asked = LmEval(python=python, directory=directory, tasks=tasks, model=MODEL, tokenizer=builtin(MODEL))
+    return await scored_by(asked, url, reference)
+
+
+async def scored_by(asked: LmEval, url: str, reference: str) -> list[Row]:
+    """Tasks against the single process and the pair."""
+    rows = []
     started = time.monotonic()
-    single, expected = await evaluation.evaluate(python, reference, directory, "single")
+    single, expected = await asked.run(reference, "single")
     rows.append(_evaluated("the single process", single, expected, expected, started))
     started = time.monotonic()
-    scores, answers = await evaluation.evaluate(python, url, directory, "pair")
+    scores, answers = await asked.run(url, "pair")
     rows.append(_evaluated("kvbaton router", scores, answers, expected, started))
     return rows
 
@@ -260,11 +272,12 @@ async def measured(python: Path, one: Benchmark, url: str, reference: str, build
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clients:
-    """Their interpreters; None: not there, and not run."""
+    """Their interpreters, and Prometheus' promtool; None: not there, and not run."""
 
     python: Path
     vllm: Path | None = None
     sglang: Path | None = None
+    promtool: str | None = None
 
     def benchmarks(self) -> Iterator[tuple[Path, Benchmark]]:
         for python, several in ((self.vllm, benchmarks.VLLM), (self.sglang, benchmarks.SGLANG)):
@@ -309,4 +322,6 @@ async def perform(
                     await note(recall(http, name, url, single, count))
                     if not more:
                         await note(compared(python, SDK_CLIENT, name, url, expected, SCRIPT, ROUTERS_OWN))
+        if "promtool" in parts and clients.promtool is not None:
+            await note(checked(clients.promtool, fleet, fleet.servers))
     return rows

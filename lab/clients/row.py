@@ -13,7 +13,7 @@ from msgspec import Struct
 PROGRAM_SECONDS = 900.0
 _MOST_SAID = 600
 #: What can be run by itself.
-PARTS = ("shapes", "sdk", "chains", "lm-eval", "benchmarks", "routers")
+PARTS = ("shapes", "sdk", "chains", "lm-eval", "benchmarks", "routers", "promtool")
 
 
 class Row(Struct, frozen=True, kw_only=True):

@@ -35,12 +35,17 @@ LAB = Program(
         "wheel": ("lab.commands.wheel", "build the wheel, install it in an empty environment, use it there"),
         "vllm": ("lab.commands.vllm", "run the connector in real vLLM processes, token for token and with failures"),
         "clients": ("lab.commands.clients", "run clients of others, their own code, in front of our servers"),
+        "real": ("lab.commands.real", "serve a model that people use, single and as a pair, token for token"),
         "sglang": ("lab.commands.sglang", "run the transfer backend in real SGLang processes, likewise"),
         "layers": ("lab.commands.layers", "measure what layers that go ahead of their chunk are worth"),
         "gpu": ("lab.commands.gpu", "move memory of a GPU between processes, and run the engine on it"),
         "throughput": (
             "lab.commands.throughput",
             "measure the embedded engine against generate, in turns",
+        ),
+        "revisions": (
+            "lab.commands.revisions",
+            "measure the embedded engine of an earlier revision against the one here, in turns",
         ),
         "train": ("lab.commands.train", "train the bundled recall model again"),
     },

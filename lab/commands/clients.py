@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sglang-venv", type=Path, default=Path(".venv-sglang"), help="that of `lab sglang`, if it is there"
     )
+    parser.add_argument("--promtool", default="promtool", help="Prometheus' tool, if it is there")
     parser.add_argument("--build", type=Path, default=Path("build/clients"), help="where logs go")
 
 
@@ -37,10 +39,13 @@ def run(options: argparse.Namespace) -> int:
         python=prepare(options.venv.absolute()),
         vllm=interpreter(options.vllm_venv.absolute()),
         sglang=interpreter(options.sglang_venv.absolute()),
+        promtool=shutil.which(options.promtool),
     )
     for name, python in (("vLLM", clients.vllm), ("SGLang", clients.sglang)):
         if python is None:
             print(f"the benchmark of {name} is left out: its environment is not there", file=sys.stderr)
+    if clients.promtool is None:
+        print("promtool is left out: it is not there", file=sys.stderr)
     options.build.mkdir(parents=True, exist_ok=True)
 
     def tell(row: Row) -> None:

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lab.throughput import SUITE, Throughput
+    from lab.rounds import SUITE
+    from lab.throughput import Throughput
 
     bench = Throughput(options.model, options.threads)
     if not options.json:

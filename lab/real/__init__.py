@@ -1,0 +1,1 @@
+"""A model that people use, single and as a pair."""
