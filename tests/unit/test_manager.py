@@ -380,8 +380,9 @@ def test_a_closed_manager_keeps_leased_what_may_still_be_written_until_that_is_p
 
 
 @pytest.mark.parametrize("transport", ["nixl"])
-def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank) -> None:
+def test_a_closed_manager_holds_nothing_of_its_own_writes(make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch) -> None:
     """They end with the agent, whatever became of them."""
+    monkeypatch.setattr("kvbaton.runtime.driver.CLOSE_GRACE_SECONDS", 0.2)
     source, target = make_rank("prefill", fill=10), make_rank("decode")
     sender, _ = begin(source, target)
     transport: Any = source.transport

@@ -62,7 +62,7 @@ async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
 def test_what_a_server_has_loaded_is_not_collected_again():
     """In a process of its own: what is frozen stays so."""
     program = (
-        "import gc, kvbaton.serving.server.launch\n"
+        "import gc, kvbaton.serving.router.router\n"
         "from kvbaton.serving.server.lifecycle import keep_what_is_loaded\n"
         "before = len(gc.get_objects())\n"
         "keep_what_is_loaded()\n"
