@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ssl
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvbaton.cli.settings import (
     add_allowed_host,
@@ -24,6 +27,9 @@ from kvbaton.cli.settings import (
 )
 from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvbaton.serving.router.workers import Workers
 
 POLICIES = ("round_robin", "random", "power_of_two", "least_load", "cache_aware")
 
@@ -56,6 +62,19 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="FILE",
         help="file that names further servers, `prefill URL [PORT]` or `decode URL` a line; read again when it changes",
+    )
+    parser.add_argument(
+        "--ca-cert-path",
+        type=Path,
+        default=None,
+        help="file with the certificates (PEM) by which https servers are trusted; if left out the system's",
+    )
+    parser.add_argument(
+        "--worker-startup-timeout-secs",
+        type=seconds,
+        default=None,
+        help="seconds within which a prefill and a decode server must have been ready together, or the router ends; "
+        "if left out it waits for them for ever",
     )
     parser.add_argument(
         "--engine",
@@ -152,12 +171,25 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--request-timeout-secs", type=seconds, default=1800.0, help="longest time of one request in seconds"
     )
     parser.add_argument(
+        "--sse-keep-alive-secs",
+        type=seconds,
+        default=15.0,
+        help="seconds after which a stream that has nothing to say gets a comment, for proxies that close silent ones",
+    )
+    parser.add_argument(
         "--max-concurrent-requests",
         type=positive,
         default=1024,
         help="most requests at a time; further ones are refused",
     )
     add_grace_period(parser)
+
+
+def _check_certificates(path: Path) -> None:
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"--ca-cert-path {path} has no certificates: {error.strerror or error}") from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -172,7 +204,6 @@ def run(options: argparse.Namespace) -> int:
 async def _route(options: argparse.Namespace) -> None:
     from kvbaton.discovery.access import read_secret
     from kvbaton.discovery.connections import raise_file_limit
-    from kvbaton.discovery.guard import read_across
     from kvbaton.discovery.names import ServerNames
     from kvbaton.serving.router.router import Router, RouterConfig
     from kvbaton.serving.router.worker_file import parse, read
@@ -183,6 +214,8 @@ async def _route(options: argparse.Namespace) -> None:
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
+    if options.ca_cert_path is not None:
+        _check_certificates(options.ca_cert_path)
     if options.workers_file is not None:
         parse(read(options.workers_file), options.workers_file)  # a mistake at the start is one of the start
     prefill = [parse_worker("prefill", values) for values in options.prefill or ()]
@@ -197,15 +230,33 @@ async def _route(options: argparse.Namespace) -> None:
     raise_file_limit()  # before the router asks how many requests it can afford
     with reserve(options.host, options.port) as bound:
         router = Router(config)
-        router.app.on_response_prepare.append(read_across(config.names))
         keep_what_is_loaded()
-        await run_server(
+        serving = run_server(
             router.app,
             router.admission,
             bound,
             grace_period_secs=options.grace_period_secs,
             listening=lambda chosen: _announce(options.host, chosen),
         )
+        await _with_workers(router.workers, serving, options.worker_startup_timeout_secs)
+
+
+async def _with_workers(workers: Workers, serving: Coroutine[None, None, None], seconds_to_start: float | None) -> None:
+    """Serve until the end. Raises PeerLostError where no pair of workers was ready within ``seconds_to_start``."""
+    if seconds_to_start is None:
+        await serving
+        return
+    server = asyncio.create_task(serving)
+    started = asyncio.create_task(workers.started(seconds_to_start))
+    try:
+        await asyncio.wait({server, started}, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            started.result()
+        await server
+    finally:
+        for task in (server, started):
+            task.cancel()
+        await asyncio.gather(server, started, return_exceptions=True)
 
 
 def _announce(host: str, bound: int) -> None:

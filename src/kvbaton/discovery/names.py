@@ -18,6 +18,7 @@ from kvbaton.discovery.access import is_loopback, is_printable_host, unbracketed
 from kvbaton.errors import AuthenticationError, ConfigError
 
 HTTP_PORT = 80
+HTTPS_PORT = 443
 ALLOWED_HOST_FLAG = "--allowed-host"
 ALLOWED_ORIGIN_FLAG = "--allowed-origin"
 ANY_ORIGIN = "*"
@@ -130,7 +131,7 @@ def audience_of_url(url: str) -> str:
     """``HOST:PORT`` of a URL. Raises ConfigError."""
     try:
         parts = urlsplit(url)
-        return audience_of(parts.hostname or "", parts.port or HTTP_PORT)
+        return audience_of(parts.hostname or "", parts.port or (HTTPS_PORT if parts.scheme == "https" else HTTP_PORT))
     except ValueError as error:
         raise ConfigError(f"{url!r} is no URL: {error}") from None
 

@@ -5,19 +5,24 @@ import contextlib
 import json
 import os
 import resource
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from io import BytesIO
+from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, PeerLostError
+from kvbaton.serving.router.breaker import Breaker, BreakerSettings
 from kvbaton.serving.router.calls import CallFailed, Pair, mint_room, strip
 from kvbaton.serving.router.own_limits import affordable_requests
 from kvbaton.serving.router.passing import PassedHeaders
@@ -36,6 +41,8 @@ EVENTS = b'data: {"choices":[{"text":"h"}]}\n\n', b'data: {"choices":[{"text":"i
 
 
 JSON = {"Content-Type": "application/json"}
+#: Key and certificate of 127.0.0.1, signed by itself, for tests only: ``openssl req -x509 -newkey ec``.
+CERTIFICATE = Path(__file__).with_name("worker.pem")
 
 
 class Backend:
@@ -1098,5 +1105,189 @@ def test_listening_twice_at_one_port_is_refused():
         with reserve("127.0.0.1", 0) as bound:
             runner = await listen(Backend(answer).app, bound)
             await runner.cleanup()
+
+    run(test())
+
+
+def test_a_worker_that_drops_what_it_is_asked_gets_ever_less_although_it_answers_probes(caplog):
+    async def test() -> None:
+        bad = Backend(vanish)
+        settings = {"cb_failure_threshold": 3, "cb_timeout_duration_secs": 99.0}
+        async with routed([Backend(answer)], [bad, Backend(answer)], **settings) as setup:
+            for _ in range(12):
+                assert await setup.post() == ANSWER
+                await setup.router.workers.probe_all()  # which puts it straight back in
+            assert len(bad.bodies) == 3
+            assert any("fails every request with peer_lost" in record.message for record in caplog.records)
+
+    run(test())
+
+
+def test_all_that_one_death_breaks_off_is_one_failure_and_a_new_process_begins_anew():
+    async def test() -> None:
+        worker = Worker("decode", "http://d")
+        workers = Workers([worker], None, breakers=BreakerSettings(failure_threshold=2))
+        workers._probe_soon = lambda: None
+        for _ in range(10):
+            worker.become(State.READY)
+            worker.breaker = Breaker(BreakerSettings(failure_threshold=2))
+            for _ in range(30):
+                workers.suspect(worker, "peer_lost", "it broke off")
+            assert not worker.breaker.is_open
+        for _ in range(2):
+            worker.become(State.READY)
+            workers.suspect(worker, "draining", "it is stopping")
+        assert not worker.breaker.is_open
+        worker.become(State.READY)
+        workers.suspect(worker, "peer_lost", "it broke off")
+        assert worker.breaker.is_open
+
+    run(test())
+
+
+def told_in_stream(raw: bytes) -> list[bytes]:
+    return [block for block in raw.split(b"\n\n") if block]
+
+
+def test_a_stream_with_nothing_to_say_is_kept_alive_by_comments():
+    async def test() -> None:
+        go = asyncio.Event()
+
+        async def queued(request: web.Request, body: dict) -> web.StreamResponse:
+            await go.wait()
+            return await stream(request, body)
+
+        async with routed([Backend(answer)], [Backend(queued)], sse_keep_alive_secs=0.02) as setup:
+            asked = {"prompt": "x", "stream": True}
+            async with setup.session.post(f"{setup.url}/v1/completions", json=asked) as response:
+                assert response.headers["Content-Type"].startswith("text/event-stream")
+                for _ in range(2):
+                    assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+                go.set()
+                blocks = told_in_stream(await response.read())
+            assert [block + b"\n\n" for block in blocks if not block.startswith(b":")] == list(EVENTS)
+
+    run(test())
+
+
+def test_what_fails_behind_comments_is_tried_elsewhere_and_is_an_event_at_last():
+    async def test() -> None:
+        go = asyncio.Event()
+
+        async def late_failure(request: web.Request, body: dict) -> web.StreamResponse:
+            await go.wait()
+            return await fail(500, "internal", "it broke")(request, body)
+
+        bad, good = Backend(late_failure), Backend(stream)
+        async with routed([Backend(answer)], [bad, good], sse_keep_alive_secs=0.02) as setup:
+            for events in (list(EVENTS), None):
+                go.clear()
+                good.behave = stream if events else fail(500, "internal", "this one, too")
+                asked = {"prompt": "x", "stream": True}
+                async with setup.session.post(f"{setup.url}/v1/completions", json=asked) as response:
+                    assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+                    go.set()
+                    blocks = told_in_stream(await response.read())
+                assert response.status == 200
+                blocks = [block for block in blocks if not block.startswith(b":")]
+                if events:
+                    assert [block + b"\n\n" for block in blocks] == events
+                else:
+                    assert json.loads(blocks[-1].removeprefix(b"data: "))["error"]["code"] == "internal"
+
+    run(test())
+
+
+@asynccontextmanager
+async def serving_tls(app: web.Application) -> AsyncIterator[str]:
+    """Behind a certificate that only ``worker.pem`` vouches for."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(CERTIFICATE)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    with reserve("127.0.0.1", 0) as bound:
+        try:
+            await web.SockSite(runner, bound, ssl_context=context).start()
+            yield f"https://127.0.0.1:{port_of(bound)}"
+        finally:
+            await runner.cleanup()
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_https_workers(trusted):
+    async def test() -> None:
+        prefill, decode = Backend(answer), Backend(answer)
+        async with serving_tls(prefill.app) as one, serving_tls(decode.app) as two:
+            workers = (parse_worker("prefill", [one]), parse_worker("decode", [two]))
+            router = Router(RouterConfig(workers=workers, ca_cert_path=CERTIFICATE if trusted else None))
+            async with serving(router.app) as url, aiohttp.ClientSession() as session:
+                await router.workers.probe_all()
+                async with session.post(f"{url}/v1/completions", json={"prompt": "x"}) as response:
+                    assert response.status == (200 if trusted else 503)
+                    told = await response.json()
+            if not trusted:
+                assert "certificate" in told["error"]["message"].lower()
+                assert not decode.bodies
+
+    run(test())
+
+
+def test_a_worker_without_a_port_is_asked_at_the_one_of_its_scheme():
+    assert parse_worker("decode", ["https://d"]).audience == "d:443"
+    assert parse_worker("decode", ["http://d"]).audience == "d:80"
+
+
+class Names(AbstractResolver):
+    """DNS of one name."""
+
+    def __init__(self) -> None:
+        self.address = "127.0.0.1"
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host, host=self.address, port=port, family=family or socket.AF_INET, proto=0, flags=0
+            )
+        ]
+
+    async def close(self) -> None: ...
+
+
+def test_a_worker_that_is_given_by_name_is_followed_to_another_address(monkeypatch):
+    names = Names()
+    monkeypatch.setattr("aiohttp.connector.DefaultResolver", lambda **_: names)
+    monkeypatch.setattr("kvbaton.serving.router.router.RESOLVED_SECONDS", 0)
+
+    async def test() -> None:
+        before, after = Backend(answer), Backend(answer)
+        async with serving(before.app) as url, AsyncExitStack() as closing:
+            port = int(url.rpartition(":")[2])
+            runner = web.AppRunner(after.app)
+            await runner.setup()
+            closing.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.2", port).start()
+            prefill = await closing.enter_async_context(serving(Backend(answer).app))
+            workers = (Worker("prefill", prefill), Worker("decode", f"http://decode.test:{port}"))
+            router = Router(RouterConfig(workers=workers, health_check_interval_secs=60.0))
+            async with serving(router.app), aiohttp.ClientSession():
+                await router.workers._probe_once()
+                assert (before.probed.qsize(), after.probed.qsize()) == (1, 0)
+                names.address = "127.0.0.2"
+                await router.workers.probe_all()
+                assert (before.probed.qsize(), after.probed.qsize()) == (1, 1)
+
+    run(test())
+
+
+def test_a_router_that_never_gets_a_pair_ends_with_the_reason():
+    async def test() -> None:
+        loading = Backend(answer)
+        loading.ready = 503
+        async with routed([Backend(answer)], [loading]) as setup:
+            with pytest.raises(PeerLostError, match=r"no decode server .* within 0.05 s .*still loading"):
+                await setup.router.workers.started(0.05)
+            loading.ready = 200
+            await setup.router.workers.probe_all()
+            await setup.router.workers.started(0.05)
 
     run(test())

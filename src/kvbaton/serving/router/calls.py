@@ -27,6 +27,7 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
+from kvbaton.discovery.client import cause_of
 from kvbaton.errors import (
     DisconnectedError,
     ExpiredError,
@@ -39,7 +40,6 @@ from kvbaton.errors import (
 from kvbaton.serving.router.credentials import Credentials, no_credentials
 from kvbaton.serving.router.own_limits import is_our_own
 from kvbaton.serving.router.worker import Worker
-from kvbaton.serving.router.workers import cause_of
 from kvbaton.serving.server.failure import DRAINING, RETRY_AFTER_SECONDS, TRY_AGAIN
 from kvbaton.serving.server.openai import ErrorBody, ErrorDetail
 from kvbaton.serving.server.routing import ROLE_HEADER

@@ -9,13 +9,17 @@ Rules:
 - After the first byte an attempt goes on where the last one broke off (:mod:`kvbaton.serving.server.journal`): what was
   passed on is never passed on again, and what came without being whole never is. Where that is impossible the stream
   ends with an ``error`` event and without ``[DONE]``.
+- A stream with nothing to say for a while, be it in a queue, gets comments: its head has gone to the client then, and
+  what fails afterwards fails as an event of it.
 
 This file must not know of tokens, models, pages or probes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from kvbaton.discovery.client import cause_of
 from kvbaton.errors import AbortedError, ExpiredError, KVBatonError, PeerLostError
 from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, broken_off, lost, refused
 from kvbaton.serving.router.client_fields import prompt_of
@@ -37,7 +42,7 @@ from kvbaton.serving.router.progress import Progress
 from kvbaton.serving.router.retry_budget import RetryBudget
 from kvbaton.serving.router.trail import Trail
 from kvbaton.serving.router.worker import State, Worker
-from kvbaton.serving.router.workers import Workers, cause_of
+from kvbaton.serving.router.workers import Workers
 from kvbaton.serving.server import journal
 from kvbaton.serving.server.failure import body_of
 from kvbaton.serving.server.metrics import RequestTimer, ServerMetrics
@@ -46,6 +51,8 @@ from kvbaton.serving.server.openai import DONE, ErrorBody, event
 #: Largest answer of a worker that does not stream, and largest event of one that does.
 MAX_ANSWER_BYTES = 64 << 20
 SSE_TYPE = "text/event-stream"
+#: A comment, which every reader of such a stream skips.
+KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = DONE.rstrip(b"\n")
 _DATA = b"data: "
 _log = logging.getLogger(__name__)
@@ -67,6 +74,7 @@ class Forwarder:
         keeps_journal: bool,
         most_requests: int,
         timeout_secs: float,
+        keep_alive_secs: float,
     ) -> None:
         self.workers = workers
         self.call = call
@@ -78,6 +86,7 @@ class Forwarder:
         self.budget = RetryBudget(most_requests)
         self.trail = Trail()
         self.timeout_secs = timeout_secs
+        self.keep_alive_secs = keep_alive_secs
         self.retries = metrics.counter("kvbaton_router_retries", "Attempts of requests after their first one.")
         self.resumed = metrics.counter("kvbaton_router_resumed", "Answers that went on with another pair.")
         self.handed_on = metrics.counter(
@@ -126,9 +135,32 @@ class _Forwarding:
         self._blames: Counter[Worker] = Counter()
         self._unsent = bytearray()
         self._out: web.StreamResponse | None = None  # once a byte has gone to the client
+        self._is_streamed = fields.get("stream") == msgspec.Raw(b"true")
+        self._has_begun = False  # once a byte of the answer has
+        self._written_at = monotonic()
+        self._writing = asyncio.Lock()
         self._answer: web.StreamResponse | None = None  # the answer, when it has gone whole or needs only be returned
 
     async def run(self) -> web.StreamResponse:
+        """Answer, and keep a stream that has nothing to say alive for proxies."""
+        if not self._is_streamed:
+            return await self._run()
+        keeping = asyncio.create_task(self._keep_alive())
+        try:
+            return await self._run()
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    async def _keep_alive(self) -> None:
+        quiet = self._shared.keep_alive_secs
+        while True:
+            await asyncio.sleep(self._written_at + quiet - monotonic())
+            async with self._writing:
+                if monotonic() - self._written_at >= quiet:
+                    await self._write(KEEP_ALIVE, {"Content-Type": SSE_TYPE, "Cache-Control": "no-cache"})
+
+    async def _run(self) -> web.StreamResponse:
         shared = self._shared
         try:
             async with self._limit.running():
@@ -152,6 +184,10 @@ class _Forwarding:
             if self._out is None:
                 raise
             return await self._break_off(self._out, failure.body, failure.detail.code)
+        except KVBatonError as error:
+            if self._out is None:
+                raise
+            return await self._break_off(self._out, body_of(error), error.code)
 
     # attempts
 
@@ -221,11 +257,11 @@ class _Forwarding:
             self._tried.add((pair.prefill, pair.decode))
         self._blames[failure.culprit] += 1
         if failure.is_suspicious:
-            shared.workers.suspect(failure.culprit, str(failure))
+            shared.workers.suspect(failure.culprit, failure.detail.code, str(failure))
         elif failure.status >= 500:
             shared.workers.failed(failure.culprit, failure.detail.code, str(failure))
         begun = progress.count if progress is not None else 0
-        if not failure.again or (self._out is not None and not (progress is not None and progress.can_go_on)):
+        if not failure.again or (self._has_begun and not (progress is not None and progress.can_go_on)):
             raise failure
         found = await self._untried()
         if found is None:
@@ -281,6 +317,8 @@ class _Forwarding:
             self._timer.first_token()  # decode sends the head of a stream together with it
             headers["Cache-Control"] = "no-cache"
             return await self._stream(response, pair, headers)
+        if self._out is not None:
+            raise broken_off(pair.decode, f"it answers a stream with {kind!r}", pair.room)
         if kind.startswith(journal.RECORDS_TYPE):
             headers["Content-Type"] = "application/json"
             body = await self._records(response, pair)
@@ -307,7 +345,9 @@ class _Forwarding:
             _check(events, pair)
         if self._out is None or not (is_done or has_failed):
             raise broken_off(pair.decode, "the stream ended before the answer", pair.room)
-        await self._out.write_eof()
+        async with self._writing:
+            self._written_at = math.inf
+            await self._out.write_eof()
         self._timer.outcome = "ok" if is_done else "stream_error"
         return self._out
 
@@ -315,11 +355,17 @@ class _Forwarding:
         """What was taken goes to the client, also where the attempt ends in the midst of it."""
         if not self._unsent:
             return
+        async with self._writing:
+            piece, self._unsent = bytes(self._unsent), bytearray()
+            self._has_begun = True
+            await self._write(piece, headers)
+
+    async def _write(self, piece: bytes, headers: Mapping[str, str]) -> None:
         if self._out is None:
             out = web.StreamResponse(headers=headers)
             await out.prepare(self._http)
             self._out = out
-        piece, self._unsent = bytes(self._unsent), bytearray()  # from here to the socket nothing is waited for
+        self._written_at = monotonic()
         await self._out.write(piece)
 
     async def _records(self, response: aiohttp.ClientResponse, pair: Pair) -> bytes:
@@ -371,8 +417,10 @@ class _Forwarding:
         """End with an error a stream that has begun."""
         await self._flush({})
         self._timer.outcome = outcome
-        await out.write(event(body))
-        await out.write_eof()
+        async with self._writing:
+            self._written_at = math.inf
+            await out.write(event(body))
+            await out.write_eof()
         return out
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from kvbaton.discovery.client import cause_of
 from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, refused
 from kvbaton.serving.router.credentials import Credentials
 from kvbaton.serving.router.events import Events
@@ -55,7 +56,7 @@ async def ask(session: aiohttp.ClientSession, worker: Worker, room: int, to: int
         ) as response:
             return bool(response.status == 200)
     except (aiohttp.ClientError, OSError) as error:  # includes TimeoutError
-        _log.info("%s was asked to hand on room %d: %s", worker, room, error)
+        _log.info("%s was asked to hand on room %d: %s", worker, room, cause_of(error))
         return False
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from kvbaton.discovery.client import cause_of
 from kvbaton.errors import KVBatonError
 from kvbaton.plan.groups import compare_groups
 from kvbaton.plan.layout_file import MAX_LAYOUT_BYTES, RankLayout, decode
@@ -145,7 +146,7 @@ class Pairs:
             ) as response:
                 return response.status, await bounded(response, most_bytes)
         except (aiohttp.ClientError, OSError) as error:
-            message = f"it does not answer ({str(error) or type(error).__name__})"
+            message = f"it does not answer ({cause_of(error)})"
             return 0, msgspec.json.encode({"error": {"message": message}})
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -25,7 +26,8 @@ from aiohttp import web
 
 from kvbaton import __version__
 from kvbaton.discovery.access import ROUTER_HEADER, bearer, token_of
-from kvbaton.discovery.guard import guard
+from kvbaton.discovery.client import cause_of
+from kvbaton.discovery.guard import guard, read_across
 from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.vllm import params
@@ -56,7 +58,7 @@ from kvbaton.serving.router.vllm_call import KnownSources, VllmCall
 from kvbaton.serving.router.worker import ROLES, Role, Worker
 from kvbaton.serving.router.worker_file import WorkerFile
 from kvbaton.serving.router.worker_routes import WorkerRoutes
-from kvbaton.serving.router.workers import HealthChecks, Workers, cause_of, check_roles
+from kvbaton.serving.router.workers import HealthChecks, Workers, check_roles
 from kvbaton.serving.server import openapi, story
 from kvbaton.serving.server.admission import AdmissionLimit
 from kvbaton.serving.server.aliases import Aliases
@@ -77,6 +79,8 @@ READ_BUFFER_BYTES = 256 << 10
 #: Largest answer to a question for the merged routes.
 MAX_TOLD_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 5.0
+#: For so long the addresses of a worker that is given by name are taken for true.
+RESOLVED_SECONDS = 10
 #: Limit of one question to one worker for the merged routes.
 ASK_TIMEOUT_SECONDS = 3.0
 
@@ -101,6 +105,7 @@ class RouterConfig:
     balance_abs_threshold: int = 64
     balance_rel_threshold: float = 1.5
     request_timeout_secs: float = 1800.0
+    sse_keep_alive_secs: float = 15.0
     health_check_interval_secs: float = 1.0
     health_check_timeout_secs: float = 2.0
     health_failure_threshold: int = 2
@@ -110,6 +115,7 @@ class RouterConfig:
     cb_window_duration_secs: float = 120.0
     disable_circuit_breaker: bool = False
     workers_file: Path | None = None
+    ca_cert_path: Path | None = None
     forward_header: tuple[str, ...] = ()
     max_concurrent_requests: int = 1024
     strict_fields: bool = False
@@ -155,16 +161,22 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
+        tls = ssl.create_default_context(cafile=config.ca_cert_path)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=2 * config.max_concurrent_requests),
+            connector=aiohttp.TCPConnector(
+                limit=2 * config.max_concurrent_requests, ssl=tls, ttl_dns_cache=RESOLVED_SECONDS
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECONDS),
             read_bufsize=READ_BUFFER_BYTES,
             trust_env=False,
             auto_decompress=False,
         )
-        #: Probes and merged routes, a few for each worker at a time: no flood of requests keeps them waiting.
+        #: Probes and merged routes, a few for each worker at a time: no flood of requests keeps them waiting. Each has
+        #: a connection of its own: a name that stands for another address by now is probed there.
         self._asking = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), trust_env=False, auto_decompress=False
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls, ttl_dns_cache=RESOLVED_SECONDS, force_close=True),
+            trust_env=False,
+            auto_decompress=False,
         )
         self._reads = SharedReads()
         self.workers = Workers(
@@ -201,6 +213,7 @@ class Router:
             keeps_journal=config.engine == "kvbaton",
             most_requests=config.max_concurrent_requests,
             timeout_secs=config.request_timeout_secs,
+            keep_alive_secs=config.sse_keep_alive_secs,
         )
         self.app = self._routes()
 
@@ -232,6 +245,7 @@ class Router:
         app.router.add_get(openapi.PATH, self._openapi)
         WorkerRoutes(self.workers, self._bodies, self._require_operator).add_to(app)
         app.on_response_prepare.append(tell_request_id)
+        app.on_response_prepare.append(read_across(self._config.names))
         app.cleanup_ctx.append(self._running)
         return app
 
@@ -313,8 +327,10 @@ class Router:
                     worker.url + path, timeout=timeout, allow_redirects=False, headers=credentials(worker)
                 ) as response:
                     return worker, msgspec.json.decode(await bounded(response, MAX_TOLD_BYTES))
-            except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-                return worker, {"error": f"{type(error).__name__}: {error}"}
+            except (aiohttp.ClientError, OSError) as error:
+                return worker, {"error": f"it does not answer ({cause_of(error)})"}
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                return worker, {"error": f"it answers no JSON: {error}"}
 
         return await asyncio.gather(*(ask(worker) for worker in workers))
 

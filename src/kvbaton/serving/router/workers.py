@@ -5,7 +5,8 @@ Rules:
 - A worker is usable once a probe has succeeded, and again after every later one: nothing is held against it for good.
 - A refused connection or an answer other than 200 takes it out at once; silence does so after ``failure_threshold``
   probes in a row in which nothing came from it, because a busy server may be slow.
-- A request that loses its connection proves nothing of other requests: the worker is suspect, and probed at once.
+- A request that loses its connection proves nothing of other requests: the worker is suspect, and probed at once. It is
+  a failure for its circuit breaker as well: a worker that answers probes and drops what it is asked gets ever less.
 - Probes ask a worker's ``/ready``, so that one that is starting or draining gets no request, though it lives. An answer
   of any kind is a sign of life. It also says what the worker is, and whether it lets this router in: the probe carries
   the router's token, and a worker that is of the other role, or would refuse us, is not used.
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from kvbaton.discovery.client import cause_of
 from kvbaton.errors import ConfigError, PeerLostError
 from kvbaton.serving.router.breaker import Breaker, BreakerSettings
 from kvbaton.serving.router.credentials import Credentials, no_credentials
@@ -34,10 +36,13 @@ from kvbaton.serving.router.policies.base import Policy
 from kvbaton.serving.router.policies.round_robin import RoundRobin
 from kvbaton.serving.router.probe import MAX_PROBE_BYTES, decoded
 from kvbaton.serving.router.worker import ROLES, Role, State, Worker
+from kvbaton.serving.server.failure import DRAINING
 from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
 #: Every pair of them is checked.
 MAX_WORKERS = 512
+#: How often it is looked whether the first pair is there; rounds of probes go on by themselves.
+STARTED_SECONDS = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +68,7 @@ def parse_worker(role: Role, values: Sequence[str]) -> Worker:
     url = values[0].rstrip("/")
     try:
         parts = urlsplit(url)
-        usable = parts.scheme == "http" and bool(parts.hostname) and (parts.port or 80) > 0
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         usable = False
     if not usable or parts.path or parts.query or parts.username:
@@ -221,10 +226,13 @@ class Workers:
         ]
         return f" ({'; '.join(told)})" if told else ""
 
-    def suspect(self, worker: Worker, trouble: str) -> None:
-        """A request lost its connection to it, or was never let in: no more requests until a probe succeeds."""
+    def suspect(self, worker: Worker, kind: str, trouble: str) -> None:
+        """A request lost its connection to it, or was never let in: no more requests until a probe succeeds. All that
+        lose theirs until then have lost them to one failure of this ``kind``."""
         if worker.usable:
             worker.become(State.SUSPECT, trouble or "it failed")
+            if kind != DRAINING:
+                self.failed(worker, kind, trouble)
         self._probe_soon()
 
     def _probe_soon(self) -> None:
@@ -251,6 +259,15 @@ class Workers:
             await self._probe_once()
             await asyncio.sleep(self._checks.interval_secs)
 
+    async def started(self, seconds: float) -> None:
+        """Wait for the first pair. Raises PeerLostError after ``seconds``, with every worker's trouble."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.pairs():
+                    await asyncio.sleep(STARTED_SECONDS)
+        except TimeoutError:
+            raise PeerLostError(f"{self.not_ready()} within {seconds:g} s{self._troubles(*ROLES)}") from None
+
     async def _probe(self, worker: Worker) -> None:
         signs = worker.signs_of_life
         path = self._checks.endpoint
@@ -276,6 +293,7 @@ class Workers:
         self._unanswered.pop(worker, None)
         if worker.instance and answer.instance and answer.instance != worker.instance:
             worker.become(State.GONE, "another process is at its address")
+            worker.breaker = Breaker(self._breakers)
         worker.instance = answer.instance or worker.instance
         worker.become(*answer.verdict(worker.role, path, response.status))
 
@@ -295,10 +313,3 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
     return isinstance(error, ConnectionRefusedError)
-
-
-def cause_of(error: Exception) -> str:
-    """A connection error without aiohttp's address and TLS details: the worker's name stands beside it anyway."""
-    if isinstance(error, aiohttp.ClientConnectorError):
-        error = error.os_error
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
