@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.server import middlewares
 from kvbaton.engines.sglang import bootstrap, plugin, versions
+from kvbaton.engines.sglang.metrics import NAME, HandoffEvents
 from kvbaton.engines.sglang.options import Options
 from kvbaton.errors import AuthenticationError, ConfigError, RegistryError
 
@@ -161,3 +163,16 @@ def test_what_does_not_answer_or_answers_nonsense_is_named(server: Any) -> None:
         groups.sizes(server.place)
     with pytest.raises(RegistryError, match="does not answer"):
         groups.sizes("127.0.0.1:9")
+
+
+def test_what_the_hand_off_counts_is_written_once() -> None:
+    registry = CollectorRegistry()
+    events = HandoffEvents(registry)
+    events.write({"writes_posted": 3, "writes_staged": 0})
+    events.write({"writes_posted": 3})
+    events.write({"writes_posted": 5, "writes_staged": 2})
+    found = {
+        event: registry.get_sample_value(f"{NAME}_total", {"event": event})
+        for event in ("writes_posted", "writes_staged")
+    }
+    assert found == {"writes_posted": 5.0, "writes_staged": 2.0}

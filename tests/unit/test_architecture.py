@@ -60,6 +60,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "lab.real",
         "lab.rounds",
         "lab.throughput",
+        "lab.sglang.convolutions_on_cpu",
         "lab.training",
     ),
     "transformers": (
@@ -78,7 +79,14 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.engines.vllm.memory",
         "kvbaton.engines.vllm.metrics",
     ),
-    "sglang": ("kvbaton.engines.sglang.backend", "kvbaton.engines.sglang.plugin", "lab.sglang.nixl_on_cpu"),
+    "sglang": (
+        "kvbaton.engines.sglang.backend",
+        "kvbaton.engines.sglang.plugin",
+        "kvbaton.engines.sglang.rank",
+        "lab.sglang.convolutions_on_cpu",
+        "lab.sglang.latents_on_cpu",
+        "lab.sglang.nixl_on_cpu",
+    ),
     "aiohttp": (
         "kvbaton.discovery.client",
         "kvbaton.discovery.connections",
@@ -91,7 +99,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kvbaton.cli",
         "lab",
     ),
-    "prometheus_client": ("kvbaton.serving.server",),
+    "prometheus_client": ("kvbaton.serving.server", "kvbaton.engines.sglang.metrics"),
     "matplotlib": ("kvbaton.bench.plot", "lab.layers.plot"),
 }
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
     CommonKVBootstrapServer,
@@ -26,28 +25,25 @@ from sglang.srt.disaggregation.common.conn import (
     PrefillServerInfo,
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.environ import envs
-from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
-from sglang.srt.utils.network import get_local_ip_auto
+from sglang.srt.runtime_context import get_observability
 
-from kvbaton import ALWAYS_READY, Coordinates, KVBatonError, KVManager, KVPoll, Settings, Sizes, launch_id, new_instance
+from kvbaton import ALWAYS_READY, KVBatonError, KVPoll
 from kvbaton.control.address import Address
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.sglang.bootstrap import Client, Groups
-from kvbaton.engines.sglang.memory import Cache, Rank, cache_of
+from kvbaton.engines.sglang.memory import cache_of
+from kvbaton.engines.sglang.metrics import HandoffEvents
 from kvbaton.engines.sglang.options import Options
+from kvbaton.engines.sglang.rank import open_manager, rank_of, refuse
 from kvbaton.engines.sglang.receiving import Receiving
 from kvbaton.engines.sglang.sending import Sending
 from kvbaton.errors import ConfigError, LocalProtocolError, RegistryError
-from kvbaton.plan import identity
 from kvbaton.transports.interfaces import VARIABLE as UCX_DEVICES
 
 logger = logging.getLogger("sglang.kvbaton")  # SGLang prints what is below its own name
 
 #: How long SGLang's thread waits, at most, for rooms that end before the cache's memory goes.
 SETTLE_SECONDS = 15.0
-#: Fields of a model's config that say where it came from or how it is run, not what its cache means.
-_NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
 class KVBatonManager(CommonKVManager):  # type: ignore[misc]
@@ -59,14 +55,15 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
 
     def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
         prefill = disaggregation_mode == DisaggregationMode.PREFILL
-        _refuse(prefill)
+        refuse(prefill)
         options = Options.from_environment(os.environ)
-        rank = _rank(args, server_args, bool(is_mla_backend), prefill, options.weights)
+        rank = rank_of(args, server_args, bool(is_mla_backend), prefill, options.weights)
         self.cache = cache_of(args, rank)
         self.bootstrap = Client(options.secret())
         self.groups = Groups(self.bootstrap.ask)
         self.draining: dict[int, Receiving] = {}
-        self.kv = _open(self.cache, rank, options, prefill)
+        self._events = HandoffEvents() if get_observability().enable_metrics else None
+        self.kv = open_manager(self.cache, rank, options, prefill)
         atexit.register(self.kv.close)
         with ExitStack() as failed:
             failed.callback(self.kv.close)
@@ -127,6 +124,11 @@ class KVBatonManager(CommonKVManager):  # type: ignore[misc]
     def forget(self, server: str) -> None:
         self.groups.forget_server(server)
         self.prefill_info_table.pop(server, None)
+
+    def write_metrics(self) -> None:
+        """A request has ended."""
+        if self._events is not None:
+            self._events.write(self.kv.counters())
 
     def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:  # noqa: ARG002
         """Proof, not a count: every writer has drained or is gone."""
@@ -210,6 +212,7 @@ class KVBatonSender(CommonKVSender):  # type: ignore[misc]
     def clear(self) -> None:
         self.kv_mgr.senders.pop(self.bootstrap_room, None)
         self.kv_mgr.request_status.pop(self.bootstrap_room, None)
+        self.kv_mgr.write_metrics()
 
     def failure_exception(self) -> None:
         error = self.sending.error
@@ -270,6 +273,7 @@ class KVBatonReceiver(CommonKVReceiver):  # type: ignore[misc]
     def clear(self) -> None:
         self.receiving.give_up("SGLang has no use for the request any more")
         super().clear()
+        self.kv_mgr.write_metrics()
 
     def failure_exception(self) -> None:
         error = self.receiving.error
@@ -313,97 +317,6 @@ def _failure(room: int | None, error: KVBatonError | None) -> Exception:
     reason = f"{error.code}: {error}" if error is not None else "another rank failed"
     found: Exception = KVTransferError(room, reason, is_from_another_rank=error is None)
     return found
-
-
-def _refuse(prefill: bool) -> None:
-    """What SGLang can be asked for and is not done. Raises ConfigError."""
-    parallel, disagg = get_parallel(), get_disagg()
-    wrong = {
-        "context parallelism": parallel.attn_cp_size > 1,
-        "decode context parallelism": parallel.attn_dcp_size > 1,
-        "a KV cache that is sharded by pages": parallel.enable_kv_cache_sharding,
-        "--disaggregation-decode-allocation-policy prefill_complete": (
-            disagg.disaggregation_decode_allocation_policy != "early"
-        ),
-        "--enable-pd-role-switch": disagg.enable_pd_role_switch,
-        "SGLANG_DISAGG_STAGING_BUFFER": envs.SGLANG_DISAGG_STAGING_BUFFER.get(),
-        "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE=false": (
-            not prefill and not envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE.get()
-        ),
-    }
-    for what, found in wrong.items():
-        if found:
-            raise ConfigError(f"{what} does not work with the transfer backend kvbaton")
-
-
-def _rank(args: Any, server_args: Any, latent: bool, prefill: bool, weights: str) -> Rank:
-    parallel, device = get_parallel(), get_device()
-    model = ModelConfig.from_server_args(server_args)
-    return Rank(
-        heads=int(model.get_total_num_kv_heads()),
-        latent=latent or bool(getattr(args, "is_hybrid_mla_backend", False)),
-        tp_size=parallel.attn_tp_size,
-        tp_rank=parallel.attn_tp_rank,
-        pp_size=parallel.pp_size,
-        pp_rank=int(args.pp_rank or 0),
-        memory="DRAM" if device.device == "cpu" else "VRAM",
-        device=0 if device.device == "cpu" else int(device.gpu_id),
-        model=_model_text(model, args, weights),
-        prefill=prefill,
-    )
-
-
-def _model_text(model: Any, args: Any, weights: str) -> str:
-    config = {name: value for name, value in model.hf_text_config.to_dict().items() if name not in _NO_NUMBERS}
-    return identity.encode(
-        {
-            **config,
-            "weights": weights,
-            "dtype": str(model.dtype),
-            "quantization": str(model.quantization or ""),
-            "cache_dtype": str(args.kv_cache_dtype_str),
-            "page_size": int(args.page_size),
-            "cache_layout": str(args.kv_layout or ""),
-            "states": ",".join(str(getattr(kind, "value", kind)) for kind in args.state_types),
-            "engine": "sglang",
-        }
-    )
-
-
-def _open(cache: Cache, rank: Rank, options: Options, prefill: bool) -> KVManager:
-    parallel = get_parallel()
-    dp_size = parallel.attn_dp_size if parallel.dp_size == 1 else parallel.dp_size
-    sizes = Sizes(dp=dp_size, pp=rank.pp_size, tp=rank.tp_size)
-    dp_rank = parallel.attn_dp_rank if parallel.dp_size == 1 else int(parallel.dp_rank or 0)
-    world = parallel.world_group
-    group = launch_id(world.cpu_group) if world.world_size > 1 else new_instance()
-    number = (dp_rank * rank.pp_size + rank.pp_rank) * rank.tp_size + rank.tp_rank
-    settings = {
-        "bootstrap_timeout": float(envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()),
-        "waiting_timeout": float(envs.SGLANG_DISAGGREGATION_WAITING_TIMEOUT.get()),
-        **options.settings,
-    }
-    host = options.host or _host()
-    options.keep_to(host)
-    return KVManager.open(
-        cache.layout,
-        role="prefill" if prefill else "decode",
-        backend=options.backend,
-        host=host if prefill else "127.0.0.1",
-        port=options.port + number if options.port and prefill else 0,
-        secret=options.secret(),
-        group=group,
-        sizes=sizes,
-        coordinates=Coordinates(dp=dp_rank, pp=rank.pp_rank, tp=rank.tp_rank),
-        staging_bytes=options.staging_mib << 20,
-        settings=Settings.from_mapping(settings),
-    )
-
-
-def _host() -> str:
-    from kvbaton.discovery.access import is_loopback
-
-    return "127.0.0.1" if is_loopback(str(get_serving().host)) else str(get_local_ip_auto())
 
 
 __all__ = ["KVBatonBootstrapServer", "KVBatonManager", "KVBatonReceiver", "KVBatonSender", "KVPoll"]
