@@ -13,7 +13,7 @@ TOKENS = (cases.lengths, cases.many_at_once)
 PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(
         name="qwen3",
-        setting=Setting(family="qwen3"),
+        setting=Setting(family="qwen3", options=cases.PATIENCE),
         cases=(
             *TOKENS,
             cases.metrics,
@@ -21,6 +21,7 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
             cases.duplicate_room,
             cases.memory_released,
             cases.client_gone,
+            cases.nobody_comes,
             cases.aborts,
             cases.idle,
             cases.through_sglang_router,
@@ -49,14 +50,34 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(
         name="qwen3, staged, TP 2 to 1",
         setting=Setting(family="qwen3", tp=(2, 1), options={"staging": "always"}),
-        cases=TOKENS,
+        cases=(*TOKENS, cases.staged),
     ),
     Play(name="qwen3, TP 1 to 2", setting=Setting(family="qwen3", tp=(1, 2)), cases=TOKENS),
     Play(
+        name="qwen3, staged, TP 1 to 2",
+        setting=Setting(family="qwen3", tp=(1, 2), options={"staging": "always"}),
+        cases=(*TOKENS, cases.staged),
+    ),
+    Play(
         name="qwen3 against nixl",
         setting=Setting(family="qwen3", rival=True, arguments=("--disable-radix-cache",)),
-        cases=(comparison.latencies, comparison.idle),
+        cases=(comparison.latencies, comparison.idle, comparison.answers),
     ),
-    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=TOKENS),
+    Play(name="deepseek_v3", setting=Setting(family="deepseek_v3", plug_in="latents_on_cpu"), cases=TOKENS),
+    Play(
+        name="deepseek_v3, TP 2 to 1",
+        setting=Setting(family="deepseek_v3", plug_in="latents_on_cpu", tp=(2, 1)),
+        cases=TOKENS,
+    ),
     Play(name="gemma3", setting=Setting(family="gemma3"), cases=TOKENS),
+    Play(
+        name="lfm2",
+        setting=Setting(
+            family="lfm2",
+            plug_in="convolutions_on_cpu",
+            arguments=("--disable-radix-cache",),
+            environment={"SGLANG_MAMBA_CONV_DTYPE": "float32"},  # as the model: chunks may then be cut anywhere
+        ),
+        cases=TOKENS,
+    ),
 )

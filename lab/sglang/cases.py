@@ -8,12 +8,15 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
+from kvbaton.engines.sglang.metrics import NAME as EVENTS
 from kvbaton.serving.fleet import free_ports
 from lab.engines.campaign import check
 from lab.engines.listeners import compared
@@ -25,6 +28,10 @@ from lab.sglang.scene import Scene
 #: Around one page of 16 tokens and chunks of 512.
 LENGTHS = (5, 15, 16, 17, 100, 127, 511, 512, 513, 800, 1024, 1300)
 LONG = 3500
+#: From a kill of prefill to the answers of decode.
+KILLED_SECONDS = 3.0
+#: How long prefill waits for decode, and decode for what prefill sends, in scenes where one never comes.
+PATIENCE: Mapping[str, float] = {"bootstrap_timeout": 15.0, "waiting_timeout": 30.0}
 #: Most of a core that a scheduler may use when nothing happens, SGLang's own loop included.
 IDLE_PART, IDLE_SECONDS = 0.03, 20.0
 
@@ -41,18 +48,26 @@ async def many_at_once(scene: Scene) -> str:
     """36 at a concurrency of 4, then of 8."""
     said = []
     for width in (4, 8):
-        doors = asyncio.Semaphore(width)
         prompts = [prompt(40 + 35 * i, 1000 * width + i) for i in range(36)]
-
-        async def one(tokens: list[int], doors: asyncio.Semaphore = doors) -> list[int]:
-            async with doors:
-                return await scene.client.pair(tokens)
-
-        got = await asyncio.gather(*(one(tokens) for tokens in prompts))
-        equal = sum([answer == await scene.client.alone(tokens) for tokens, answer in zip(prompts, got, strict=True)])
-        said.append(f"{width} at a time: {equal} of {len(prompts)} equal")
-        check(equal, len(prompts), said[-1])
+        said.append(await _equal(scene, scene.client.pair, prompts, width))
     return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
+
+
+async def _equal(
+    scene: Scene, ask: Callable[[list[int]], Awaitable[list[int]]], prompts: Sequence[list[int]], width: int
+) -> str:
+    """So many of the prompts at a time. Raises AssertionError unless all answers are those of the plain instance."""
+    doors = asyncio.Semaphore(width)
+
+    async def one(tokens: list[int]) -> list[int]:
+        async with doors:
+            return await ask(tokens)
+
+    got = await asyncio.gather(*(one(tokens) for tokens in prompts))
+    equal = sum([answer == await scene.client.alone(tokens) for tokens, answer in zip(prompts, got, strict=True)])
+    said = f"{width} at a time: {equal} of {len(prompts)} equal"
+    check(equal, len(prompts), said)
+    return said
 
 
 async def prefix_hits(scene: Scene) -> str:
@@ -70,9 +85,10 @@ async def prefix_hits(scene: Scene) -> str:
     return f"10 of 10 equal; empty after {await scene.empty():.1f} s"
 
 
-async def through_a_router(scene: Scene, command: list[str], prompts: int = 12) -> str:
+async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
+    """12 prompts one after the other, then at a concurrency of 4 and of 8. ``name``: of its log."""
     (port,) = free_ports(1)
-    log = Path(scene.prefill.log).with_name("router.log").open("wb")
+    log = Path(scene.prefill.log).with_name(f"{name}.log").open("wb")
     router = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -84,23 +100,27 @@ async def through_a_router(scene: Scene, command: list[str], prompts: int = 12) 
             if time.monotonic() > until or router.poll() is not None:
                 raise AssertionError(f"the router does not serve, see {log.name}")
             await asyncio.sleep(0.5)
-        listed = [prompt(50 + 97 * i, 6100 + i) for i in range(prompts)]
-        got = await asyncio.gather(*(scene.client.complete(url, tokens) for tokens in listed))
-        for tokens, answer in zip(listed, got, strict=True):
-            check(answer, await scene.client.alone(tokens), f"{len(tokens)} tokens")
+        ask = partial(scene.client.complete, url)
+        said = [
+            await _equal(scene, ask, [prompt(50 + 97 * i, 6000 + 100 * width + i) for i in range(12)], width)
+            for width in (1, 4, 8)
+        ]
     finally:
         router.terminate()
         router.wait(timeout=20)
         log.close()
-    return f"{prompts} of {prompts} equal; empty after {await scene.empty():.1f} s"
+    return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
 
 
 async def through_sglang_router(scene: Scene) -> str:
     """sglang-router 0.3.2 in front of both."""
+    (metrics,) = free_ports(1)
     return await through_a_router(
         scene,
+        "sglang-router",
         [
             *(str(scene.prefill.python), "-m", "sglang_router.launch_router", "--pd-disaggregation"),
+            *("--prometheus-port", str(metrics)),
             *("--prefill", scene.prefill.url, str(scene.prefill.bootstrap_port), "--decode", scene.decode.url),
         ],
     )
@@ -194,6 +214,20 @@ async def client_gone(scene: Scene) -> str:
     return "; ".join(said)
 
 
+async def nobody_comes(scene: Scene) -> str:
+    """Half a request whose client waits for as long as it takes, on each side: an error at the side's own deadline."""
+    said = []
+    for server, patience in ((scene.prefill, "bootstrap_timeout"), (scene.decode, "waiting_timeout")):
+        started = time.monotonic()
+        answer = scene.client.generate(server.url, prompt(600, 5100), seconds=60, **scene.client.place(new_room()))
+        (error,) = await asyncio.gather(answer, return_exceptions=True)
+        told = f"{server.name} alone, after {time.monotonic() - started:.1f} s: {_short(error)}"
+        if not isinstance(error, Refused) or time.monotonic() - started > PATIENCE[patience] + 5:
+            raise AssertionError(told)
+        said.append(f"{told}, empty after {await scene.empty():.1f} s")
+    return "; ".join(said)
+
+
 async def aborts(scene: Scene) -> str:
     """200 requests, 8 at a time, 30 % of the clients go away: nothing is left."""
     chance = random.Random(7)
@@ -229,7 +263,7 @@ async def prefill_killed(scene: Scene) -> str:
     got = await asyncio.gather(*calls, return_exceptions=True)
     seconds = time.monotonic() - killed
     told = {_short(answer) for answer in got if isinstance(answer, Exception)}
-    if seconds > 8:  # the client waits 5 s for prefill's half
+    if seconds > KILLED_SECONDS:
         raise AssertionError(f"decode answers after {seconds:.1f} s: {told}")
     free = await scene.empty(scene.decode)
     await scene.again(scene.prefill)
@@ -271,14 +305,30 @@ async def retraction(scene: Scene) -> str:
 
 
 async def metrics(scene: Scene) -> str:
-    """SGLang's own metrics of hand-offs are fed."""
+    """SGLang's own metrics of hand-offs are fed, and ours are beside them."""
+    await scene.client.pair(prompt(300, 5990))
+    await scene.empty()
     values = await scene.prefill.sums(scene.session)
     found = {
         name: values[name] for name in sorted(values) if "kv_transfer" in name and name.endswith(("_sum", "_count"))
     }
-    if not any(found.values()):
+    found["writes_posted"] = await _counted(scene, "writes_posted")
+    if not (found["writes_posted"] and any("kv_transfer" in name for name in found)):
         raise AssertionError(f"nothing is measured: {found}")
     return ", ".join(f"{name.removeprefix('sglang:')} {value:.3g}" for name, value in found.items())
+
+
+async def staged(scene: Scene) -> str:
+    """Small pieces have travelled together, as prefill's ranks counted it."""
+    posted, together = await _counted(scene, "writes_posted"), await _counted(scene, "writes_staged")
+    if not together:
+        raise AssertionError(f"none of {posted:.0f} writes went through staging")
+    return f"{together:.0f} of {posted:.0f} writes"
+
+
+async def _counted(scene: Scene, event: str) -> float:
+    """What prefill's ranks have counted of it."""
+    return (await scene.prefill.metrics(scene.session)).get(f'{EVENTS}_total{{event="{event}"}}', 0.0)
 
 
 async def idle(scene: Scene) -> str:
@@ -314,6 +364,7 @@ async def through_our_router(scene: Scene) -> str:
     """kvbaton's router in front of both."""
     return await through_a_router(
         scene,
+        "kvbaton-router",
         [
             *(PYTHON, "-m", "kvbaton.cli.main", "router", "--pd-disaggregation", "--engine", "sglang"),
             *("--prefill", scene.prefill.url, str(scene.prefill.bootstrap_port), "--decode", scene.decode.url),

@@ -1,4 +1,4 @@
-"""Cases against SGLang's own NIXL backend: the same prompts in turns, latency and throughput, idle."""
+"""Cases against SGLang's own NIXL backend: the same prompts in turns, equal answers, latency and throughput, idle."""
 
 from __future__ import annotations
 
@@ -6,28 +6,41 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from lab.engines.campaign import check
 from lab.engines.comparison import Cell, Pair, Seconds, measure, paused
-from lab.sglang.cases import IDLE_PART, IDLE_SECONDS
+from lab.engines.requests import prompt
+from lab.sglang.cases import IDLE_PART, IDLE_SECONDS, LENGTHS
 from lab.sglang.requests import Client
 from lab.sglang.scene import Scene
 from lab.sglang.server import SglangServer
 
-CELLS = (Cell(1, 500, 4), Cell(8, 500), Cell(1, 4000), Cell(8, 4000))
+CELLS = (Cell(1, 500, 4), Cell(4, 500), Cell(8, 500), Cell(1, 4000))
 OURS, THEIRS = "ours", "nixl"
+#: Of an answer whose whole time is measured.
+ANSWER_TOKENS = 16
+
+
+async def answers(scene: Scene) -> str:
+    """The same tokens from both, one at a time."""
+    for seed, length in enumerate(LENGTHS):
+        tokens = prompt(length, 10_000 + seed)
+        check(await scene.client.pair(tokens), await scene.rival.client.pair(tokens), f"{length} tokens")
+    return f"{len(LENGTHS)} of {len(LENGTHS)} equal to SGLang's own NIXL backend"
 
 
 async def latencies(scene: Scene) -> str:
-    """TTFT, both legs at once as SGLang's router sends them: 1 and 8 at once, 500 and 4,000 tokens."""
+    """Seconds to the first token and to the last of 16, both legs at once as SGLang's router sends them: 1, 4 and 8 at
+    once of 500 tokens, and 1 of 4,000."""
 
     async def ours(tokens: Sequence[int]) -> Seconds:
-        return await _first_token(scene.client, tokens)
+        return await _timed(scene.client, tokens)
 
     async def theirs(tokens: Sequence[int]) -> Seconds:
-        return await _first_token(scene.rival.client, tokens)
+        return await _timed(scene.rival.client, tokens)
 
     pairs = {OURS: Pair(_servers(scene), {OURS: ours}), THEIRS: Pair(_servers(scene.rival), {THEIRS: theirs})}
     measured = await measure(pairs, CELLS, seed=20_000)
-    rows = [measured.row(cell, (OURS, THEIRS), ("TTFT",), against=THEIRS) for cell in CELLS]
+    rows = [measured.row(cell, (OURS, THEIRS), ("TTFT", "answer"), against=THEIRS) for cell in CELLS]
     return " | ".join([*rows, measured.conditions])
 
 
@@ -54,7 +67,7 @@ def _servers(scene: Scene) -> list[SglangServer]:
     return [scene.prefill, scene.decode]
 
 
-async def _first_token(client: Client, tokens: Sequence[int]) -> Seconds:
+async def _timed(client: Client, tokens: Sequence[int]) -> Seconds:
     started = time.monotonic()
-    await client.pair(tokens, count=1)
-    return {"TTFT": time.monotonic() - started}
+    came = [time.monotonic() - started async for _ in client.streamed(tokens, count=ANSWER_TOKENS)]
+    return {"TTFT": came[0], "answer": came[-1]}

@@ -11,6 +11,7 @@ from lab.engines.models import FULL_ATTENTION, MAX_POSITIONS, SLIDING_ATTENTION,
 _DEEPSEEK: Mapping[str, Any] = {
     "head_dim": None,
     "num_key_value_heads": 8,
+    "q_lora_rank": 64,
     "kv_lora_rank": 64,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 32,
@@ -39,8 +40,7 @@ _DEEPSEEK: Mapping[str, Any] = {
 #: Family: configuration class of transformers, what it sets beside the common sizes.
 FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3": ("Qwen3Config", {}),
-    "deepseek_v2": ("DeepseekV2Config", {**_DEEPSEEK, "q_lora_rank": None}),
-    "deepseek_v3": ("DeepseekV3Config", {**_DEEPSEEK, "q_lora_rank": 64}),
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
     "gemma3": (
         "Gemma3TextConfig",
         {
@@ -48,34 +48,6 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
             "sliding_window": WINDOW,
             "num_hidden_layers": 6,
             "layer_types": [SLIDING_ATTENTION] * 5 + [FULL_ATTENTION],
-        },
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": WINDOW,
-            "layer_types": [SLIDING_ATTENTION, FULL_ATTENTION] * 2,
-        },
-    ),
-    "granite_hybrid": (
-        "GraniteMoeHybridConfig",
-        {
-            "head_dim": None,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "layer_types": ["mamba", "attention", "mamba", "mamba"],
-            "mamba_n_heads": 8,
-            "mamba_d_head": 32,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 64,
-            "mamba_expand": 2,
-            "mamba_chunk_size": 64,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 192,
-            "position_embedding_type": "nope",
         },
     ),
     "lfm2": (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +33,30 @@ class Client:
         self, url: str, tokens: Sequence[int], *, count: int = TOKENS, seconds: float = SECONDS, **more: Any
     ) -> list[int]:
         """Raises Refused, TimeoutError, aiohttp.ClientError."""
-        body = {
-            "input_ids": list(tokens),
-            "sampling_params": {"temperature": 0, "max_new_tokens": count, "ignore_eos": True},
-            **more,
-        }
+        body = _body(tokens, count, **more)
         async with self.session.post(
             f"{url}/generate", json=body, timeout=aiohttp.ClientTimeout(total=seconds)
         ) as answer:
             if answer.status != 200:
                 raise Refused(answer.status, await answer.text())
-            found: list[int] = (await answer.json())["output_ids"]
-            return found
+            return _output(await answer.json())
+
+    async def streamed(self, tokens: Sequence[int], *, count: int = TOKENS) -> AsyncIterator[list[int]]:
+        """Decode's tokens so far, each time that some more come. Raises Refused, TimeoutError, aiohttp.ClientError."""
+        place = self.place(new_room())
+        prefill = asyncio.create_task(self.generate(self.prefill, tokens, count=count, **place))
+        body = _body(tokens, count, stream=True, **place)
+        timeout = aiohttp.ClientTimeout(total=SECONDS)
+        try:
+            async with self.session.post(f"{self.decode}/generate", json=body, timeout=timeout) as answer:
+                if answer.status != 200:
+                    raise Refused(answer.status, await answer.text())
+                async for line in answer.content:
+                    name, _, carried = line.partition(b": ")
+                    if name == b"data" and carried.strip() != b"[DONE]":
+                        yield _output(json.loads(carried))
+        finally:
+            await _ended(prefill)
 
     async def complete(self, url: str, tokens: Sequence[int], *, count: int = TOKENS, **more: Any) -> list[int]:
         """The same by OpenAI's route. Raises Refused, TimeoutError, aiohttp.ClientError."""
@@ -78,7 +91,25 @@ class Client:
         try:
             return await self.generate(self.decode, tokens, **place, **more)
         finally:
-            if not prefill.done():
-                await asyncio.wait([prefill], timeout=5)
-            prefill.cancel()
-            await asyncio.gather(prefill, return_exceptions=True)
+            await _ended(prefill)
+
+
+def _body(tokens: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
+    greedy = {"temperature": 0, "max_new_tokens": count, "ignore_eos": True}
+    return {"input_ids": list(tokens), "sampling_params": greedy, **more}
+
+
+def _output(answer: dict[str, Any]) -> list[int]:
+    """Raises Refused where a stream carries an error."""
+    if "error" in answer:
+        raise Refused(int(answer["error"].get("code", 500)), str(answer["error"]))
+    found: list[int] = answer["output_ids"]
+    return found
+
+
+async def _ended(prefill: asyncio.Task[list[int]]) -> None:
+    """Its client goes away with that of decode."""
+    if not prefill.done():
+        await asyncio.wait([prefill], timeout=5)
+    prefill.cancel()
+    await asyncio.gather(prefill, return_exceptions=True)

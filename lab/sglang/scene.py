@@ -30,7 +30,8 @@ EMPTY_SECONDS = 30.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """How the servers of a scene are started; ``tp``: ranks of prefill and of decode; ``tokens``: of decode's pool;
-    ``rival``: instead of a plain server a second pair, with SGLang's own NIXL backend."""
+    ``plug_in``: the module beside this one that lets SGLang run the family on a CPU; ``rival``: instead of a plain
+    server a second pair, with SGLang's own NIXL backend."""
 
     family: str
     backend: str = "kvbaton"
@@ -42,6 +43,7 @@ class Setting:
     tp: tuple[int, int] = (1, 1)
     secret: bool = False
     recorded: bool = False
+    plug_in: str = ""
     rival: bool = False
     tokens: int = 16_384
 
@@ -142,6 +144,7 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
                 environment={
                     **setting.environment,
                     **(_recording(logs / "calls") if setting.recorded else {}),
+                    **(_with_plug_in(logs, setting.plug_in) if setting.plug_in else {}),
                     **(_with_plug_in(logs, "nixl_on_cpu") if pair else {}),
                 },
             )
