@@ -58,7 +58,7 @@ def departure_does_not_wait_for_its_step(patches: Patches) -> None:
     patches.set(SourceJob, "_is_ready", lambda self, n: isinstance(self, DepartingJob) or original(self, n))
 
 
-@mutant("states and the aux row are handed on as they came, not as they are now (our own)", 54)
+@mutant("states and the aux row are handed on as they came, not as they are now (our own)", 110)
 def slots_handed_on_as_they_came(patches: Patches) -> None:
     original = SourceJob._fill
 
@@ -69,7 +69,7 @@ def slots_handed_on_as_they_came(patches: Patches) -> None:
     patches.set(SourceJob, "_fill", fill)
 
 
-@mutant("an answer goes on being computed in the units that it is handed on from (our own)", 54)
+@mutant("an answer goes on being computed in the units that it is handed on from (our own)", 148)
 def answer_goes_on_while_it_departs(patches: Patches) -> None:
     original = SourceJob._submit
 
@@ -94,6 +94,10 @@ def handed_on_units_freed_with_their_first_room(patches: Patches) -> None:
     patches.set(SimEngine, "keep", keep)
 
 
+#: Those above, rules of an engine that leaves; two ranks that send to each other show those below as well.
+ONWARD_ONLY: list[Mutant] = MUTANTS[_BEFORE:]
+
+
 @mutant("what is forgotten of a peer's writes to us is refused of our writes to it (our own)", 9)
 def forgotten_in_either_role(patches: Patches) -> None:
     original = Transfers._forget
@@ -105,13 +109,9 @@ def forgotten_in_either_role(patches: Patches) -> None:
     patches.set(Transfers, "_forget", forget)
 
 
-@mutant("a peer in both roles has one session, whichever came first (our own)", 54)
+@mutant("a peer in both roles has one session, whichever came first (our own)")
 def one_session_for_both_roles(patches: Patches) -> None:
     def of(self: Any, instance: str, _role: Any) -> Any:
         return self._by_instance.get((instance, "target")) or self._by_instance.get((instance, "source"))
 
     patches.set(Peers, "of", of)
-
-
-#: Those above; all but one show where rooms are handed on, and nowhere else.
-ONWARD: list[Mutant] = MUTANTS[_BEFORE:]
