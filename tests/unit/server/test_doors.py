@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -493,6 +494,9 @@ def test_the_document_names_exactly_the_routes_that_are_served():
             served = msgspec.json.decode(await response.read())
         assert served == msgspec.json.decode(msgspec.json.encode(document(kind)))
         for path, methods in served["paths"].items():
+            parameters = re.findall(r"{(\w+)}", path)
+            for operation in methods.values():
+                assert [one["name"] for one in operation.get("parameters", ())] == parameters, path
             for method in ("get", "post"):
                 asked = url + path.replace("{room}", "1").replace("{id}", "1")
                 async with session.request(method, asked, data=b"") as response:

@@ -884,6 +884,21 @@ def test_what_a_worker_refuses_that_the_router_wrote_is_not_the_clients_mistake(
     run(test())
 
 
+def test_what_a_worker_refuses_that_the_client_wrote_is_its_mistake_under_any_name():
+    async def refuse(_request: web.Request, _body: dict) -> web.StreamResponse:
+        name = "disagg_prefill_dp_rank"
+        error = {"message": f"{name}: Expected `int`", "type": "t", "code": "config", "param": name}
+        return web.json_response({"error": error}, status=400)
+
+    async def test() -> None:
+        several = [Backend(refuse), Backend(refuse)]
+        async with routed(several, [Backend(hang)]) as setup:
+            await setup.post(400)
+            assert sum(len(one.bodies) for one in several) == 1
+
+    run(test())
+
+
 def test_headers_that_pass_and_come_back():
     async def test() -> None:
         trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

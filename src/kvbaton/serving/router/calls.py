@@ -294,7 +294,8 @@ def refused(worker: Worker, pair: Pair, status: int, payload: bytes) -> CallFail
         detail = ErrorDetail(message=told.message, type=told.type, code=str(told.code), param=told.param)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         detail = ErrorDetail(message=f"the server answered HTTP {status}", type="http_error", code="http")
-    is_ours = (detail.param or "").startswith(ROUTER_PREFIXES)  # of what the router itself wrote
+    named = detail.param or ""
+    is_ours = named.startswith(ROUTER_PREFIXES) and named not in CLIENT_FIELDS  # of what the router itself wrote
     if status < 400 or status == 401 or (status < 500 and is_ours):  # no worker of ours, or a secret or an allow-list
         status = 502  # that are not ours: not the client's doing
     culprit = worker

@@ -199,12 +199,12 @@ def _paths(kind: Kind) -> _Json:
         },
     )
     room = {"type": "integer", "minimum": 0, "maximum": (1 << 63) - 1}
-    story["get"]["parameters"] = [{"name": "room", "in": "path", "required": True, "schema": room}]
+    story["get"]["parameters"] = [_path_parameter("room", room)]
     model = _get(
         "the model of that name",
         {"200": _json(_ref("Model")), "404": _json(_ref("ErrorBody"))},
     )
-    model["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    model["get"]["parameters"] = [_path_parameter("model", {"type": "string"})]
     model_info = _get(
         "the model, as SGLang tells of it", {"200": _json(_ref("ModelInfo")), "503": _json(_ref("ErrorBody"))}
     )
@@ -260,7 +260,13 @@ def _paths(kind: Kind) -> _Json:
             ),
             **_post("one more worker", accepted, body=_body("AddWorker")),
         }
-        paths[WORKERS_PATH + "/{id}"] = {"delete": {"summary": "one worker less", "responses": accepted}}
+        paths[WORKERS_PATH + "/{id}"] = {
+            "delete": {
+                "summary": "one worker less",
+                "responses": accepted,
+                "parameters": [_path_parameter("id", {"type": "string"})],
+            }
+        }
     return paths
 
 
@@ -268,6 +274,10 @@ def _answers(request: str, answer: _Json) -> _Json:
     ok = _json(answer)
     ok["content"]["text/event-stream"] = {}
     return _post("tokens", {"200": ok, **_refusals(*_REFUSALS)}, body=_body(request))
+
+
+def _path_parameter(name: str, schema: _Json) -> _Json:
+    return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
 def _post(summary: str, responses: _Json, body: _Json | None = None) -> _Json:
