@@ -107,7 +107,7 @@ audit:                 ## known advisories of the pinned versions; the tables of
 	        --vulnerability-service $$database || failed=1; \
 	done; exit $$failed
 
-chaos: setup           ## the whole fault matrix on real processes (about 25 minutes); the table goes to docs/
+chaos: setup           ## the whole fault matrix on real processes, alone and with a second worker; the table goes to docs/
 	$(BIN)/python -m lab chaos --write docs/reliability.md
 
 failover: setup        ## one of two workers killed, stopped, or all restarted in turn under load; no client may notice

@@ -1,8 +1,11 @@
 """One cell of the matrix: bring a transfer to its phase, break something, and check everybody afterwards.
 
-What must hold in every cell: the client gets the right answer or a typed error before its deadline; the survivor is the
-process that it was and serves again; no page, slot or room stays held, and what is held meanwhile says why in the
-room's story; every answer, during and after, is the single process's.
+What must hold in every cell: the client gets the right answer or a typed error before its deadline, with a second
+worker the right answer; the survivors are the processes that they were and serve again; no page, slot or room stays
+held, and what is held meanwhile says why in the room's story; every answer, during and after, is the single process's.
+
+Where there are two workers of a role the victim is the one that has the request. Faults that strike before the request
+strike the first one, and there are two requests, one for each worker.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from kvbaton.errors import ExpiredError, KVBatonError
@@ -31,7 +35,7 @@ from lab.chaos.fault import (
     Spec,
     Victim,
 )
-from lab.chaos.proxy import Direction
+from lab.chaos.proxy import Direction, TcpProxy
 from lab.chaos.scene import LONG, RECOVERY_SECONDS, SHORT, Scene, open_files
 
 FULL_DISK = Path("/dev/full")
@@ -71,28 +75,53 @@ class FaultCell:
 
     scene: Scene
     spec: Spec
+    at: int = 0  # which of the prefills has the request
     room: int | None = None
     quarantined: str = ""
     failures: list[str] = field(default_factory=list)
     reached: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def __post_init__(self) -> None:
+        self.decode = self.scene.fleet.decodes[0]
+        self._decodes: dict[str, Server] = {}  # by instance
+
+    @property
+    def prefill(self) -> Server:
+        return self.scene.fleet.prefills[self.at]
+
+    @property
+    def control(self) -> TcpProxy:
+        return self.scene.controls[self.at]
+
+    @property
+    def registry(self) -> TcpProxy:
+        return self.scene.registries[self.at]
+
     @property
     def victim(self) -> Server:
-        return self.scene.server(self.spec.victim)
+        return self.prefill if self.spec.victim is Victim.PREFILL else self.decode
+
+    @property
+    def peer(self) -> Server:
+        return self.decode if self.spec.victim is Victim.PREFILL else self.prefill
 
     async def run(self) -> CellResult:
         await self._prepare()
-        processes = self._survivors()
-        asking: asyncio.Task[ClientOutcome] | None = None
+        fleet = self.scene.fleet
+        processes = {s: s.process.pid for s in (*fleet.prefills, *fleet.decodes, fleet.router) if s.process is not None}
+        asking: list[asyncio.Task[ClientOutcome]] = []
         if not self._strikes_first:
-            asking = await self._bring_to_phase()
+            asking = [await self._bring_to_phase()]
         struck_at = time.monotonic()
         async with self._fault():
-            outcome = await (asking or asyncio.create_task(self.scene.ask(LONG)))
-        self._judge(outcome)
+            asking = asking or [asyncio.create_task(self.scene.ask(LONG)) for _ in range(self.spec.workers)]
+            outcomes = sorted(await asyncio.gather(*asking), key=lambda one: (one.kind != "answer", one.ended_at))
+        outcome = outcomes[-1]
+        for one in outcomes:
+            self._judge(one)
         recovered = await self.scene.recovered()
-        for server, pid in processes.items():
-            if server.process is None or not server.running or server.process.pid != pid:
+        for server in processes.keys() - self._dying():
+            if server.process is None or not server.running or server.process.pid != processes[server]:
                 self.failures.append(f"{server.name} did not survive:\n{server.last_words()}")
         await self._serve_again()
         return CellResult(
@@ -112,33 +141,32 @@ class FaultCell:
         return self.spec.phase is Phase.HANDSHAKE and self.spec.fault in _STRIKE_FIRST
 
     async def _prepare(self) -> None:
-        """Normal logs for everybody but the victim of a full disk, and a fresh decode for a first handshake."""
+        """Normal logs for everybody but the victims of a full disk, and fresh decodes for a first handshake."""
+        fleet = self.scene.fleet
         fresh: set[Server] = set()
-        for server in (*self.scene.fleet.prefills, *self.scene.fleet.decodes):
-            log = FULL_DISK if self.spec.fault is Fault.DISK and server is self.victim else server.usual_log
+        victims = fleet.prefills if self.spec.victim is Victim.PREFILL else fleet.decodes
+        for server in (*fleet.prefills, *fleet.decodes):
+            log = FULL_DISK if self.spec.fault is Fault.DISK and server in victims else server.usual_log
             if server.log != log:
                 server.log = log
                 fresh.add(server)
         if self.spec.phase is Phase.HANDSHAKE:
-            fresh.add(self.scene.fleet.decodes[0])
-        for server in fresh:
-            await server.kill()
-            await self.scene.restart(server)
+            fresh.update(fleet.decodes)
+        await asyncio.gather(*(server.kill() for server in fresh))
+        await asyncio.gather(*(self.scene.restart(server) for server in fresh))
         if fresh and self.spec.phase is not Phase.HANDSHAKE:
             await self.scene.recovered()
+        self._decodes = await self.scene.decodes_by_instance()
 
-    def _survivors(self) -> dict[Server, int]:
-        """Processes that must live through this cell, and their ids."""
-        scene = self.scene
-        dying = {
-            Fault.DISK: [scene.peer(self.spec.victim)],
-            **{fault: [self.victim] for fault in (Fault.KILL, Fault.RESTART, Fault.TERM, Fault.HANG)},
-        }.get(self.spec.fault, [])
-        servers = [*scene.fleet.prefills, *scene.fleet.decodes, scene.fleet.router]
-        return {s: s.process.pid for s in servers if s not in dying and s.process is not None}
+    def _dying(self) -> set[Server]:
+        """Processes that need not live through this cell."""
+        if self.spec.fault is Fault.DISK:
+            return {self.peer}
+        return {self.victim} if self.spec.fault in (Fault.KILL, Fault.RESTART, Fault.TERM, Fault.HANG) else set()
 
     async def _bring_to_phase(self) -> asyncio.Task[ClientOutcome]:
-        self.scene.control.watch = self._on_message
+        for number, proxy in enumerate(self.scene.controls):
+            proxy.watch = partial(self._on_message, number)
         asking = asyncio.create_task(self.scene.ask(LONG))
         watching = asyncio.create_task(self._watch_chunks())
         try:
@@ -151,22 +179,29 @@ class FaultCell:
             raise ExpiredError(f"{self.spec}: the phase was not reached; the request ended with {asking.result()}")
         return asking
 
-    def _on_message(self, direction: Direction, message: AnyMessage) -> bool:
+    def _on_message(self, at: int, direction: Direction, message: AnyMessage) -> bool:
+        if self.reached.is_set():  # held once; what comes after the release passes
+            return False
         if isinstance(message, Open) and self.room is None:
+            self._has_request(at, message)
             self.room = message.key.room
         wanted = _HELD_AT.get(self.spec.phase)
         if wanted is None or not isinstance(message, wanted) or (wanted is Hello and direction == "out"):
             return False
-        if self.reached.is_set():  # held once; what comes after the release passes
-            return False
+        if isinstance(message, Hello):
+            self._has_request(at, message)
         self.reached.set()
         return True
+
+    def _has_request(self, at: int, message: Open | Hello) -> None:
+        """The pair: the prefill behind this proxy, and the decode that says so."""
+        self.at, self.decode = at, self._decodes.get(message.sender, self.decode)
 
     async def _watch_chunks(self) -> None:
         until = _WATCHED_UNTIL.get(self.spec.phase)
         while until is not None:
             if self.room is not None:
-                story = await self.scene.story(self.scene.fleet.prefills[0], self.room)
+                story = await self.scene.story(self.prefill, self.room)
                 chunks = [int(found[1]) for text in story if (found := _CHUNK.search(text))]
                 if max(chunks, default=0) >= until:
                     self.reached.set()
@@ -194,7 +229,7 @@ class FaultCell:
     def _lose_held(self) -> None:
         """What the proxy holds is lost with its connection: a message that is held was never sent."""
         if self.spec.phase in _HELD_AT:
-            self.scene.control.drop()
+            self.control.drop()
 
     @asynccontextmanager
     async def _kill(self) -> AsyncIterator[None]:
@@ -242,29 +277,29 @@ class FaultCell:
 
     @asynccontextmanager
     async def _partition(self) -> AsyncIterator[None]:
-        self.scene.control.silence()
-        over = _later(PARTITION_SECONDS, self.scene.control.release)
+        self.control.silence()
+        over = _later(PARTITION_SECONDS, self.control.release)
         yield
         await over
-        self.scene.control.drop()
+        self.control.drop()
 
     @asynccontextmanager
     async def _cut(self) -> AsyncIterator[None]:
-        self.scene.control.drop()
+        self.control.drop()
         yield
 
     @asynccontextmanager
     async def _mute(self) -> AsyncIterator[None]:
-        proxy = self.scene.control if self.spec.victim is Victim.LINK else self.scene.registry
+        proxy = self.control if self.spec.victim is Victim.LINK else self.registry
         proxy.silence()
         yield
         proxy.drop()
 
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[None]:
-        await self.scene.registry.shut()
-        self.scene.control.release()
-        over = _later(REGISTRY_SECONDS, self.scene.registry.unshut)
+        await self.registry.shut()
+        self.control.release()
+        over = _later(REGISTRY_SECONDS, self.registry.unshut)
         yield
         await over
 
@@ -280,17 +315,17 @@ class FaultCell:
             FILES_SECONDS,
             lambda: resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before) if _lives(process) else None,
         )
-        self.scene.control.release()
+        self.control.release()
         second = asyncio.create_task(self.scene.ask(SHORT))
         yield
         outcome = await second
-        if outcome.kind not in ("answer", "error") or self.scene.is_corrupt(SHORT, outcome):
+        if outcome.kind not in self._allowed or self.scene.is_corrupt(SHORT, outcome):
             self.failures.append(f"a second client meanwhile: {outcome}")
         await over
 
     @asynccontextmanager
     async def _disk(self) -> AsyncIterator[None]:
-        peer = self.scene.peer(self.spec.victim)
+        peer = self.peer
         await peer.kill()
         self._lose_held()
         yield
@@ -298,7 +333,7 @@ class FaultCell:
 
     async def _look_for_quarantine(self) -> None:
         """While the victim hangs: what the survivor still holds must be explained by the room's story."""
-        survivor = self.scene.peer(self.spec.victim)
+        survivor = self.peer
         held = await self.scene.fleet.held(survivor)
         if not held:
             return
@@ -312,9 +347,14 @@ class FaultCell:
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _allowed(self) -> tuple[str, ...]:
+        """What a client may get while the fault lasts."""
+        return ("answer",) if self.spec.workers > 1 else ("answer", "error")
+
     def _judge(self, outcome: ClientOutcome) -> None:
-        if outcome.kind in ("untyped", "late"):
-            self.failures.append(f"the client got neither an answer nor a typed error: {outcome}")
+        if outcome.kind not in self._allowed:
+            self.failures.append(f"the client got none of: {', '.join(self._allowed)}, but {outcome}")
         if self.scene.is_corrupt(LONG, outcome):
             self.failures.append(f"CORRUPT: {outcome.tokens} instead of {self.scene.expected[LONG.title]}")
 

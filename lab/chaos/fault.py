@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class Phase(enum.Enum):
@@ -60,20 +60,29 @@ _VICTIMS: dict[Fault, tuple[Victim, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One cell. ``network``: how bytes travel, ``shm`` (shared memory) or ``tcp``."""
+    """One cell. ``network``: how bytes travel, ``shm`` (shared memory) or ``tcp``. ``workers``: of each role; where
+    there are two, no client may notice."""
 
     fault: Fault
     victim: Victim
     phase: Phase
     network: str = "shm"
+    workers: int = 1
 
     def __str__(self) -> str:
         tcp = " over tcp" if self.network == "tcp" else ""
-        return f"{self.fault.value} {self.victim.value} at {self.phase.value}{tcp}"
+        beside = ", with a second worker" if self.workers > 1 else ""
+        return f"{self.fault.value} {self.victim.value} at {self.phase.value}{tcp}{beside}"
 
 
-def matrix(faults: tuple[Fault, ...] = tuple(Fault)) -> list[Spec]:
-    """All cells, those of one network together. Over TCP: the faults that meet writes in flight."""
+def matrix() -> list[Spec]:
+    """All cells, those of one scene together: without and with a second worker of each role. Over TCP: the faults that
+    meet writes in flight."""
+    cells = [replace(spec, workers=workers) for workers in (1, 2) for spec in _cells(tuple(Fault))]
+    return sorted(cells, key=lambda spec: (spec.workers, spec.network))
+
+
+def _cells(faults: tuple[Fault, ...]) -> list[Spec]:
     specs = []
     for fault in faults:
         for victim in _VICTIMS.get(fault, PROCESSES):
@@ -88,6 +97,6 @@ def quick() -> list[Spec]:
     """A fixed handful that fits into a test run."""
     return [
         Spec(Fault.KILL, Victim.PREFILL, Phase.DELIVERED),
-        Spec(Fault.RESTART, Victim.DECODE, Phase.MIDDLE),
         Spec(Fault.CUT, Victim.LINK, Phase.CLOSING),
+        Spec(Fault.RESTART, Victim.DECODE, Phase.MIDDLE, workers=2),
     ]

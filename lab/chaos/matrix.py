@@ -19,7 +19,7 @@ async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress)
     """Results in the order of ``specs``; ``progress`` hears of each before (None) and after."""
     expected = await expected_answers(directory)
     results: list[CellResult] = []
-    for network, cells in itertools.groupby(specs, lambda spec: spec.network):
+    for (network, workers), cells in itertools.groupby(specs, lambda spec: (spec.network, spec.workers)):
         scene: Scene | None = None
         async with AsyncExitStack() as closing:
             for spec in cells:
@@ -27,7 +27,8 @@ async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress)
                 try:
                     if scene is None:
                         await closing.aclose()
-                        scene = await closing.enter_async_context(Scene(directory, expected, network=network))
+                        fresh = Scene(directory, expected, network=network, workers=workers)
+                        scene = await closing.enter_async_context(fresh)
                     result = await FaultCell(scene, spec).run()
                 except KVBatonError as error:
                     result = CellResult(spec=spec, outcome="broken", failures=(f"{type(error).__name__}: {error}",))

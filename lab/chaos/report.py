@@ -12,17 +12,37 @@ from lab.docs.page import split
 
 BEGIN = "<!-- kvbaton chaos: begin -->"
 END = "<!-- kvbaton chaos: end -->"
-HEADINGS = ("fault", "victim", *(phase.value for phase in Phase))
+HEADINGS = ("fault", "victim", *(phase.value for phase in Phase), "with a second worker")
 
 
 def rows(results: Sequence[CellResult]) -> list[list[str]]:
-    """One row per fault, network and victim, one column per phase."""
-    table: dict[tuple[str, str], dict[Phase, str]] = {}
+    """One row per fault, network and victim, one column per phase, one for all phases with a second worker."""
+    alone: dict[tuple[str, str], dict[Phase, str]] = {}
+    beside: dict[tuple[str, str], list[CellResult]] = {}
     for result in results:
-        spec = result.spec
-        fault = f"{spec.fault.value} (tcp)" if spec.network == "tcp" else spec.fault.value
-        table.setdefault((fault, spec.victim.value), {})[spec.phase] = cell(result)
-    return [[*key, *(cells.get(phase, "") for phase in Phase)] for key, cells in table.items()]
+        key = _name(result), result.spec.victim.value
+        cells = alone.setdefault(key, {})
+        if result.spec.workers > 1:
+            beside.setdefault(key, []).append(result)
+        else:
+            cells[result.spec.phase] = cell(result)
+    return [
+        [*key, *(cells.get(phase, "") for phase in Phase), together(beside.get(key, []))]
+        for key, cells in alone.items()
+    ]
+
+
+def _name(result: CellResult) -> str:
+    return f"{result.spec.fault.value} (tcp)" if result.spec.network == "tcp" else result.spec.fault.value
+
+
+def together(results: Sequence[CellResult]) -> str:
+    """All phases of one fault: how many answers the clients got, and after how many seconds the latest."""
+    if not results:
+        return ""
+    mark = "✓" if all(result.ok for result in results) else "✗"
+    answers = sum(result.outcome == "answer" for result in results)
+    return f"{mark} {answers} of {len(results)} answers, {max(result.seconds for result in results):.1f} s"
 
 
 def cell(result: CellResult) -> str:
@@ -35,7 +55,7 @@ def slowest(results: Sequence[CellResult]) -> dict[str, dict[str, float]]:
     """By fault: the most seconds to a typed error, and to being served again once the fault was over."""
     found: dict[str, dict[str, float]] = {}
     for result in results:
-        name = f"{result.spec.fault.value} (tcp)" if result.spec.network == "tcp" else result.spec.fault.value
+        name = _name(result)
         worst = found.setdefault(name, {"error_seconds": 0.0, "recovery_seconds": 0.0})
         if result.outcome != "answer":
             worst["error_seconds"] = max(worst["error_seconds"], result.seconds)
@@ -52,6 +72,7 @@ def as_data(results: Sequence[CellResult]) -> dict[str, object]:
                 "victim": result.spec.victim.value,
                 "phase": result.spec.phase.value,
                 "network": result.spec.network,
+                "workers": result.spec.workers,
                 "ok": result.ok,
                 "outcome": result.outcome,
                 "message": result.message,

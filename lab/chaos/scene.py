@@ -1,4 +1,5 @@
-"""The fleet of the matrix: one prefill, one decode, a router, proxies in between, and what every answer must be.
+"""The fleet of the matrix: one prefill and one decode, or two of each, a router, proxies in between, and what every
+answer must be.
 
 Deadlines are those of production divided by about five, so that a matrix takes minutes: a peer is lost after 2 s of
 silence, a handshake fails after 3 s, a client waits 15 s.
@@ -22,7 +23,6 @@ from kvbaton.serving.demo.show import Question, ask
 from kvbaton.serving.evaluation.recall import make_prompts
 from kvbaton.serving.fleet import Fleet, Server, free_ports
 from lab.chaos.client import ClientOutcome, request
-from lab.chaos.fault import Victim
 from lab.chaos.proxy import TcpProxy
 
 HEARTBEAT_SECONDS = 1.0
@@ -78,31 +78,40 @@ async def expected_answers(directory: Path) -> Expected:
 
 
 class Scene:
-    """See the module. An async context manager; all servers are ready inside."""
+    """See the module. An async context manager; all servers are ready inside. ``controls`` and ``registries`` are the
+    proxies in front of each prefill's two ports."""
 
-    def __init__(self, directory: Path, expected: Expected, *, network: str = "shm") -> None:
-        control, control_proxy, registry_proxy = free_ports(3)
+    def __init__(self, directory: Path, expected: Expected, *, network: str = "shm", workers: int = 1) -> None:
+        ports = free_ports(3 * workers)
+        control, advertised, registry = ports[:workers], ports[workers : 2 * workers], ports[2 * workers :]
         self.expected = expected
         self.fleet = Fleet(
             directory,
             model="recall",
+            prefills=workers,
+            decodes=workers,
             extra=SERVE,
-            prefill_extra=(
-                *("--disaggregation-control-port", str(control)),
-                *("--disaggregation-control-advertise", f"tcp://127.0.0.1:{control_proxy}"),
-            ),
+            prefill_extra=[
+                (
+                    *("--disaggregation-control-port", str(port)),
+                    *("--disaggregation-control-advertise", f"tcp://127.0.0.1:{proxy}"),
+                )
+                for port, proxy in zip(control, advertised, strict=True)
+            ],
             router_extra=ROUTER,
-            registry_proxies=(registry_proxy,),
+            registry_proxies=registry,
             environment={"UCX_TLS": "tcp"} if network == "tcp" else {},
         )
-        self.control = TcpProxy(control_proxy, control, inspect=True)
-        self.registry = TcpProxy(registry_proxy, self.fleet.registry_ports[0], inspect=False)
+        self.controls = [TcpProxy(*both, inspect=True) for both in zip(advertised, control, strict=True)]
+        behind = zip(registry, self.fleet.registry_ports, strict=True)
+        self.registries = [TcpProxy(*both, inspect=False) for both in behind]
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Scene:
         try:
-            for part in (self.control, self.registry, self.fleet):
-                await self._closing.enter_async_context(part)
+            for proxy in (*self.controls, *self.registries):
+                await self._closing.enter_async_context(proxy)
+            await self._closing.enter_async_context(self.fleet)
             await self.fleet.all_ready()
             await self.recovered()
         except BaseException:
@@ -113,11 +122,8 @@ class Scene:
     async def __aexit__(self, *_: object) -> None:
         await self._closing.aclose()
 
-    def server(self, victim: Victim) -> Server:
-        return self.fleet.prefills[0] if victim is Victim.PREFILL else self.fleet.decodes[0]
-
-    def peer(self, victim: Victim) -> Server:
-        return self.fleet.decodes[0] if victim is Victim.PREFILL else self.fleet.prefills[0]
+    async def decodes_by_instance(self) -> dict[str, Server]:
+        return {(await self.fleet.info(server))["instance"]: server for server in self.fleet.decodes}
 
     async def ask(self, question: Question, limit_seconds: float = CLIENT_SECONDS + SLACK_SECONDS) -> ClientOutcome:
         return await request(self.fleet.http, self.fleet.router.url, question, limit_seconds=limit_seconds)
@@ -130,7 +136,10 @@ class Scene:
         """Wait until requests are answered again; the seconds that took. Raises ExpiredError, TransferFailedError."""
         started = time.monotonic()
         while True:
-            outcome = await self.ask(SHORT)
+            if len(self.fleet.decodes) > 1 and not await self._all_usable():
+                outcome = ClientOutcome(kind="error", message="the router does not use every worker yet")
+            else:
+                outcome = await self.ask(SHORT)
             if outcome.kind == "answer" and not self.is_corrupt(SHORT, outcome):
                 return time.monotonic() - started
             if outcome.kind != "error":
@@ -138,6 +147,11 @@ class Scene:
             if time.monotonic() - started > RECOVERY_SECONDS:
                 raise ExpiredError(f"no answer {RECOVERY_SECONDS:g} s after the fault was over: {outcome.message}")
             await asyncio.sleep(0.2)
+
+    async def _all_usable(self) -> bool:
+        async with self.fleet.http.get(f"{self.fleet.router.url}/workers") as response:
+            told = msgspec.json.decode(await response.read())
+        return all(worker["is_healthy"] for worker in told["workers"])
 
     async def restart(self, server: Server) -> None:
         """Start a server whose process has ended, and wait until it and the router take requests."""

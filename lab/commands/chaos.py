@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phases", default="", help="some of the phases, separated by commas; empty: all")
     parser.add_argument("--victims", default="", help="some of the victims, separated by commas; empty: all")
     parser.add_argument("--network", default="", choices=("", "shm", "tcp"), help="one network only; empty: both")
+    parser.add_argument(
+        "--workers", type=int, default=0, choices=(0, 1, 2), help="of each role; 0: first one, then two"
+    )
     parser.add_argument("--quick", action="store_true", help="a few cells, about half a minute")
     parser.add_argument("--json", action="store_true", help="data on stdout instead of a table")
     parser.add_argument(
@@ -84,6 +87,7 @@ def _chosen(options: argparse.Namespace) -> list[Spec]:
         and spec.phase in phases
         and spec.victim in victims
         and options.network in ("", spec.network)
+        and options.workers in (0, spec.workers)
     ]
 
 

@@ -33,7 +33,7 @@ def guarded(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
         directory,
         model="recall",
         extra=(*with_secret, "--host", "0.0.0.0"),
-        prefill_extra=("--disaggregation-control-advertise", "tcp://127.0.0.1:0"),
+        prefill_extra=[("--disaggregation-control-advertise", "tcp://127.0.0.1:0")],
         router_extra=with_secret,
     )
     runner.run(fleet.__aenter__())

@@ -112,9 +112,9 @@ class Server:
 class Fleet:
     """Some prefill and decode servers, a router, and, if asked for, the single process that they are compared with.
 
-    An async context manager. ``extra`` is added to every ``serve`` command line, ``prefill_extra`` to those of prefill,
-    ``router_extra`` to the router's. ``registry_proxies``: ports where decode finds the prefills' registries, if a
-    proxy stands in front of them.
+    An async context manager. ``extra`` is added to every ``serve`` command line, ``decode_extra`` to those of decode,
+    ``router_extra`` to the router's; ``prefill_extra`` holds what is added for each prefill, one after the other.
+    ``registry_proxies``: ports where decode finds the prefills' registries, if a proxy stands in front of each.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class Fleet:
         reference: bool = False,
         backend: str = "nixl",
         extra: Sequence[str] = (),
-        prefill_extra: Sequence[str] = (),
+        prefill_extra: Sequence[Sequence[str]] = (),
+        decode_extra: Sequence[str] = (),
         router_extra: Sequence[str] = (),
         registry_proxies: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
@@ -148,12 +149,12 @@ class Fleet:
         for i in range(prefills):
             bootstrap = str(next(ports))
             mode = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", bootstrap)
-            server = serve(f"prefill-{i}", *mode, *prefill_extra)
+            server = serve(f"prefill-{i}", *mode, *(prefill_extra[i] if i < len(prefill_extra) else ()))
             self.prefills.append(server)
             pairs += ["--prefill", server.url, str(registry_proxies[i]) if registry_proxies else bootstrap]
             self.registry_ports.append(int(bootstrap))
         for i in range(decodes):
-            server = serve(f"decode-{i}", "--disaggregation-mode", "decode")
+            server = serve(f"decode-{i}", "--disaggregation-mode", "decode", *decode_extra)
             self.decodes.append(server)
             pairs += ["--decode", server.url]
         self.reference = serve("single", "--disaggregation-mode", "null") if reference else None
