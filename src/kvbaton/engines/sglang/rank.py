@@ -15,13 +15,10 @@ from sglang.srt.utils.network import get_local_ip_auto
 
 from kvbaton import Coordinates, KVManager, Settings, Sizes, launch_id, new_instance
 from kvbaton.discovery.access import is_loopback
+from kvbaton.engines.model import model_text
 from kvbaton.engines.sglang.memory import Cache, Rank
 from kvbaton.engines.sglang.options import Options
 from kvbaton.errors import ConfigError
-from kvbaton.plan import identity
-
-#: Fields of a model's config that say where it came from or how it is run, not what its cache means.
-_NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
 def refuse(prefill: bool) -> None:
@@ -58,25 +55,16 @@ def rank_of(args: Any, server_args: Any, latent: bool, prefill: bool, weights: s
         pp_rank=int(args.pp_rank or 0),
         memory="DRAM" if device.device == "cpu" else "VRAM",
         device=0 if device.device == "cpu" else int(device.gpu_id),
-        model=_model_text(model, args, weights),
+        model=model_text(
+            "sglang",
+            model,
+            weights=weights,
+            cache_dtype=args.kv_cache_dtype_str,
+            page_size=int(args.page_size),
+            cache_layout=str(args.kv_layout or ""),
+            states=",".join(str(getattr(kind, "value", kind)) for kind in args.state_types),
+        ),
         prefill=prefill,
-    )
-
-
-def _model_text(model: Any, args: Any, weights: str) -> str:
-    config = {name: value for name, value in model.hf_text_config.to_dict().items() if name not in _NO_NUMBERS}
-    return identity.encode(
-        {
-            **config,
-            "weights": weights,
-            "dtype": str(model.dtype),
-            "quantization": str(model.quantization or ""),
-            "cache_dtype": str(args.kv_cache_dtype_str),
-            "page_size": int(args.page_size),
-            "cache_layout": str(args.kv_layout or ""),
-            "states": ",".join(str(getattr(kind, "value", kind)) for kind in args.state_types),
-            "engine": "sglang",
-        }
     )
 
 

@@ -30,15 +30,13 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from kvbaton.engines.model import model_text
 from kvbaton.engines.vllm.groups import CacheGroup, CacheGroups
 from kvbaton.engines.vllm.orders import Blocks
 from kvbaton.errors import ConfigError
 from kvbaton.layout import Axis, CacheLayout, Plane, Pool, Region, Strided, pool_of_strides
-from kvbaton.plan import identity
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.*)")
-#: Fields of a model's config that say where it came from or how it is run, not what its cache means.
-_NO_NUMBERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
 def cache_groups(kv_cache_config: Any) -> CacheGroups:
@@ -77,22 +75,15 @@ def _spec(group: Any, layer: str) -> Any:
     return spec
 
 
-def model_text(vllm_config: Any, weights: str) -> str:
-    """What ``CacheLayout.model`` says: the fields of the model's config, the cache's dtype, the attention backends; and
-    ``weights``, which the operator names, as vLLM does not tell weights apart."""
-    model = vllm_config.model_config
-    config = {name: value for name, value in model.hf_text_config.to_dict().items() if name not in _NO_NUMBERS}
+def model_of(vllm_config: Any, weights: str) -> str:
+    """What ``CacheLayout.model`` says: the model's config, the cache's dtype, the attention backends."""
     backends = sorted({backend.get_name() for backend in get_current_attn_backends(vllm_config)})
-    return identity.encode(
-        {
-            **config,
-            "weights": weights,
-            "dtype": str(model.dtype),
-            "quantization": str(model.quantization or ""),
-            "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-            "attention": ",".join(backends),
-            "engine": "vllm",
-        }
+    return model_text(
+        "vllm",
+        vllm_config.model_config,
+        weights=weights,
+        cache_dtype=vllm_config.cache_config.cache_dtype,
+        attention=",".join(backends),
     )
 
 
@@ -155,7 +146,7 @@ def cache_memory(
         Region(address, length, "DRAM" if device.type == "cpu" else "VRAM", device.index or 0)
         for address, length in regions
     )
-    layout = CacheLayout(model_text(vllm_config, weights), listed, tuple(pools))
+    layout = CacheLayout(model_of(vllm_config, weights), listed, tuple(pools))
     return CacheMemory(layout=layout, pages=tuple(pages), tensors=tensors)
 
 
