@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _TIMERS = ("deadline", "retry", "heartbeat", "forget")
 
+#: Most messages a second that all transfers with one peer repeat together. A peer that is slow is made slower by what
+#: it is told again: thousands of rooms that wait for its word would otherwise fill its inbox, and its word, and its
+#: pings, come behind all of that.
+REPEATS_PER_SECOND = 500
+
 
 class Context:
     """See the module.
@@ -48,6 +53,7 @@ class Context:
         self.session_changed: Callable[[Session], None] = lambda _session: None
         self.session_needed: Callable[[Session], bool] = lambda _session: False
         self.queued: Callable[[Session], tuple[int, ...]] = lambda _session: ()
+        self._repeating: dict[str, set[object]] = {}  # transfers that repeat a message until it is answered, by peer
         self._serial = itertools.count(1)
         self._effects: list[Effect] = []
 
@@ -83,9 +89,25 @@ class Context:
     def set_timer(self, owner: Session | Transfer, name: str, when: float) -> None:
         self.timers.set(owner, name, when)
 
+    def repeat_later(self, transfer: Transfer, now: float, pause: float) -> None:
+        """A transfer's last message is due again after ``pause`` seconds, later where many wait for the same peer."""
+        waiting = self._repeating.setdefault(transfer.peer, set())
+        waiting.add(transfer)
+        self.set_timer(transfer, "retry", now + max(pause, len(waiting) / REPEATS_PER_SECOND))
+
+    @property
+    def repeating(self) -> int:
+        """Transfers that repeat a message until it is answered."""
+        return sum(map(len, self._repeating.values()))
+
     def cancel_timers(self, owner: Session | Transfer) -> None:
         """All of a session's, or of a transfer's."""
         self.timers.cancel(owner, *_TIMERS)
+        waiting = self._repeating.get(owner.peer)
+        if waiting is not None:
+            waiting.discard(owner)
+            if not waiting:
+                del self._repeating[owner.peer]
 
     def record(self, room: int, text: str) -> None:
         """Something happened to a room."""

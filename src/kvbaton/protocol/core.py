@@ -225,6 +225,7 @@ class Core:
             **self._peers.sizes(),
             **self._transfers.sizes(),
             **self._rooms.sizes(),
+            "repeating": self._context.repeating,
             "stories": len(self._context.trace),
             "links_answered_unasked": len(self._context.unasked),
             "timers": len(self._context.timers),

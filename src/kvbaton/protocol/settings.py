@@ -27,7 +27,8 @@ class Settings:
         announce_seconds: how long an outcome is repeated to a peer that does not acknowledge it.
         settle_seconds: how long a failed source waits for its own writes before it cuts the peer off.
         heartbeat_interval: pause between pings; ``heartbeat_misses`` silent ones mean the peer is lost.
-        retry_seconds: first pause before a message is repeated; doubles up to ``retry_most_seconds``.
+        retry_seconds: first pause before a message is repeated; doubles up to ``retry_most_seconds``. Longer
+            where thousands of rooms wait for one peer (``context.REPEATS_PER_SECOND``).
         quarantine_seconds: after how long pages that no proof has freed are freed by policy and counted; None: never.
         rooms: most live rooms for each role; more are refused as overloaded.
         rooms_per_peer, units_per_peer: most rooms that one target has open at a source, and units granted in them.

@@ -221,7 +221,7 @@ class Transfer:
         self.context.set_timer(self, "deadline", now + seconds)
 
     def retry_later(self, now: float) -> None:
-        self.context.set_timer(self, "retry", now + self.retry_pause)
+        self.context.repeat_later(self, now, self.retry_pause)
         self.retry_pause = min(2 * self.retry_pause, self.context.settings.retry_most_seconds)
 
     def as_target(self) -> Incoming:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -12,6 +12,7 @@ from kvbaton.errors import AbortedError, DisconnectedError, InternalError
 from kvbaton.layout import CacheLayout
 from kvbaton.plan.pair import check_coverage
 from kvbaton.protocol import rooms, target_rooms
+from kvbaton.protocol.context import REPEATS_PER_SECOND
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import Dial, KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
@@ -560,6 +561,27 @@ def test_a_room_whose_address_cannot_be_dialled_fails_at_once_and_no_other() -> 
     assert {room: (status.poll, str(status.error)) for room, status in reports.items()} == {
         1: (KVPoll.Failed, "no route [room 1] [while Bootstrapping]")
     }
+
+
+def test_what_thousands_of_rooms_repeat_to_a_slow_peer_does_not_grow_with_them() -> None:
+    rooms = range(1, 1_001)
+    scene = Scene(settings=Settings())
+    scene.world.checking = False
+    scene.world.network = dropping(Opened)
+    for room in rooms:
+        scene.open_receivers(room)
+        scene.publish(room)
+    scene.world.run(until=0.4)
+    since = len(scene.world.trace)
+    assert since > len(rooms)
+    scene.world.run(until=10.0)
+    repeated = [at for at, _, _, message in scene.world.trace[since:] if isinstance(message, Open)]
+    assert max(Counter(map(int, repeated)).values()) <= 1.5 * REPEATS_PER_SECOND
+    assert {m.key.room for *_, m in scene.world.trace[since:] if isinstance(m, Open)} == set(rooms)
+    scene.world.network = dropping()
+    scene.world.run(until=20.0)
+    assert {scene.status("target", room).poll for room in rooms} == {KVPoll.WaitingForInput}
+    assert scene.target.core.sizes()["repeating"] == 0
 
 
 @pytest.mark.parametrize(("writes", "told"), [(0, "no chunk was submitted"), (1, "the writes made no progress")])
