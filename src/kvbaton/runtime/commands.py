@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvbaton.errors import InternalError
-from kvbaton.protocol.events import AbortRequested, ChunkSubmitted, ChunksWithdrawn, Event
+from kvbaton.protocol.events import AbortRequested, ChunkSubmitted, ChunksWithdrawn, Event, SenderOpened
 
 log = logging.getLogger("kvbaton.driver")
 
@@ -70,7 +70,7 @@ class Commands:
             command = self._posted.popleft()
             room = command.room
             if command.fence is None:
-                if isinstance(command.event, ChunksWithdrawn):
+                if isinstance(command.event, ChunksWithdrawn | SenderOpened):  # what waits was submitted before
                     self._fenced.pop(command.event.room, None)
                 yield command.event
             elif room in self._fenced:
