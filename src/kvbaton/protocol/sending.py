@@ -245,7 +245,10 @@ def give_up_source(t: Transfer, now: float, detail: object) -> None:
 
 
 def expire_source(t: Transfer, now: float, _: object) -> None:
-    waited_for = "no chunk was submitted" if t.state is State.WAITING else "the writes made no progress"
+    if t.as_source().outstanding:
+        waited_for = "the writes made no progress"
+    else:
+        waited_for = "no chunk was submitted" if t.state is State.WAITING else "no further chunk was submitted"
     seconds = t.context.settings.waiting_timeout
     fail_sending(t, now, ExpiredError(f"{waited_for} for {seconds:g} s", peer=t.peer, room=t.key.room))
 

@@ -584,12 +584,21 @@ def test_what_thousands_of_rooms_repeat_to_a_slow_peer_does_not_grow_with_them()
     assert scene.target.core.sizes()["repeating"] == 0
 
 
-@pytest.mark.parametrize(("writes", "told"), [(0, "no chunk was submitted"), (1, "the writes made no progress")])
-def test_a_source_that_expires_says_what_it_waited_for(writes: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("chunks", "settled", "told"),
+    [
+        (0, False, "no chunk was submitted"),
+        (2, False, "the writes made no progress"),
+        (1, True, "no further chunk was submitted"),
+    ],
+)
+def test_a_source_that_expires_says_what_it_waited_for(chunks: int, settled: bool, told: str) -> None:
     scene = Scene(holding(PAIR))
     scene.start()
-    if writes:
-        scene.submit_all()
+    for number in range(chunks):
+        scene.submit(number)
+    if settled:
+        scene.source.release_writes()
     scene.world.network = dropping(Abort)  # the target gives up as well, and must not be heard first
     scene.world.run(until=QUICK.waiting_timeout + 0.5)
     assert told in str(scene.status("source").error)
