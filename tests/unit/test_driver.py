@@ -9,10 +9,12 @@ from itertools import count
 from typing import Any
 
 import pytest
-from ranks import MakeRank, RankHarness, begin, finish
+from ranks import ROOMS, MakeRank, RankHarness, begin, finish
 
+from kvbaton.control.base import Arrived, Changed, LinkId
 from kvbaton.errors import ExpiredError
 from kvbaton.manager import ALWAYS_READY, KVPoll, Span
+from kvbaton.protocol.messages import Open, decode
 from kvbaton.protocol.settings import Settings
 
 WHOLE = [Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))]
@@ -105,6 +107,48 @@ def test_deadlines_pass_where_no_message_can_be_read(
         target.wait_until(lambda: raised() >= 100, "many turns")
     complaints = [record for record in caplog.records if "the driver goes on" in record.message]
     assert 2 <= len(complaints) <= 2 * raised().bit_length()
+
+
+def test_what_cannot_be_said_to_one_peer_is_said_to_the_others(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two decode ranks open rooms in one turn of the prefill rank, and the link to the first is broken."""
+    patient = Settings(retry_seconds=60.0, retry_most_seconds=60.0)
+    source = make_rank("prefill", fill=1)
+    targets = [make_rank(name, settings=patient) for name in ("decode", "another")]
+    for target in targets:
+        expect_a_room_to_go_through(source, target)
+    links = source.manager._links
+    receive, send = links.receive, links.send
+    opens: list[Arrived] = []
+
+    def receive_both() -> list[Arrived | Changed]:
+        opens.extend(item for item in receive() if isinstance(item, Arrived) and isinstance(decode(item.payload), Open))
+        return list(opens) if len(opens) == 2 else []
+
+    def send_but_to_the_first(link: LinkId, *payloads: bytes) -> bool:
+        if link == opens[0].link:
+            raise RuntimeError("the link fell over")
+        return send(link, *payloads)
+
+    monkeypatch.setattr(links, "receive", receive_both)
+    monkeypatch.setattr(links, "send", send_but_to_the_first)
+    receivers = []
+    for target in targets:
+        receiver = target.manager.receiver(next(ROOMS), [source.manager.address])
+        receiver.publish([Span("kv", 0, 40, (5, 3, 1)), Span("aux", 0, 0, (2,))], token_count=40)
+        receivers.append(receiver)
+    targets[1].wait_until(lambda: len(opens) == 2, "both have opened a room")
+    told = next(number for number, receiver in enumerate(receivers) if receiver.room == second(opens))
+    targets[told].wait_until(lambda: receivers[told].poll() is KVPoll.WaitingForInput, "the second is told")
+    monkeypatch.undo()
+
+
+def second(opens: list[Arrived]) -> int:
+    """The room of the second Open."""
+    message = decode(opens[1].payload)
+    assert isinstance(message, Open)
+    return message.key.room
 
 
 def a_fence_that_raises() -> bool:

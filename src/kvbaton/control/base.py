@@ -66,7 +66,7 @@ class Links(ABC):
     @abstractmethod
     def send(self, link: LinkId, *payloads: bytes) -> bool:
         """Queue messages, in order; together they cost little more than one. False if any of them was dropped: link
-        unknown or closed, queue full, or too large."""
+        unknown or closed, queue full, or too large. One that is too large takes no other with it."""
 
     @abstractmethod
     def receive(self) -> list[Arrived | Changed]:

@@ -163,7 +163,8 @@ class MemoryLinks(Links):
         return True
 
     def send(self, link: LinkId, *payloads: bytes) -> bool:
-        return all(self._send(link, payload) for payload in payloads)
+        sent = [self._send(link, payload) for payload in payloads]  # behind one that is dropped as well
+        return all(sent)
 
     def _send(self, link: LinkId, payload: bytes) -> bool:
         with self._network.lock:

@@ -235,7 +235,8 @@ class ZmqLinks(Links):
         return dialled.link
 
     def send(self, link: LinkId, *payloads: bytes) -> bool:
-        return all(self._send_frames(link, frames) for frames in _batches(payloads))
+        sent = [self._send_frames(link, frames) for frames in _batches(payloads)]  # behind one that is dropped as well
+        return all(sent)
 
     def _send_frames(self, link: LinkId, frames: Sequence[bytes]) -> bool:
         """Messages as the frames of one of ZeroMQ's: its thread is woken, and the peer's, once for all of them."""

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from kvbaton.control.base import Arrived, LinkChange, LinkId, Links
 from kvbaton.errors import KVBatonError
 from kvbaton.protocol.events import Dialed, DialFailed, Event, LinkRefused, LinkUp, MessageArrived
+from kvbaton.runtime.guard import Guard
 
 
 class ControlPlane:
     """See the module. ``wake`` may be called from any thread, everything else belongs to the driver's. ``happened`` is
     told what follows, in order."""
 
-    def __init__(self, links: Links, *, happened: Callable[[Event], None], counters: Counter[str]) -> None:
+    def __init__(
+        self, links: Links, *, happened: Callable[[Event], None], guard: Guard, counters: Counter[str]
+    ) -> None:
         self._links = links
         self._happened = happened
+        self._guard = guard
         self._counters = counters
         self._outbox: dict[LinkId, list[bytes]] = {}  # what this turn says, by link
 
@@ -50,11 +55,14 @@ class ControlPlane:
         self._outbox.setdefault(link, []).append(payload)
 
     def send(self) -> None:
-        """All that was said to each peer since the last time."""
+        """All that was said to each peer since the last time. What fails towards one is said to the others."""
         outbox, self._outbox = self._outbox, {}
         for link, payloads in outbox.items():
-            if not self._links.send(link, *payloads):
-                self._counters["messages_dropped"] += 1
+            self._guard.attempt(partial(self._send, link, payloads))
+
+    def _send(self, link: LinkId, payloads: list[bytes]) -> None:
+        if not self._links.send(link, *payloads):
+            self._counters["messages_dropped"] += 1
 
     def close_link(self, link: LinkId) -> None:
         self._links.close_link(link)

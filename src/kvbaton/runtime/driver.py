@@ -83,7 +83,7 @@ class Driver:
         self.counters: Counter[str] = Counter()
         self._guard = Guard(self.counters, lambda: self.started)
         self._events: deque[Event] = deque()
-        self._control = ControlPlane(links, happened=self._events.append, counters=self.counters)
+        self._control = ControlPlane(links, happened=self._events.append, guard=self._guard, counters=self.counters)
         self._data = DataPlane(
             transport,
             core.staging,
