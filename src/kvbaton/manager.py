@@ -22,7 +22,7 @@ from kvbaton.collected import Collected
 from kvbaton.control.address import Address
 from kvbaton.control.base import Links
 from kvbaton.discovery.registry import Sizes
-from kvbaton.errors import ConfigError, DeclinedError, KVBatonError, LocalProtocolError, OverloadedError
+from kvbaton.errors import ConfigError, DeclinedError, LocalProtocolError, OverloadedError, TransportError
 from kvbaton.handles import ALWAYS_READY, Finished, Freed, KVReceiver, KVSender, RoomHandle, Span, TraceEvent
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.parts import make_parts, new_instance
@@ -271,25 +271,24 @@ class KVManager:
         Raises:
             LocalProtocolError: rooms are live or their units still leased, or the manager is closed.
             TransportError: the data plane cannot let go of it.
-            ExpiredError: the driver's thread does not answer.
+            ExpiredError: the driver's thread has not answered, and may let go of it later: call again, or
+                :meth:`register`; no room begins before that.
         """
         with self._lock:
             if self._sides:
                 raise LocalProtocolError(f"{len(self._sides)} rooms are live: their memory cannot go before they end")
             if self._driver.closing:
                 raise LocalProtocolError("the manager is closed")
-            if self._away:
-                return
             self._away = True
         try:
             self._driver.deregister()
-        except KVBatonError:
+        except TransportError:
             self._away = False
             raise
 
     def register(self) -> None:
         """The layout's memory is back, at the same addresses: peers are told, rooms may begin. Does nothing where it
-        was not let go of. Raises as :meth:`deregister`."""
+        was not let go of. Raises as :meth:`deregister`; no room begins then."""
         if self._driver.closing:
             raise LocalProtocolError("the manager is closed")
         if self._away:

@@ -19,6 +19,7 @@ from kvbaton.errors import (
     AbortedError,
     ConfigError,
     DeclinedError,
+    ExpiredError,
     InternalError,
     LayoutError,
     LocalProtocolError,
@@ -301,6 +302,32 @@ def test_memory_goes_and_comes_back_while_the_peers_stay(make_rank: MakeRank) ->
     for call in (source.manager.deregister, source.manager.register):
         with pytest.raises(LocalProtocolError, match="closed"):
             call()
+
+
+def test_memory_goes_or_comes_though_the_answer_was_not_waited_for(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows then whether it has gone: nothing begins before it is back, and asking again is harmless."""
+    monkeypatch.setattr("kvbaton.runtime.driver.ASK_SECONDS", 0.05)
+    source, target = make_rank("prefill", fill=3), make_rank("decode")
+    regions = source.manager.sizes().get("transport_regions")
+    for call in (source.manager.deregister, source.manager.register):
+        go_on = threading.Event()
+        source.manager._driver._commands.ask(go_on.wait)
+        with pytest.raises(ExpiredError, match="did not answer"):
+            call()
+        go_on.set()
+        with pytest.raises(LocalProtocolError, match="call register"):
+            source.manager.sender(next(ROOMS))
+        monkeypatch.setattr("kvbaton.runtime.driver.ASK_SECONDS", 20.0)
+        call()
+        monkeypatch.setattr("kvbaton.runtime.driver.ASK_SECONDS", 0.05)
+    monkeypatch.undo()
+    assert source.manager.sizes().get("transport_regions") == regions
+    sender, receiver = begin(source, target)
+    sender.submit([Span("kv", 0, 40, (4, 6, 2)), Span("aux", 0, 0, (3,))], last=True, ready=ALWAYS_READY)
+    finish(source, target, sender, receiver)
+    np.testing.assert_array_equal(target.page(5), source.page(4))
 
 
 def test_an_abort_reaches_the_other_side_with_its_reason(make_rank: MakeRank) -> None:

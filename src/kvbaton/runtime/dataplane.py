@@ -76,6 +76,7 @@ class DataPlane:
         self._needs_help = transport.capabilities.target_must_progress
         self._generation = transport.generation
         self._closed = False
+        self._away = False  # our memory was let go of
         #: How bytes were seen to travel, by peer; filled in after the first writes.
         self.evidence: dict[str, str] = {}
 
@@ -260,16 +261,20 @@ class DataPlane:
                 self._happened(PeerQuiesced(peer))
 
     def register(self, regions: Sequence[Region]) -> None:
-        """Memory is back; peers are told with the next look at the agent. Raises TransportError."""
-        self._transport.register(regions)
+        """Memory is back; peers are told with the next look at the agent. Idempotent. Raises TransportError."""
+        if self._away:
+            self._transport.register(regions)
+            self._away = False
 
     def deregister(self) -> None:
-        """Memory goes for a while; nothing may be in flight. Raises TransportError."""
-        self._transport.deregister()
+        """Memory goes for a while; nothing may be in flight. Idempotent. Raises TransportError."""
+        if not self._away:
+            self._transport.deregister()
+            self._away = True
 
     def look_at_agent(self) -> None:
         """Tell it where the transport has replaced its agent: what peers know of us holds no more."""
-        if self._generation != self._transport.generation:
+        if not self._away and self._generation != self._transport.generation:
             metadata = self._transport.metadata()
             self._generation = self._transport.generation
             self._counters["agents_replaced"] += 1
