@@ -23,8 +23,16 @@ class RankHarness:
     """A manager with a small pool of its own in this process."""
 
     def __init__(
-        self, name: str, network: Network, transport: str, settings: Settings | None, fill: int | None
+        self,
+        name: str,
+        network: Network,
+        transport: str,
+        settings: Settings | None,
+        fill: int | None,
+        *,
+        clock: Callable[[], float] | None = None,
     ) -> None:
+        """``clock``: its time; then it has no thread, and its driver turns when it is told to."""
         pool = kv_pool(range(2), pages=64, page_size=16, heads=2, head_bytes=64, dtype="float32")
         rng = np.random.default_rng(fill)
         self.kv: NDArray[np.uint8] = np.zeros(pool_bytes(pool), np.uint8)
@@ -48,8 +56,10 @@ class RankHarness:
             group=name,
             settings=settings,
             collect_finished=True,
+            clock=clock if clock is not None else time.monotonic,
         )
-        self.manager.start()
+        if clock is None:
+            self.manager.start()
 
     def page(self, page: int) -> NDArray[np.uint8]:
         """All bytes of one page, over layers, K and V."""

@@ -205,6 +205,19 @@ def test_foreign_zeromq_messages_are_dropped(here: Log) -> None:
         assert here.payloads() == [b"one"]
 
 
+def test_it_is_known_that_more_came_than_one_receive_returns(here: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_links, "BATCH", 16)
+    with ZmqLinks() as there:
+        assert here.links.send(here.links.dial(there.address), *[b"frame"] * 40)
+        there.wait(10.0)
+        assert [(len(there.receive()), there.unread) for _ in range(4)] == [
+            (16, True),
+            (16, True),
+            (8, False),
+            (0, False),
+        ]
+
+
 def test_accepted_links_are_bounded(here: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_links, "MAX_ACCEPTED", 2)
     with ExitStack() as stack:

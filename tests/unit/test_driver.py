@@ -12,6 +12,7 @@ import pytest
 from ranks import ROOMS, MakeRank, RankHarness, begin, finish
 
 from kvbaton.control.base import Arrived, Changed, LinkId
+from kvbaton.control.memory import Network
 from kvbaton.errors import ExpiredError
 from kvbaton.manager import ALWAYS_READY, KVPoll, Span
 from kvbaton.protocol.messages import Open, decode
@@ -149,6 +150,48 @@ def second(opens: list[Arrived]) -> int:
     message = decode(opens[1].payload)
     assert isinstance(message, Open)
     return message.key.room
+
+
+def at_peace() -> tuple[list[RankHarness], list[float]]:
+    """A prefill and a decode rank without threads that know each other, and the time of both."""
+    network, now = Network(), [0.0]
+    ranks = [RankHarness(name, network, "memory", None, None, clock=lambda: now[0]) for name in ("prefill", "decode")]
+    sender = ranks[0].manager.sender(1)
+    ranks[1].manager.receiver(1, [ranks[0].manager.address])
+    for _ in range(20):
+        for rank in ranks:
+            rank.manager._driver.turn()
+    sender.abort("only to get to know each other")
+    return ranks, now
+
+
+def flood(rank: RankHarness, messages: int) -> None:
+    """A stranger says what makes no sense, more than one turn reads."""
+    with rank.network.listen() as stranger:
+        link = stranger.dial(rank.manager.address)
+        assert all(stranger.send(link, b"nonsense") for _ in range(messages))
+
+
+def test_a_rank_that_stood_still_reads_all_its_messages_before_it_takes_anybody_for_dead() -> None:
+    (source, target), now = at_peace()
+    flood(source, 600)
+    now[0] += 6.0
+    target.manager._driver.turn()  # pings
+    now[0] += 6.0
+    for _ in range(4):
+        source.manager._driver.turn()
+    assert source.manager._core.counters["messages_malformed"] == 600
+    assert source.manager.take_lost_peers() == []
+
+
+def test_a_flood_does_not_stop_the_clock() -> None:
+    (source, target), now = at_peace()
+    flood(source, 600)
+    for _ in range(20):
+        flood(source, 256)
+        now[0] += 1.0
+        source.manager._driver.turn()
+    assert [lost.instance for lost in source.manager.take_lost_peers()] == [target.manager.instance]
 
 
 def a_fence_that_raises() -> bool:

@@ -72,6 +72,12 @@ class Links(ABC):
     def receive(self) -> list[Arrived | Changed]:
         """Everything that came in, oldest first, at most a bounded batch; never blocks."""
 
+    @property
+    def unread(self) -> bool:
+        """Whether more had come in than the last :meth:`receive` returned, for all that is known; False where an
+        implementation cannot say."""
+        return False
+
     @abstractmethod
     def wait(self, timeout_seconds: float | None) -> None:
         """Sleep until something arrives, :meth:`wake` is called or the time is over (None: no limit)."""

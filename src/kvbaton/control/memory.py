@@ -185,6 +185,10 @@ class MemoryLinks(Links):
             batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
             return [item for item in batch if item.link in self._ends]
 
+    @property
+    def unread(self) -> bool:
+        return bool(self._inbox)
+
     def wait(self, timeout_seconds: float | None) -> None:
         with self._network.lock:
             self._changed.wait_for(lambda: self._inbox or self._woken or self._closed, timeout_seconds)

@@ -156,6 +156,7 @@ class ZmqLinks(Links):
         shown = Address.parse(f"tcp://{advertise}:0", any_port=True) if advertise else here
         self._keys = CurveKeys.derive(secret) if secret is not None else None
         self._inbox: deque[Arrived | Changed] = deque()
+        self._more = False  # a socket has more than was read from it
         self._dialled: dict[LinkId, _Dialled] = {}
         self._accepted = _Accepted()
         self._ids = itertools.count(1)
@@ -278,9 +279,14 @@ class ZmqLinks(Links):
     def receive(self) -> list[Arrived | Changed]:
         if self._context.closed:
             return []
+        self._more = False
         self._serve(self._watch.wait(0.0))
         batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
         return [item for item in batch if item.link in self._dialled or item.link in self._accepted.identities]
+
+    @property
+    def unread(self) -> bool:
+        return self._more or bool(self._inbox)
 
     def wait(self, timeout_seconds: float | None) -> None:
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
@@ -358,6 +364,7 @@ class ZmqLinks(Links):
         """A few from each socket, those first that were not read last time, until a batch is full."""
         for kind, link in ready:
             if len(self._inbox) >= BATCH:
+                self._more = True
                 return
             if kind is _Kind.ROUTER:
                 self._read_router()
@@ -372,6 +379,7 @@ class ZmqLinks(Links):
                 return
             if _is_ours(frames):
                 self._inbox.extend(Arrived(dialled.link, payload) for payload in frames)
+        self._more = True
 
     def _read_router(self) -> None:
         self._watch.touched(_ROUTER)
@@ -383,6 +391,7 @@ class ZmqLinks(Links):
             link = self._accepted.heard(identity, self._ids) if _is_ours(payloads) else None
             if link is not None:
                 self._inbox.extend(Arrived(link, payload) for payload in payloads)
+        self._more = True
 
     def sizes(self) -> dict[str, int]:
         return {

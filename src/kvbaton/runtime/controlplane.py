@@ -14,17 +14,28 @@ from kvbaton.errors import KVBatonError
 from kvbaton.protocol.events import Dialed, DialFailed, Event, LinkRefused, LinkUp, MessageArrived
 from kvbaton.runtime.guard import Guard
 
+#: How long deadlines wait for a reader that is behind, in seconds of its work: a flood does not stop the clock.
+BEHIND_SECONDS = 2.0
+
 
 class ControlPlane:
     """See the module. ``wake`` may be called from any thread, everything else belongs to the driver's. ``happened`` is
     told what follows, in order."""
 
     def __init__(
-        self, links: Links, *, happened: Callable[[Event], None], guard: Guard, counters: Counter[str]
+        self,
+        links: Links,
+        *,
+        happened: Callable[[Event], None],
+        guard: Guard,
+        counters: Counter[str],
+        clock: Callable[[], float],
     ) -> None:
         self._links = links
         self._happened = happened
         self._guard = guard
+        self._clock = clock
+        self._behind_since: float | None = None
         self._counters = counters
         self._outbox: dict[LinkId, list[bytes]] = {}  # what this turn says, by link
 
@@ -32,7 +43,7 @@ class ControlPlane:
         return {f"links_{name}": size for name, size in self._links.sizes().items()}
 
     def receive(self) -> bool:
-        """Everything that has come by now. Returns whether something has."""
+        """What has come by now, or a batch of it. Returns whether something has."""
         came = False
         for item in self._links.receive():
             came = True
@@ -42,7 +53,17 @@ class ControlPlane:
                 self._happened(LinkUp(item.link))
             elif item.change is LinkChange.REFUSED:
                 self._happened(LinkRefused(item.link))
+        if not self._links.unread:
+            self._behind_since = None
+        elif self._behind_since is None:
+            self._behind_since = self._clock()
         return came
+
+    @property
+    def behind(self) -> bool:
+        """More has come than was read: a rank that stood still would take those for dead whose pings it has not read.
+        So deadlines have to wait, but not for ever."""
+        return self._behind_since is not None and self._clock() < self._behind_since + BEHIND_SECONDS
 
     def dial(self, address: str) -> None:
         try:

@@ -83,7 +83,9 @@ class Driver:
         self.counters: Counter[str] = Counter()
         self._guard = Guard(self.counters, lambda: self.started)
         self._events: deque[Event] = deque()
-        self._control = ControlPlane(links, happened=self._events.append, guard=self._guard, counters=self.counters)
+        self._control = ControlPlane(
+            links, happened=self._events.append, guard=self._guard, counters=self.counters, clock=clock
+        )
         self._data = DataPlane(
             transport,
             core.staging,
@@ -239,7 +241,7 @@ class Driver:
 
     def _pass_time(self) -> None:
         deadline = self._core.next_deadline()
-        if deadline is not None and deadline <= self._clock():
+        if deadline is not None and deadline <= self._clock() and not self._control.behind:
             self._events.append(TimePassed())
             self._feed()
 

@@ -201,6 +201,8 @@ class LinksConformance(ABC):
             batch = len(there.links.receive())
             taken, largest = taken + batch, max(largest, batch)
         assert largest < 1000
+        there.links.receive()
+        assert not there.links.unread
 
     def test_a_closed_listener_is_down_then_refused(self, end: Callable[..., Log]) -> None:
         here, there = end(), end()

@@ -288,6 +288,10 @@ class SimLinks(Links):
         batch = [self.inbox.popleft() for _ in range(min(self.batch, len(self.inbox)))]
         return [item for item in batch if item.link in self.ends]
 
+    @property
+    def unread(self) -> bool:
+        return bool(self.inbox)
+
     def wait(self, timeout_seconds: float | None) -> None:
         """Nobody waits here: the simulator decides when a driver turns."""
 
