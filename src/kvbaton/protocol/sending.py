@@ -64,9 +64,16 @@ def acknowledge(t: Transfer, _now: float, _: object) -> None:
 
 def write_under_way(t: Transfer, now: float, _: object) -> None:
     """The target, which does nothing for rooms that only wait, may have to help this one's bytes to land."""
-    if not t.as_source().moving:
-        t.as_source().moving = True
+    t.as_source().moving = True
+    if t.context.timers.get(t, "retry") is None:
+        ask_for_help(t, now, None)
+
+
+def ask_for_help(t: Transfer, now: float, _: object) -> None:
+    """Again and again while something is under way: the message may be lost, and nothing answers it but the bytes."""
+    if t.as_source().outstanding:
         acknowledge(t, now, None)
+        t.retry_later(now)
 
 
 def send_chunk(t: Transfer, now: float, detail: object) -> None:
@@ -204,6 +211,7 @@ def conclude_if_settled(t: Transfer, now: float) -> None:
     if outgoing.last_submitted and not outgoing.outstanding:
         outgoing.exposed_seconds = max(0.0, now - outgoing.last_submitted_at)
         t.enter(State.DELIVERED)
+        t.retry_pause = t.context.settings.retry_seconds
         t.set_deadline(now, t.context.settings.announce_seconds)
         send_done(t, now, None)
 

@@ -144,7 +144,7 @@ TABLE: dict[State, dict[On, Handler | Ignored | Illegal]] = {
         On.WRITE_BROKEN: sending.write_broken,
         On.GIVEN_UP: sending.give_up_source,
         On.DEADLINE_REACHED: sending.expire_source,
-        On.RETRY_DUE: _NO_TIMER,
+        On.RETRY_DUE: sending.ask_for_help,
         On.PEER_LOST: sending.lose_target,
         On.PEER_GONE: sending.lose_target,
         On.PEER_FENCED: sending.fenced,

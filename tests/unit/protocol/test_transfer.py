@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -668,20 +669,28 @@ def test_one_broken_write_among_others_leaves_none_in_flight() -> None:
     scene.expect_failed()
 
 
-def test_a_target_learns_that_a_write_needs_its_help_even_where_the_first_message_is_lost() -> None:
+def asking_first(_from: Rank, _to: Rank, message: AnyMessage, asked: list[AnyMessage]) -> int:
+    """A network that loses every Opened until somebody has asked."""
+    asked += [message] if isinstance(message, Query) else []
+    return 1 if asked or not isinstance(message, Opened) else 0
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["the source says it again", "the target asks"])
+def test_a_target_learns_that_a_write_needs_its_help_even_where_the_first_message_is_lost(asks: bool) -> None:
+    """A room that has waited for long asks seldom, and must not stand still until then."""
     scene = Scene(holding(PAIR))
     scene.start()
     assert scene.target.core.receiving
     assert not scene.target.core.moving
-    network, scene.world.network = scene.world.network, dropping(Opened)
     scene.submit_all()
-    scene.world.run()
+    scene.world.network = partial(asking_first, asked=[]) if asks else dropping(Opened)
     for write in scene.source.held:
         scene.source.do(WriteUnderWay(write.write))
     scene.world.run()
     assert not scene.target.core.moving
-    scene.world.network = network
-    scene.world.run(until=Settings().retry_most_seconds + 1.0)  # it asks with Query
+    if not asks:
+        scene.world.network = dropping(Query)
+    scene.world.run(until=2 * QUICK.retry_most_seconds if asks else QUICK.retry_seconds)
     assert scene.target.core.moving
     scene.source.release_writes()
     scene.world.run()
