@@ -49,8 +49,9 @@ class Collected:
         return [side.finished() for side in ended]
 
     def take_freed(self) -> list[Freed]:
+        """Those that are free still: the engine may have withdrawn their chunks since, and submitted others."""
         self._check()
-        freed = list(self._freed)
+        freed = [side for side in list(self._freed) if side.freed]
         for side in freed:
             del self._freed[side]
         return [Freed(side.room, side.role, side.tag) for side in freed]
