@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 _TIMERS = ("deadline", "retry", "heartbeat", "forget")
 
-#: Most messages a second that all transfers with one peer repeat together. A peer that is slow is made slower by what
-#: it is told again: thousands of rooms that wait for its word would otherwise fill its inbox, and its word, and its
-#: pings, come behind all of that.
+#: About how many messages a second all transfers with one peer repeat together, and how often they ask it. A peer that
+#: is slow is made slower by what it is told again: thousands of rooms that wait for its word would otherwise fill its
+#: inbox, and its word, and its pings, come behind all of that.
 REPEATS_PER_SECOND = 500
 
 
@@ -54,6 +54,7 @@ class Context:
         self.session_needed: Callable[[Session], bool] = lambda _session: False
         self.queued: Callable[[Session], tuple[int, ...]] = lambda _session: ()
         self._repeating: dict[str, set[object]] = {}  # transfers that repeat a message until it is answered, by peer
+        self._asking: dict[str, set[object]] = {}  # and those that ask how theirs fares
         self._serial = itertools.count(1)
         self._effects: list[Effect] = []
 
@@ -91,23 +92,31 @@ class Context:
 
     def repeat_later(self, transfer: Transfer, now: float, pause: float) -> None:
         """A transfer's last message is due again after ``pause`` seconds, later where many wait for the same peer."""
-        waiting = self._repeating.setdefault(transfer.peer, set())
+        self._in_turn(self._repeating, transfer, now, pause)
+
+    def ask_later(self, transfer: Transfer, now: float, pause: float) -> None:
+        """It asks after ``pause`` seconds, later where many do. Who only asks holds up none that has to be heard."""
+        self._in_turn(self._asking, transfer, now, pause)
+
+    def _in_turn(self, of_peers: dict[str, set[object]], transfer: Transfer, now: float, pause: float) -> None:
+        waiting = of_peers.setdefault(transfer.peer, set())
         waiting.add(transfer)
         self.set_timer(transfer, "retry", now + max(pause, len(waiting) / REPEATS_PER_SECOND))
 
     @property
     def repeating(self) -> int:
-        """Transfers that repeat a message until it is answered."""
-        return sum(map(len, self._repeating.values()))
+        """Transfers that repeat a message until it is answered, or ask."""
+        return sum(map(len, (*self._repeating.values(), *self._asking.values())))
 
     def cancel_timers(self, owner: Session | Transfer) -> None:
         """All of a session's, or of a transfer's."""
         self.timers.cancel(owner, *_TIMERS)
-        waiting = self._repeating.get(owner.peer)
-        if waiting is not None:
-            waiting.discard(owner)
-            if not waiting:
-                del self._repeating[owner.peer]
+        for of_peers in (self._repeating, self._asking):
+            waiting = of_peers.get(owner.peer)
+            if waiting is not None:
+                waiting.discard(owner)
+                if not waiting:
+                    del of_peers[owner.peer]
 
     def record(self, room: int, text: str) -> None:
         """Something happened to a room."""

@@ -64,7 +64,7 @@ def query(t: Transfer, now: float, _: object) -> None:
 
 def ask_later(t: Transfer, now: float) -> None:
     """Rooms that were opened together do not ask together: thousands may wait."""
-    t.context.set_timer(t, "retry", now + t.retry_pause * (1 + t.key.id % 16 / 16))
+    t.context.ask_later(t, now, t.retry_pause * (1 + t.key.id % 16 / 16))
 
 
 def delivered(t: Transfer, now: float, detail: object) -> None:

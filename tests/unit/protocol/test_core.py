@@ -16,6 +16,7 @@ from kvbaton.protocol.context import REPEATS_PER_SECOND
 from kvbaton.protocol.core import Core
 from kvbaton.protocol.effects import Dial, KVPoll, Report, RoomStatus
 from kvbaton.protocol.events import (
+    AbortRequested,
     ChunkSubmitted,
     DialFailed,
     GrantsPublished,
@@ -581,7 +582,28 @@ def test_what_thousands_of_rooms_repeat_to_a_slow_peer_does_not_grow_with_them()
     scene.world.network = dropping()
     scene.world.run(until=20.0)
     assert {scene.status("target", room).poll for room in rooms} == {KVPoll.WaitingForInput}
-    assert scene.target.core.sizes()["repeating"] == 0
+    for room in rooms:
+        scene.target.do(AbortRequested(room, "target", AbortedError("over")))
+    scene.world.run(until=30.0)
+    assert scene.target.core.sizes()["repeating"] == scene.source.core.sizes()["repeating"] == 0
+
+
+def test_rooms_that_only_wait_ask_at_a_bounded_rate_and_hold_up_none_that_has_to_be_heard() -> None:
+    rooms = range(1, 3 * REPEATS_PER_SECOND)
+    settings = Settings(retry_most_seconds=1.0, waiting_timeout=8.0)
+    scene = Scene(settings=settings)
+    scene.world.checking = False
+    for room in rooms:
+        scene.open_receivers(room)
+        scene.publish(room)
+    scene.world.run(until=5.5)
+    assert 0 < len(said(scene, 0, Query)) <= 1.2 * 5.5 * REPEATS_PER_SECOND
+    scene.world.network = dropping(Opened)
+    scene.open_receivers(rooms.stop)
+    scene.publish(rooms.stop)
+    since = len(scene.world.trace)
+    scene.world.run(until=5.5 + settings.retry_seconds)
+    assert [m for *_, m in scene.world.trace[since:] if isinstance(m, Open)], "the new room's, which is not answered"
 
 
 @pytest.mark.parametrize(
