@@ -203,6 +203,11 @@ def deadline_checked_before_the_inbox(patches: Patches) -> None:
     patches.set(Core, "handle", handle)
 
 
+@mutant("a source does not say that its writes need the target's help to land (our own)")
+def help_never_asked_for(patches: Patches) -> None:
+    patches.cell(State.SENDING, On.WRITE_UNDER_WAY, table.Ignored("planted"))
+
+
 @mutant("a source that fails does not tell its targets (sglang#36033)")
 def failure_not_announced(patches: Patches) -> None:
     original = context.Context.send
