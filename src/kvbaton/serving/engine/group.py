@@ -154,7 +154,13 @@ class GroupRoom:
             self._others[member.rank] = orders.RankStatus(self.number, KVPoll.Bootstrapping)
 
     def begin(self, role: Role, sources: Sequence[str]) -> None:
-        self._group.order(orders.Begin(self.number, role, self.room, tuple(sources)))
+        """Have the others begin it as well. Raises InternalError where they cannot be told; it has ended here then."""
+        try:
+            self._group.order(orders.Begin(self.number, role, self.room, tuple(sources)))
+        except InternalError as error:
+            self._group.leave(self.number)
+            self._local.fail(error)
+            raise
 
     def on_status(self, rank: int, report: orders.RankStatus) -> None:
         """On the thread of a follower."""
