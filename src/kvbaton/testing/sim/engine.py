@@ -6,6 +6,7 @@ next room at once, the last freed one first, so that whatever still touches it i
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 from kvbaton.testing.sim.allocator import SimAllocator, Tenancy
@@ -42,6 +43,10 @@ class SimEngine:
 
     def keeps(self, onward: SimRequest) -> bool:
         return onward.number in self._kept
+
+    def keeps_what_came(self, requests: Container[int]) -> bool:
+        """Whether something of these is to be handed on from here."""
+        return any(kept.job.request.number in requests for kept in self._kept.values())
 
     def take_kept(self, onward: SimRequest) -> Tenancy | None:
         """What is handed on from here, once."""
