@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     secret = read_secret(options.secret_file) if options.secret_file is not None else None
     sides = [load(where, secret) for where in (options.prefill, options.decode)]
-    found = [*role_differences(options.prefill, options.decode), *compare_groups(*sides)]
+    found = [*server_differences(options.prefill, options.decode), *compare_groups(*sides)]
     if options.json:
         sys.stdout.write(msgspec.json.encode(_data(options, sides, found)).decode() + "\n")
     else:
@@ -53,27 +53,39 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def role_differences(prefill: str, decode_side: str) -> Iterator[IncompatibleError]:
-    """Servers that are given as the half that they are not. Raises PeerLostError."""
-    for wanted, where in (("prefill", prefill), ("decode", decode_side)):
-        mode = _mode(where) if where.startswith(URLS) else ""
-        if mode and mode != wanted:
+def server_differences(prefill: str, decode_side: str) -> Iterator[IncompatibleError]:
+    """Servers that are given as the half that they are not, or that take prompts of other lengths. Raises
+    PeerLostError."""
+    sides = [_ready(where) if where.startswith(URLS) else _Ready() for where in (prefill, decode_side)]
+    for wanted, where, side in zip(("prefill", "decode"), (prefill, decode_side), sides, strict=True):
+        if side.mode and side.mode != wanted:
             advice = "A is the prefill side, B the decode side"
             yield IncompatibleError(
-                f"role: {where} is a {mode} server: {advice}",
+                f"role: {where} is a {side.mode} server: {advice}",
                 field="role",
-                ours=mode if wanted == "prefill" else "",
-                theirs=mode if wanted == "decode" else "",
+                ours=side.mode if wanted == "prefill" else "",
+                theirs=side.mode if wanted == "decode" else "",
                 hint=advice,
             )
+    ours, theirs = (side.max_model_len for side in sides)
+    if ours and theirs and ours != theirs:
+        advice = "start both with the same model"
+        yield IncompatibleError(
+            f"max_model_len: A takes {ours} tokens of prompt and answer, B {theirs}: {advice}",
+            field="max_model_len",
+            ours=str(ours),
+            theirs=str(theirs),
+            hint=advice,
+        )
 
 
 class _Ready(msgspec.Struct):
     mode: str = ""
+    max_model_len: int = 0
 
 
-def _mode(url: str) -> str:
-    """What a server says that it is; nothing where it says nothing."""
+def _ready(url: str) -> _Ready:
+    """What a server says of itself; nothing where it says nothing."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/ready", timeout=TIMEOUT_SECONDS) as response:
             payload = bytes(response.read(MAX_READY_BYTES))
@@ -82,9 +94,9 @@ def _mode(url: str) -> str:
     except (OSError, ValueError) as error:
         raise PeerLostError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from None
     try:
-        return msgspec.json.decode(payload, type=_Ready).mode
+        return msgspec.json.decode(payload, type=_Ready)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""
+        return _Ready()
 
 
 def load(where: str, secret: str | None = None) -> tuple[RankLayout, ...]:

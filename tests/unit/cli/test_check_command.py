@@ -343,9 +343,11 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys) -> None:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def half(ranks: list[RankLayout], secret: str | None = None, mode: Mode = "decode") -> web.Application:
+def half(
+    ranks: list[RankLayout], secret: str | None = None, mode: Mode = "decode", max_positions: int = 1
+) -> web.Application:
     engine = ScriptedEngine(lambda _request: spell("hi"))
-    config = ApiConfig(model="m", max_positions=1, mode=mode)
+    config = ApiConfig(model="m", max_positions=max_positions, mode=mode)
     return ApiServer(engine, None, config, layouts=ranks, secret=secret).app
 
 
@@ -376,6 +378,17 @@ def test_swapped_servers_and_one_server_twice_are_told(capsys) -> None:
                 assert [one["field"] for one in differences if one["field"] in ("role", "group")] == (
                     [] if not count else ["role", "role"] if sides == (b, a) else ["role", "group"]
                 )
+
+    run(test())
+
+
+def test_servers_that_take_prompts_of_other_lengths_are_told(capsys) -> None:
+    async def test() -> None:
+        sides = half(BASE, None, "prefill"), half(BASE, max_positions=2)
+        async with serving(sides[0]) as a, serving(sides[1]) as b:
+            assert await asyncio.to_thread(main, ["check", a, b, "--json"], {}) == 1
+        told = [one for one in json.loads(capsys.readouterr().out)["differences"] if one["field"] == "max_model_len"]
+        assert [(one["prefill"], one["decode"]) for one in told] == [("1", "2")]
 
     run(test())
 

@@ -53,7 +53,7 @@ class Deployment:
         server = ApiServer(
             ScriptedEngine(lambda _request: spell("hello")),
             CharacterTokenizer(),
-            ApiConfig(model="m", max_positions=100, mode=mode),
+            ApiConfig(model=changes.pop("model", "m"), max_positions=changes.pop("max_positions", 100), mode=mode),
             registry=client if mode == "decode" else None,
             layouts=[memory(name, **changes)],
             instance=name,
@@ -94,6 +94,7 @@ async def deployment() -> AsyncIterator[Deployment]:
         ({"dtype": "bfloat16"}, "dtype"),
         ({"weights": "others"}, "weights"),
         ({"chat_template": "another"}, "chat_template"),
+        ({"max_positions": 99}, "max_model_len: prefill has 100, decode 99"),
     ],
 )
 def test_servers_that_do_not_fit_are_told_before_a_request_is_sent_there(changes, message, caplog) -> None:
@@ -200,5 +201,27 @@ def test_what_a_process_was_asked_is_lost_when_another_one_has_its_address() -> 
                     await one.router.workers.probe_all()
             await one.router.workers.probe_all()
             assert worker.usable
+
+    run(test())
+
+
+def test_a_decode_server_with_another_name_for_the_model_is_left_out_also_where_it_is_named_first() -> None:
+    """A request that names the model is refused by none of those that are asked."""
+
+    async def test() -> None:
+        async with deployment() as one:
+            await one.add("prefill", model="/anywhere/m")
+            await one.add("decode", 0, model="other")
+            await one.add("decode", 1)
+            await one.add("decode", 2)
+            await one.start()
+            await one.router.workers.probe_all()
+            other = one.workers[1]
+            assert other.state is State.UNFIT
+            assert "it serves the model 'other', and other decode servers here 'm'" in other.trouble
+            for _ in range(4):
+                asked = {"prompt": "x", "model": "m"}
+                async with one.session.post(f"{one.url}/v1/completions", json=asked) as response:
+                    assert response.status == 200
 
     run(test())

@@ -706,7 +706,7 @@ def test_a_request_that_takes_too_long_is_504_or_an_error_event():
             return await hang(request, body)
 
         prefill, decode = Backend(answer), Backend(hang)
-        async with routed([prefill], [decode], request_timeout_secs=0.1) as setup:
+        async with routed([prefill], [decode], request_timeout_secs=0.4) as setup:
             assert (await setup.post(504))["error"]["code"] == "expired"
             await decode.cancelled.wait()
             decode.behave = begin
@@ -1037,6 +1037,29 @@ def test_a_router_without_files_blames_no_worker():
             assert (caught.value.status, caught.value.detail.code) == (429, "overloaded")
             assert not caught.value.is_suspicious
             assert all(worker.usable for worker in router.workers.all)
+
+    run(test())
+
+
+def test_connections_that_find_no_file_are_one_line_and_a_count(caplog, monkeypatch):
+    monkeypatch.setattr("kvbaton.serving.server.loop_errors.SECONDS", 0.05)
+
+    async def test() -> None:
+        async with routed([Backend(answer)], [Backend(answer)]) as setup:
+            host, _, port = setup.url.removeprefix("http://").rpartition(":")
+            with contextlib.ExitStack() as clients:
+                asking = [clients.enter_context(socket.socket()) for _ in range(20)]
+                with no_file_left():
+                    for client in asking:
+                        client.setblocking(False)
+                        client.connect_ex((host, int(port)))
+                    while not any("more attempts" in record.message for record in caplog.records):
+                        await asyncio.sleep(0)
+            first, *more = (record.message for record in caplog.records)
+            assert "cannot be accepted" in first
+            assert all("more attempts to accept" in message for message in more)
+            async with aiohttp.ClientSession() as session, session.get(f"{setup.url}/ready") as response:
+                assert response.status == 200
 
     run(test())
 

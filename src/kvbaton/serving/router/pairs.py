@@ -90,7 +90,7 @@ class Pairs:
         self, prefill: Worker, decode: Worker, layouts: Mapping[Worker, tuple[RankLayout, ...] | str]
     ) -> None:
         instances = prefill.instance, decode.instance
-        trouble = await self._registry_trouble(prefill, decode)
+        trouble = _length_trouble(prefill, decode) or await self._registry_trouble(prefill, decode)
         ours, theirs = layouts[prefill], layouts[decode]
         if not trouble:
             if isinstance(ours, str) or isinstance(theirs, str):
@@ -148,6 +148,14 @@ class Pairs:
         except (aiohttp.ClientError, OSError) as error:
             message = f"it does not answer ({cause_of(error)})"
             return 0, msgspec.json.encode({"error": {"message": message}})
+
+
+def _length_trouble(prefill: Worker, decode: Worker) -> str:
+    """A request that one of them takes, the other would refuse."""
+    ours, theirs = prefill.max_model_len, decode.max_model_len
+    if ours == theirs or not (ours and theirs):
+        return ""
+    return f"max_model_len: prefill has {ours}, decode {theirs}; start both with the same model"
 
 
 class _Detail(msgspec.Struct):

@@ -24,10 +24,13 @@ class ProbeAnswer(msgspec.Struct):
     instance: str = ""
     protocol: int = PROTOCOL_VERSION
     admits: bool = True
+    model: str = ""
+    max_model_len: int = 0
 
-    def verdict(self, role: Role, path: str, status: int) -> tuple[State, str]:
-        """The worker's state, and why it gets no requests."""
-        trouble = self._trouble(role)
+    def verdict(self, role: Role, path: str, status: int, served: str = "") -> tuple[State, str]:
+        """The worker's state, and why it gets no requests. ``served``: the model's name at the other servers of its
+        role, where clients' requests name it."""
+        trouble = self._trouble(role, served)
         if trouble:
             return State.UNFIT, trouble
         if status == 200:
@@ -35,13 +38,18 @@ class ProbeAnswer(msgspec.Struct):
         reason = f" ({self.reason})" if self.reason else ""
         return State.DRAINING if self.draining else State.NEW, f"{path} answers HTTP {status}{reason}"
 
-    def _trouble(self, role: Role) -> str:
+    def _trouble(self, role: Role, served: str) -> str:
         if self.mode and self.mode != role:
             return f"it is a {self.mode} server; name it with --{self.mode}, or start it in mode {role}"
         if self.protocol != PROTOCOL_VERSION:
             return f"it speaks protocol version {self.protocol}, and this router is of version {PROTOCOL_VERSION}"
         if not self.admits:
             return "it does not take this router's secret; give both the same --secret-file"
+        if served and self.model and self.model != served:
+            return (
+                f"it serves the model {self.model[:80]!r}, and other {role} servers here {served[:80]!r}; "
+                "start all with the same --served-model-name"
+            )
         return ""
 
 

@@ -70,6 +70,8 @@ class Worker:
     trouble: str = "not probed yet"
     signs_of_life: int = 0
     instance: str = ""  # which process it is, as it says
+    model: str = ""  # under which name it serves its model, as it says
+    max_model_len: int = 0  # tokens of prompt and answer together that it can see, as it says
     turn: int = 0  # when it was taken last; the smaller the longer ago
     breaker: Breaker = field(default_factory=Breaker, repr=False)
     _legs: set[Leg] = field(default_factory=set, repr=False)

@@ -295,7 +295,14 @@ class Workers:
             worker.become(State.GONE, "another process is at its address")
             worker.breaker = Breaker(self._breakers)
         worker.instance = answer.instance or worker.instance
-        worker.become(*answer.verdict(worker.role, path, response.status))
+        worker.model, worker.max_model_len = answer.model, answer.max_model_len
+        served = self._served() if worker.role == "decode" else ""  # prefill is not told the name
+        worker.become(*answer.verdict(worker.role, path, response.status, served))
+
+    def _served(self) -> str:
+        """The name under which most decode servers serve the model, the first of them where they are as many."""
+        names = [one.model for one in self._workers if one.role == "decode" and one.model and not one.state.is_lost]
+        return max(names, key=names.count, default="")
 
     def _no_answer(self, worker: Worker, signs: int, trouble: str) -> None:
         if worker.signs_of_life != signs:  # it answers requests, so it is only slow

@@ -24,6 +24,7 @@ from kvbaton.discovery.listening import make_runner
 from kvbaton.discovery.names import plain
 from kvbaton.errors import ConfigError
 from kvbaton.serving.server.admission import AdmissionLimit
+from kvbaton.serving.server.loop_errors import LoopErrors
 
 #: Connections that wait to be accepted.
 BACKLOG = 1024
@@ -61,6 +62,7 @@ def port_of(bound: socket.socket) -> int:
 async def listen(app: web.Application, bound: socket.socket, *, flag: str = "--port") -> web.AppRunner:
     """Start answering on a reserved socket. ``cleanup()`` of the runner ends it. Raises ConfigError."""
     raise_file_limit()
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
     runner = make_runner(app)
     await runner.setup()
     host, port = bound.getsockname()[:2]

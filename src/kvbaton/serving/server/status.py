@@ -97,6 +97,8 @@ class StatusRoutes:
             "mode": self._config.mode,
             "instance": self._instance,
             "protocol": PROTOCOL_VERSION,
+            "model": self._config.model,
+            "max_model_len": self._config.max_positions,
             "admits": self._callers.is_router(http),
         }
         return json_response(body, status=503 if reason else 200)
