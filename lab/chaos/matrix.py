@@ -10,14 +10,17 @@ from pathlib import Path
 from kvbaton.errors import KVBatonError
 from lab.chaos.cell import CellResult, FaultCell
 from lab.chaos.fault import Spec
-from lab.chaos.scene import Scene, expected_answers
+from lab.chaos.scene import Expected, Scene, expected_answers
 
 Progress = Callable[[Spec, CellResult | None], None]
 
 
-async def run_matrix(specs: Sequence[Spec], directory: Path, progress: Progress) -> list[CellResult]:
-    """Results in the order of ``specs``; ``progress`` hears of each before (None) and after."""
-    expected = await expected_answers(directory)
+async def run_matrix(
+    specs: Sequence[Spec], directory: Path, progress: Progress, *, expected: Expected | None = None
+) -> list[CellResult]:
+    """Results in the order of ``specs``; ``progress`` is called before each (None) and after. ``expected``: what every
+    answer must be, if that is known; else a single process is started and asked."""
+    expected = expected or await expected_answers(directory)
     results: list[CellResult] = []
     for (network, workers), cells in itertools.groupby(specs, lambda spec: (spec.network, spec.workers)):
         scene: Scene | None = None

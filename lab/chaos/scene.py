@@ -52,7 +52,7 @@ Expected = Mapping[str, tuple[int, ...]]
 
 
 async def expected_answers(directory: Path) -> Expected:
-    """What a single process answers to the questions of the matrix."""
+    """What a single process, started for it, answers to the questions of the matrix."""
     fleet = Fleet(directory, model="recall", reference=True)
     single = fleet.reference
     if single is None:
@@ -63,14 +63,18 @@ async def expected_answers(directory: Path) -> Expected:
             deadline = time.monotonic() + 60
             while True:
                 try:
-                    answers = {q.title: await ask(http, single.url, q) for q in (LONG, SHORT)}
-                    break
+                    return await answers_of(single, http)
                 except (aiohttp.ClientError, OSError):
                     if time.monotonic() > deadline or not single.running:
                         raise PeerLostError(f"the single process does not answer:\n{single.last_words()}") from None
                     await asyncio.sleep(0.1)
         finally:
             await single.stop()
+
+
+async def answers_of(single: Server, http: aiohttp.ClientSession) -> Expected:
+    """What a single process that runs answers. Raises TransferFailedError."""
+    answers = {question.title: await ask(http, single.url, question) for question in (LONG, SHORT)}
     for answer in answers.values():
         if answer.error:
             raise TransferFailedError(f"the single process gave no answer: {answer.error}")

@@ -1,8 +1,7 @@
 """``python -m lab conformance --quick``: every kind of pool between unequal groups of ranks, over real NIXL."""
 
-import os
-import subprocess
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 
 import msgspec
@@ -11,15 +10,12 @@ import pytest
 from lab.commands import LAB
 from lab.conformance.campaign import QUICK
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
-
-def test_the_quick_cells_are_equal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lab", "conformance", "--quick", "--json", "--keep", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = msgspec.json.decode(done.stdout)
+def test_the_quick_cells_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = LAB.main(["conformance", "--quick", "--json", "--keep", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert code == 0, captured
+    found = msgspec.json.decode(captured.out)
     assert found["equal"]
     wanted = [(family, name) for family, names in QUICK for name in names]
     assert [(cell["family"], cell["topology"]) for cell in found["cells"]] == wanted

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from refusals import refused
 
 import kvbaton
+from kvbaton.serving.fleet import free_ports
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvbaton.__file__).parents[1]), "KVBATON_TORCH_THREADS": "1"}
 PATIENCE_SECONDS = 60
@@ -65,8 +65,32 @@ def test_a_server_answers_and_finishes_its_requests_after_sigterm():
         assert process.wait(PATIENCE_SECONDS) == 0
 
 
-def test_what_the_grace_period_does_not_last_for_is_told_so():
-    with serving("--model", "recall", "--port", "0", "--grace-period-secs", "0.01") as (process, url):
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"kvbaton: {tmp_path} holds no config.json" in refused(capsys, "--model", str(tmp_path), "--port", "0")
+    assert "kvbaton: model '/no/such/model' is no directory" in refused(capsys, "--model", "/no/such/model")
+    half = ("--model", "recall", "--disaggregation-mode", "decode", "--port", "0")
+    assert "without a shared secret\nhint: pass --secret-file" in refused(capsys, *half, "--host", "0.0.0.0")
+
+
+def test_a_full_disk_under_the_logs_stops_nothing_and_what_the_grace_period_does_not_last_for_is_told_so():
+    """Found by `python -m lab chaos`: the first line on stderr ended the server."""
+    (port,) = free_ports(1)
+    url, arguments = f"http://127.0.0.1:{port}", ("--port", str(port), "--grace-period-secs", "0.01")
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            command("serve", "--model", "recall", *arguments), stdout=full, stderr=full, env=ENVIRONMENT
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with urllib.request.urlopen(post(url, prompt="a7=3MB0;?a7=", max_tokens=4, temperature=0)) as response:
+                    assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
+                break
+            except OSError:  # not listening yet
+                assert process.poll() is None, "the server has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
         stream = post(url, prompt="a7=3MB0;?a7=", max_tokens=2000, temperature=0, ignore_eos=True, stream=True)
         with urllib.request.urlopen(stream) as response:
             assert response.readline().startswith(b"data: ")
@@ -75,38 +99,6 @@ def test_what_the_grace_period_does_not_last_for_is_told_so():
         last = msgspec.json.decode(events[-2].removeprefix(b"data: "))
         assert last["error"]["code"] == "draining"
         assert "is stopping; send it again" in last["error"]["message"]
-        assert process.wait(PATIENCE_SECONDS) == 0
-
-
-def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"kvbaton: {tmp_path} holds no config.json" in refused(capsys, "--model", str(tmp_path), "--port", "0")
-    assert "kvbaton: model '/no/such/model' is no directory" in refused(capsys, "--model", "/no/such/model")
-    half = ("--model", "recall", "--disaggregation-mode", "decode", "--port", "0")
-    assert "without a shared secret\nhint: pass --secret-file" in refused(capsys, *half, "--host", "0.0.0.0")
-
-
-def test_a_full_disk_under_the_logs_stops_nothing():
-    """Found by `python -m lab chaos`: the first line on stderr ended the server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with open("/dev/full", "w") as full:
-        process = subprocess.Popen(
-            command("serve", "--model", "recall", "--port", str(port)), stdout=full, stderr=full, env=ENVIRONMENT
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        request = post(f"http://127.0.0.1:{port}", prompt="a7=3MB0;?a7=", max_tokens=4, temperature=0)
-        while True:
-            try:
-                with urllib.request.urlopen(request) as response:
-                    assert msgspec.json.decode(response.read())["choices"][0]["text"] == "3MB0"
-                break
-            except OSError:  # not listening yet
-                assert process.poll() is None, "the server has ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 0
     finally:
         process.kill()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from kvbaton.serving.fleet import Fleet
 from lab.chaos.fault import Fault, Phase, Victim, matrix, quick
 from lab.chaos.matrix import run_matrix
+from lab.chaos.scene import answers_of
 
 
-def test_every_cell_of_the_quick_matrix_is_green(tmp_path: Path) -> None:
-    results = asyncio.run(run_matrix(quick(), tmp_path, lambda _spec, _result: None))
+def test_every_cell_of_the_quick_matrix_is_green(fleet: Fleet, runner: asyncio.Runner, tmp_path: Path) -> None:
+    assert fleet.reference is not None
+    expected = runner.run(answers_of(fleet.reference, fleet.http))
+    results = runner.run(run_matrix(quick(), tmp_path, lambda _spec, _result: None, expected=expected))
     assert [result.spec for result in results] == quick()
     for result in results:
         assert result.ok, f"{result.spec}: {result.failures}"
