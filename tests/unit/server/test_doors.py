@@ -367,6 +367,27 @@ def test_large_bodies_share_a_budget_and_small_ones_need_none():
     run(test())
 
 
+def test_large_bodies_come_one_after_the_other_and_small_ones_between():
+    async def test() -> None:
+        bodies = Bodies(small_bytes=100, each_second=600)
+        async with reading(bodies) as (url, session, _):
+            async with session.post(url, data=b"x" * 900) as response:
+                assert response.status == 200
+            gone, next_one = (asyncio.create_task(session.post(url, data=b"x" * size)) for size in (100_000, 150))
+            while bodies.held_bytes < 100_150:
+                await asyncio.sleep(0)
+            async with session.post(url, data=b"x" * 100) as response:
+                assert response.status == 200
+            assert not gone.done()
+            assert not next_one.done()
+            gone.cancel()  # who goes away takes no turn
+            async with asyncio.timeout(15), await next_one as response:
+                assert response.status == 200
+            assert not bodies.held_bytes
+
+    run(test())
+
+
 def test_a_body_that_never_ends_is_given_up():
     async def test() -> None:
         async with reading(Bodies(seconds=0.05)) as (url, _, _):

@@ -2,7 +2,8 @@
 
 Rules: what is too large is refused by its Content-Length, before it is read, or where it passes the bound; nothing is
 ever decompressed (a few bytes would become gigabytes). Small bodies always find room, their number is the
-admission limit's business; large ones share a budget, so that many at once are refused instead of filling the memory.
+admission limit's business; large ones share a budget, so that many at once are refused instead of filling the memory,
+and are handed out one after the other, so that what is made of them leaves the event loop to others in between.
 
 This file must not know what a body means.
 """
@@ -10,6 +11,7 @@ This file must not know what a body means.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,6 +27,8 @@ MAX_ROUTED_BODY_BYTES = MAX_BODY_BYTES - (64 << 10)
 SMALL_BODY_BYTES = 64 << 10
 #: Most bytes of counted bodies at a time.
 MAX_BODIES_BYTES = 256 << 20
+#: Bytes of counted bodies that are handed out in a second: what is made of 16 MiB takes the event loop up to 0.2 s.
+LARGE_BYTES_EACH_SECOND = 32 << 20
 #: A body has arrived by then.
 BODY_SECONDS = 30.0
 
@@ -38,6 +42,7 @@ class Bodies:
         most_bytes: int = MAX_BODY_BYTES,
         all_bytes: int = MAX_BODIES_BYTES,
         small_bytes: int = SMALL_BODY_BYTES,
+        each_second: int = LARGE_BYTES_EACH_SECOND,
         seconds: float = BODY_SECONDS,
     ) -> None:
         self._most_bytes = most_bytes
@@ -45,6 +50,9 @@ class Bodies:
         self._small_bytes = small_bytes
         self._seconds = seconds
         self._held = 0
+        self._each_second = each_second
+        self._turns = asyncio.Lock()
+        self._next_turn = 0.0
 
     def __repr__(self) -> str:
         return f"<Bodies {self._held} of {self._all_bytes} bytes>"
@@ -79,9 +87,17 @@ class Bodies:
                 raise web.HTTPRequestTimeout(reason=f"No complete body within {self._seconds:g} s") from None
             whole = bytes(body)
             body.clear()
+            if counted:
+                await self._turn(counted)
             yield whole
         finally:
             self._held -= counted
+
+    async def _turn(self, size: int) -> None:
+        """Wait until a large body may be looked at. Their sum is bounded, and so is this."""
+        async with self._turns:
+            await asyncio.sleep(self._next_turn - time.monotonic())
+            self._next_turn = time.monotonic() + size / self._each_second
 
     def _take(self, size: int) -> int:
         if self._held + size > self._all_bytes:
