@@ -3,10 +3,9 @@ SGLang run in the environments of ``python -m lab vllm`` and ``python -m lab sgl
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lab.engines.environment import pip, run
+from lab.engines.environment import made, pip
 
 SGLANG_ROUTER = "0.3.2"
 OPENAI = "3.57.0"
@@ -27,13 +26,7 @@ _WANTED = (
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    python, ready = directory / "bin" / "python", directory / ".ready"
-    wanted = " ".join(_WANTED)
-    if not (ready.is_file() and ready.read_text() == wanted):
-        run(sys.executable, "-m", "venv", "--clear", str(directory))
-        pip(python, "install", *_WANTED)
-        ready.write_text(wanted)
-    return python
+    return made(directory, " ".join(_WANTED), lambda python, _: pip(python, "install", *_WANTED))
 
 
 def interpreter(directory: Path) -> Path | None:

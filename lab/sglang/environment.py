@@ -6,10 +6,9 @@ SGLang asks for the CUDA builds of its kernels and of torchvision. Neither is ca
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lab.engines.environment import pip, run
+from lab.engines.environment import made, pip
 
 SGLANG = "0.5.23"
 TORCH = "torch==2.13.0"
@@ -34,18 +33,15 @@ def __getattr__(name):
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    python = directory / "bin" / "python"
-    ready = directory / ".ready"
-    if ready.is_file() and ready.read_text() == SGLANG:
-        return python
-    run(sys.executable, "-m", "venv", "--clear", str(directory))
+    return made(directory, SGLANG, _install)
+
+
+def _install(python: Path, packages: Path) -> None:
     pip(python, "install", "--no-deps", TORCH)
     pip(python, "install", "--no-deps", "--requirement", str(PINNED))
     pip(python, "install", "--no-deps", *BARE)
     pip(python, "install", "--no-deps", "--editable", str(ROOT))
-    patch(next((directory / "lib").glob("python*/site-packages")))
-    ready.write_text(SGLANG)
-    return python
+    patch(packages)
 
 
 def patch(packages: Path) -> None:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
 import shutil
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
-from kvbaton.errors import ConfigError
 from kvbaton.serving.fleet import free_ports
 from lab.engines.campaign import Play
+from lab.engines.models import write_model
+from lab.engines.scene import EngineScene, places, started
 from lab.sglang.contract import DIRECTORY, plug_in
-from lab.sglang.models import write_model
+from lab.sglang.models import FAMILIES
 from lab.sglang.requests import Client
 from lab.sglang.server import SglangServer
-
-#: After a case nothing may be in use within so many seconds.
-EMPTY_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +43,8 @@ class Setting:
     tokens: int = 16_384
 
 
-class Scene:
-    """Servers and what may be asked of them."""
+class Scene(EngineScene[SglangServer, "Scene"]):
+    """What is under way is read from the servers' own loads."""
 
     def __init__(
         self,
@@ -58,28 +53,12 @@ class Scene:
         session: aiohttp.ClientSession,
         rival: Scene | None = None,
     ) -> None:
-        self._plain, self._rival = plain, rival
-        self.prefill, self.decode = servers
-        self.session = session
+        super().__init__(plain, servers, session, rival)
         alone = plain.url if plain is not None else ""
         self.client = Client(session, alone, self.prefill.url, self.decode.url, self.prefill.bootstrap_port)
 
-    @property
-    def plain(self) -> SglangServer:
-        """Raises ConfigError where there is none."""
-        if self._plain is None:
-            raise ConfigError("this scene has no plain server")
-        return self._plain
-
-    @property
-    def rival(self) -> Scene:
-        """The pair with SGLang's own backend. Raises ConfigError where there is none."""
-        if self._rival is None:
-            raise ConfigError("this scene has no rival")
-        return self._rival
-
-    async def busy(self, server: SglangServer) -> dict[str, float]:
-        """What a server has under way, of what it counts."""
+    async def in_use(self, server: SglangServer) -> dict[str, float]:
+        """What it counts."""
         async with self.session.get(f"{server.url}/v1/loads", params={"include": "all"}) as answer:
             loads = (await answer.json())["loads"]
         found: dict[str, float] = {}
@@ -91,28 +70,14 @@ class Scene:
                     found[name] = found.get(name, 0) + value
         return {name: value for name, value in found.items() if value}
 
-    async def empty(self, *servers: SglangServer, seconds: float = EMPTY_SECONDS) -> float:
-        """Seconds until prefill and decode have nothing under way. Raises AssertionError."""
-        started = time.monotonic()
-        busy: list[Any] = []
-        while time.monotonic() < started + seconds:
-            busy = [await self.busy(server) for server in servers or (self.prefill, self.decode)]
-            if not any(busy):
-                return time.monotonic() - started
-            await asyncio.sleep(0.2)
-        raise AssertionError(f"busy after {seconds:g} s: {busy}")
-
-    async def again(self, server: SglangServer) -> None:
-        """A server that was killed, started anew."""
-        await server.again(self.session)
-
 
 @contextlib.asynccontextmanager
 async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs: Path) -> AsyncIterator[Scene]:
     """Start the servers; ends them. The play's name names the logs."""
-    name, setting = play.name, play.setting
-    model = write_model(setting.family, models / setting.family)
-    ports = free_ports(6)
+    setting = play.setting
+    model = write_model(FAMILIES[setting.family], models / setting.family)
+    where = places(plain=not setting.rival, rival=setting.rival)
+    *ports, bootstrap, rivals_bootstrap = free_ports(len(where) + 2)
     options = dict(setting.options)
     if setting.secret:
         file = logs.absolute() / "secret"
@@ -121,46 +86,37 @@ async def opened(play: Play[Setting, Scene], *, python: Path, models: Path, logs
         options["secret_file"] = str(file)
     shutil.rmtree(logs / "calls", ignore_errors=True)
     servers = []
-    pairs = [("", "prefill"), ("", "decode")]
-    places = [*pairs, *(("rival ", role) for _, role in pairs)] if setting.rival else [("", "plain"), *pairs]
-    for port, (pair, role) in zip(ports, places, strict=False):
-        own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[role]
-        log = logs / f"{name}-{pair}{role}.log".replace(" ", "_").replace(",", "")
+    for port, place in zip(ports, where, strict=True):
+        own = {"plain": (), "prefill": setting.prefill_arguments, "decode": setting.decode_arguments}[place.part]
+        log = logs / f"{play.name}-{place}.log".replace(" ", "_").replace(",", "")
         log.unlink(missing_ok=True)
         servers.append(
             SglangServer(
-                name=f"{pair}{role}",
+                name=str(place),
                 python=python,
                 model=model,
                 port=port,
-                bootstrap_port=ports[5] if pair else ports[4],
+                bootstrap_port=rivals_bootstrap if place.rival else bootstrap,
                 log=log,
-                role=role,  # type: ignore[arg-type]
-                backend="nixl" if pair else setting.backend,
-                tp={"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[role],
-                tokens=setting.tokens if role == "decode" else 16_384,
+                role=place.part,
+                backend="nixl" if place.rival else setting.backend,
+                tp={"plain": 1, "prefill": setting.tp[0], "decode": setting.tp[1]}[place.part],
+                tokens=setting.tokens if place.part == "decode" else 16_384,
                 options=options,
                 arguments=(*setting.arguments, *own),
                 environment={
                     **setting.environment,
                     **(_recording(logs / "calls") if setting.recorded else {}),
                     **(_with_plug_in(logs, setting.plug_in) if setting.plug_in else {}),
-                    **(_with_plug_in(logs, "nixl_on_cpu") if pair else {}),
+                    **(_with_plug_in(logs, "nixl_on_cpu") if place.rival else {}),
                 },
             )
         )
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-        try:
-            for server in servers:
-                server.start()
-            for server in servers:
-                await server.ready(session)
-            if setting.rival:
-                yield Scene(None, servers[:2], session, Scene(None, servers[2:], session))
-            else:
-                yield Scene(servers[0], servers[1:], session)
-        finally:
-            await asyncio.gather(*(server.stop() for server in servers))
+    async with started(servers) as session:
+        if setting.rival:
+            yield Scene(None, servers[:2], session, Scene(None, servers[2:], session))
+        else:
+            yield Scene(servers[0], servers[1:], session)
 
 
 def _recording(directory: Path) -> dict[str, str]:

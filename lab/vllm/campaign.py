@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.engines.campaign import Play
-from lab.vllm import comparison, failures, service, tokens
+from lab.vllm import comparison, failures, refusals, service, tokens
 from lab.vllm.scene import Scene, Setting
 
 TOKENS = (tokens.lengths_sequential, tokens.lengths_concurrent, tokens.many_at_once)
@@ -45,7 +45,15 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
     Play(
         name="qwen3, policy fail",
         setting=Setting(family="qwen3", policy="fail", options={"bootstrap_timeout": 15.0}),
-        cases=(failures.typed_failure,),
+        cases=(
+            refusals.nobody_at_the_address,
+            refusals.no_room,
+            refusals.prompts_differ,
+            refusals.decode_comes_too_late,
+            refusals.prefill_is_aborted,
+            refusals.prefill_stands_still,
+            refusals.prefill_is_killed,
+        ),
     ),
     Play(
         name="qwen3, prefill short of blocks",
@@ -82,6 +90,12 @@ PLAYS: Sequence[Play[Setting, Scene]] = (
         setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(1, 2)),
         cases=TOKENS_OF_RANKS,
     ),
+    Play(
+        name="granite_hybrid, TP 2 to 2",
+        setting=Setting(family="granite_hybrid", arguments=("--no-enable-prefix-caching",), tp=(2, 2)),
+        cases=TOKENS_OF_RANKS,
+    ),
     Play(name="gpt_oss, TP 2 to 1", setting=Setting(family="gpt_oss", tp=(2, 1)), cases=TOKENS_OF_RANKS),
+    Play(name="gpt_oss, TP 2 to 2", setting=Setting(family="gpt_oss", tp=(2, 2)), cases=TOKENS_OF_RANKS),
     Play(name="deepseek_v3", setting=Setting(family="deepseek_v3"), cases=(tokens.lengths_from_cache,)),
 )

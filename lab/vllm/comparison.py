@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from lab.engines.campaign import check
 from lab.engines.comparison import Cell, Pair, Seconds, measure, paused
+from lab.engines.idle import idle_parts
 from lab.engines.models import WINDOW
 from lab.engines.requests import prompt
 from lab.vllm.requests import Client, new_room
 from lab.vllm.scene import Scene
-from lab.vllm.service import IDLE_PART, idle_parts
+from lab.vllm.service import IDLE_PART
 
 CELLS = (Cell(1, 500, 4), Cell(8, 500), Cell(1, 4000), Cell(8, 4000))
 OURS, BOTH, THEIRS = "ours", "ours, both legs at once", "NixlConnector"

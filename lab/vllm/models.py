@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from lab.engines.models import FULL_ATTENTION, MAX_POSITIONS, SLIDING_ATTENTION, VOCABULARY, WINDOW, write_weights_of
+from lab.engines.models import (
+    DEEPSEEK_V3,
+    FULL_ATTENTION,
+    GEMMA3,
+    MAX_POSITIONS,
+    QWEN3,
+    SLIDING_ATTENTION,
+    WINDOW,
+    Family,
+)
 
-#: Family: configuration class of transformers, what it sets beside the common sizes, and the dtype it runs in.
-FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
-    "qwen3": ("Qwen3Config", {}, "float32"),
-    "gpt_oss": (
+FAMILIES: Mapping[str, Family] = {
+    "qwen3": QWEN3,
+    "gpt_oss": Family(
         "GptOssConfig",
         {
             "num_local_experts": 4,
@@ -28,39 +35,14 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
                 "truncate": False,
             },
         },
-        "float32",
     ),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {
-            "query_pre_attn_scalar": 32,
-            "sliding_window": WINDOW,
-            "num_hidden_layers": 6,
-            "layer_types": [SLIDING_ATTENTION] * 5 + [FULL_ATTENTION],
-        },
-        "float32",
+    "gemma3": GEMMA3,
+    # CPU_MLA takes latents of the published size, and no float32.
+    "deepseek_v3": replace(
+        DEEPSEEK_V3.setting(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128),
+        dtype="bfloat16",
     ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "head_dim": None,
-            "num_key_value_heads": 8,
-            "kv_lora_rank": 512,
-            "q_lora_rank": 64,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 128,
-            "v_head_dim": 128,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 4,
-        },
-        "bfloat16",
-    ),
-    "granite_hybrid": (
+    "granite_hybrid": Family(
         "GraniteMoeHybridConfig",
         {
             "head_dim": None,
@@ -78,29 +60,5 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
             "shared_intermediate_size": 192,
             "position_embedding_type": "nope",
         },
-        "float32",
     ),
 }
-
-
-def write_model(family: str, directory: Path) -> Path:
-    """Make the checkpoint and the tokenizer of one family in ``directory``, unless they are there."""
-    if not (directory / "config.json").exists():
-        name, own, _ = FAMILIES[family]
-        write_weights_of(name, own, directory)
-    if not (directory / "tokenizer.json").exists():
-        _write_tokenizer(directory)
-    return directory
-
-
-def _write_tokenizer(directory: Path) -> None:
-    """A word for each token, so that text and tokens are the same thing."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=f"w{VOCABULARY - 1}", model_max_length=MAX_POSITIONS
-    ).save_pretrained(directory)

@@ -8,18 +8,18 @@ import random
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import msgspec
-import psutil
 from aiohttp import web
 
 from kvbaton.serving.fleet import free_ports
 from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from lab.engines.campaign import check
+from lab.engines.idle import idle_parts
 from lab.engines.listeners import compared
 from lab.engines.requests import prompt
 from lab.engines.server import READY_SECONDS
@@ -33,7 +33,6 @@ from lab.vllm.server import VllmServer
 REQUESTS, COUNTED, GIVEN_UP = 1000, 250, 20
 #: Most of a core that a worker may use when nothing happens.
 IDLE_PART = 0.02
-IDLE_SECONDS = 20.0
 #: What vLLM's own benchmark sends: requests, at once, tokens of the prompt, tokens of the answer.
 BENCH = (200, 8, 300, 8)
 BENCH_SECONDS = 600.0
@@ -225,14 +224,6 @@ async def idle(scene: Scene) -> str:
     if max(used) > IDLE_PART:
         raise AssertionError(f"{used} of a core")
     return " and ".join(f"{part:.1%}" for part in used) + " of a core"
-
-
-async def idle_parts(workers: Sequence[psutil.Process]) -> list[float]:
-    """Part of a core that each uses when nothing happens."""
-    await asyncio.sleep(2.0)
-    before = [sum(worker.cpu_times()[:2]) for worker in workers]
-    await asyncio.sleep(IDLE_SECONDS)
-    return [(sum(worker.cpu_times()[:2]) - was) / IDLE_SECONDS for worker, was in zip(workers, before, strict=True)]
 
 
 async def listeners(scene: Scene) -> str:
