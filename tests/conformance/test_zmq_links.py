@@ -23,7 +23,8 @@ from kvbaton.control.probe import LEAST_REFUSED_PAUSE_SECONDS, Finding, Probe
 from kvbaton.control.watch import Watch
 from kvbaton.control.zmq import ZmqLinks
 from kvbaton.errors import ConfigError
-from kvbaton.testing.links_conformance import LinksConformance, Log, until
+from kvbaton.testing.link_log import Log, until
+from kvbaton.testing.links_conformance import LinksConformance
 
 SECRET = "a secret of many words"
 connected = LinksConformance.connected

@@ -12,8 +12,8 @@ from kvbaton.protocol.events import Event
 from kvbaton.runtime.driver import Driver
 from kvbaton.runtime.posting import Window
 from kvbaton.testing.sim.engine import SimEngine
+from kvbaton.testing.sim.links import SimLinks
 from kvbaton.testing.sim.memory import RankMemory
-from kvbaton.testing.sim.network import SimLinks
 from kvbaton.testing.sim.scenario import Clock, SimGroup
 from kvbaton.testing.sim.transport import SimTransport
 
