@@ -40,6 +40,26 @@ def test_what_is_new_comes_what_is_gone_goes_and_mistakes_change_nothing(tmp_pat
     run(test())
 
 
+def test_more_workers_than_a_router_has_are_refused_by_name_and_the_file_is_read_on(
+    tmp_path: Path, caplog, monkeypatch
+) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("kvbaton.serving.router.workers.MAX_WORKERS", 2)
+        workers = Workers([], None)
+        monkeypatch.setattr(workers, "_probe_soon", lambda: None)
+        path = tmp_path / "workers"
+        file = WorkerFile(path, workers)
+        path.write_text("decode http://a\ndecode http://b\ndecode http://c\n")
+        file.sync()
+        assert [worker.url for worker in workers.all] == ["http://a", "http://b"]
+        assert "decode http://c is not taken" in caplog.text
+        path.write_text("decode http://c\n")
+        file.sync()
+        assert [worker.url for worker in workers.all] == ["http://c"]
+
+    run(test())
+
+
 @pytest.mark.parametrize("line", ["x http://a", "decode", "prefill ftp://a", "decode http://a 1", "prefill http://a x"])
 def test_a_mistake_names_its_line(line: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2"):

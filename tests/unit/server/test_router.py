@@ -971,8 +971,10 @@ def test_workers_come_and_go_at_run_time_and_what_was_asked_goes_on():
             go.set()
             assert await asking == ANSWER
             assert setup.router.workers._leaving
+            setup.router.workers._unanswered[setup.router.workers._leaving[0]] = 1
             await setup.router.workers.probe_all()
             assert not setup.router.workers._leaving
+            assert not setup.router.workers._unanswered
 
     run(test())
 

@@ -14,7 +14,15 @@ import aiohttp
 import msgspec
 
 from kvbaton.discovery.client import cause_of
-from kvbaton.serving.router.calls import CallFailed, Fields, Pair, PrefillDecodeCall, refused
+from kvbaton.serving.router.calls import (
+    MAX_ERROR_BYTES,
+    CallFailed,
+    Fields,
+    Pair,
+    PrefillDecodeCall,
+    broken_off,
+    refused,
+)
 from kvbaton.serving.router.credentials import Credentials
 from kvbaton.serving.router.events import Events
 from kvbaton.serving.router.worker import Worker
@@ -95,11 +103,15 @@ class HandedOnCall(PrefillDecodeCall):
 
     async def _read_prefill(self, response: aiohttp.ClientResponse) -> None:
         """Raises CallFailed where handing on has failed."""
-        events = Events()
+        events, source = Events(), self._pair.prefill
         async for piece in response.content.iter_any():
             for one in events.feed(piece):
                 line, _, data = one.partition(b"\n")
-                said = journal.notice_of(line[1:]) if line.startswith(b":") else None
+                try:
+                    said = journal.notice_of(line[1:]) if line.startswith(b":") else None
+                except msgspec.MsgspecError as error:
+                    raise broken_off(source, f"its record cannot be read ({error})", self._pair.room) from None
                 if said is not None and said.status:
-                    source = self._pair.prefill
                     raise refused(source, self._pair, said.status, data.removeprefix(b"data: "))
+            if events.held_bytes > MAX_ERROR_BYTES:
+                raise broken_off(source, "what is left of its stream has no end", self._pair.room)

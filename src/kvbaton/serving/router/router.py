@@ -374,8 +374,8 @@ class Router:
         models: dict[str, object] = {}
         listings = await self._reads.get("models", lambda: self._ask_all(self.workers.usable("decode"), "/v1/models"))
         for _, listing in listings:
-            cards = listing.get("data", []) if isinstance(listing, dict) else []
-            for card in cards:
+            cards = listing.get("data") if isinstance(listing, dict) else None
+            for card in cards if isinstance(cards, list) else ():
                 if isinstance(card, dict):
                     models.setdefault(str(card.get("id")), card)
         return models

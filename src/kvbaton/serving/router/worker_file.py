@@ -49,9 +49,13 @@ class WorkerFile:
                 self._workers.remove(there[gone])
                 _log.info("%s is no longer in %s", there[gone], self._path)
         self._own = {id_: worker for id_, worker in self._own.items() if id_ in named}
-        for new in named.keys() - there.keys():
-            self._workers.add(named[new])
-            self._own[new] = named[new]
+        for new in (worker for id_, worker in named.items() if id_ not in there):
+            try:
+                self._workers.add(new)
+            except ConfigError as error:
+                _log.warning("--workers-file %s: %s is not taken: %s", self._path, new, error.message)
+                continue
+            self._own[new.id] = new
 
     async def watch_forever(self) -> None:
         """Until cancelled."""

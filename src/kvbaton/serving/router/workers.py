@@ -244,7 +244,9 @@ class Workers:
     async def probe_all(self) -> None:
         """Probe every worker once, and check the pairs that have become possible."""
         self._leaving = [worker for worker in self._leaving if worker.legs]
-        await asyncio.gather(*(self._probe(worker) for worker in (*self._workers, *self._leaving)))
+        probed = {*self._workers, *self._leaving}
+        self._unanswered = {worker: count for worker, count in self._unanswered.items() if worker in probed}
+        await asyncio.gather(*map(self._probe, probed))
         await self._pairs.check(self.usable("prefill"), self.usable("decode"))
 
     async def _probe_once(self) -> None:
