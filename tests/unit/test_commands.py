@@ -6,7 +6,7 @@ from collections import Counter
 
 from kvbaton.handles import ALWAYS_READY
 from kvbaton.protocol.events import Chunk, ChunkSubmitted, Event, SenderOpened
-from kvbaton.runtime.commands import Command, Commands, Fence
+from kvbaton.runtime.commands import BATCH, Command, Commands, Fence
 
 ROOM = 7
 FIRST, SECOND = Chunk(spans=(), last=False), Chunk(spans=(), last=True)
@@ -30,6 +30,15 @@ def test_a_chunk_behind_one_that_waits_keeps_its_place() -> None:
     there[0] = True
     assert turn(commands) == [ChunkSubmitted(ROOM, FIRST), ChunkSubmitted(ROOM, SECOND)]
     assert not commands.polling
+
+
+def test_a_turn_takes_a_batch_and_leaves_the_rest_for_the_next() -> None:
+    commands = Commands(lambda _room: True, Counter())
+    for room in range(BATCH + 1):
+        commands.post(Command(SenderOpened(room)))
+    assert turn(commands) == [SenderOpened(room) for room in range(BATCH)]
+    assert len(commands) == 1
+    assert turn(commands) == [SenderOpened(BATCH)]
 
 
 def test_a_chunk_of_a_sender_that_has_ended_is_not_the_next_ones_of_its_room() -> None:

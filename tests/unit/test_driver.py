@@ -184,6 +184,22 @@ def test_a_rank_that_stood_still_reads_all_its_messages_before_it_takes_anybody_
     assert source.manager.take_lost_peers() == []
 
 
+def test_what_came_while_a_turn_was_long_is_read_before_anybody_is_taken_for_dead() -> None:
+    """Ten thousand commands at once may take longer than a peer may be silent."""
+    (source, target), now = at_peace()
+
+    def long_work() -> bool:
+        now[0] += 6.0
+        target.manager._driver.turn()  # pings
+        now[0] += 6.0
+        return True
+
+    source.manager.sender(2).submit(WHOLE, last=True, ready=long_work)
+    source.manager._driver.turn()
+    assert now[0] == 12.0
+    assert source.manager.take_lost_peers() == []
+
+
 def test_a_flood_does_not_stop_the_clock() -> None:
     (source, target), now = at_peace()
     flood(source, 600)

@@ -14,6 +14,9 @@ log = logging.getLogger("kvbaton.driver")
 
 Fence = Callable[[], bool]
 
+#: Most commands that one turn takes: thousands at once would keep a rank from saying that it lives.
+BATCH = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -65,8 +68,8 @@ class Commands:
             self._questions.popleft()()
 
     def take(self) -> Iterator[Event]:
-        """What is posted by now, but for chunks that have to wait."""
-        for _ in range(len(self._posted)):
+        """What is posted by now, or a batch of it, but for chunks that have to wait."""
+        for _ in range(min(BATCH, len(self._posted))):
             command = self._posted.popleft()
             room = command.room
             if command.fence is None:

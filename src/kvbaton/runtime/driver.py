@@ -179,7 +179,8 @@ class Driver:
         if self.started:
             self._parted.wait()
         else:  # never started: rooms that were begun end all the same, and nothing stays open
-            self._take_commands()
+            while self._commands:
+                self._take_commands()
             self.part()
             self.hang_up()
 
@@ -240,10 +241,18 @@ class Driver:
             self._active_at = self._clock()
 
     def _pass_time(self) -> None:
-        deadline = self._core.next_deadline()
-        if deadline is not None and deadline <= self._clock() and not self._control.behind:
+        if not self._due:
+            return
+        self._guard.attempt(self._receive)  # once more: what was done since may have taken long
+        self._feed()
+        if self._due and not self._control.behind:
             self._events.append(TimePassed())
             self._feed()
+
+    @property
+    def _due(self) -> bool:
+        deadline = self._core.next_deadline()
+        return deadline is not None and deadline <= self._clock()
 
     def _poll_writes(self) -> None:
         if self._data.poll_writes():
