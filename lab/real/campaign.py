@@ -22,7 +22,7 @@ from lab.clients.row import Row
 from lab.real import niah
 
 NAME = "SmolLM2-135M-Instruct"
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 12
 #: It has 3 KV heads. A later flag wins over an earlier one.
 PAIR = "prefill TP 3, pages of 16; decode TP 1, pages of 8"
 _COMMON = ("--page-size", "8", "--max-total-tokens", "4096")
