@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -148,6 +148,11 @@ class Deployment:
         return next(float(one.rpartition(" ")[2]) for one in lines if one.startswith(line + " "))
 
 
+def address_of(decode: int, rank: int) -> str:
+    """Where a data-parallel rank of a decode server is dialled."""
+    return f"tcp://127.0.0.1:{42000 + 1000 * rank + decode}"
+
+
 @asynccontextmanager
 async def deployment(prefills: int = 1, decodes: int = 2, **router: object) -> AsyncIterator[Deployment]:
     async with AsyncExitStack() as stack:
@@ -162,7 +167,7 @@ async def deployment(prefills: int = 1, decodes: int = 2, **router: object) -> A
                 engine = ScriptedEngine(answers_of)
                 config = ApiConfig(model="m", max_positions=4096, mode=role)
                 lookup = await stack.enter_async_context(RegistryClient()) if role == "decode" else None
-                sources = (f"tcp://127.0.0.1:{42000 + number}",) if role == "decode" else ()
+                sources = [(address_of(number, rank),) for rank in range(2)] if role == "decode" else ()
                 server = ApiServer(engine, CharacterTokenizer(), config, registry=lookup, sources=sources)
                 url = await stack.enter_async_context(serving(server.app))
                 if role == "decode":
@@ -323,8 +328,8 @@ def test_a_stream_whose_decode_is_at_a_loss_goes_on_and_says_so(end: str, stream
     run(scenario())
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_server_that_drains_hands_on_and_nothing_is_computed_again(streamed: bool) -> None:
+@pytest.mark.parametrize(("streamed", "rank"), [(False, 0), (True, 0), (True, 1)])
+def test_a_server_that_drains_hands_on_and_nothing_is_computed_again(streamed: bool, rank: int) -> None:
     async def scenario() -> None:
         body = {"prompt": "a long one", "max_tokens": 25, "ignore_eos": True, "seed": 2, "n": 2, "stream": streamed}
         async with deployment() as both:
@@ -340,14 +345,13 @@ def test_a_server_that_drains_hands_on_and_nothing_is_computed_again(streamed: b
             async with both.session.post(worker.url + "/drain", json={}) as response:
                 assert (await response.json())["draining"]
             (request,) = old.requests
-            old.emit(request.request_id, list(answers_of(request))[7])
+            old.emit(request.request_id, replace(list(answers_of(request))[7], rank=rank))
             await old.until(lambda: bool(old.handed_on))
             await new.until(lambda: len(new.requests) == 2)
             ((room, names),) = old.handed_on.items()
             assert names == (request.request_id,)
             assert [(one.room, one.sources) for one in new.requests] == [
-                (room + number, (f"tcp://127.0.0.1:{42000 + both.engines['decode'].index(old)}",))
-                for number in range(2)
+                (room + number, (address_of(both.engines["decode"].index(old), rank),)) for number in range(2)
             ]
             assert sum(one.answered for one in new.requests) == 8
             old.emit(request.request_id, Output(error=HandedOnError("it goes on elsewhere")))

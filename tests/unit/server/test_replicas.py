@@ -24,7 +24,7 @@ from kvbaton.manager import TraceEvent
 from kvbaton.plan.layout_file import RankLayout
 from kvbaton.serving.engine.handoffs import Handoffs, StagingUse
 from kvbaton.serving.engine.pipe import tell_death
-from kvbaton.serving.engine.request import Output, Request
+from kvbaton.serving.engine.request import HandedOnError, Output, Request
 from kvbaton.serving.server.replica_process import ReplicaProcess
 from kvbaton.serving.server.replicas import RemoteReplica, Replicas
 from kvbaton.serving.testing.engine import ScriptedEngine, spell
@@ -334,3 +334,19 @@ def test_what_keeps_a_rank_from_being_ready_is_raised() -> None:
     there.close()
     with pytest.raises(InternalError, match="ended before it was ready"):
         RemoteReplica(0, here, lambda: None).start(PATIENCE_SECONDS)
+
+
+def test_the_rank_that_has_an_answer_hands_it_on_and_what_is_spread_stays(make: Make) -> None:
+    setup = make(2)
+    answers = {name: setup.submit(name, room=number, dp_rank=number) for number, name in enumerate(("a", "b"))}
+    for number, name in enumerate(answers):
+        setup.wait_for(number, lambda engine, name=name: name in engine.live)
+    setup.replicas.hand_on(["a", "b"], 70)
+    setup.replicas.hand_on(["b"], 71)
+    departing = answers["b"].get(timeout=PATIENCE_SECONDS)
+    assert (departing.departing, departing.rank) == (True, 1)
+    assert [engine.handed_on for engine in setup.engines] == [{}, {71: ("b",)}]
+    setup.engines[1].emit("b", Output(error=HandedOnError("it is elsewhere")))
+    last = answers["b"].get(timeout=PATIENCE_SECONDS)
+    assert isinstance(last.error, HandedOnError)
+    assert not setup.remotes[1].has("b")

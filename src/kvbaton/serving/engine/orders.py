@@ -118,6 +118,13 @@ class EndRequest(Struct, frozen=True, tag="end_request"):
     reason: str
 
 
+class HandOn(Struct, frozen=True, tag="hand_on"):
+    """Let the engine that opens ``room`` and those behind it have these requests' answers."""
+
+    request_ids: tuple[str, ...]
+    room: int
+
+
 class EndAll(Struct, frozen=True, tag="end_all"):
     error: KVBatonError
 
@@ -155,5 +162,5 @@ class ReplicaAnswer(Struct, frozen=True, tag="answer"):
 
 RankOrder = Forward | Copy | Begin | Publish | SubmitChunk | Fail | Stop
 RankReport = RankReady | RankStatus | Died
-ReplicaOrder = SubmitRequest | EndRequest | EndAll | ReplicaQuery | Stop
+ReplicaOrder = SubmitRequest | EndRequest | HandOn | EndAll | ReplicaQuery | Stop
 ReplicaReport = ReplicaReady | ReplicaOutput | ReplicaAnswer | Died

@@ -64,8 +64,8 @@ class ApiServer:
         info: extra facts for ``/get_server_info``, read at every call.
         timeline: a room's story on this side; may block for a moment. None where there are no rooms.
         layouts: the memory of every rank of this group, for ``/layout``.
-        sources: the control addresses of the ranks from which another decode server can take answers over; empty where
-            none can.
+        sources: of each data-parallel rank, the control addresses of the ranks from which another decode server can
+            take answers over; none where none can.
         instance: what peers call this process.
         secret: what ``/story`` asks for, and a router that names rooms here; None: this machine only.
         names: the hosts under which this server is asked; None: loopback's.
@@ -84,7 +84,7 @@ class ApiServer:
         info: Callable[[], Mapping[str, object]] = dict,
         timeline: Callable[[int], Sequence[TraceEvent]] | None = None,
         layouts: Sequence[RankLayout] = (),
-        sources: Sequence[str] = (),
+        sources: Sequence[Sequence[str]] = (),
         instance: str = "",
         secret: str | None = None,
         names: ServerNames | None = None,
@@ -236,7 +236,8 @@ class ApiServer:
                     await response.write((journal.record(output) if records else b"") + _piece(accepted, output))
                     if may_leave and self.admission.is_shut:
                         may_leave = False
-                        await response.write(journal.notice(journal.Notice(leaving=self._running.sources)) + b"\n")
+                        sources = self._running.sources[output.rank]
+                        await response.write(journal.notice(journal.Notice(leaving=sources)) + b"\n")
                     output = None if output.final else await outputs.next()
                     if output is not None and output.departing:
                         await response.write(journal.notice(journal.Notice(departed=True)) + b"\n")

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from kvbaton.discovery.client import RegistryClient
 from kvbaton.discovery.listening import CLEANUP_SECONDS
 from kvbaton.discovery.names import ServerNames
 from kvbaton.discovery.placement import LoadBalance, Placements
-from kvbaton.discovery.registry import Registry
+from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, KVBatonError
 from kvbaton.plan.costs import DEFAULT_COSTS, Costs, LayersPolicy
@@ -154,7 +154,7 @@ class ServeConfig:
         """Whether other decode servers may take answers over from this one's ranks: not where only those of this host
         could dial them."""
         dialled = bool(self.control_advertise) or is_loopback(self.host)
-        return self.mode == "decode" and self.data_parallel_size == 1 and dialled
+        return self.mode == "decode" and dialled
 
     def __post_init__(self) -> None:
         if self.decode_enable_radix_cache and self.mode != "decode":
@@ -284,7 +284,7 @@ class _Server:
             info=self._info,
             timeline=replica.timeline if config.mode != "null" else None,
             layouts=replica.layouts,
-            sources=[route.address for route in replica.routes] if config.hands_over else (),
+            sources=_by_data_parallel_rank(replica.routes) if config.hands_over else (),
             instance=self._instance,
             secret=self._secret,
             keys=self._keys,
@@ -344,6 +344,14 @@ class _Server:
         self._failure = self._failure or error
         signals.stop.set()
         signals.hurry.set()
+
+
+def _by_data_parallel_rank(routes: Sequence[Route]) -> list[list[str]]:
+    """The control addresses of the ranks of each."""
+    found: dict[int, list[str]] = {}
+    for route in routes:
+        found.setdefault(route.coordinates.dp, []).append(route.address)
+    return [found[rank] for rank in sorted(found)]
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:

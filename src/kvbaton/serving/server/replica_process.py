@@ -16,6 +16,7 @@ from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.serving.engine.orders import (
     EndAll,
     EndRequest,
+    HandOn,
     ReplicaAnswer,
     ReplicaOrder,
     ReplicaOutput,
@@ -65,9 +66,11 @@ class ReplicaProcess:
     def _lose(self, error: KVBatonError) -> None:
         self._lost = error
 
-    def _do(self, order: SubmitRequest | EndRequest | EndAll | ReplicaQuery) -> None:
+    def _do(self, order: SubmitRequest | EndRequest | HandOn | EndAll | ReplicaQuery) -> None:
         if isinstance(order, EndRequest):
             self._replica.abort(order.request_id, order.reason)
+        elif isinstance(order, HandOn):
+            self._replica.hand_on(order.request_ids, order.room)
         elif isinstance(order, EndAll):
             self._replica.end_all(order.error)
         elif isinstance(order, ReplicaQuery):

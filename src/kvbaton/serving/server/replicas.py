@@ -28,6 +28,7 @@ from kvbaton.serving.engine.handoffs import Handoffs, sum_of
 from kvbaton.serving.engine.orders import (
     EndAll,
     EndRequest,
+    HandOn,
     ReplicaAnswer,
     ReplicaOrder,
     ReplicaOutput,
@@ -91,6 +92,9 @@ class RemoteReplica:
     def abort(self, request_id: str, reason: str) -> None:
         if self.has(request_id):
             self._order(EndRequest(request_id, reason))
+
+    def hand_on(self, request_ids: Sequence[str], room: int) -> None:
+        self._order(HandOn(tuple(request_ids), room))
 
     def end_all(self, error: KVBatonError) -> None:
         self._order(EndAll(error))
@@ -222,7 +226,12 @@ class Replicas:
             rank.end_all(error)
 
     def hand_on(self, request_ids: Sequence[str], room: int) -> None:
-        """Ranks of a server with data parallelism finish what they have."""
+        """They are of one HTTP request, and one group of ranks is to be their source: what is spread stays here."""
+        for rank in self._ranks:
+            if request_ids and all(rank.has(request_id) for request_id in request_ids):
+                rank.hand_on(request_ids, room)
+                return
+        logger.info("%d requests stay here: no data-parallel rank has all of them", len(request_ids))
 
     def stats(self) -> Stats:
         """The sum."""

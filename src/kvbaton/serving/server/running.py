@@ -13,11 +13,11 @@ from kvbaton.serving.server.request_parsing import Accepted
 
 
 class Running:
-    """``sources``: the control addresses of the ranks from which another decode server can take answers over; empty
-    where none can."""
+    """``sources``: of each data-parallel rank, the control addresses of the ranks from which another decode server can
+    take answers over; none where none can."""
 
-    def __init__(self, sources: Sequence[str] = ()) -> None:
-        self.sources = tuple(sources)
+    def __init__(self, sources: Sequence[Sequence[str]] = ()) -> None:
+        self.sources = tuple(tuple(addresses) for addresses in sources)
         self._by_room: dict[int, tuple[str, ...]] = {}
 
     @contextmanager
