@@ -503,6 +503,13 @@ def test_random_bytes_do_no_harm():
 # ---- the document
 
 
+def test_a_routers_document_says_nothing_of_what_it_drops():
+    schemas = document("router")["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest", "GenerateRequest"):
+        (dropped,) = schemas[name]["patternProperties"]
+        assert [field for field in schemas[name]["properties"] if re.search(dropped, field)] == [], name
+
+
 def test_the_document_names_exactly_the_routes_that_are_served():
     async def test() -> None:
         async with half("decode") as (_, url, session):

@@ -383,8 +383,8 @@ def _tighten(schema: _Json, of: FieldKind, kind: Kind, *, strict: bool) -> None:
     rooms = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
     fields[JOURNAL_FIELD] = {"type": "null" if kind in ("null", "router") else ["object", "null"]}
     if kind == "router":
-        for name in rooms:
-            del fields[name]
+        for name in (*rooms, "kv_transfer_params"):
+            fields.pop(name, None)
         dropped = "^(bootstrap_|disagg_(?!prefill_dp_rank$)|kv_transfer_params$)"
         schema["patternProperties"] = {dropped: {"description": "dropped"}}
     elif kind == "null":
