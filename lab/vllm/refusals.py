@@ -52,14 +52,14 @@ async def decode_comes_too_late(scene: Scene) -> str:
 
 async def prefill_is_aborted(scene: Scene) -> str:
     """Its client goes away while chunks are computed."""
-    async with _under_way(scene, 5905, patience=0.4) as call:
+    async with _under_way(scene, 5905, await scene.client.sources(), patience=0.4) as call:
         return await _fails(scene, call)
 
 
 async def prefill_stands_still(scene: Scene) -> str:
     """The answer does not wait for its worker, which goes on later; until then the blocks are kept aside."""
     worker = scene.prefill.worker()
-    async with _under_way(scene, 5906) as call:
+    async with _under_way(scene, 5906, await scene.client.sources()) as call:
         await asyncio.sleep(0.5)
         worker.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
@@ -76,9 +76,10 @@ async def prefill_is_killed(scene: Scene) -> str:
     """Four rooms in the middle, and one that it had answered."""
     tokens = prompt(600, 5911)
     params = await scene.client.to_prefill(tokens)
+    sources = await scene.client.sources()
     async with contextlib.AsyncExitStack() as stack:
-        calls = [await stack.enter_async_context(_under_way(scene, 5907 + i)) for i in range(4)]
-        await asyncio.sleep(0.7)
+        calls = [await stack.enter_async_context(_under_way(scene, 5907 + i, sources)) for i in range(4)]
+        await asyncio.sleep(0.3)  # the first of them has been computed after about 0.6 s
         scene.prefill.kill()
         told = await _end(scene, calls)
     late = await _end(scene, [scene.client.complete(scene.decode.url, tokens, params=params)])
@@ -93,10 +94,12 @@ def _decode(scene: Scene, tokens: Sequence[int], room: str, sources: Sequence[st
 
 
 @contextlib.asynccontextmanager
-async def _under_way(scene: Scene, seed: int, *, patience: float = 120.0) -> AsyncIterator[Call]:
+async def _under_way(
+    scene: Scene, seed: int, sources: Sequence[str], *, patience: float = 120.0
+) -> AsyncIterator[Call]:
     """Decode's leg of a long prompt, of which prefill's leg runs as well, for ``patience`` seconds at most."""
     tokens, room = prompt(LONG, seed), new_room()
-    decode = asyncio.ensure_future(_decode(scene, tokens, room, await scene.client.sources()))
+    decode = asyncio.ensure_future(_decode(scene, tokens, room, sources))
     own = {"do_remote_decode": True, "kvbaton_room": room}
     prefill = asyncio.create_task(
         scene.client.complete(scene.prefill.url, tokens, count=1, params=own, seconds=patience)
