@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, nargs="+", default=[512, 1024, 2048, 4096], help="prompt lengths")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds, after one that warms up")
     parser.add_argument("--threads", type=positive, default=1, help="threads that each engine computes with")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the engines compute")
     parser.add_argument("--network", default="tcp", help="UCX_TLS of all engines; empty: UCX's choice")
     parser.add_argument("--layers", type=positive, default=16, help="layers of the model")
     parser.add_argument("--hidden", type=positive, default=64, help="its width: what a token costs to compute")
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             cases = accelerator.measure(options.tokens, options.accelerator, layers=options.layers, **common)
         else:
             width = measure.Width(layers=options.layers, hidden=options.hidden, head=options.head)
-            cases = measure.measure(options.tokens, width, threads=options.threads, **common)
+            cases = measure.measure(options.tokens, width, threads=options.threads, device=options.device, **common)
     _print(cases)
     if options.json is not None:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(cases)))

@@ -15,13 +15,15 @@ import torch
 
 from kvbaton.errors import KVBatonError
 from kvbaton.transports import nixl_package
-from lab.gpu.engine import check_engine
+from lab.gpu.engine import check_engine, check_layers
 from lab.gpu.kernels import check_kernels
 from lab.gpu.pool import Device
 from lab.gpu.transfer import check_broken_fence, check_transfer, check_unequal
 
 #: Of all checks: what is lent for eight minutes has reported by then.
 TOTAL_SECONDS = 460.0
+#: Test files with tests that need a GPU.
+GPU_TESTS = ("tests/unit/test_staging.py",)
 #: Pages of a pool: 512 MiB, of which half are moved; for a dry run on the host 16 MiB.
 PAGES: dict[Device, int] = {"cuda": 1024, "cpu": 32}
 
@@ -59,7 +61,7 @@ def describe(device: Device) -> dict[str, object]:
 
 def device_tests(device: Device) -> dict[str, object]:
     """The tests that are skipped where there is no GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/unit"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS]
     done = subprocess.run(command, capture_output=True, check=False)
     last = done.stdout.decode(errors="replace").strip().splitlines()[-1:] or [done.stderr.decode(errors="replace")]
     if done.returncode or (device == "cuda" and "skipped" in last[0]):
@@ -76,7 +78,8 @@ CHECKS: dict[str, Check] = {
     "unequal-tp": Check(run=lambda device: check_unequal(device, PAGES[device]), seconds=90),
     "broken-fence": Check(run=check_broken_fence, seconds=60),
     "tests": Check(run=device_tests, seconds=60),
-    "engine": Check(run=check_engine, seconds=170),
+    "engine": Check(run=check_engine, seconds=100),
+    "layers": Check(run=check_layers, seconds=100),
 }
 
 

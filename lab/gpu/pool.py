@@ -14,7 +14,8 @@ Device = Literal["cpu", "cuda"]
 LAYERS, HEADS, HEAD_BYTES, PAGE_SIZE = 8, 8, 256, 16
 #: Bytes of a page, all layers, K and V, all heads: 512 KiB.
 PAGE_BYTES = LAYERS * 2 * HEADS * HEAD_BYTES * PAGE_SIZE
-STAGING_SLOTS, SLOT_BYTES = 4, 16 << 20
+#: Slots enough for all that a check moves at once, 256 MiB and what is being sent.
+STAGING_SLOTS, SLOT_BYTES = 24, 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,13 +10,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvbaton import ALWAYS_READY, KVManager, KVPoll, Span
 from kvbaton.bench.leanest import Leanest
 from kvbaton.discovery.registry import Sizes
 from kvbaton.errors import ExpiredError, InternalError
-from kvbaton.layout import Coordinates
+from kvbaton.layout import CacheLayout, Coordinates
+from kvbaton.plan.pair import PartPlan, pair_plan
 from kvbaton.transports.interfaces import restrict
 from lab.gpu.pool import Device, content, heads_of, make_pool
 
@@ -33,6 +35,15 @@ class SourceSpec:
     seed: int
     tp_size: int = 1
     tp_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sent:
+    """``path``: as UCX tells it; ``staged``: of ``bytes``, those that were gathered first."""
+
+    path: str
+    bytes: int
+    staged: int
 
 
 class SourceProcess:
@@ -85,14 +96,18 @@ class _Source:
             self._pool.layout, role="prefill", group="source", sizes=Sizes(tp=spec.tp_size), coordinates=place
         )
         self._leanest = Leanest(f"raw-{self._manager.instance}", self._pool.layout.regions[0])
+        self._part: PartPlan
 
     def describe(self) -> tuple[str, bytes]:
         return self._manager.address, self._leanest.metadata()
 
-    def send(self, room: int, pages: tuple[int, ...], tokens: int) -> str:
+    def send(self, room: int, pages: tuple[int, ...], tokens: int) -> Sent:
         """Serve one room whose pages are computed; how its bytes travelled."""
+        before = self._manager.counters()
         self._serve(room, pages, tokens, ALWAYS_READY)
-        return self._manager.evidence()
+        after = self._manager.counters()
+        posted, staged = (after.get(name, 0) - before.get(name, 0) for name in ("bytes_posted", "bytes_staged"))
+        return Sent(path=self._manager.evidence(), bytes=posted, staged=staged)
 
     def send_broken(self, room: int, pages: tuple[int, ...], tokens: int) -> str:
         """Serve one room whose kernel fails: what its sender says of it."""
@@ -117,8 +132,17 @@ class _Source:
         if sender.error is not None:
             raise sender.error
 
-    def connect_raw(self, metadata: bytes, region: Any, chunk: int) -> str:
-        return self._leanest.connect(metadata, None, region, chunk)
+    def connect_raw(self, metadata: bytes, layout: CacheLayout, chunk: int) -> str:
+        self._part = pair_plan(self._pool.layout, layout).parts[0]
+        return self._leanest.connect(metadata, self._part, layout.regions[0], chunk)
+
+    def write_pages(self, peer: str, mine: tuple[int, ...], theirs: tuple[int, ...]) -> float:
+        """Seconds of one write of a descriptor for each page and tensor, until it is complete."""
+        source, target = (np.array(pages, dtype=np.int64) for pages in (mine, theirs))
+        entries = self._part.entries(range(len(mine)), source, 0, target, 0)
+        start = time.perf_counter()
+        self._leanest.write_rooms([[{peer: entries}]])
+        return time.perf_counter() - start
 
     def write_raw(self, peer: str) -> float:
         """Seconds of one write, until it is complete."""

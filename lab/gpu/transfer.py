@@ -15,7 +15,7 @@ from kvbaton.bench.leanest import Leanest
 from kvbaton.errors import ExpiredError, InternalError, KVBatonError
 from kvbaton.protocol.settings import Settings
 from lab.gpu.pool import PAGE_BYTES, PAGE_SIZE, Device, DevicePool, content, make_pool
-from lab.gpu.source import ROOM_SECONDS, SourceProcess, SourceSpec
+from lab.gpu.source import ROOM_SECONDS, Sent, SourceProcess, SourceSpec
 
 SEED = 7
 ROUNDS = 7
@@ -30,6 +30,7 @@ class Target:
         self.manager = KVManager.open(self.pool.layout, role="decode", settings=Settings(staging=staging))
         self.leanest = Leanest(f"raw-{self.manager.instance}", self.pool.layout.regions[0])
         self._room = 0
+        self.sent: list[Sent] = []
 
     def __enter__(self) -> Target:
         return self
@@ -47,10 +48,25 @@ class Target:
         start = time.perf_counter()
         receiver.publish([Span("kv", 0, tokens, mine)], token_count=tokens)
         seconds = self.await_end(receiver, start)
-        self.paths = {source.result() for source in sources}
+        self.sent = [source.result() for source in sources]
         if receiver.error is not None:
             raise receiver.error
         return seconds
+
+    def checked(self, sources: Sequence[SourceProcess], theirs: tuple[int, ...], mine: tuple[int, ...]) -> float:
+        """:meth:`receive`, and every byte compared. Raises KVBatonError where one is wrong, or no path was seen."""
+        seconds = self.receive(sources, theirs, mine)
+        wrong = self.differing_bytes(theirs, mine, self.pool.layout.pools[0].units)
+        if wrong:
+            raise KVBatonError(f"{wrong} of {len(mine) * PAGE_BYTES} bytes are wrong")
+        if not all(sent.path for sent in self.sent):
+            raise KVBatonError("the transport does not say how the bytes travelled")
+        return seconds
+
+    @property
+    def paths(self) -> list[str]:
+        """How the bytes of the last room travelled."""
+        return sorted({sent.path for sent in self.sent})
 
     def receive_broken(self, source: SourceProcess, pages: tuple[int, ...]) -> tuple[float, str, str]:
         """One room whose source's fence raises: seconds, what the receiver says, what the sender says."""
@@ -80,17 +96,22 @@ class Target:
         found = self.pool.page_view()[:, list(mine)].cpu()
         return int((expected != found).sum())
 
-    def raw_write(self, source: SourceProcess, chunk: int) -> list[float]:
-        """Seconds of single NIXL writes of ``chunk`` bytes: the baseline without pages, protocol or proof."""
-        source.order("connect_raw", self.leanest.metadata(), self.pool.layout.regions[0], chunk)
+    def raw(self, source: SourceProcess, theirs: tuple[int, ...], mine: tuple[int, ...]) -> dict[str, list[float]]:
+        """Seconds of NIXL alone, without protocol or proof: as one run, and with a descriptor for each page."""
+        source.order("connect_raw", self.leanest.metadata(), self.pool.layout, len(mine) * PAGE_BYTES)
         peer = source.result()
         self.leanest.add_peer(source.metadata)
-        times = []
+        orders: dict[str, tuple[object, ...]] = {
+            "raw_write": ("write_raw", peer),
+            "raw_pages": ("write_pages", peer, theirs, mine),
+        }
+        times: dict[str, list[float]] = {name: [] for name in orders}
         for _ in range(ROUNDS + 1):
-            source.order("write_raw", peer)
-            self.leanest.await_notifications(1, ROOM_SECONDS)
-            times.append(source.result())
-        return times[1:]
+            for name, (command, *arguments) in orders.items():
+                source.order(str(command), *arguments)
+                self.leanest.await_notifications(1, ROOM_SECONDS)
+                times[name].append(source.result())
+        return {name: found[1:] for name, found in times.items()}
 
 
 def shuffled(count: int, pages: int, seed: int) -> tuple[int, ...]:
@@ -99,26 +120,23 @@ def shuffled(count: int, pages: int, seed: int) -> tuple[int, ...]:
 
 
 def check_transfer(source_device: Device, target_device: Device, pages: int) -> dict[str, object]:
-    """Half of a pool's pages, shuffled, against one NIXL write and one copy within the device. Raises KVBatonError."""
+    """Half of a pool's pages, shuffled, as the cost model has it and directly, against NIXL alone and one copy within
+    the device. Raises KVBatonError."""
     theirs, mine = shuffled(pages // 2, pages, 1), shuffled(pages // 2, pages, 2)
     size = len(mine) * PAGE_BYTES
-    with (
-        Target(target_device, pages) as target,
-        SourceProcess(SourceSpec(device=source_device, pages=pages, seed=SEED)) as source,
-    ):
-        first = target.receive([source], theirs, mine)
-        wrong = target.differing_bytes(theirs, mine, pages)
-        if wrong:
-            raise KVBatonError(f"{wrong} of {size} bytes are wrong")
-        times = [target.receive([source], theirs, mine) for _ in range(ROUNDS)]
-        raw = target.raw_write(source, size)
-        copy = _copy_seconds(target_device, size)
-        return {
-            "bytes": size,
-            "path": sorted(target.paths),
-            "first_ms": first * 1e3,
-            **_figures(size, {"room": times, "raw_write": raw, "device_copy": copy}),
-        }
+    found: dict[str, object] = {"bytes": size}
+    times: dict[str, list[float]] = {}
+    ways = {"room": "auto", "direct": "never"} if source_device == target_device else {"room": "auto"}
+    for name, staging in ways.items():
+        with (
+            Target(target_device, pages, staging=staging) as target,
+            SourceProcess(SourceSpec(device=source_device, pages=pages, seed=SEED)) as source,
+        ):
+            found[f"{name}_first_ms"] = target.checked([source], theirs, mine) * 1e3
+            times[name] = [target.receive([source], theirs, mine) for _ in range(ROUNDS)]
+            found |= {"path": target.paths, f"{name}_staged": sum(sent.staged for sent in target.sent) / size}
+            raw = target.raw(source, theirs, mine)
+    return {**found, **_figures(size, {**times, **raw, "device_copy": _copy_seconds(target_device, size)})}
 
 
 def check_unequal(device: Device, pages: int) -> dict[str, object]:
@@ -131,12 +149,12 @@ def check_unequal(device: Device, pages: int) -> dict[str, object]:
             target = stack.enter_context(Target(device, pages, staging=mode))
             specs = [SourceSpec(device=device, pages=pages, seed=SEED, tp_size=2, tp_rank=rank) for rank in range(2)]
             sources = [stack.enter_context(SourceProcess(spec)) for spec in specs]
-            target.receive(sources, theirs, mine)
-            wrong = target.differing_bytes(theirs, mine, pages)
-            if wrong:
-                raise KVBatonError(f"staging {mode}: {wrong} of {size} bytes are wrong")
+            target.checked(sources, theirs, mine)
             name = "direct" if mode == "never" else "staged"
             found[name] = [target.receive(sources, theirs, mine) for _ in range(ROUNDS)]
+            staged = sum(sent.staged for sent in target.sent)
+            if staged != (0 if mode == "never" else size):
+                raise KVBatonError(f"staging {mode}: {staged} of {size} bytes went through staging")
     return {"bytes": size, **_figures(size, {**found, "device_copy": _copy_seconds(device, size)})}
 
 

@@ -85,14 +85,22 @@ class _Engine:
 
 
 def measure(
-    lengths: Sequence[int], width: Width, *, rounds: int, threads: int, network: str, progress: Callable[[str], None]
+    lengths: Sequence[int],
+    width: Width,
+    *,
+    rounds: int,
+    threads: int,
+    network: str,
+    device: str,
+    progress: Callable[[str], None],
 ) -> list[Case]:
     """``rounds`` rounds of every length, the two ways in turns."""
     most = max(lengths)
     with ExitStack() as stack:
         model = write_model(width, most + 16, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         progress("starting engines")
-        common: dict[str, Any] = {"model": model, "tokens": most, "threads": threads, "network": network}
+        common: dict[str, Any] = {"model": model, "tokens": most, "threads": threads}
+        common |= {"network": network, "device": device}
         decode = _Engine(EngineSpec(role="decode", **common), stack)
         prefills = {way: _Engine(EngineSpec(role="prefill", ahead=way == "ahead", **common), stack) for way in WAYS}
         found = []

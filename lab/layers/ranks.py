@@ -35,6 +35,7 @@ class EngineSpec:
     tokens: int
     threads: int
     network: str
+    device: str = "cpu"
     ahead: bool = True
 
 
@@ -55,10 +56,10 @@ class EngineProcess:
     """Every public method is a command."""
 
     def __init__(self, spec: EngineSpec, stack: ExitStack) -> None:
-        model = load_model(spec.model, threads=spec.threads)
+        model = load_model(spec.model, threads=spec.threads, device=spec.device)
         pages = -(-spec.tokens // PAGE_SIZE) + 1
-        sizes = PoolConfig(pages=pages, page_size=PAGE_SIZE, aux_slots=2, chunk_tokens=spec.tokens)
-        pools = Pools(model.geometry, sizes, model=model.fingerprint)
+        sizes = PoolConfig(pages=pages, page_size=PAGE_SIZE, aux_slots=2, chunk_tokens=spec.tokens, staging_bytes=None)
+        pools = Pools(model.geometry, sizes, model=model.fingerprint, device=spec.device)
         config = SchedulerConfig(chunked_prefill_size=spec.tokens)
         settings = Settings(layers_ahead="auto" if spec.ahead else "never")
         self._manager = stack.enter_context(KVManager.open(pools.layout, role=spec.role, settings=settings))

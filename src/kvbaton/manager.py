@@ -40,6 +40,7 @@ from kvbaton.protocol.session import Identity
 from kvbaton.protocol.settings import Settings
 from kvbaton.runtime.commands import Command, Fence
 from kvbaton.runtime.driver import Driver
+from kvbaton.runtime.machine import machine
 from kvbaton.runtime.posting import Window
 from kvbaton.runtime.staging_memory import with_staging
 from kvbaton.transports.base import Transport
@@ -133,6 +134,7 @@ class KVManager:
                 layout=layout,
                 agent_metadata=transport.metadata(),
                 transport=transport.capabilities.name,
+                machine=machine(),
             )
             self._core = Core(identity, self._settings)
             self._driver = Driver(
@@ -146,7 +148,7 @@ class KVManager:
                 clock=clock,
             )
             given.pop_all()
-        self._layer_rules = LayerRules(layout, self._settings.layers_ahead, self._settings.costs)
+        self._layer_rules = LayerRules(layout, self._settings.layers_ahead, self._settings.costs_of(layout, near=False))
         self._lock = threading.Lock()
         self._away = False
         self._staging_memory: object = None  # lives as long as peers may write it

@@ -86,6 +86,21 @@ def test_the_evidence_is_what_ucx_logged(source: PlaneRank) -> None:
         assert source.transport.evidence("target") != "UCX: "
 
 
+def test_the_evidence_is_kept_of_a_peer_that_had_several_writes_before_the_first_was_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with NixlTransport("source") as transport, TargetProcess("nixl", "near", PIECE * PIECES) as near:
+        source = PlaneRank(transport, PIECE * PIECES, fill=2)
+        write(transport, connect(source, near), [0], [0])
+        monkeypatch.setenv("UCX_TLS", "tcp")  # so that the log has two ways, and whose is whose matters
+        with TargetProcess("nixl", "target", PIECE * PIECES) as target:
+            prepared = connect(source, target)
+            pending = [transport.post(prepared, indices(number), indices(number)) for number in range(3)]
+            for handle in pending:
+                assert settled(transport, handle) is WriteState.DONE
+            assert transport.evidence("target").startswith("UCX: ")
+
+
 def test_the_evidence_differs_with_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     with NixlTransport("source") as transport, TargetProcess("nixl", "target", PIECE * PIECES) as target:

@@ -174,7 +174,9 @@ def test_a_pool_of_a_wrong_shape_is_refused() -> None:
 def test_staging_memory_is_the_last_region_and_holds_any_block(order: str, each_family: LoadedModel) -> None:
     pools = make_pools(each_family, pages=4, order=order, aux_slots=4, chunk_tokens=1, staging_bytes=None)
     layout, staging = pools.layout, pools.layout.staging
-    assert staging == Staging(len(layout.regions) - 1, STAGING_SLOT_BYTES, STAGING_BYTES // STAGING_SLOT_BYTES)
+    assert staging == Staging(
+        len(layout.regions) - 1, STAGING_SLOT_BYTES["DRAM"], STAGING_BYTES["DRAM"] // STAGING_SLOT_BYTES["DRAM"]
+    )
     assert layout.regions[-1].address % ALIGNMENT_BYTES == 0
     assert all(part is not None for part in stage(pair_plan(layout, layout), layout, layout))
 
@@ -182,7 +184,7 @@ def test_staging_memory_is_the_last_region_and_holds_any_block(order: str, each_
 def test_slots_are_as_large_as_the_largest_page_and_the_default_memory_holds_one(model: LoadedModel) -> None:
     pools = make_pools(model, pages=1, page_size=(1 << 15) + 16, staging_bytes=None)
     page = pools.layout.regions[0].length
-    assert page > STAGING_BYTES
+    assert page > STAGING_BYTES["DRAM"]
     assert pools.layout.staging == Staging(len(pools.layout.regions) - 1, page, 1)
 
 

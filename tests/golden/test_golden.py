@@ -43,6 +43,8 @@ from kvbaton.protocol.messages import (
 
 FILE = Path(__file__).parent / f"version_{PROTOCOL_VERSION}.json"
 KEY = TransferKey(7, 3, 1)
+#: Fields that came after the version was first released.
+ADDED = {"machine"}
 PART = PartId("kv", 0, 2, 0, 4)
 HEAD = {"sender": "ours", "receiver": "theirs"}
 
@@ -115,6 +117,13 @@ def test_the_bytes_are_those_of_the_version(name: str) -> None:
 @pytest.mark.parametrize("name", MESSAGES)
 def test_the_bytes_decode_to_an_equal_message(name: str) -> None:
     assert decode(bytes.fromhex(golden()[name])) == MESSAGES[name]
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_fields_that_older_ranks_do_not_know_may_be_missing(name: str) -> None:
+    fields = msgspec.msgpack.decode(bytes.fromhex(golden()[name]))
+    older = msgspec.msgpack.encode({key: value for key, value in fields.items() if key not in ADDED})
+    assert decode(older) == MESSAGES[name]
 
 
 @pytest.mark.parametrize("name", MESSAGES)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvbaton.errors import AbortedError, IncompatibleError, LayoutError, TransportError
-from kvbaton.layout import CacheLayout, Coordinates, Region, Staging, aux_pool, kv_pool, pool_bytes
+from kvbaton.layout import CacheLayout, Coordinates, MemoryKind, Region, Staging, aux_pool, kv_pool, pool_bytes
 from kvbaton.plan import lanes
 from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import PairPlan, pair_plan
@@ -27,6 +27,13 @@ from kvbaton.testing.world import World
 Bytes = NDArray[np.uint8]
 PAGES = 12
 ALWAYS = Settings(staging="always")
+#: (memory of the pages, a letter for each rank's machine, whether they are gathered)
+WAYS: list[tuple[MemoryKind, str, bool]] = [
+    ("VRAM", "aa", True),
+    ("VRAM", "ab", False),
+    ("VRAM", "  ", False),
+    ("DRAM", "aa", False),
+]
 
 
 def real_layout(
@@ -336,14 +343,34 @@ def test_without_staging_memory_on_both_sides_nothing_is_staged() -> None:
 
 
 def test_the_cost_model_stages_small_pieces_only() -> None:
-    pool = StagingPool(world_layout(1 << 40, 1, 0, slots=64), "auto", Costs(staged_seconds=0.0))
+    pool = StagingPool(world_layout(1 << 40, 1, 0, slots=64), "auto")
     source, target = world_layout(1 << 40, 2, 0, slots=64), world_layout(2 << 40, 1, 0, slots=64)
     small = stage(pair_plan(source, target), source, target)[0]
     assert small is not None
-    assert pool.lease(small, 4)
+    assert pool.lease(small, 4, Costs(staged_seconds=0.0))
     large = world_layout(1 << 40, 1, 0, slot_bytes=512)
     equal: PairPlan = pair_plan(large, large)
-    assert not StagingPool(large, "auto", Costs()).lease(stage(equal, large, large)[0], 1)
+    assert not StagingPool(large, "auto").lease(stage(equal, large, large)[0], 1, Costs())
+
+
+@pytest.mark.parametrize(("memory", "machines", "staged"), WAYS)
+def test_between_gpus_of_one_machine_pages_are_gathered(memory: MemoryKind, machines: str, staged: bool) -> None:
+    """Pages of 32 KiB, of which each would be a copy of its own."""
+    world = World(Settings())
+    ranks = []
+    for side, machine in enumerate(machines):
+        pool = kv_pool(range(1), pages=128, page_size=4, heads=4, head_bytes=2048, dtype="u1")
+        base = (side + 1) << 40
+        regions = Region(base, pool_bytes(pool), memory), Region(base + (1 << 30), 16 << 20, memory)
+        layout = CacheLayout("m", regions, (pool,), Staging(1, 1 << 20, 16))
+        ranks.append(world.add(f"r{side}", layout, machine=machine.strip()))
+    source, target = ranks
+    target.do(ReceiverOpened(1, (source.address,)))
+    source.do(SenderOpened(1))
+    target.do(GrantsPublished(1, (Grant("kv", 0, 512, tuple(range(128))),), token_count=512))
+    world.run()
+    (opened,) = [message for *_, message in world.trace if isinstance(message, Open)]
+    assert bool(opened.staging) == staged
 
 
 @pytest.mark.parametrize("staging", [Staging(2, 256, 8), Staging(1, 256, 9), Staging(1, 0, 8), Staging(1, 256, 0)])

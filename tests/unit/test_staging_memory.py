@@ -28,10 +28,10 @@ def test_it_is_the_last_region_and_sized_by_the_pages() -> None:
     assert owner is not None
     layout.validate()
     assert layout.staging is not None
-    assert layout.staging.slot_bytes == STAGING_SLOT_BYTES
-    assert layout.staging.slots == STAGING_BYTES // STAGING_SLOT_BYTES
+    assert layout.staging.slot_bytes == STAGING_SLOT_BYTES["DRAM"]
+    assert layout.staging.slots == STAGING_BYTES["DRAM"] // STAGING_SLOT_BYTES["DRAM"]
     region = layout.regions[layout.staging.region]
-    assert (region.address % ALIGNMENT_BYTES, region.length) == (0, STAGING_BYTES)
+    assert (region.address % ALIGNMENT_BYTES, region.length) == (0, STAGING_BYTES["DRAM"])
 
 
 def test_a_slot_holds_the_largest_page_of_all_layers() -> None:

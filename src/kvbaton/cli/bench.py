@@ -135,6 +135,7 @@ def _run_staging(options: argparse.Namespace) -> int:
 
     from kvbaton.bench.calibrate import calibrate
     from kvbaton.bench.staging import grid, measure
+    from kvbaton.plan.costs import HOST_COSTS
 
     console = Console(stderr=True, highlight=False)
     if options.what == "calibrate":
@@ -142,7 +143,7 @@ def _run_staging(options: argparse.Namespace) -> int:
             costs = calibrate(status.update)
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(costs)).decode() + "\n")
         return 0
-    costs = transfer_costs(options.transfer_costs)
+    costs = transfer_costs(options.transfer_costs) or HOST_COSTS
     save = _plotter().save if options.plot is not None else None
     points = []
     for number, (run_bytes, pages) in enumerate(grid(options.page_size)):

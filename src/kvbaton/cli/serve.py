@@ -191,7 +191,7 @@ def _add_staging(pd: argparse._ArgumentGroup) -> None:
         "--staging-mib",
         type=natural,
         default=None,
-        help="size of the staging buffer of each rank in MiB; 0: none (default: 64, and at least one slot)",
+        help="size of the staging buffer of each rank in MiB; 0: none (default: 64, on a GPU 256; at least a slot)",
     )
     pd.add_argument(
         "--staging-slot-bytes",

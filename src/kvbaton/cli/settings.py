@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kvbaton.errors import ConfigError
-from kvbaton.plan.costs import DEFAULT_COSTS, Costs
+from kvbaton.plan.costs import Costs
 
 T = TypeVar("T")
 PREFIX = "KVBATON_"
@@ -207,10 +207,10 @@ def _between(text: str, least: float, most: float) -> float:
     return value
 
 
-def transfer_costs(file: Path | None) -> Costs:
-    """Costs from a file that ``bench calibrate`` wrote; the defaults without one. Raises ConfigError with its name."""
+def transfer_costs(file: Path | None) -> Costs | None:
+    """Costs from a file that ``bench calibrate`` wrote; None without one. Raises ConfigError with its name."""
     if file is None:
-        return DEFAULT_COSTS
+        return None
     try:
         return msgspec.json.decode(file.read_bytes(), type=Costs)
     except (OSError, msgspec.MsgspecError) as error:

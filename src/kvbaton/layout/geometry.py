@@ -160,6 +160,12 @@ class CacheLayout(Struct, frozen=True):
                 return pool
         raise LayoutError(f"layout has no pool {name!r}; it has {', '.join(p.name for p in self.pools) or 'none'}")
 
+    @property
+    def page_memory(self) -> MemoryKind:
+        """Where pages lie, those of the first pool that has any; DRAM where none has."""
+        first = next((pool.planes[0].region for pool in self.pools if pool.paged), None)
+        return self.regions[first].memory if first is not None else "DRAM"
+
     def digest(self) -> str:
         """Hex digest of the whole layout, addresses included: names one rank's memory exactly."""
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()

@@ -139,22 +139,21 @@ class StagingPool:
     it has somebody to send to (``sends``) one slot is kept for that, so that two ranks never wait for each other.
     """
 
-    def __init__(self, layout: CacheLayout, policy: StagingPolicy, costs: Costs) -> None:
+    def __init__(self, layout: CacheLayout, policy: StagingPolicy) -> None:
         self.sends = False
         self.slots = layout.staging.slots if layout.staging is not None else 0
         self._free = list(range(self.slots))
         self._policy = policy
-        self._costs = costs
 
     def __len__(self) -> int:
         """Free slots. May be read from any thread."""
         return len(self._free)
 
-    def lease(self, staged: StagedPart | None, blocks: int) -> tuple[int, ...]:
+    def lease(self, staged: StagedPart | None, blocks: int, costs: Costs) -> tuple[int, ...]:
         """Slots for ``blocks`` blocks of a part; none where direct writes are cheaper or too few slots are free."""
         if staged is None or self._policy == "never" or not blocks:
             return ()
-        if self._policy == "auto" and not self._costs.prefers_staging(staged.part, blocks):
+        if self._policy == "auto" and not costs.prefers_staging(staged.part, blocks):
             return ()
         count = staged.slots_for(blocks)
         if count > len(self._free) - self.sends:

@@ -97,6 +97,8 @@ class Hello(Message, frozen=True, tag="hello"):
     #: was recorded, or that was meant for another rank, moves no session to another link.
     hello_sequence: Count = msgspec.field(default=0, name="greeting")
     receiver: Text = ""
+    #: Names the machine, equal for all its processes: some ways are there within one only. Empty: unknown.
+    machine: Text = ""
 
 
 class Verdict(Message, frozen=True, tag="verdict"):

@@ -90,7 +90,7 @@ class Rooms:
         self._transfers = transfers
         self._sources: dict[int, SourceRoom] = {}
         self._touched: dict[int, Room] = {}
-        self.staging = StagingPool(context.identity.layout, context.settings.staging, context.settings.costs)
+        self.staging = StagingPool(context.identity.layout, context.settings.staging)
         self._homes: dict[Transfer, Room] = {}
         self._failed_before_sender: OrderedDict[int, _Unmet] = OrderedDict()
         self._failed_before_open: OrderedDict[int, _Unmet] = OrderedDict()
@@ -171,7 +171,7 @@ class Rooms:
                 ),
             )
             return
-        room.token_seconds += self._context.settings.costs.token_seconds(session.pair, leases)
+        room.token_seconds += session.costs.token_seconds(session.pair, leases)
         outgoing = Outgoing(
             pair=session.pair,
             grants=grants,

@@ -32,6 +32,7 @@ from kvbaton.control.base import LinkId
 from kvbaton.errors import IncompatibleError, KVBatonError, LayoutError, PeerLostError, TransportError, from_code
 from kvbaton.layout import CacheLayout, Coordinates
 from kvbaton.plan.compatibility import differences
+from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import PairPlan, pair_plan
 from kvbaton.plan.staging import StagedPart, stage
 from kvbaton.plan.verify import check_bounds
@@ -61,6 +62,7 @@ class Identity:
     layout: CacheLayout
     agent_metadata: bytes
     transport: str
+    machine: str = ""
 
     def hello(self, answers: str = "", hello_sequence: int = 0, receiver: str = "") -> Hello:
         return Hello(
@@ -75,6 +77,7 @@ class Identity:
             answers=answers,
             hello_sequence=hello_sequence,
             receiver=receiver,
+            machine=self.machine,
         )
 
 
@@ -104,6 +107,13 @@ class Session:
     def peer(self) -> str:
         """The peer's instance; empty before it has said Hello."""
         return self.hello.sender if self.hello else ""
+
+    @property
+    def costs(self) -> Costs:
+        """What choosing how bytes travel between the peer and us is decided with."""
+        ours = self.context.identity
+        near = self.hello is not None and bool(ours.machine) and self.hello.machine == ours.machine
+        return self.context.settings.costs_of(ours.layout, near=near)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Self, get_args
 
 from kvbaton.errors import ConfigError
-from kvbaton.plan.costs import DEFAULT_COSTS, Costs, LayersPolicy
+from kvbaton.layout import CacheLayout
+from kvbaton.plan.costs import Costs, LayersPolicy, default_costs
 from kvbaton.plan.staging import StagingPolicy
 
 #: Settings that are one of some words, by their type.
@@ -37,7 +38,7 @@ class Settings:
             ``tombstones_per_peer`` of one peer, so that nobody makes us forget the others'.
         staging: whether parts travel through staging memory, where both sides have some: by cost, always or never.
         layers_ahead: whether layers travel ahead of the rest of their chunk: by cost, always or never.
-        costs: what the choices by cost are made with.
+        costs: what the choices by cost are made with; None: the defaults for where the pages are.
         write_bytes, write_entries: a chunk is posted in pieces of at most so many bytes and descriptors.
     """
 
@@ -61,13 +62,17 @@ class Settings:
     write_entries: int = 32_768
     staging: StagingPolicy = "auto"
     layers_ahead: LayersPolicy = "auto"
-    costs: Costs = DEFAULT_COSTS
+    costs: Costs | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not value > 0:
                 raise ConfigError(f"{field.name}={value} must be positive")
+
+    def costs_of(self, layout: CacheLayout, *, near: bool) -> Costs:
+        """What the choices are made with towards a peer; ``near``: on this machine."""
+        return self.costs if self.costs is not None else default_costs(layout.page_memory, near=near)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Self:

@@ -139,7 +139,7 @@ class TargetRooms:
                 continue
             grant = by_pool[staged.part.id.pool]
             blocks = staged.part.blocks(grant.token_start, grant.token_stop)
-            slots = self._staging.lease(staged, len(blocks))
+            slots = self._staging.lease(staged, len(blocks), session.costs)
             if slots:
                 leases[staged.part.id] = Lease(staged=staged, slots=slots, first=blocks.start)
         return leases

@@ -38,7 +38,10 @@ def gather(lanes: Lanes, blocks: Int32s, slot: int) -> None:
     device = _device(lanes)
     with _copying(device):
         for pages, index, places in _views(lanes, blocks, slot, device):
-            places.copy_(pages.index_select(0, index))
+            if places.is_contiguous():
+                torch.index_select(pages, 0, index, out=places)
+            else:
+                places.copy_(pages.index_select(0, index))
 
 
 def scatter(lanes: Lanes, blocks: Int32s, slot: int) -> None:

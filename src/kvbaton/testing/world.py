@@ -86,6 +86,7 @@ class World:
         coordinates: Coordinates | None = None,
         address: str = "",
         instance: str = "",
+        machine: str = "",
     ) -> Rank:
         """A new rank whose memory is zero. A rank at an address in use replaces the old one there."""
         identity = Identity(
@@ -96,6 +97,7 @@ class World:
             layout=layout,
             agent_metadata=name.encode(),
             transport="world",
+            machine=machine,
         )
         memory = {region.address: np.zeros(region.length, dtype=np.uint8) for region in layout.regions}
         rank = Rank(self, name, Core(identity, self.settings), address or f"world://{name}", memory)

@@ -64,13 +64,14 @@ def _digest(exported: bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Peer:
-    """A peer and its nixl agent. ``lost``: disconnected. ``unsettled``: a write failed in a way that may go on."""
+    """A peer and its nixl agent. ``lost``: disconnected. ``unsettled``: a write failed in a way that may go on.
+    ``log_start``: where UCX's log was before the first write."""
 
     metadata: _Metadata
     lost: bool = False
     unsettled: bool = False
     wrote: bool = False
-    log_start: int = 0
+    log_start: int | None = None
 
 
 @dataclass(slots=True)
@@ -242,7 +243,7 @@ class NixlTransport(Transport):
         if peer.lost:  # a new agent could not reach it
             raise DisconnectedError("posting: the peer is gone; fence it and connect again", peer=prepared.peer)
         self._build(prepared, peer)
-        if not peer.wrote:
+        if peer.log_start is None:
             peer.log_start = self._nixl.log.position()
         try:
             handle = self._agent.make_prepped_xfer(
@@ -459,10 +460,11 @@ class NixlTransport(Transport):
         loopback = known.metadata.agent_name == self._instance
         tables = [t for t in self._nixl.log.chosen(self._instance) if (t.scope == "self") == loopback]
         if len({table.ways for table in tables}) != 1:
-            starts = sorted(other.log_start for other in self._peers.values() if other.wrote)
-            until = next((start for start in starts if start > known.log_start), None)
-            alone = starts.count(known.log_start) == 1
-            tables = [t for t in tables if t.at >= known.log_start and (until is None or t.at < until) and alone]
+            start = known.log_start or 0
+            starts = sorted(other.log_start or 0 for other in self._peers.values() if other.wrote)
+            until = next((later for later in starts if later > start), None)
+            alone = starts.count(start) == 1
+            tables = [t for t in tables if t.at >= start and (until is None or t.at < until) and alone]
         return f"UCX: {', '.join(tables[-1].ways)}" if tables else ""
 
     def _check_open(self) -> None:

@@ -31,7 +31,7 @@ from kvbaton.discovery.placement import LoadBalance, Placements
 from kvbaton.discovery.registry import Registry, Route
 from kvbaton.discovery.server import registry_app
 from kvbaton.errors import ConfigError, KVBatonError
-from kvbaton.plan.costs import DEFAULT_COSTS, Costs, LayersPolicy
+from kvbaton.plan.costs import Costs, LayersPolicy
 from kvbaton.plan.staging import StagingPolicy
 from kvbaton.protocol.settings import Settings
 from kvbaton.serving.engine.model import LoadedModel, check_device, read_config
@@ -112,7 +112,7 @@ class ServeConfig:
     staging_mib: int | None = None
     staging_slot_bytes: int = 0
     layers_ahead: LayersPolicy = _DEFAULTS.layers_ahead
-    transfer_costs: Costs = DEFAULT_COSTS
+    transfer_costs: Costs | None = None
 
     def settings(self) -> Settings:
         """The protocol's deadlines, and how it chooses between staging and direct writes, layers and whole chunks."""

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from kvbaton.plan.costs import DEFAULT_COSTS
+from kvbaton.plan.costs import HOST_COSTS
 
 #: An engine that takes less than this for a prompt is not slow.
 PROMPT_SECONDS = 2.0
@@ -246,7 +246,7 @@ class Tuning(Struct, frozen=True, kw_only=True):
     rooms: int = 64
     quarantine_seconds: float | None = None
     staging: Literal["auto", "always", "never"] = "auto"
-    post_seconds: float = DEFAULT_COSTS.post_seconds  #: 0: layers are worth a post of their own, always
+    post_seconds: float = HOST_COSTS.post_seconds  #: 0: layers are worth a post of their own, always
 
 
 class Scenario(Struct, frozen=True, kw_only=True):
