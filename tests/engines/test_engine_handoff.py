@@ -40,6 +40,7 @@ class Pair:
     decode: Scheduler
     model: LoadedModel
     target_pools: Pools
+    pages: int  # of the decode side
 
     def request(self, room: int, length: int, count: int, **sampling: object) -> Request:
         fields: dict = {"temperature": 0.0, "ignore_eos": True, "max_tokens": count, **sampling}
@@ -93,7 +94,7 @@ def pair(
         prefill_scheduler(model, pools[0], sends, CONFIG) as prefill,
         decode_scheduler(model, pools[1], receives, decode_config) as decode,
     ):
-        yield Pair(sends, receives, prefill, decode, model, pools[1])
+        yield Pair(sends, receives, prefill, decode, model, pools[1], pools[1].pages_free)
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])

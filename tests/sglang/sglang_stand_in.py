@@ -80,7 +80,7 @@ class StandIn:
             group=self.group,
             sizes=Sizes(tp=size, pp=stages),
             coordinates=Coordinates(tp=rank, pp=stage),
-            staging_bytes=self.staging * STAGING_SLOT_BYTES,
+            staging_bytes=self.staging * STAGING_SLOT_BYTES["DRAM"],
         )
 
     def _args(self) -> Any:

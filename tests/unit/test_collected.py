@@ -8,7 +8,7 @@ from kvbaton.collected import Collected
 from kvbaton.handles import ALWAYS_READY, Freed, KVSender, Span
 from kvbaton.layout import CacheLayout, Region, kv_pool, pool_bytes
 from kvbaton.pieces import LayerRules
-from kvbaton.plan.costs import DEFAULT_COSTS
+from kvbaton.plan.costs import HOST_COSTS
 from kvbaton.protocol.effects import KVPoll, RoomStatus
 
 POOL = kv_pool(range(1), pages=4, page_size=4, heads=1, head_bytes=8, dtype="u1")
@@ -31,7 +31,7 @@ class Racing(KVSender):
 def test_units_that_are_withdrawn_while_they_become_free_are_told_free_when_they_are_again() -> None:
     """The engine would free the pages that it has submitted in their place, while they are read."""
     collected = Collected(wanted=True)
-    rules = LayerRules(LAYOUT, "never", DEFAULT_COSTS)
+    rules = LayerRules(LAYOUT, "never", HOST_COSTS)
     sender = Racing(7, LAYOUT, lambda _event, _fence: None, lambda: 0.0, "tag", rules)
 
     def settle(seen: int, *, leased: bool = False) -> None:

@@ -102,7 +102,7 @@ def test_a_worker_that_is_gone_is_named() -> None:
                 sides = (await get(url, 200))["sides"]
                 (gone,) = [side for side in sides if side["role"] == "decode"]
                 assert gone["url"] == "http://127.0.0.1:9"
-                assert "ClientConnectorError" in gone["error"]
+                assert "Connect call failed" in gone["error"]
 
     run(test())
 
