@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,7 +28,7 @@ from kvbaton.serving.router.router import Router, RouterConfig
 from kvbaton.serving.router.worker import Worker
 from kvbaton.serving.server.allow import AllowList
 from kvbaton.serving.server.api import ApiServer
-from kvbaton.serving.server.bodies import Bodies
+from kvbaton.serving.server.bodies import REST, Bodies
 from kvbaton.serving.server.launch import ServeConfig, serve
 from kvbaton.serving.server.openapi import document
 from kvbaton.serving.server.request_parsing import MAX_CHARACTERS_PER_TOKEN, ApiConfig, Mode
@@ -384,6 +386,23 @@ def test_large_bodies_come_one_after_the_other_and_small_ones_between():
             async with asyncio.timeout(15), await next_one as response:
                 assert response.status == 200
             assert not bodies.held_bytes
+
+    run(test())
+
+
+def test_after_a_large_body_others_have_the_loop_for_longer_than_it_took():
+    busy, handed_out = 0.05, []
+
+    async def look(bodies: Bodies) -> None:
+        await bodies._turn(1)
+        handed_out.append(time.monotonic())
+        while time.monotonic() < handed_out[-1] + busy:
+            pass  # what is made of it, at once
+
+    async def test() -> None:
+        bodies = Bodies()
+        await asyncio.gather(*(look(bodies) for _ in range(3)))
+        assert all(later - before >= (1 + REST) * busy for before, later in itertools.pairwise(handed_out))
 
     run(test())
 

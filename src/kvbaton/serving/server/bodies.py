@@ -29,6 +29,8 @@ SMALL_BODY_BYTES = 64 << 10
 MAX_BODIES_BYTES = 256 << 20
 #: Bytes of counted bodies that are handed out in a second: what is made of 16 MiB takes the event loop up to 0.2 s.
 LARGE_BYTES_EACH_SECOND = 32 << 20
+#: Times as long as one of them kept the event loop, others have it before the next.
+REST = 3
 #: A body has arrived by then.
 BODY_SECONDS = 30.0
 
@@ -97,7 +99,14 @@ class Bodies:
         """Wait until a large body may be looked at. Their sum is bounded, and so is this."""
         async with self._turns:
             await asyncio.sleep(self._next_turn - time.monotonic())
-            self._next_turn = time.monotonic() + size / self._each_second
+            begun = time.monotonic()
+            self._next_turn = begun + size / self._each_second
+            asyncio.get_running_loop().call_soon(self._note_busy, begun)
+
+    def _note_busy(self, begun: float) -> None:
+        """What is made of a body at once is made by now: the event loop is others' for :data:`REST` times as long."""
+        now = time.monotonic()
+        self._next_turn = max(self._next_turn, now + REST * (now - begun))
 
     def _take(self, size: int) -> int:
         if self._held + size > self._all_bytes:
