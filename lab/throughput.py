@@ -67,11 +67,11 @@ class Throughput:
         pools = pools_of(self._model)
         warm_up = prompts_of(Scenario(scenario.prompts, 16, 2), seed=-1)
         answer(self._model, pools, warm_up, 2)
-        _generate(self._model, warm_up, 2)
+        generate(self._model, warm_up, 2)
         for number in range(rounds):
             prompts = prompts_of(scenario, number)
             ours, one = timed(partial(answer, self._model, pools, prompts, scenario.answer_tokens))
-            theirs, other = timed(partial(_generate, self._model, prompts, scenario.answer_tokens))
+            theirs, other = timed(partial(generate, self._model, prompts, scenario.answer_tokens))
             result.engine.append(one)
             result.generate.append(other)
             result.equal += sum(a == b for a, b in zip(ours, theirs, strict=True))
@@ -80,7 +80,8 @@ class Throughput:
         return result
 
 
-def _generate(model: LoadedModel, prompts: Prompts, count: int) -> list[list[int]]:
+def generate(model: LoadedModel, prompts: Prompts, count: int) -> list[list[int]]:
+    """What transformers' own ``generate`` says to prompts of one length: ``count`` tokens each, greedily."""
     with torch.inference_mode():
         tokens = torch.tensor(prompts)
         whole: Any = model.network.generate(

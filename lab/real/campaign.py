@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvbaton.serving.engine.model import load_model
 from kvbaton.serving.fleet import Fleet
 from lab.clients.campaign import READY_SECONDS, post, scored_by
 from lab.clients.lm_eval import LmEval
 from lab.clients.row import Row
 from lab.real import niah
+from lab.throughput import generate
 
 NAME = "SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 12
@@ -75,19 +74,7 @@ def generated(model: Path) -> tuple[list[list[int]], list[list[int]]]:
     """The prompts as token ids, and how transformers' own ``generate`` goes on, greedily."""
     loaded = load_model(str(model))
     prompts: list[list[int]] = [loaded.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    answers = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            tokens = torch.tensor([prompt])
-            whole: Any = loaded.network.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )
-            answers.append(whole[0, len(prompt) :].tolist())
-    return prompts, answers
+    return prompts, [generate(loaded, [tuple(prompt)], ANSWER_TOKENS)[0] for prompt in prompts]
 
 
 async def _equal(fleet: Fleet, way: str, url: str, prompts: Sequence[list[int]], expected: Sequence[list[int]]) -> Row:

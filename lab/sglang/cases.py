@@ -19,6 +19,7 @@ import msgspec
 from kvbaton.engines.sglang.metrics import NAME as EVENTS
 from kvbaton.serving.fleet import free_ports
 from lab.engines.campaign import check
+from lab.engines.idle import idle_parts
 from lab.engines.listeners import compared
 from lab.engines.requests import Refused, prompt
 from lab.sglang.contract import DIRECTORY, KEPT, read
@@ -33,7 +34,7 @@ KILLED_SECONDS = 3.0
 #: How long prefill waits for decode, and decode for what prefill sends, in scenes where one never comes.
 PATIENCE: Mapping[str, float] = {"bootstrap_timeout": 15.0, "waiting_timeout": 30.0}
 #: Most of a core that a scheduler may use when nothing happens, SGLang's own loop included.
-IDLE_PART, IDLE_SECONDS = 0.03, 20.0
+IDLE_PART = 0.03
 
 
 async def lengths(scene: Scene) -> str:
@@ -332,17 +333,14 @@ async def _counted(scene: Scene, event: str) -> float:
 
 
 async def idle(scene: Scene) -> str:
-    """Processor time of the schedulers over 20 s in which nothing happens."""
+    """Processor time of the schedulers while nothing happens."""
     await scene.empty()
-    await asyncio.sleep(3)
     watched = {
         f"{name} {i}": process
         for name, server in (("prefill", scene.prefill), ("decode", scene.decode), ("plain", scene.plain))
         for i, process in enumerate(server.schedulers())
     }
-    before = {name: sum(process.cpu_times()[:2]) for name, process in watched.items()}
-    await asyncio.sleep(IDLE_SECONDS)
-    used = {name: (sum(process.cpu_times()[:2]) - before[name]) / IDLE_SECONDS for name, process in watched.items()}
+    used = dict(zip(watched, await idle_parts(list(watched.values())), strict=True))
     if any(share > IDLE_PART for name, share in used.items() if not name.startswith("plain")):
         raise AssertionError(f"cores in use while idle: {used}")
     return ", ".join(f"{name}: {share:.1%} of a core" for name, share in used.items())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 
 from lab.engines.campaign import check
 from lab.engines.comparison import Cell, Pair, Seconds, measure, paused
+from lab.engines.idle import idle_parts
 from lab.engines.requests import prompt
-from lab.sglang.cases import IDLE_PART, IDLE_SECONDS, LENGTHS
+from lab.sglang.cases import IDLE_PART, LENGTHS
 from lab.sglang.requests import Client
 from lab.sglang.scene import Scene
 from lab.sglang.server import SglangServer
@@ -49,14 +49,7 @@ async def idle(scene: Scene) -> str:
     used = {}
     for name, pair in ((OURS, scene), (THEIRS, scene.rival)):
         with paused(Pair(_servers(scene.rival if pair is scene else scene), {})):
-            await asyncio.sleep(3)
-            watched = [process for server in _servers(pair) for process in server.schedulers()]
-            before = [sum(process.cpu_times()[:2]) for process in watched]
-            await asyncio.sleep(IDLE_SECONDS)
-            used[name] = [
-                (sum(process.cpu_times()[:2]) - was) / IDLE_SECONDS
-                for process, was in zip(watched, before, strict=True)
-            ]
+            used[name] = await idle_parts([process for server in _servers(pair) for process in server.schedulers()])
     said = ", ".join(f"{name} " + " and ".join(f"{part:.1%}" for part in parts) for name, parts in used.items())
     if max(used[OURS]) > IDLE_PART:
         raise AssertionError(f"of a core: {said}")

@@ -161,10 +161,9 @@ class CacheLayout(Struct, frozen=True):
         raise LayoutError(f"layout has no pool {name!r}; it has {', '.join(p.name for p in self.pools) or 'none'}")
 
     @property
-    def page_memory(self) -> MemoryKind:
-        """Where pages lie, those of the first pool that has any; DRAM where none has."""
-        first = next((pool.planes[0].region for pool in self.pools if pool.paged), None)
-        return self.regions[first].memory if first is not None else "DRAM"
+    def page_region(self) -> Region | None:
+        """Where pages lie, those of the first pool that has any; None where none has."""
+        return next((self.regions[pool.planes[0].region] for pool in self.pools if pool.paged), None)
 
     def digest(self) -> str:
         """Hex digest of the whole layout, addresses included: names one rank's memory exactly."""

@@ -72,7 +72,10 @@ class Settings:
 
     def costs_of(self, layout: CacheLayout, *, near: bool) -> Costs:
         """What the choices are made with towards a peer; ``near``: on this machine."""
-        return self.costs if self.costs is not None else default_costs(layout.page_memory, near=near)
+        if self.costs is not None:
+            return self.costs
+        pages = layout.page_region
+        return default_costs(pages.memory if pages is not None else "DRAM", near=near)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Self:

@@ -72,7 +72,7 @@ def with_staging(layout: CacheLayout, staging_bytes: int | None, *, slot_bytes: 
     """
     if layout.staging is not None:
         raise ConfigError("staging_bytes: the layout has staging memory of its own")
-    pages = next((layout.regions[pool.planes[0].region] for pool in layout.pools if pool.paged), None)
+    pages = layout.page_region
     if pages is None:
         raise ConfigError("staging_bytes: the layout has no pages that could be staged")
     size = staging_size(layout.pools, staging_bytes, memory=pages.memory, slot_bytes=slot_bytes)
