@@ -105,6 +105,7 @@ class Rooms:
             "homes": len(self._homes),
             "early_failures": len(self._failed_before_sender) + len(self._failed_before_open),
             "groups_covered": self.targets.groups_covered,
+            "sources_awaited": self.targets.sources_awaited,
             "staging_slots_busy": self.staging.slots - len(self.staging),
         }
 
@@ -329,7 +330,7 @@ class Rooms:
         if not self._is_current(room):
             return
         if isinstance(room, TargetRoom):
-            del self.targets.rooms[room.room]
+            self.targets.remove(room)
             return
         del self._sources[room.room]
         if room.error is not None and not (room.has_sender and room.opened):
@@ -383,6 +384,7 @@ class Rooms:
             self.fail(room, self._bootstrap_error(room))
 
     def check_invariants(self) -> None:
+        self.targets.check_invariants()
         for transfer in self._transfers.live():
             home = self._homes.get(transfer)
             if home is None or home.transfers.get(transfer.peer) is not transfer:

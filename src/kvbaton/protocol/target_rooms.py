@@ -15,7 +15,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import cast
 
-from kvbaton.errors import CapacityError, ConfigError, IncompatibleError, KVBatonError, PeerLostError
+from kvbaton.errors import (
+    CapacityError,
+    ConfigError,
+    IncompatibleError,
+    InternalError,
+    KVBatonError,
+    PeerLostError,
+)
 from kvbaton.plan.pair import PairPlan, PartId, check_coverage
 from kvbaton.plan.staging import StagingPool
 from kvbaton.protocol.context import Context
@@ -37,6 +44,7 @@ class TargetRooms:
         self._keeper = keeper
         self._staging = staging
         self.rooms: dict[int, TargetRoom] = {}  #: current records, by number
+        self._by_source: dict[str, dict[int, TargetRoom]] = {}  # the same, by the addresses that they are filled from
         self._covered: OrderedDict[tuple[str, ...], None] = OrderedDict()
 
     @property
@@ -44,22 +52,55 @@ class TargetRooms:
         """Groups of sources that are known to write all of our memory, each byte once."""
         return len(self._covered)
 
+    @property
+    def sources_awaited(self) -> int:
+        """Addresses that some room is to be filled from."""
+        return len(self._by_source)
+
+    def check_invariants(self) -> None:
+        """Raise InternalError where the rooms by source are not the rooms."""
+        listed = {(address, id(room)) for address, rooms in self._by_source.items() for room in rooms.values()}
+        if listed != {(address, id(room)) for room in self.rooms.values() for address in room.sources}:
+            raise InternalError(f"{len(self._by_source)} sources are listed with other rooms than the current ones")
+
     def needs(self, session: Session) -> bool:
         """Whether a room of ours still waits for a session."""
         return any(
-            session.address in (room.sources if room.error is None else room.untold) for room in self.rooms.values()
+            room.error is None or session.address in room.untold for room in self._filled_from(session.address).values()
         )
 
     def queued(self, session: Session) -> tuple[int, ...]:
         """Rooms to be filled by a session's peer that wait for our engine to publish units."""
         return tuple(
             number
-            for number, room in self.rooms.items()
-            if room.agreed and room.grants is None and room.error is None and session.address in room.sources
+            for number, room in self._filled_from(session.address).items()
+            if room.agreed and room.grants is None and room.error is None
         )
 
+    def _filled_from(self, address: str) -> dict[int, TargetRoom]:
+        return self._by_source.get(address, {})
+
+    def _add(self, room: TargetRoom) -> None:
+        """Make a record the one that its number stands for."""
+        earlier = self.rooms.get(room.room)
+        if earlier is not None:
+            self.remove(earlier)
+        self.rooms[room.room] = room
+        for address in room.sources:
+            self._by_source.setdefault(address, {})[room.room] = room
+
+    def remove(self, room: TargetRoom) -> None:
+        """Forget a current record."""
+        del self.rooms[room.room]
+        for address in room.sources:
+            rooms = self._by_source[address]
+            del rooms[room.room]
+            if not rooms:
+                del self._by_source[address]
+
     def on_receiver_opened(self, event: ReceiverOpened) -> None:
-        room = self.rooms[event.room] = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
+        room = TargetRoom(room=event.room, sources=event.sources, begun=event.begun)
+        self._add(room)
         self._context.record(event.room, f"receiver opened, to be filled from {', '.join(event.sources)}")
         self._context.timers.set(room, "deadline", self._context.now + self._context.settings.bootstrap_timeout)
         for address in event.sources:
@@ -182,18 +223,18 @@ class TargetRooms:
         self._keeper.begin(room, transfer)
 
     def dial_failed(self, address: str, error: KVBatonError) -> None:
-        for room in list(self.rooms.values()):
-            if address in room.sources and not room.transfers:
+        for room in list(self._filled_from(address).values()):
+            if not room.transfers:
                 self._keeper.fail(room, error)
             room.untold.discard(address)
 
     def session_changed(self, session: Session) -> None:
         """Rooms that wait for a session go on, or fail with its reason."""
-        for room in list(self.rooms.values()):
+        for room in list(self._filled_from(session.address).values()):
             if session.address in room.untold:
                 self._tell_unopened(room, session)
                 self._keeper.touch(room)
-            if session.address not in room.sources or room.transfers:
+            if room.transfers:
                 continue
             if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE):
                 self._keeper.fail(room, session.error or PeerLostError("the peer is gone", peer=session.name))

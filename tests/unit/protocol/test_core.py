@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 
-from kvbaton.errors import AbortedError, DisconnectedError, InternalError
+from kvbaton.errors import AbortedError, DisconnectedError, InternalError, PeerLostError
 from kvbaton.layout import CacheLayout
 from kvbaton.plan.pair import check_coverage
 from kvbaton.protocol import rooms, target_rooms
@@ -472,6 +472,23 @@ def test_more_rooms_than_one_ping_names_wait_as_well(monkeypatch: pytest.MonkeyP
         scene.target.do(ReceiverOpened(room, scene.addresses))
     scene.world.run(until=3 * QUICK.bootstrap_timeout)
     assert [scene.source.status("source", room).poll for room in rooms] == [KVPoll.Bootstrapping] * len(rooms)
+
+
+def test_rooms_are_found_by_their_sources_until_they_end() -> None:
+    scene = Scene()
+    core = scene.target.core
+    scene.start()
+    unreachable = [f"tcp://127.0.0.1:{port}" for port in range(1, 101)]
+    for number, address in enumerate(unreachable, 100):
+        scene.target.do(ReceiverOpened(number, (*scene.addresses, address)))
+    assert core.sizes()["sources_awaited"] == 1 + len(unreachable)
+    core.check_invariants()
+    for address in unreachable:
+        scene.target.do(DialFailed(address, PeerLostError("nobody listens")))
+        core.check_invariants()
+    scene.submit_all()
+    scene.world.run(until=2 * QUICK.announce_seconds)
+    assert core.sizes()["rooms"] == core.sizes()["sources_awaited"] == 0
 
 
 def test_an_open_that_is_never_acknowledged_expires_and_drains() -> None:
