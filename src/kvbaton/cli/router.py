@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ssl
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -185,13 +184,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add_grace_period(parser)
 
 
-def _check_certificates(path: Path) -> None:
-    try:
-        ssl.create_default_context(cafile=path)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"--ca-cert-path {path} has no certificates: {error.strerror or error}") from None
-
-
 def run(options: argparse.Namespace) -> int:
     exit_on_sigterm()
     try:
@@ -214,8 +206,6 @@ async def _route(options: argparse.Namespace) -> None:
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
-    if options.ca_cert_path is not None:
-        _check_certificates(options.ca_cert_path)
     if options.workers_file is not None:
         parse(read(options.workers_file), options.workers_file)  # a mistake at the start is one of the start
     prefill = [parse_worker("prefill", values) for values in options.prefill or ()]

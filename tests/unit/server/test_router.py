@@ -1273,6 +1273,31 @@ def test_https_workers(trusted):
     run(test())
 
 
+def test_a_file_without_certificates_is_refused_by_the_option_that_named_it(tmp_path):
+    workers = (parse_worker("prefill", ["http://p:1"]), parse_worker("decode", ["http://d:1"]))
+    (tmp_path / "empty.pem").touch()
+
+    async def test(name: str) -> None:
+        with pytest.raises(ConfigError, match=f"--ca-cert-path .*{name} has no certificates"):
+            Router(RouterConfig(workers=workers, ca_cert_path=tmp_path / name))
+
+    run(test("empty.pem"))
+    run(test("missing.pem"))
+
+
+def test_a_start_ends_with_the_first_pair_or_with_every_trouble():
+    async def test() -> None:
+        async with routed([Backend(answer)], [Backend(answer)]) as setup:
+            await setup.router.workers.started(5.0)
+        workers = (parse_worker("prefill", ["http://127.0.0.1:9"]), parse_worker("decode", ["http://127.0.0.1:9"]))
+        router = Router(RouterConfig(workers=workers))
+        async with serving(router.app):
+            with pytest.raises(PeerLostError, match="no prefill and no decode server takes requests within 0.1 s"):
+                await router.workers.started(0.1)
+
+    run(test())
+
+
 def test_a_worker_without_a_port_is_asked_at_the_one_of_its_scheme():
     assert parse_worker("decode", ["https://d"]).audience == "d:443"
     assert parse_worker("decode", ["http://d"]).audience == "d:80"

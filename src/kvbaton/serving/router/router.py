@@ -31,11 +31,7 @@ from kvbaton.discovery.guard import guard, read_across
 from kvbaton.discovery.json_response import json_response
 from kvbaton.discovery.names import ServerNames
 from kvbaton.engines.vllm import params
-from kvbaton.errors import (
-    KVBatonError,
-    PeerLostError,
-    UnknownModelError,
-)
+from kvbaton.errors import ConfigError, KVBatonError, PeerLostError, UnknownModelError
 from kvbaton.serving.router.bounded import bounded
 from kvbaton.serving.router.breaker import BreakerSettings
 from kvbaton.serving.router.calls import (
@@ -156,12 +152,19 @@ class RouterConfig:
         )
 
 
+def _trusting(ca_cert_path: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_cert_path)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"--ca-cert-path {ca_cert_path} has no certificates: {error.strerror or error}") from None
+
+
 class Router:
-    """Handlers over a set of workers. Build it inside the event loop that will run :attr:`app`."""
+    """Handlers over a set of workers. Build it inside the event loop that will run :attr:`app`. Raises ConfigError."""
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        tls = ssl.create_default_context(cafile=config.ca_cert_path)
+        tls = _trusting(config.ca_cert_path)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=2 * config.max_concurrent_requests, ssl=tls, ttl_dns_cache=RESOLVED_SECONDS

@@ -41,8 +41,6 @@ from kvbaton.serving.server.routing import BOOTSTRAP_PORT
 
 #: Every pair of them is checked.
 MAX_WORKERS = 512
-#: How often it is looked whether the first pair is there; rounds of probes go on by themselves.
-STARTED_SECONDS = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -116,6 +114,7 @@ class Workers:
         for worker in workers:
             worker.breaker = Breaker(breakers)
         self._unanswered: dict[Worker, int] = {}
+        self._paired = asyncio.Event()  # there has been a pair
         self._round: asyncio.Task[None] | None = None
         self._extra: set[asyncio.Task[None]] = set()
         self._policies = policies if policies is not None else {role: RoundRobin() for role in ROLES}
@@ -248,6 +247,8 @@ class Workers:
         self._unanswered = {worker: count for worker, count in self._unanswered.items() if worker in probed}
         await asyncio.gather(*map(self._probe, probed))
         await self._pairs.check(self.usable("prefill"), self.usable("decode"))
+        if self.pairs():
+            self._paired.set()
 
     async def _probe_once(self) -> None:
         """Join the round of probes that is under way, or start one."""
@@ -265,8 +266,7 @@ class Workers:
         """Wait for the first pair. Raises PeerLostError after ``seconds``, with every worker's trouble."""
         try:
             async with asyncio.timeout(seconds):
-                while not self.pairs():
-                    await asyncio.sleep(STARTED_SECONDS)
+                await self._paired.wait()
         except TimeoutError:
             raise PeerLostError(f"{self.not_ready()} within {seconds:g} s{self._troubles(*ROLES)}") from None
 
