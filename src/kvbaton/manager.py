@@ -261,6 +261,10 @@ class KVManager:
         A room that a peer may still write to stays ``leased``, and the links to its peers open, until the peer has
         said or its end has proven that nothing is under way: destroying the transport proves it for our own writes
         alone. The listening address is free at once.
+
+        Raises:
+            ExpiredError: the data plane has not come back from a call for a minute, so that nothing is proven: keep the
+                memory, or end the process.
         """
         if self._registry is not None:
             self._registry.close()

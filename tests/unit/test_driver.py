@@ -248,3 +248,23 @@ def test_peers_write_to_a_rank_whose_agent_was_replaced(make_rank: MakeRank) -> 
     target.wait_until(lambda: target.manager.counters().get("agents_replaced") == 1, "the core is told")
     expect_a_room_to_go_through(source, target)
     assert (target.page(5) == source.page(4)).all()
+
+
+def test_closing_a_rank_whose_transport_hangs_says_so_and_frees_nothing(
+    make_rank: MakeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a call of UCX towards a host that has vanished may: whoever closes must neither hang nor take memory back."""
+    monkeypatch.setattr("kvbaton.runtime.driver.CLOSE_SECONDS", 0.05)
+    rank = make_rank("prefill")
+    goes_on, close = threading.Event(), rank.transport.close
+
+    def hang() -> None:
+        goes_on.wait()
+        close()
+
+    monkeypatch.setattr(rank.transport, "close", hang)
+    with pytest.raises(ExpiredError, match=r"has not come back from a call within 0.05 s of closing"):
+        rank.manager.close()
+    goes_on.set()
+    monkeypatch.undo()
+    rank.manager.close()

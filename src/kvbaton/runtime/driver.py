@@ -54,6 +54,8 @@ POLL_MOST_SECONDS = 0.001
 POLL_SHARE = 0.05
 #: How long a closing rank waits for its own writes before it goes without a farewell.
 CLOSE_GRACE_SECONDS = 5.0
+#: How long whoever closes a rank waits for its thread: it may be in a call of the data plane that does not come back.
+CLOSE_SECONDS = 60.0
 #: How long a question may wait for the thread, which may be copying a large write; how often it is looked after.
 ASK_SECONDS = 5.0
 ASK_SHARE_SECONDS = 0.1
@@ -174,10 +176,15 @@ class Driver:
         }
 
     def close(self, reason: str) -> None:
-        """Fail what is live, settle, say goodbye, release everything. Idempotent."""
+        """Fail what is live, settle, say goodbye, release everything. Idempotent. Raises ExpiredError if the thread
+        does not come to the end of it in time; it goes on, and whatever is not proven stays leased."""
         self.stop(reason)
         if self.started:
-            self._parted.wait()
+            if not self._parted.wait(CLOSE_SECONDS):
+                raise ExpiredError(
+                    f"the data plane has not come back from a call within {CLOSE_SECONDS:g} s of closing: the "
+                    "memory may still be read and written, so keep it, or end the process"
+                )
         else:  # never started: rooms that were begun end all the same, and nothing stays open
             while self._commands:
                 self._take_commands()

@@ -1292,7 +1292,7 @@ def test_a_start_ends_with_the_first_pair_or_with_every_trouble():
         workers = (parse_worker("prefill", ["http://127.0.0.1:9"]), parse_worker("decode", ["http://127.0.0.1:9"]))
         router = Router(RouterConfig(workers=workers))
         async with serving(router.app):
-            with pytest.raises(PeerLostError, match="no prefill and no decode server takes requests within 0.1 s"):
+            with pytest.raises(PeerLostError, match=r"no prefill and no decode server takes requests within 0.1 s"):
                 await router.workers.started(0.1)
 
     run(test())
