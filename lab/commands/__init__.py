@@ -20,6 +20,10 @@ LAB = Program(
             "lab.commands.failover",
             "kill, stop or end one of two workers under load, and compare every answer with a single process",
         ),
+        "policies": (
+            "lab.commands.policies",
+            "the router's policies in front of the same servers: cache hits, throughput and skew of each",
+        ),
         "flood": (
             "lab.commands.flood",
             "flood a running pair in every way known, and watch p99 of honest requests, memory and readiness",

@@ -100,7 +100,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "lab",
     ),
     "prometheus_client": ("kvbaton.serving.server", "kvbaton.engines.sglang.metrics"),
-    "matplotlib": ("kvbaton.bench.plot", "lab.layers.plot"),
+    "matplotlib": ("kvbaton.bench.plot", "lab.layers.plot", "lab.policies.plot"),
 }
 
 
