@@ -119,7 +119,7 @@ def completion_keyed_without_the_writer(patches: Patches) -> None:
 @mutant("a write forgets which part it belongs to (sglang#39846)")
 def part_id_dropped(patches: Patches) -> None:
     original = sending.post
-    patches.set(sending, "post", lambda t, write: original(t, replace(write, part=0)))
+    patches.set(sending, "post", lambda t, write, place: original(t, replace(write, part=0), place))
 
 
 @mutant("a proof of delivery that comes after the failure turns it into a success (sglang#30352)")
@@ -258,7 +258,7 @@ def chunk_matched_by_position(patches: Patches) -> None:
         spans = []
         for span in chunk.spans:
             grant = outgoing.grants.get(span.pool)
-            covered = outgoing.coverage.get(index)
+            covered = outgoing.coverage.get((index, False)) or outgoing.coverage.get((index, True))
             begin = covered._begin if covered else grant.token_start if grant else 0
             start = begin if span.token_stop else 0
             spans.append(msgspec.structs.replace(span, token_start=start))
@@ -445,7 +445,8 @@ def cancelled_counts_as_sent(patches: Patches) -> None:
         t.as_source().last_submitted = False
         for index, part in enumerate(t.as_source().pair.parts):
             if not part.paged:
-                t.as_source().coverage.pop(index, None)
+                for staged in (False, True):
+                    t.as_source().coverage.pop((index, staged), None)
 
     patches.cell(State.SENDING, On.CHUNKS_WITHDRAWN, withdraw)
 
@@ -519,6 +520,21 @@ def staged_parts_do_not_wait_for_all_layers(patches: Patches) -> None:
 
     original = Coverage._of_lanes
     patches.set(Coverage, "_of_lanes", of_lanes)
+
+
+@mutant("what found no staging slot is not written (our own)")
+def behind_the_leased_slots_nothing_is_sent(patches: Patches) -> None:
+    original = sending.shares_of
+    patches.set(sending, "shares_of", lambda grant, lease: tuple(original(grant, lease))[:1])
+
+
+@mutant("the target copies out of staging slots what went directly (our own)")
+def more_is_scattered_than_was_staged(patches: Patches) -> None:
+    def runs(self: Any, blocks: range) -> Any:
+        for number, within, run in self.staged.runs(blocks, self.first):
+            yield self.slots[number % len(self.slots)], within, run
+
+    patches.set(transfer.Lease, "runs", runs)
 
 
 @mutant("a whole chunk moves once more what went ahead of it, and counts it once (our own)", 38)

@@ -154,8 +154,9 @@ class Pair:
         self.world.run()
 
     def submit(self, room: int = 1, *, cut: int = 12) -> None:
+        pages = (2, 4, 6, 8, 10, 11)
         for source in self.sources:
-            for start, stop, units in ((0, cut, (2, 4, 6)), (cut, 22, (8, 10, 11))):
+            for start, stop, units in ((0, cut, pages[: cut // 4]), (cut, 22, pages[cut // 4 :])):
                 chunk = Chunk(spans=(Grant("kv", start, stop, units),), last=stop == 22)
                 source.do(ChunkSubmitted(room, chunk))
         self.world.run()
@@ -216,6 +217,29 @@ def test_slots_come_back_and_rooms_that_find_none_go_directly() -> None:
     pair.expect_bytes()
     pair.open(3)
     assert pair.slots_granted() == 24
+
+
+@pytest.mark.parametrize("cut", [4, 12, 16])
+@pytest.mark.parametrize("slots", range(1, 12))
+def test_what_a_part_needs_beyond_the_slots_that_are_free_goes_directly(slots: int, cut: int) -> None:
+    """As a long prompt does that is larger than the staging memory: without this none of it would be gathered."""
+    pair = Pair(slots=slots)
+    pair.open()
+    assert pair.slots_granted() == slots
+    for source in pair.sources:
+        source.hold_writes = True
+    pair.submit(cut=cut)
+    posted = [write for source in pair.sources for write in source.held]
+    staged = [write for write in posted if write.staged is not None]
+    assert len(staged) == slots
+    assert sum(write.bytes for write in posted) == 2 * 6 * 256
+    for source in pair.sources:
+        source.release_writes()
+    pair.world.run()
+    assert pair.target.status("target", 1).poll is KVPoll.Success
+    pair.expect_bytes()
+    for rank in (*pair.sources, pair.target):
+        rank.core.check_invariants()
 
 
 def test_a_slot_is_leased_until_the_source_has_drained() -> None:

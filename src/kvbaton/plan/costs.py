@@ -54,7 +54,7 @@ class Costs(Struct, frozen=True, kw_only=True):
         return self.staged(part, blocks) < self.direct(part, blocks)
 
     def token_seconds(self, pair: PairPlan, staged: Container[PartId]) -> float:
-        """Predicted seconds to write one token of all parts that travel directly."""
+        """Predicted seconds to write one token of all parts that do not travel wholly through staging."""
         return sum(
             self.direct(part, 1) / part.block_rows for part in pair.parts if part.paged and part.id not in staged
         )

@@ -8,6 +8,7 @@ of blocks is one run.
 
 The target decides (it leases the slots, see ``StagingPool``), the source follows what ``Open`` says. The slots of a
 part are filled in order: the k-th holds blocks ``[k * blocks_per_slot, …)`` counted from the first block granted.
+Where fewer slots are free than a part needs, they hold its first blocks, and the others are written directly.
 Slots are leased exactly like pages: until the transfer has closed on proof. Parts whose pools lie in another memory
 than the staging (aux rows of the host beside pages of a GPU) are never staged. Pure arithmetic; no memory is touched
 here.
@@ -150,13 +151,13 @@ class StagingPool:
         return len(self._free)
 
     def lease(self, staged: StagedPart | None, blocks: int, costs: Costs) -> tuple[int, ...]:
-        """Slots for ``blocks`` blocks of a part; none where direct writes are cheaper or too few slots are free."""
+        """Slots for the first of ``blocks`` blocks of a part, as far as there are free ones; none where direct writes
+        are cheaper."""
         if staged is None or self._policy == "never" or not blocks:
             return ()
-        if self._policy == "auto" and not costs.prefers_staging(staged.part, blocks):
-            return ()
-        count = staged.slots_for(blocks)
-        if count > len(self._free) - self.sends:
+        count = min(staged.slots_for(blocks), len(self._free) - self.sends)
+        held = min(blocks, count * staged.blocks_per_slot)
+        if count < 1 or (self._policy == "auto" and not costs.prefers_staging(staged.part, held)):
             return ()
         taken = tuple(self._free[-count:])
         del self._free[-count:]

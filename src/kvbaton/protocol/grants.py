@@ -96,10 +96,11 @@ def check_staging(
             raise LayoutError(f"part {given.part} cannot be staged here")
         blocks = staged.part.blocks(grant.token_start, grant.token_stop)
         slots = len(staged.target.rows)
-        if len(given.slots) != staged.slots_for(len(blocks)) or not all(0 <= slot < slots for slot in given.slots):
+        most = staged.slots_for(len(blocks))
+        if not 1 <= len(given.slots) <= most or not all(0 <= slot < slots for slot in given.slots):
             raise LayoutError(
-                f"part {given.part}: {len(blocks)} blocks need {staged.slots_for(len(blocks))} staging slots of "
-                f"0..{slots - 1}, {list(given.slots)[:8]} were given"
+                f"part {given.part}: {len(blocks)} blocks take 1 to {most} staging slots of 0..{slots - 1}, "
+                f"{list(given.slots)[:8]} were given"
             )
         if seen & set(given.slots) or len(set(given.slots)) != len(given.slots):
             raise LayoutError(f"part {given.part}: a staging slot is given twice")

@@ -100,9 +100,9 @@ def scatter(t: Transfer) -> None:
         first_page = grant.token_start // part.target.unit_rows if part.paged else 0
         units = np.asarray(grant.units, dtype=np.int64)
         blocks = part.blocks(grant.token_start, grant.token_stop)
-        for number, _, run in lease.staged.runs(blocks, lease.first):
+        for slot, _, run in lease.runs(blocks):
             entries = part.target_blocks(run, units, first_page)
-            t.context.emit(Scatter(t.key.room, lease.staged, lease.slots[number], len(run), entries))
+            t.context.emit(Scatter(t.key.room, lease.staged, slot, len(run), entries))
 
 
 def close(t: Transfer, _now: float, _: object) -> None:

@@ -172,7 +172,8 @@ class Rooms:
                 ),
             )
             return
-        room.token_seconds += session.costs.token_seconds(session.pair, leases)
+        gathered = {part for part, lease in leases.items() if lease.token_stop >= grants[part.pool].token_stop}
+        room.token_seconds += session.costs.token_seconds(session.pair, gathered)
         outgoing = Outgoing(
             pair=session.pair,
             grants=grants,

@@ -35,6 +35,8 @@ blocks the driver for long; staged parts are cut at the target's slots instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kvbaton.errors import (
@@ -47,7 +49,7 @@ from kvbaton.errors import (
     TransferFailedError,
     from_code,
 )
-from kvbaton.plan.coverage import Coverage, Piece
+from kvbaton.plan.coverage import Coverage
 from kvbaton.plan.pair import PartPlan
 from kvbaton.protocol.effects import CancelWrites, FencePeer, PostWrite, StagedRun
 from kvbaton.protocol.events import Chunk, WriteId
@@ -104,16 +106,28 @@ def post_part(t: Transfer, index: int, part: PartPlan, chunk: Chunk) -> None:
         return
     if not part.paged and not chunk.last:
         check_final(t, part, chunk)
-    lease = outgoing.leases.get(part.id)
-    coverage = outgoing.coverage.get(index)
-    if coverage is None:
-        coverage = Coverage(part, grant.token_start, grant.token_stop, whole=lease is not None)
-        outgoing.coverage[index] = coverage
-    for piece in coverage.add(chunk.layers, span.token_start, span.token_stop, last=chunk.last):
-        if lease is None:
-            post_direct(t, index, part, piece, span, grant)
-        else:
-            post_staged(t, index, lease, piece, span)
+    for lease, start, stop in shares_of(grant, outgoing.leases.get(part.id)):
+        share = (index, lease is not None)
+        coverage = outgoing.coverage.get(share)
+        if coverage is None:
+            coverage = outgoing.coverage[share] = Coverage(part, start, stop, whole=lease is not None)
+        for piece in coverage.add(chunk.layers, span.token_start, span.token_stop, last=chunk.last):
+            if lease is None:
+                post_direct(t, Place(share, piece), part, span, grant)
+            else:
+                post_staged(t, Place(share, piece), lease, span)
+
+
+def shares_of(grant: Grant, lease: Lease | None) -> Iterator[tuple[Lease | None, int, int]]:
+    """(lease, first token, last token + 1) of what goes through staging, and of what goes directly."""
+    start, stop = grant.token_start, grant.token_stop
+    if lease is not None:
+        held = min(stop, lease.token_stop)
+        yield lease, start, held
+        if held == stop:
+            return
+        start = held
+    yield None, start, stop
 
 
 def check_final(t: Transfer, part: PartPlan, chunk: Chunk) -> None:
@@ -127,8 +141,9 @@ def check_final(t: Transfer, part: PartPlan, chunk: Chunk) -> None:
         )
 
 
-def post_direct(t: Transfer, index: int, part: PartPlan, piece: Piece, span: Grant, grant: Grant) -> None:
+def post_direct(t: Transfer, place: Place, part: PartPlan, span: Grant, grant: Grant) -> None:
     """From our pages into the target's, one entry for each lane and block."""
+    (index, _), piece = place.share, place.piece
     source, target = part.entries(
         piece.blocks,
         np.asarray(span.units, dtype=np.int64),
@@ -137,7 +152,7 @@ def post_direct(t: Transfer, index: int, part: PartPlan, piece: Piece, span: Gra
         grant.token_start // part.target.unit_rows if part.paged else 0,
         piece.lanes,
     )
-    size, settings, place = piece.bytes, t.context.settings, Place(index, piece)
+    size, settings = piece.bytes, t.context.settings
     count = min(len(source), max(-(-size // settings.write_bytes), -(-len(source) // settings.write_entries)))
     if count == 1:
         post(t, PostWrite(t.context.mint_write(t), t.peer, index, source, target, size), place)
@@ -146,14 +161,14 @@ def post_direct(t: Transfer, index: int, part: PartPlan, piece: Piece, span: Gra
         post(t, PostWrite(t.context.mint_write(t), t.peer, index, s_entries, t_entries, size // count), place)
 
 
-def post_staged(t: Transfer, index: int, lease: Lease, piece: Piece, span: Grant) -> None:
+def post_staged(t: Transfer, place: Place, lease: Lease, span: Grant) -> None:
     """Gathered, one run for each slot of the target's staging memory."""
-    part, place = lease.staged.part, Place(index, piece)
+    (index, _), part = place.share, lease.staged.part
     first_page = span.token_start // part.source.unit_rows if part.paged else 0
     units = np.asarray(span.units, dtype=np.int64)
-    for number, within, run in lease.staged.runs(piece.blocks, lease.first):
+    for slot, within, run in lease.runs(place.piece.blocks):
         entries = part.source_blocks(run, units, first_page)
-        staged = StagedRun(lease.staged, lease.slots[number], within, len(run))
+        staged = StagedRun(lease.staged, slot, within, len(run))
         size = len(run) * part.block_bytes
         post(t, PostWrite(t.context.mint_write(t), t.peer, index, entries, NO_ENTRIES, size, staged), place)
 
@@ -191,8 +206,8 @@ def check_complete(t: Transfer, chunk: Chunk) -> None:
 def withdraw_chunks(t: Transfer, now: float, _: object) -> None:
     outgoing = t.as_source()
     t.context.emit(CancelWrites(frozenset(outgoing.outstanding)))
-    for index, coverage in outgoing.coverage.items():
-        coverage.withdraw(place.piece for place in outgoing.outstanding.values() if place.part == index)
+    for share, coverage in outgoing.coverage.items():
+        coverage.withdraw(place.piece for place in outgoing.outstanding.values() if place.share == share)
     outgoing.last_submitted = False
     t.set_deadline(now, t.context.settings.waiting_timeout)
 

@@ -26,7 +26,8 @@ A transfer knows nothing of links, other transfers or engines; it speaks through
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -86,18 +87,37 @@ class On(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """Slots of the target's staging memory for one part; block ``first`` begins the first of them."""
+    """Slots of the target's staging memory for one part; block ``first`` begins the first of them. What they do not
+    hold of the part is written directly: tokens from ``token_stop`` on."""
 
     staged: StagedPart
     slots: tuple[int, ...]
     first: int
 
+    @property
+    def token_stop(self) -> int:
+        return self._stop * self.staged.part.block_rows
+
+    @property
+    def _stop(self) -> int:
+        return self.first + len(self.slots) * self.staged.blocks_per_slot
+
+    def runs(self, blocks: range) -> Iterator[tuple[int, int, range]]:
+        """(slot, first block within it, blocks) for each slot that some of ``blocks`` lie in."""
+        held = range(blocks.start, min(blocks.stop, self._stop))
+        for number, within, run in self.staged.runs(held, self.first):
+            yield self.slots[number], within, run
+
+
+#: What of a part travels one way: its number in the pair, and whether it goes through staging.
+Share = tuple[int, bool]
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a write is of: a piece of a part, given by its number in the pair."""
+    """What a write is of: a piece of a share of a part."""
 
-    part: int
+    share: Share
     piece: Piece
 
 
@@ -111,7 +131,7 @@ class Outgoing:
     token_count: int
     at_most: bool = False
     leases: dict[PartId, Lease] = field(default_factory=dict)
-    coverage: dict[int, Coverage] = field(default_factory=dict)
+    coverage: dict[Share, Coverage] = field(default_factory=dict)
     outstanding: dict[WriteId, Place] = field(default_factory=dict)
     last_submitted: bool = False
     last_submitted_at: float = 0.0
@@ -128,7 +148,10 @@ class Outgoing:
     @property
     def posted(self) -> tuple[PartBytes, ...]:
         """What is posted so far of each part that anything was handed in for."""
-        return tuple(PartBytes(self.pair.parts[index].id, coverage.bytes) for index, coverage in self.coverage.items())
+        posted: Counter[int] = Counter()
+        for (index, _), coverage in self.coverage.items():
+            posted[index] += coverage.bytes
+        return tuple(PartBytes(self.pair.parts[index].id, size) for index, size in posted.items())
 
     def drop_units(self) -> None:
         """Nothing will be written any more: a tombstone needs no page lists."""

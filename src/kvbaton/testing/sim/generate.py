@@ -61,6 +61,7 @@ def generate(seed: int) -> Scenario:
     )
     by_layers = random.Random(f"layered {seed}")
     scenario = _by_layers(by_layers, scenario) if by_layers.random() < 0.3 else scenario
+    scenario = _slots_are_small(random.Random(f"slots of {seed}"), scenario) if staged else scenario
     scenario = some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
     scenario = some_are_handed_on(random.Random(f"onward of {seed}"), scenario)
     return some_are_queued(random.Random(f"queued of {seed}"), scenario)
@@ -88,6 +89,21 @@ def _by_layers(rng: random.Random, scenario: Scenario) -> Scenario:
             for request in scenario.requests
         ),
     )
+
+
+def _slots_are_small(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Of some worlds: a staging slot holds one block of the largest part, so that a prompt takes several, and often
+    more than are free."""
+    if rng.random() < 0.5:
+        return scenario
+    model = scenario.model
+    page = max(group.page_size for group in (*scenario.sources, *scenario.targets))
+    largest = max(2 * page * model.heads * model.item_bytes, 12 * model.state_items, 6) * model.layers
+
+    def small(group: SimGroup) -> SimGroup:
+        return replace(group, staging_slot_bytes=largest, staging_slots=rng.choice((1, 2, 3, 8)))
+
+    return replace(scenario, sources=tuple(map(small, scenario.sources)), targets=tuple(map(small, scenario.targets)))
 
 
 def _few(rng: random.Random) -> int:

@@ -22,8 +22,6 @@ Offsets = NDArray[np.int64]
 
 #: What a unit holds that nobody has filled; content may equal it by chance, but not over a whole unit.
 POISON = 0xEE
-#: Holds a block of every part of every model that is generated.
-STAGING_SLOT_BYTES = 512
 #: Between two regions, so that no run spans them.
 GAP = 16
 
@@ -144,12 +142,12 @@ class RankMemory:
         pools = make_pools(model, group, number, source=source)
         lengths = [max(plane.offset + pool.units * plane.unit_stride for plane in pool.planes) for pool in pools]
         if group.staging_slots:
-            lengths.append(group.staging_slots * STAGING_SLOT_BYTES)
+            lengths.append(group.staging_slots * group.staging_slot_bytes)
         bases = [int(base) for base in np.cumsum([0, *(length + GAP for length in lengths)])]
         self.bytes: Bytes = np.full(bases[-1], POISON, dtype=np.uint8)
         self._address = int(self.bytes.ctypes.data)
         regions = tuple(Region(self._address + base, length) for base, length in zip(bases, lengths, strict=False))
-        staging = Staging(len(pools), STAGING_SLOT_BYTES, group.staging_slots) if group.staging_slots else None
+        staging = Staging(len(pools), group.staging_slot_bytes, group.staging_slots) if group.staging_slots else None
         self.layout = CacheLayout("m", regions, pools, staging)
         self.unit_of = np.full(bases[-1], -1, dtype=np.int32)
         self.pools: dict[str, PoolBytes] = {}
@@ -163,7 +161,7 @@ class RankMemory:
             units += pool.units
         if group.staging_slots:
             slots = np.arange(units, units + group.staging_slots, dtype=np.int32)
-            self.unit_of[bases[-2] : bases[-2] + lengths[-1]] = np.repeat(slots, STAGING_SLOT_BYTES)
+            self.unit_of[bases[-2] : bases[-2] + lengths[-1]] = np.repeat(slots, group.staging_slot_bytes)
         self.owners: list[object | None] = [None] * units
         self.written_for = np.zeros(bases[-1], dtype=np.int64)  # by byte: whose write was posted to it last
 

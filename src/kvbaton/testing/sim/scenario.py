@@ -47,7 +47,7 @@ class SimGroup(Struct, frozen=True, kw_only=True):
         lazy: how long the engine takes to notice that a room has changed.
         must_progress: bytes only land while the target's driver asks its transport to (sockets, not RDMA).
         fence_breaks_others: cutting off one peer breaks what is in flight to the others.
-        staging_slots: memory through which small pieces may travel together.
+        staging_slots, staging_slot_bytes: memory through which small pieces may travel together.
         misfit: this group has another element type: every pairing with it must be refused.
     """
 
@@ -64,6 +64,7 @@ class SimGroup(Struct, frozen=True, kw_only=True):
     fence_breaks_others: bool = False
     misfit: bool = False
     staging_slots: int = 0
+    staging_slot_bytes: int = 512  # holds a block of every part of every model that is generated
 
     @property
     def size(self) -> int:
