@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from ranks import MakeRank, RankHarness
 
 from kvbaton.control.memory import Network
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 FIRST = ("pair", "processes")
 WHOLE = ("pair", "engines")
+#: How fast a machine draws examples says nothing of what is tested with them.
+settings.register_profile("kvbaton", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvbaton")
 
 
 def directory(path: Path) -> str:

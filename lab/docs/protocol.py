@@ -173,7 +173,7 @@ def _outgoing(state: State) -> Iterator[dict[str, Any]]:
                         "grants": grants,
                         "parts": parts,
                         "token_count": TOKENS,
-                        "outstanding": dict.fromkeys(outstanding, Place(0, Piece(None, range(1), 0, 1))),
+                        "outstanding": dict.fromkeys(outstanding, Place((0, False), Piece(None, range(1), 0, 1))),
                         "last_submitted": last,
                         "abort_arrived": aborted,
                     }

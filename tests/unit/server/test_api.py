@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton import errors
@@ -511,7 +511,7 @@ payloads = st.binary(max_size=40) | st.recursive(
 ).map(lambda value: json.dumps(value).encode())
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None)
 @given(st.lists(payloads, min_size=10, max_size=20))
 def test_no_garbage_ever_becomes_a_server_error(bodies):
     async def test() -> None:
