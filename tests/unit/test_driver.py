@@ -210,6 +210,24 @@ def test_a_flood_does_not_stop_the_clock() -> None:
     assert [lost.instance for lost in source.manager.take_lost_peers()] == [target.manager.instance]
 
 
+def test_a_flood_leaves_half_of_the_interpreter_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn that could not read everything is followed by a pause as long as it took; the last one is not."""
+    (source, _), now = at_peace()
+    driver: Any = source.manager._driver
+    flood(source, 600)  # three turns
+    real, pauses = driver.turn, []
+
+    def turn() -> None:
+        real()
+        now[0] += 0.25
+
+    monkeypatch.setattr(driver, "turn", turn)
+    monkeypatch.setattr(driver, "finished", lambda: source.manager._core.counters["messages_malformed"] == 600)
+    monkeypatch.setattr("kvbaton.runtime.driver.time.sleep", pauses.append)
+    driver._run()
+    assert [pause for pause in pauses if pause] == [0.25, 0.25]
+
+
 def a_fence_that_raises() -> bool:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -60,9 +60,14 @@ class ControlPlane:
         return came
 
     @property
+    def unread(self) -> bool:
+        """More has come than was read."""
+        return self._behind_since is not None
+
+    @property
     def behind(self) -> bool:
-        """More has come than was read: a rank that stood still would take those for dead whose pings it has not read.
-        So deadlines have to wait, but not for ever."""
+        """A rank that stood still would take those for dead whose pings it has not read yet. So deadlines have to wait,
+        but not for ever."""
         return self._behind_since is not None and self._clock() < self._behind_since + BEHIND_SECONDS
 
     def dial(self, address: str) -> None:

@@ -52,6 +52,9 @@ from kvbaton.transports.base import Transport
 #: Longest pause between two polls while bytes are on the move, and its share of the time since something last happened.
 POLL_MOST_SECONDS = 0.001
 POLL_SHARE = 0.05
+#: Times as long as a turn took that could not read all that has come, the interpreter is left to the engine, which
+#: shares it: whoever floods a rank, or begins thousands of rooms at once, has half of it at most.
+REST = 1
 #: How long a closing rank waits for its own writes before it goes without a farewell.
 CLOSE_GRACE_SECONDS = 5.0
 #: How long whoever closes a rank waits for its thread: it may be in a call of the data plane that does not come back.
@@ -202,9 +205,12 @@ class Driver:
 
     def _run(self) -> None:
         while True:
+            began = self._clock()
             self.turn()
             if self.finished():
                 break
+            if self._control.unread:
+                time.sleep(REST * (self._clock() - began))
             self._sleep()
         self.part()
         if not self.gone:
