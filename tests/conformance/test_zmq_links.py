@@ -166,6 +166,8 @@ def test_keys_follow_from_the_secret_alone() -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff" * 4096,
         bytes(range(256)) * 64,
+        b"\xff" + bytes(8) + bytes(range(256)) * 8,  # a peer of ZMTP 2, and messages
+        b"\x01\x00" + b"\x05\x00spam" * 99,  # of ZMTP 1, likewise
         b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x00NULL"
         + bytes(16)
         + b"\x00"

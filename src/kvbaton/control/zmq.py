@@ -164,7 +164,7 @@ class ZmqLinks(Links):
         self._context: zmq.Context[_Socket] = zmq.Context()
         self._context.max_sockets = 4 * MAX_DIALLED
         self._watch: Watch[tuple[_Kind, LinkId]] = Watch()
-        self._gate = ZapHandler(self._context, self._keys) if self._keys else None
+        self._gate = ZapHandler(self._context, self._keys)
         self._router = self._new_socket(zmq.ROUTER, here)
         try:
             self._listen(here)
@@ -178,8 +178,7 @@ class ZmqLinks(Links):
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch.add_file(_WAKE, self._wake_fd)
         self._watch.add_socket(_ROUTER, self._router)
-        if self._gate is not None:
-            self._watch.add_socket(_GATE, self._gate.socket)
+        self._watch.add_socket(_GATE, self._gate.socket)
 
     def __repr__(self) -> str:
         up = sum(dialled.up for dialled in self._dialled.values())
@@ -207,6 +206,7 @@ class ZmqLinks(Links):
         self._router.rcvhwm = ACCEPTED_MESSAGES
         if self._keys:
             self._keys.guard_server(self._router)
+        self._gate.guard(self._router)
         self._router.bind(str(here))
 
     # -- links
@@ -314,7 +314,7 @@ class ZmqLinks(Links):
         now = time.monotonic()
         answered = {link for kind, link in ready if kind is _Kind.PROBE}
         for kind, link in ready:
-            if kind is _Kind.GATE and self._gate is not None:
+            if kind is _Kind.GATE:
                 self._gate.answer()
             elif kind is _Kind.MONITOR:
                 self._read_monitor(self._dialled[link], now)
@@ -423,9 +423,8 @@ class ZmqLinks(Links):
             os.close(self._wake_fd)
             self._wake_fd = -1
         self.stop_listening()
-        if self._gate:
-            self._watch.remove(_GATE)
-            self._gate.socket.close(linger=0)
+        self._watch.remove(_GATE)
+        self._gate.socket.close(linger=0)
         self._watch.close()
         self._context.term()
 
