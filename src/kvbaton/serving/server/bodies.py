@@ -29,7 +29,7 @@ SMALL_BODY_BYTES = 64 << 10
 MAX_BODIES_BYTES = 256 << 20
 #: Bytes of counted bodies that are handed out in a second: what is made of 16 MiB takes the event loop up to 0.2 s.
 LARGE_BYTES_EACH_SECOND = 32 << 20
-#: Times as long as one of them kept the event loop, others have it before the next: large bodies have a twentieth of it.
+#: Times as long as one of them kept the event loop, others have it before the next: all of them have a twentieth of it.
 #: A request waits in three processes; with a tenth each, three of a hundred met such bodies in two of them.
 REST = 19
 #: A body has arrived by then.
