@@ -28,7 +28,7 @@ from lab.clients.benchmarks import Benchmark
 from lab.clients.environment import LANGCHAIN_OPENAI, LITELLM, LM_EVAL, OPENAI, SGLANG_ROUTER
 from lab.clients.lm_eval import LmEval
 from lab.clients.promtool import checked
-from lab.clients.row import PARTS, Row
+from lab.clients.row import PARTS, Row, said_by, stop
 
 MODEL = "recall"
 READY_SECONDS = 300.0
@@ -67,9 +67,7 @@ async def sglang_router(python: Path, fleet: Fleet, logs: Path, *more: str) -> A
             await _answers(fleet.http, url)
             yield url
         finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
+            await stop(process)
 
 
 async def _answers(http: aiohttp.ClientSession, url: str) -> None:
@@ -188,7 +186,7 @@ async def script(python: Path, url: str, file: Path = SCRIPT) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         str(python), str(file), url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    said, _ = await process.communicate()
+    said = await said_by(process)
     rows = [json.loads(line) for line in said.decode().splitlines() if line.startswith("{")]
     return {row.pop("call"): row for row in rows}
 

@@ -36,6 +36,8 @@ IDLE_PART = 0.02
 #: What vLLM's own benchmark sends: requests, at once, tokens of the prompt, tokens of the answer.
 BENCH = (200, 8, 300, 8)
 BENCH_SECONDS = 600.0
+#: `kvbaton check` has looked at both sides by then.
+CHECK_SECONDS = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -107,7 +109,7 @@ async def _checked(prefill: str, decode: str) -> Any:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    told, wrong = await process.communicate()
+    told, wrong = await asyncio.wait_for(process.communicate(), CHECK_SECONDS)
     if not told:
         raise AssertionError(f"kvbaton check {prefill} {decode}: {wrong.decode(errors='replace')[-300:]}")
     return msgspec.json.decode(told)
