@@ -11,7 +11,8 @@ A session is directed: its *role* is what we are in it. The target dials; the so
 - READY      transfers may run
 - REFUSED    the pairing cannot work; the reason is kept for every request that asks. Where the transport failed, the
   next request begins the greeting again: what it lacked (a file descriptor, a route) may be there now
-- LOST       no sign of life for ``silence_seconds``, or it never answered; memory may still be written
+- LOST       no sign of life for ``silence_seconds``, or it never answered; memory may still be written. Not at once
+  where we ourselves stood still, as all ranks of a machine that was paused did: the peer is asked first
 - GONE       the instance is fenced: its process closed, died, or another one answers at its address. Or nobody needs
   the session any more: LOST or REFUSED for a while, and no room or lease of ours depends on the peer
 
@@ -96,6 +97,8 @@ class Session:
         self.staged: tuple[StagedPart | None, ...] = ()
         self.error: KVBatonError | None = None
         self.last_message_at = 0.0
+        self._beats_at = 0.0
+        self._excused = False  # we stood still, and have not heard of it since
         self.hello_sequence = 0  # ours as a target, the latest that arrived as a source
         self._retry_pause = context.settings.retry_seconds
         self._awaits_life = False
@@ -342,6 +345,8 @@ class Session:
         elif name == "deadline":
             self.lose(_unanswered(settings.handshake_timeout, self.name), now)
         elif name == "heartbeat":
+            if self._stood_still(now):
+                self.last_message_at = now
             if self.state is SessionState.READY and now - self.last_message_at >= settings.silence_seconds:
                 silence = now - self.last_message_at
                 self.lose(_silent(silence, self.name), now)
@@ -350,7 +355,17 @@ class Session:
                 self._ping()
             else:
                 self._say_hello()
-            self.context.set_timer(self, "heartbeat", now + settings.heartbeat_interval)
+            self._beat_later(now)
+
+    def _beat_later(self, now: float) -> None:
+        self._beats_at = now + self.context.settings.heartbeat_interval
+        self.context.set_timer(self, "heartbeat", self._beats_at)
+
+    def _stood_still(self, now: float) -> bool:
+        """Whether the silence may be ours: the heartbeat itself comes a whole interval late, as after a pause of the
+        machine, of which the peer is asked once before it is judged."""
+        excused, self._excused = self._excused, now - self._beats_at >= self.context.settings.heartbeat_interval
+        return self._excused and not excused
 
     def _ping(self) -> None:
         """With what our engine's queue has of the peer: a room may wait there for as long as we live."""
@@ -368,7 +383,7 @@ class Session:
         if state is SessionState.READY:
             self.error = None
         if state is SessionState.READY or (state is SessionState.LOST and self.role == "target"):
-            self.context.set_timer(self, "heartbeat", now + self.context.settings.heartbeat_interval)
+            self._beat_later(now)
         if state in (SessionState.LOST, SessionState.REFUSED):
             self.context.set_timer(self, "forget", now + self.context.settings.announce_seconds)
         self.context.session_changed(self)

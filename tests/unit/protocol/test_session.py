@@ -22,6 +22,7 @@ from kvbaton.protocol.events import (
     PeerPrepared,
     PeerUnprepared,
     ReceiverOpened,
+    SenderOpened,
     TimePassed,
 )
 from kvbaton.protocol.messages import AnyMessage, Goodbye, Hello, Ping, Pong, UnknownPeer, Verdict, encode
@@ -449,6 +450,36 @@ def test_one_missed_heartbeat_is_no_loss_and_two_are() -> None:
     assert states(source) == states(target) == ["lost"]
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_ranks_of_a_machine_that_was_paused_ask_before_they_take_each_other_for_dead(alive: bool) -> None:
+    world, source, target = pair()
+    meet(world, source, target)
+    world.run(until=6.0)
+    world.now = 100.0  # nobody has run meanwhile
+    world.network = lambda _from, _to, _message: int(alive)
+    world.run(until=100.5)
+    assert states(source) == states(target) == ["ready"]
+    world.run(until=111.0)
+    assert states(source) == states(target) == ["ready" if alive else "lost"]
+
+
+def test_a_lost_source_hears_of_rooms_that_were_given_up_once_it_speaks_again() -> None:
+    """Otherwise it holds their pages until its own deadline, minutes later."""
+    world, source, target = pair()
+    meet(world, source, target)
+    source.do(SenderOpened(7))
+    world.network = lambda _from, _to, _message: 0
+    world.run(until=11.0)
+    target.do(ReceiverOpened(7, (source.address,)))
+    assert error_of(target, 7).code == "peer_lost"
+    world.network = lambda _from, _to, _message: 1
+    world.run(until=20.0)
+    error = source.status("source", 7).error
+    assert error is not None
+    assert error.code == "peer_lost"
+    assert target.core.live_rooms == source.core.live_rooms == 0
+
+
 def test_any_message_is_a_sign_of_life() -> None:
     world, source, target = pair()
     meet(world, source, target)
@@ -500,7 +531,7 @@ def test_both_forget_who_stays_away_and_meet_again_for_the_next_room() -> None:
     world, source, target = pair()
     meet(world, source, target)
     world.network = lambda _from, _to, _message: 0
-    world.run(until=10.0 + QUICK.announce_seconds + 1.0)
+    world.run(until=10.0 + 2 * QUICK.announce_seconds + 1.0)
     assert source.core.sessions() == target.core.sessions() == []
     assert not target.links
     world.network = lambda _from, _to, _message: 1
