@@ -522,6 +522,11 @@ def staged_parts_do_not_wait_for_all_layers(patches: Patches) -> None:
     patches.set(Coverage, "_of_lanes", of_lanes)
 
 
+@mutant("a rank takes every silence of a peer for its own (our own)")
+def nobody_is_ever_silent(patches: Patches) -> None:
+    patches.set(Session, "_stood_still", lambda _self, _now: True)
+
+
 @mutant("what found no staging slot is not written (our own)")
 def behind_the_leased_slots_nothing_is_sent(patches: Patches) -> None:
     original = sending.shares_of
