@@ -51,8 +51,12 @@ async def decode_comes_too_late(scene: Scene) -> str:
 
 
 async def prefill_is_aborted(scene: Scene) -> str:
-    """Its client goes away while chunks are computed."""
-    async with _under_way(scene, 5905, await scene.client.sources(), patience=0.4) as call:
+    """Its client goes away while chunks are computed: of prompts that came before, so that it is never too late."""
+    sources = await scene.client.sources()
+    async with contextlib.AsyncExitStack() as stack:
+        for seed in range(5912, 5915):
+            await stack.enter_async_context(_under_way(scene, seed, sources))
+        call = await stack.enter_async_context(_under_way(scene, 5905, sources, patience=0.4))
         return await _fails(scene, call)
 
 
