@@ -28,7 +28,8 @@ from lab.clients.benchmarks import Benchmark
 from lab.clients.environment import LANGCHAIN_OPENAI, LITELLM, LM_EVAL, OPENAI, SGLANG_ROUTER
 from lab.clients.lm_eval import LmEval
 from lab.clients.promtool import checked
-from lab.clients.row import PARTS, Row, said_by, stop
+from lab.clients.row import PARTS, PROGRAM_SECONDS, Row
+from lab.programs import output, stop
 
 MODEL = "recall"
 READY_SECONDS = 300.0
@@ -186,7 +187,7 @@ async def script(python: Path, url: str, file: Path = SCRIPT) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         str(python), str(file), url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    said = await said_by(process)
+    said, _ = await output(process, PROGRAM_SECONDS)
     rows = [json.loads(line) for line in said.decode().splitlines() if line.startswith("{")]
     return {row.pop("call"): row for row in rows}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from lab.programs import output
+
 #: The longest that a client's program may take.
 PROGRAM_SECONDS = 900.0
-#: A server that was asked to end has ended by then.
-STOP_SECONDS = 20.0
 _MOST_SAID = 600
 #: What can be run by itself.
 PARTS = ("shapes", "sdk", "chains", "lm-eval", "benchmarks", "routers", "promtool")
@@ -27,31 +27,6 @@ class Row(Struct, frozen=True, kw_only=True):
     said: str = ""
 
 
-async def said_by(process: asyncio.subprocess.Process) -> bytes:
-    """What a program prints until it ends. Raises TimeoutError, and kills it then."""
-    try:
-        async with asyncio.timeout(PROGRAM_SECONDS):
-            said, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return said
-
-
-async def stop(process: asyncio.subprocess.Process) -> None:
-    """End a server, by force where it does not end by itself."""
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(STOP_SECONDS):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
 async def program(*command: str, log: Path, variables: Mapping[str, str] | None = None) -> str:
     """Run a client; what it printed is also in ``log``. Raises RuntimeError where it fails, TimeoutError."""
     process = await asyncio.create_subprocess_exec(
@@ -60,7 +35,7 @@ async def program(*command: str, log: Path, variables: Mapping[str, str] | None 
         stderr=asyncio.subprocess.STDOUT,
         env={**os.environ, **(variables or {})},
     )
-    said = await said_by(process)
+    said, _ = await output(process, PROGRAM_SECONDS)
     log.write_bytes(said)
     if process.returncode:
         raise RuntimeError(f"it ended with {process.returncode}: {said[-_MOST_SAID:].decode('utf-8', 'replace')}")

@@ -23,6 +23,7 @@ from kvbaton.serving.demo.show import DemoAnswer
 from kvbaton.serving.fleet import Fleet, Server
 from lab.flood.attacks import Attack, Sizes, resident_bytes
 from lab.flood.honest import Honest, expected_answers, p99
+from lab.programs import output
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -160,11 +161,7 @@ async def _attacker(wave: Sequence[Attack]) -> list[dict[str, int]]:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
-    try:
-        said, complaint = await asyncio.wait_for(process.communicate(), ATTACK_SECONDS)
-    finally:
-        if process.returncode is None:
-            process.kill()
+    said, complaint = await output(process, ATTACK_SECONDS)
     if process.returncode != 0:
         raise TransferFailedError(f"the attacker of {wave[0].name!r} failed: {complaint.decode()[-4000:]}")
     answers: list[dict[str, int]] = json.loads(said)

@@ -23,6 +23,7 @@ from lab.engines.idle import idle_parts
 from lab.engines.listeners import compared
 from lab.engines.requests import prompt
 from lab.engines.server import READY_SECONDS
+from lab.programs import output, stop
 from lab.vllm.contract import KEPT, read
 from lab.vllm.failures import DEAD
 from lab.vllm.requests import tokens_of
@@ -86,9 +87,7 @@ async def layouts(scene: Scene) -> str:
         await _until_answered(scene, f"{url}/layout", ours)
         found = [await _checked(theirs["prefill"], url), await _checked(url, theirs["decode"])]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            ours.terminate()
-        await ours.wait()
+        await stop(ours)
     said = []
     for name, verdict in zip(("vLLM to ours", "ours to vLLM"), found, strict=True):
         fields = [one["field"] for one in verdict["differences"]]
@@ -109,7 +108,7 @@ async def _checked(prefill: str, decode: str) -> Any:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    told, wrong = await asyncio.wait_for(process.communicate(), CHECK_SECONDS)
+    told, wrong = await output(process, CHECK_SECONDS)
     if not told:
         raise AssertionError(f"kvbaton check {prefill} {decode}: {wrong.decode(errors='replace')[-300:]}")
     return msgspec.json.decode(told)

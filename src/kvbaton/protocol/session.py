@@ -98,7 +98,7 @@ class Session:
         self.error: KVBatonError | None = None
         self.last_message_at = 0.0
         self._beats_at = 0.0
-        self._excused = False  # we stood still, and have not heard of it since
+        self._excused = False  # the last heartbeat came late, and its silence was taken for ours
         self.hello_sequence = 0  # ours as a target, the latest that arrived as a source
         self._retry_pause = context.settings.retry_seconds
         self._awaits_life = False

@@ -212,8 +212,8 @@ class TargetRooms:
                 self._tell_unopened(room, session)
 
     def _tell_unopened(self, room: TargetRoom, session: Session) -> None:
-        met = session.state is SessionState.LOST and session.pair is not None  # it may hold the room, and speak again
-        if session.state in (SessionState.REFUSED, SessionState.LOST, SessionState.GONE) and not met:
+        never_met = session.state is SessionState.LOST and session.pair is None  # else it may hold it, and speak again
+        if never_met or session.state in (SessionState.REFUSED, SessionState.GONE):
             room.untold.discard(session.address)
         if session.state is not SessionState.READY:
             return
