@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from vllm_stand_in import BLOCK, DENSE, HASTY, HYBRID, Request, StandIn, Status, run
@@ -101,6 +103,50 @@ def test_many_at_once(pair: tuple[StandIn, StandIn]) -> None:
         prefill.add(Request(f"p{i}", prompt(9 + i, i), asks_prefill(100 + i)))
     run(prefill, decode)
     assert all(request.correct is not False and not request.failed for request in requests)
+
+
+@pytest.mark.parametrize("flow", ["concurrent", "sequential"])
+def test_two_full_pools_do_not_wait_for_each_other(pair: tuple[StandIn, StandIn], flow: str) -> None:
+    """Either pool holds a few of the prompts, and the two engines take them up in orders that are each other's
+    reverse."""
+    prefill, decode = pair
+    several = [*range(100, 124)]
+    prompts = {room: prompt(40, room) for room in several}
+    if flow == "concurrent":
+        for room in several:
+            prefill.add(Request(f"p{room}", list(prompts[room]), asks_prefill(room)))
+        requests = [
+            decode.add(Request(f"d{room}", list(prompts[room]), asks_decode(room, prefill)))
+            for room in reversed(several)
+        ]
+    else:
+        first = {room: prefill.add(Request(f"p{room}", list(prompts[room]), asks_prefill())) for room in several}
+        requests = []
+        while first:
+            run(prefill, decode, until=lambda: any(one.answer for one in first.values()))
+            for room in [room for room, one in reversed(first.items()) if one.answer]:
+                answer = first.pop(room).answer
+                requests.append(decode.add(Request(f"d{room}", list(prompts[room]), answer)))
+    run(prefill, decode, seconds=20.0)
+    assert all(request.correct and not request.failed for request in requests)
+    assert len(prefill.admission) == len(decode.admission) == prefill.admission.held == 0
+
+
+def test_two_engines_of_both_roles_do_not_wait_for_each_other(groups: CacheGroups) -> None:
+    """Each is full of blocks for prompts that the other is to compute."""
+    engines = [StandIn(groups, produces=True, consumes=True) for _ in range(2)]
+    requests = []
+    for room in range(100, 132):
+        prefill, decode = engines if room % 2 else reversed(engines)
+        requests.append(decode.add(Request(f"d{room}", prompt(40, room), asks_decode(room, prefill))))
+    for room in range(100, 132):
+        prefill = engines[0 if room % 2 else 1]
+        prefill.add(Request(f"p{room}", prompt(40, room), asks_prefill(room)))
+    run(*engines, seconds=20.0)
+    assert all(request.correct and not request.failed for request in requests)
+    assert [engine.admission.held for engine in engines] == [0, 0]
+    for engine in engines:
+        engine.close()
 
 
 def test_a_local_prefix_is_not_moved(pair: tuple[StandIn, StandIn]) -> None:
@@ -249,6 +295,25 @@ def test_aborted_after_a_preemption(pair: tuple[StandIn, StandIn]) -> None:
     prefill.abort(first)
     run(prefill)
     assert not prefill.worker.busy
+
+
+def test_prefill_keeps_a_prompt_while_decode_has_it_in_its_queue(groups: CacheGroups) -> None:
+    """The time for which it is kept measures decode's life, not decode's queue."""
+    settings = replace(HASTY, heartbeat_interval=0.05, heartbeat_misses=100)
+    prefill = StandIn(groups, produces=True, consumes=False, settings=settings)
+    decode = StandIn(groups, produces=False, consumes=True, settings=settings)
+    others = decode.pool.take(len(decode.pool.free))
+    first = prefill.add(Request("p", prompt(20), asks_prefill()))
+    run(prefill, until=lambda: first.answer is not None)
+    request = decode.add(Request("d", prompt(20), first.answer))
+    later = time.monotonic() + 3 * settings.bootstrap_timeout
+    run(prefill, decode, until=lambda: time.monotonic() > later)
+    assert (request.status, decode.worker.busy) == (Status.WAITING, True)
+    decode.pool.free_blocks([decode.pool.blocks[number] for number in others])
+    run(prefill, decode)
+    assert (request.failed, request.correct) == (False, True)
+    for engine in (prefill, decode):
+        engine.close()
 
 
 def test_nobody_decodes(groups: CacheGroups) -> None:

@@ -13,13 +13,14 @@ from vllm_stand_in import BLOCK, DENSE, FULL, HYBRID, STATE, SWA, Pool
 
 from kvbaton import Finished
 from kvbaton.engines.vllm import tally, versions
+from kvbaton.engines.vllm.admission import Admission, Need
 from kvbaton.engines.vllm.groups import CacheGroups
 from kvbaton.engines.vllm.options import Options
-from kvbaton.engines.vllm.orders import Blocks, Orders, Receive
+from kvbaton.engines.vllm.orders import Blocks, Decline, Expect, Orders, Receive
 from kvbaton.engines.vllm.params import MAX_ROOM, answer, decode_leg, mint_room, prefill_leg
 from kvbaton.engines.vllm.quarantine import Quarantine
 from kvbaton.engines.vllm.worker import WorkerHalf, unit_maker
-from kvbaton.errors import ConfigError, KVBatonError, LayoutError, PeerLostError
+from kvbaton.errors import ConfigError, DeclinedError, KVBatonError, LayoutError, LocalProtocolError, PeerLostError
 
 ADDRESS = "tcp://127.0.0.1:8998"
 
@@ -183,9 +184,13 @@ class SilentRoom:
     handoff_seconds: float = 0.0
     exposed_seconds: float = 0.0
     aborted: list[str] = field(default_factory=list)
+    published: bool = False
 
-    def publish(self, spans: Any, *, token_count: int) -> None:
-        """Granted."""
+    def publish(self, spans: Any, *, token_count: int) -> None:  # noqa: ARG002
+        self.published = True
+
+    def fail(self, error: KVBatonError) -> None:
+        self.error = self.error or error
 
     def abort(self, reason: str) -> None:
         self.aborted.append(reason)
@@ -202,7 +207,7 @@ class OneRoom:
         self.live_rooms = self.quarantined_rooms = 0
 
     def receiver(self, room: int, sources: Any, *, begun: bool, tag: Any) -> SilentRoom:
-        assert (room, sources, begun, tag) == (5, (ADDRESS,), True, "r")
+        assert (room, sources, begun, tag) == (5, (ADDRESS,), True, 5)
         return self.receiving
 
     def take_freed(self) -> list[Any]:
@@ -216,18 +221,21 @@ class OneRoom:
 BLOCKS = Blocks("full0", 0, 4, (1,))
 
 
+EXPECT = Expect(room=5, sources=(ADDRESS,), begun=True)
+RECEIVE = Receive(request="r", room=5, sources=(ADDRESS,), tokens=4, begun=True, blocks=(BLOCKS,))
+
+
 def silent(quarantine: bool) -> tuple[WorkerHalf, OneRoom]:
     manager = OneRoom()
     worker = WorkerHalf(manager, units=unit_maker([]), quarantine=quarantine)  # type: ignore[arg-type]
-    receive = Receive(request="r", room=5, sources=(ADDRESS,), tokens=4, begun=True, blocks=(BLOCKS,))
-    worker.begin(Orders(receive=[receive]))
+    worker.begin(Orders(receive=[RECEIVE]))
     assert worker.results().received == set()
     manager.receiving.error = PeerLostError("silent for 10 s", room=5)
     return worker, manager
 
 
 def finished(manager: OneRoom) -> None:
-    manager.ended.append(Finished(5, "target", manager.receiving.error, tag="r"))
+    manager.ended.append(Finished(5, "target", manager.receiving.error, tag=5))
 
 
 def test_a_silent_prefill_fails_the_request_at_once() -> None:
@@ -254,6 +262,122 @@ def test_a_request_that_was_given_up_is_not_reported_early() -> None:
     assert manager.receiving.aborted
     finished(manager)
     assert worker.results().received == {"r"}
+
+
+def expecting() -> tuple[WorkerHalf, OneRoom]:
+    manager = OneRoom()
+    worker = WorkerHalf(manager, units=unit_maker([]))  # type: ignore[arg-type]
+    worker.begin(Orders(expect=[EXPECT, EXPECT]))
+    return worker, manager
+
+
+def test_an_expected_room_gets_its_blocks_later() -> None:
+    worker, manager = expecting()
+    assert not manager.receiving.published
+    worker.begin(Orders(receive=[RECEIVE]))
+    assert manager.receiving.published
+    finished(manager)
+    assert (worker.results().received, worker.busy) == ({"r"}, False)
+
+
+def test_a_room_that_failed_before_it_had_blocks_fails_when_it_has() -> None:
+    worker, manager = expecting()
+    manager.receiving.error = PeerLostError("silent for 10 s", room=5)
+    finished(manager)
+    assert worker.results().received == set()
+    worker.begin(Orders(receive=[RECEIVE]))
+    results = worker.results()
+    assert (results.received, results.failed, worker.busy) == ({"r"}, {"r"}, False)
+    assert not manager.receiving.published
+
+
+def test_an_expected_room_of_which_nothing_is_wanted_is_declined() -> None:
+    worker, manager = expecting()
+    worker.begin(Orders(decline=[Decline(room=5, sources=(ADDRESS,), reason="decode has it all")]))
+    assert isinstance(manager.receiving.error, DeclinedError)
+    assert not worker.busy
+
+
+def test_a_room_is_not_filled_from_elsewhere_than_it_was_expected() -> None:
+    worker, manager = expecting()
+    elsewhere = Receive(request="r", room=5, sources=("tcp://127.0.0.1:9",), tokens=4, begun=True, blocks=(BLOCKS,))
+    worker.begin(Orders(receive=[elsewhere]))
+    assert worker.results().failed == {"r"}
+    assert isinstance(manager.receiving.error, LocalProtocolError)
+    assert not manager.receiving.published
+
+
+def small_pool(*, both: bool = False) -> Admission:
+    """Thirteen blocks of which the longest prompt needs eight: five may be held for prompts nobody has opened."""
+    return Admission([Need(4, 6), Need(4, 2, fixed=True)], blocks=13, longest=100, both=both)
+
+
+def test_the_blocks_of_a_prompt() -> None:
+    admission = small_pool()
+    assert [admission.blocks(tokens) for tokens in (1, 4, 5, 24, 25, 1000)] == [3, 3, 4, 8, 8, 8]
+
+
+def test_what_waits_for_decode_leaves_room_for_the_longest_prompt() -> None:
+    admission = small_pool()
+    for name in "abc":
+        admission.add(name, 4, early=True)
+    assert admission.admits("a")
+    admission.hold("a")
+    assert admission.admits("a")
+    assert not admission.admits("b")
+    admission.meet("b")
+    assert admission.admits("b")
+    admission.hold("b")
+    admission.meet("a")
+    assert (admission.admits("c"), admission.held) == (True, 0)
+    for name in "abc":
+        admission.end(name)
+    assert len(admission) == 0
+
+
+def test_a_preempted_prompt_begins_anew() -> None:
+    admission = small_pool()
+    admission.add("a", 4, early=True)
+    admission.hold("a")
+    admission.give_back("a")
+    admission.add("b", 4, early=True)
+    admission.hold("b")
+    assert (admission.held, admission.admits("a")) == (3, False)
+
+
+def test_a_long_prompt_waits_for_decode_in_a_small_pool() -> None:
+    admission = small_pool()
+    admission.add("long", 24, early=True)
+    assert not admission.admits("long")
+    admission.meet("long")
+    assert admission.admits("long")
+
+
+def test_sequential_prompts_wait_only_beside_early_ones() -> None:
+    admission = small_pool()
+    for name in "ab":
+        admission.add(name, 24, early=False)
+        assert admission.admits(name)
+        admission.hold(name)
+    admission.add("early", 4, early=True)
+    admission.add("c", 4, early=False)
+    assert not admission.admits("c")
+    admission.end("a")
+    admission.end("b")
+    assert admission.admits("c")
+    admission.add("d", 24, early=False)  # longer than what may be held: it begins when none is
+    assert admission.admits("d")
+    admission.hold("c")
+    assert not admission.admits("d")
+
+
+def test_an_engine_of_both_roles_counts_every_prompt_that_waits_for_a_peer() -> None:
+    admission = small_pool(both=True)
+    admission.add("a", 4, early=False)
+    admission.add("b", 4, early=False)
+    admission.hold("a")
+    assert not admission.admits("b")
+    assert admission.admits("of nobody else")
 
 
 def test_what_ranks_tallied_is_added_up() -> None:

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from kvbaton import ALWAYS_READY, KVManager, Settings, layout
+from kvbaton.engines.vllm.admission import Admission, Need
 from kvbaton.engines.vllm.groups import CacheGroup, CacheGroups
 from kvbaton.engines.vllm.scheduler import SchedulerHalf
 from kvbaton.engines.vllm.worker import WorkerHalf, unit_maker
 
 BLOCK, WINDOW, BLOCKS, LAYERS = 4, 8, 64, 3
+#: Tokens of the longest prompt.
+LONGEST = 48
 FULL = CacheGroup(pool="full0", index=0, kind="full", block_size=BLOCK)
 SWA = CacheGroup(pool="window0", index=1, kind="window", block_size=BLOCK, window=WINDOW)
 STATE = CacheGroup(pool="state0", index=2, kind="state", block_size=BLOCK)
@@ -115,6 +118,7 @@ class StandIn:
         recompute: bool = True,
         chunk: int = 8,
         settings: Settings = PATIENT,
+        admission: Admission | None = None,
     ) -> None:
         self.groups, self.recompute, self.chunk = groups, recompute, chunk
         self.block = block = groups.groups[0].block_size
@@ -151,7 +155,20 @@ class StandIn:
             settings=settings,
             collect_finished=True,
         )
-        self.half = SchedulerHalf(groups, produces=produces, consumes=consumes, group="stand-in", shorten=self._shorten)
+        self.admission = admission or Admission(
+            [need(group, chunk) for group in groups.groups],
+            blocks=BLOCKS - 1,
+            longest=LONGEST,
+            both=produces and consumes,
+        )
+        self.half = SchedulerHalf(
+            groups,
+            produces=produces,
+            consumes=consumes,
+            group="stand-in",
+            admission=self.admission,
+            shorten=self._shorten,
+        )
         self.half.set_sources([self.manager.address])
         self.half.quarantine.bind(self.pool)
         self.worker = WorkerHalf(
@@ -190,13 +207,20 @@ class StandIn:
 
     def step(self) -> None:
         preempted = self._preempt()
+        for request in list(self.running):  # where blocks are short, the last to come gives way
+            while request in self.running and self._missing(request, self._next(request)) > len(self.pool.free):
+                self.preempt_next.append(self.running[-1])
+                preempted += self._preempt()
+            if request in self.running:
+                self._extend(request, self._next(request), request.num_computed_tokens)
+        if not preempted:
+            self._admit()
         scheduled: dict[str, int] = {}
-        self._admit()
         for request in self.running:
-            computing = min(self.chunk, len(request.prompt) - request.num_computed_tokens)
+            computing = self._next(request) - request.num_computed_tokens
             if computing > 0:
                 scheduled[request.request_id] = computing
-                self._extend(request, request.num_computed_tokens + computing, request.num_computed_tokens)
+                self._extend(request, self._next(request), request.num_computed_tokens)
         orders = self.half.step(scheduled, preempted, lambda name: self.requests[name].tables)
         self.calls.append(["build_connector_meta", sorted(scheduled.values())])
         self.worker.preempt(orders)
@@ -214,7 +238,7 @@ class StandIn:
             if request.num_computed_tokens == len(request.prompt):
                 self.running.remove(request)
                 self._finish(request, Status.FINISHED_LENGTH_CAPPED)
-        self.half.update(results.received, results.failed, leased)
+        self.half.update(results.received, results.failed, leased, met=self.worker.met(), sent=results.sent)
         self.calls.append(["update_connector_output", [len(results.sent), len(results.received), len(results.failed)]])
         for name in results.received:
             self._received(self.requests[name], failed=name in results.failed)
@@ -222,6 +246,10 @@ class StandIn:
             request = self.requests[name]
             assert request.status in (Status.FINISHED_LENGTH_CAPPED, Status.FINISHED_ABORTED)
             self._free(request)
+
+    def _next(self, request: Request) -> int:
+        """Tokens that are computed after the next chunk."""
+        return min(request.num_computed_tokens + self.chunk, len(request.prompt))
 
     def _preempt(self) -> list[str]:
         preempted, self.preempt_next = self.preempt_next, []
@@ -249,6 +277,8 @@ class StandIn:
                 if external is None:
                     continue
                 assert request.local + external <= request.num_tokens
+                if self._missing(request, len(request.prompt)) > len(self.pool.free):
+                    return  # nobody overtakes
                 computed = request.local + external
                 self._extend(request, computed, computed)
                 for layer in range(LAYERS):
@@ -278,6 +308,14 @@ class StandIn:
         self.calls.append(["update_state_after_alloc", [external, [len(table) for table in request.tables]]])
 
     # Blocks
+
+    def _missing(self, request: Request, tokens: int) -> int:
+        """Blocks to be taken before the request has them for ``tokens``."""
+        tables = request.tables or [[] for _ in self.groups.groups]
+        return sum(
+            max(0, (1 if group.kind == "state" else -(-tokens // self.block)) - len(table))
+            for group, table in zip(self.groups.groups, tables, strict=True)
+        )
 
     def _extend(self, request: Request, tokens: int, computed: int) -> None:
         """Blocks for ``tokens``; those that a window has left behind after ``computed`` go."""
@@ -369,6 +407,14 @@ class StandIn:
     @property
     def in_use(self) -> int:
         return BLOCKS - 1 - len(self.pool.free)
+
+
+def need(group: CacheGroup, chunk: int) -> Need:
+    """What vLLM says of a group."""
+    if group.kind == "state":
+        return Need(BLOCK, 1, fixed=True)
+    tokens = LONGEST if group.kind == "full" else min(LONGEST, WINDOW - 1 + chunk)
+    return Need(BLOCK, -(-tokens // BLOCK) + (group.kind == "window"))
 
 
 def run(*engines: StandIn, seconds: float = 50.0, until: Any = None) -> None:

@@ -50,13 +50,16 @@ class RankAddress(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 
 
 @dataclass
-class LeasedRequests(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Workers to scheduler: failed requests whose blocks a write may still touch."""
+class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Workers to scheduler: failed requests whose blocks a write may still touch (None: as before), and requests of
+    prefill for which decode has blocks."""
 
-    requests: frozenset[str]
+    leased: frozenset[str] | None = None
+    met: frozenset[str] = frozenset()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        return LeasedRequests(self.requests | other.requests)
+        known = [news.leased for news in (self, other) if news.leased is not None]
+        return WorkerNews(frozenset().union(*known) if known else None, self.met | other.met)
 
 
 class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -107,7 +110,7 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # Scheduler
 
     def _make_scheduler(self) -> SchedulerHalf:
-        from kvbaton.engines.vllm.memory import cache_groups
+        from kvbaton.engines.vllm.memory import admission, cache_groups
         from kvbaton.engines.vllm.scheduler import SchedulerHalf
 
         transfer = self._kv_transfer_config
@@ -117,6 +120,9 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             consumes=transfer.is_kv_consumer,
             group=str(transfer.engine_id),
             tp_size=self._vllm_config.parallel_config.tensor_parallel_size,
+            admission=admission(
+                self._kv_cache_config, self._vllm_config, both=transfer.is_kv_producer and transfer.is_kv_consumer
+            ),
             recomputes_all=lambda request: bool(request.skip_reading_prefix_cache),  # type: ignore[attr-defined]
             shorten=shorten,
         )
@@ -157,8 +163,14 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         meta = connector_output.kv_connector_worker_meta
-        leased = meta.requests if isinstance(meta, LeasedRequests) else None
-        self._half.update(connector_output.finished_recving or (), connector_output.failed_recving or (), leased)
+        news = meta if isinstance(meta, WorkerNews) else WorkerNews()
+        self._half.update(
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            news.leased,
+            met=news.met,
+            sent=connector_output.finished_sending or (),
+        )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         return self._half.finished(request)
@@ -271,9 +283,11 @@ class KVBatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         news = tallied.now(**self._worker.gauges())
         return KVBatonStats(tallied.take()) if news or not tallied.empty else None
 
-    def build_connector_worker_meta(self) -> LeasedRequests | None:
-        leased = self._worker.leased() if self._worker is not None else None
-        return LeasedRequests(leased) if leased is not None else None
+    def build_connector_worker_meta(self) -> WorkerNews | None:
+        if self._worker is None:
+            return None
+        leased, met = self._worker.leased(), self._worker.met()
+        return WorkerNews(leased, met) if leased is not None or met else None
 
 
 def shorten(request: Any, tokens: int) -> bool:

@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvbaton.engines.model import model_text
+from kvbaton.engines.vllm.admission import Admission, Need
 from kvbaton.engines.vllm.groups import CacheGroup, CacheGroups
 from kvbaton.engines.vllm.orders import Blocks
 from kvbaton.errors import ConfigError
@@ -66,6 +67,21 @@ def cache_groups(kv_cache_config: Any) -> CacheGroups:
     if not any(group.kind != "state" for group in found):
         raise ConfigError("a model without any attention cannot be handed over yet")
     return CacheGroups(tuple(found))
+
+
+def admission(kv_cache_config: Any, vllm_config: Any, *, both: bool) -> Admission:
+    """Which requests may take blocks; ``both``: for both roles. What a request needs at most is vLLM's own figure."""
+    needs = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+        needs.append(Need(spec.block_size, most, fixed=isinstance(_spec(group, ""), MambaSpec)))
+    return Admission(
+        needs,
+        blocks=kv_cache_config.num_blocks - 1,  # but for the null block
+        longest=vllm_config.model_config.max_model_len,
+        both=both,
+    )
 
 
 def _spec(group: Any, layer: str) -> Any:

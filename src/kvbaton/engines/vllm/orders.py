@@ -19,6 +19,24 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A room of prefill that decode may open before anything of its prompt is computed."""
+
+    request: str
+    room: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expect:
+    """A room for which vLLM will have blocks sooner or later: prefill is told that it is wanted. ``begun`` as in
+    :class:`Receive`."""
+
+    room: int
+    sources: tuple[str, ...]
+    begun: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Receive:
     """Grant blocks to a room. ``begun``: prefill has answered that it has the room."""
 
@@ -41,12 +59,11 @@ class Decline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Computed by the forward pass of this step. ``early``: decode may open the room before the prompt is complete."""
+    """Computed by the forward pass of this step."""
 
     request: str
     room: int
     last: bool
-    early: bool
     blocks: tuple[Blocks, ...]
 
 
@@ -58,7 +75,6 @@ class Drop:
     room: int
     reason: str
     report: bool
-    early: bool
 
 
 @dataclass(kw_only=True)
@@ -72,6 +88,8 @@ class Orders:
         preempted: requests whose blocks vLLM takes away in this step.
     """
 
+    offer: list[Offer] = field(default_factory=list)
+    expect: list[Expect] = field(default_factory=list)
     receive: list[Receive] = field(default_factory=list)
     decline: list[Decline] = field(default_factory=list)
     refuse: list[tuple[str, str]] = field(default_factory=list)

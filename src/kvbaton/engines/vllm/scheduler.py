@@ -9,6 +9,10 @@ One room serves one request. The others that name it (siblings of ``n`` above 1,
 API server sends when a call ends without a result) never open it again: siblings wait until the first has arrived and
 find its blocks in the prefix cache, whoever comes later computes.
 
+Either leg may have to wait for blocks, here or there (``admission``). The workers hear of a room before: prefill's
+offer it, so that decode can open it, decode's say that it is wanted, so that prefill keeps it however long decode's
+queue is. An engine of both roles does not: its queue may be what prefill waits for.
+
 vLLM asks :meth:`SchedulerHalf.matched` again and again; it changes nothing. Everything a client sent is judged when the
 request arrives. A leg that cannot be used is parked all the same and then refused by the workers, so that vLLM's
 ``kv_load_failure_policy`` decides what becomes of it, as of every other failure.
@@ -22,8 +26,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvbaton.engines.vllm.admission import Admission
 from kvbaton.engines.vllm.groups import CacheGroups, Table
-from kvbaton.engines.vllm.orders import Chunk, Decline, Drop, Orders, Receive
+from kvbaton.engines.vllm.orders import Chunk, Decline, Drop, Expect, Offer, Orders, Receive
 from kvbaton.engines.vllm.params import DecodeLeg, answer, decode_leg, mint_room, prefill_leg
 from kvbaton.engines.vllm.quarantine import Quarantine
 from kvbaton.errors import ConfigError, LayoutError
@@ -81,6 +86,7 @@ class SchedulerHalf:
         groups: the cache's groups.
         produces, consumes: whether this engine prefills for others, decodes what others prefilled.
         group: the engine's id; ``tp_size``: its ranks.
+        admission: which requests may take blocks.
         recomputes_all: whether vLLM will not use any cache for a request (it wants logprobs of the prompt).
         shorten: takes so many tokens off the end of a request's prompt.
     """
@@ -93,6 +99,7 @@ class SchedulerHalf:
         consumes: bool,
         group: str,
         tp_size: int = 1,
+        admission: Admission | None = None,
         recomputes_all: Callable[[Request], bool] = lambda _: False,
         shorten: Callable[[Request, int], bool] = lambda _request, _tokens: True,
     ) -> None:
@@ -101,6 +108,7 @@ class SchedulerHalf:
         self._consumes = consumes
         self._group = group
         self._tp_size = tp_size
+        self._admission = admission if admission is not None else Admission()
         self._recomputes_all = recomputes_all
         self._shorten = shorten
         self._sources: tuple[str, ...] = ()
@@ -134,8 +142,14 @@ class SchedulerHalf:
             logger.error("request %s receives nothing: %s", request.request_id, error)
             self._decodes[request.request_id] = Decode(None, error.message)
             return
-        if leg is not None:
-            self._decodes[request.request_id] = Decode(leg)
+        if leg is None:
+            return
+        self._decodes[request.request_id] = Decode(leg)
+        if not self._produces:
+            if leg.room not in self._used:
+                self._orders.expect.append(Expect(room=leg.room, sources=leg.sources, begun=leg.begun))
+        elif not leg.begun:
+            self._admission.add(request.request_id, request.num_tokens, early=False)
 
     def _add_prefill(self, request: Request, room: int | None) -> None:
         tokens = self._groups.tokens(request.num_prompt_tokens)
@@ -149,10 +163,15 @@ class SchedulerHalf:
         elif tokens > 0 and self._shorten(request, request.num_prompt_tokens - tokens):
             prefill = Prefill(room if room is not None else mint_room(), tokens, early=room is not None)
             self._prefills[name] = request, prefill
+            self._admission.add(name, request.num_prompt_tokens, early=prefill.early)
+            if prefill.early:
+                self._orders.offer.append(Offer(request=name, room=prefill.room))
 
     def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond ``computed`` that can be received, and whether the request is parked for them; None: ask again
         later."""
+        if not self._admission.admits(request.request_id):
+            return None, False
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.decided:
             return 0, False
@@ -163,10 +182,13 @@ class SchedulerHalf:
 
     def allocated(self, request: Request, tables: Sequence[Table], external: int) -> None:
         """vLLM has blocks for the request, and receives ``external`` tokens into them; 0: none, for any reason."""
+        self._admission.hold(request.request_id)
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.decided:
             return
         self._decide(request, decode)
+        if not external:
+            self._admission.end(request.request_id)
         leg = decode.leg
         if leg is None:
             if external:
@@ -228,6 +250,7 @@ class SchedulerHalf:
         for request_id in preempted:
             if request_id in self._prefills:
                 self._prefills[request_id][1].sent = 0
+                self._admission.give_back(request_id)
                 self._orders.preempted.append(request_id)
         for request_id in scheduled:
             if request_id in self._prefills:
@@ -252,9 +275,7 @@ class SchedulerHalf:
             return
         blocks = self._groups.chunk(prefill.sent, stop, last=last, tables=rows)
         prefill.sent, prefill.begun = stop, True
-        self._orders.chunks.append(
-            Chunk(request=request_id, room=prefill.room, last=last, early=prefill.early, blocks=blocks)
-        )
+        self._orders.chunks.append(Chunk(request=request_id, room=prefill.room, last=last, blocks=blocks))
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended, well or not. Whether its blocks stay until the workers report it, and the answer's
@@ -262,6 +283,7 @@ class SchedulerHalf:
         request_id = request.request_id
         decode = self._decodes.pop(request_id, None)
         if decode is not None:
+            self._admission.end(request_id)
             self._finished_decode(request, decode)
             return False, None
         if request_id not in self._prefills:
@@ -276,11 +298,11 @@ class SchedulerHalf:
                 request_id=request_id,
                 tp_size=self._tp_size,
             )
+        if not prefill.begun:
+            self._admission.end(request_id)
         if prefill.begun or prefill.early:
             reason = f"the prefill request ended as {request.status.name}"
-            self._orders.drop.append(
-                Drop(request=request_id, room=prefill.room, reason=reason, report=prefill.begun, early=prefill.early)
-            )
+            self._orders.drop.append(Drop(request=request_id, room=prefill.room, reason=reason, report=prefill.begun))
         return prefill.begun, None
 
     def _finished_decode(self, request: Request, decode: Decode) -> None:
@@ -290,9 +312,26 @@ class SchedulerHalf:
             self._decide(request, decode)
             self._decline(decode.leg, f"the decode request ended as {request.status.name}")
 
-    def update(self, received: Iterable[str], failed: Iterable[str], leased: frozenset[str] | None) -> None:
-        """What the workers have reported, before vLLM acts on it; see :meth:`Quarantine.update`."""
+    def update(
+        self,
+        received: Iterable[str],
+        failed: Iterable[str],
+        leased: frozenset[str] | None,
+        *,
+        met: Iterable[str] = (),
+        sent: Iterable[str] = (),
+    ) -> None:
+        """What the workers have reported, before vLLM acts on it; see :meth:`Quarantine.update`.
+
+        Args:
+            met: requests of prefill whose room decode has opened, on any rank, or that have ended.
+            sent: requests of prefill whose blocks nothing reads any more.
+        """
         received = tuple(received)
+        for request_id in met:
+            self._admission.meet(request_id)
+        for request_id in (*sent, *received):
+            self._admission.end(request_id)
         self.quarantine.update(received, failed, leased)
         for request_id in received:
             decode = self._decodes.get(request_id)

@@ -8,8 +8,9 @@ a failed receive is reported at once, and :meth:`WorkerHalf.leased` names it unt
 **Chunks are held back** until decode has opened the room, or the last one has come. A preemption then costs nothing as
 long as nothing was submitted: the chunks are forgotten and computed again. Afterwards they are withdrawn: the step
 waits until the writes that are out have read the blocks; what has arrived stays, the rest is sent from other blocks
-once it is computed again. A room that prefill minted is not known to anybody before prefill's answer, so its sender,
-and with it the time for which finished blocks are kept, begins with the last chunk.
+once it is computed again. A room that the router minted is offered as soon as its request has come, and the scheduler
+half hears when decode has opened it. A room that prefill minted is not known to anybody before prefill's answer, so its
+sender, and with it the time for which finished blocks are kept, begins with the last chunk.
 
 **Layers go ahead of their chunk** where nothing is held back, each as soon as vLLM has computed it.
 """
@@ -23,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvbaton.engines.port import Fence, RankManager, RankSender, Receiver, Sender
-from kvbaton.engines.vllm.orders import Blocks, Chunk, Decline, Drop, Orders, Receive, Results
+from kvbaton.engines.vllm.orders import Blocks, Chunk, Decline, Drop, Expect, Orders, Receive, Results
 from kvbaton.engines.vllm.tally import Tally
-from kvbaton.errors import DeclinedError, KVBatonError
+from kvbaton.errors import DeclinedError, KVBatonError, LocalProtocolError
 
 if TYPE_CHECKING:
     from kvbaton import Finished, Span
@@ -36,6 +37,8 @@ logger = logging.getLogger("vllm.kvbaton")  # vLLM prints what is below its own 
 IDLE_SECONDS = 0.002
 #: How long vLLM waits, at most, for writes that read the blocks of preempted requests; then their rooms are given up.
 SETTLE_SECONDS = 1.0
+#: Rooms of which prefill is told before vLLM has blocks for them; a longer queue's have their turn.
+MAX_EXPECTED = 4_096
 
 
 @dataclass(slots=True, eq=False)
@@ -53,16 +56,19 @@ class Sending:
 
 @dataclass(slots=True, eq=False)
 class Receiving:
-    """One decode request. ``told``: vLLM has heard that it failed, its blocks are in quarantine."""
+    """One room of decode. ``order``: None until vLLM has blocks for it; ``told``: vLLM has heard that it failed, its
+    blocks are in quarantine. A room that fails before it has blocks is kept until vLLM has some, and fails then."""
 
-    order: Receive
+    sources: tuple[str, ...]
     receiver: Receiver
+    order: Receive | None = None
     given_up: bool = False
     told: bool = False
 
     @property
     def request(self) -> str:
-        return self.order.request
+        """The vLLM request that has the blocks."""
+        return self.order.request if self.order is not None else ""
 
 
 class WorkerHalf:
@@ -91,7 +97,10 @@ class WorkerHalf:
         self._clear = clear
         self._quarantine = quarantine
         self._sends: dict[str, Sending] = {}
-        self._receives: dict[str, Receiving] = {}
+        self._unmet: dict[str, Sending] = {}
+        self._met: set[str] = set()
+        self._receives: dict[int, Receiving] = {}
+        self._granted: dict[str, int] = {}  # request → the room that its blocks are granted to
         self._results = Results()
         self._leased: set[str] = set()
         self._leases_changed = False
@@ -121,6 +130,11 @@ class WorkerHalf:
 
     def begin(self, orders: Orders) -> None:
         """Before the forward pass."""
+        for offer in orders.offer:
+            send = self._sends[offer.request] = Sending(offer.request, offer.room)
+            self._open(send)
+        for expect in orders.expect:
+            self._expect(expect)
         for request, reason in orders.refuse:
             logger.error("request %s receives nothing: %s", request, reason)
             self._failed(request, "refused")
@@ -129,7 +143,8 @@ class WorkerHalf:
         for decline in orders.decline:
             self._decline(decline)
         for request in orders.give_up:
-            record = self._receives.get(request)
+            room = self._granted.get(request)
+            record = self._receives.get(room) if room is not None else None
             if record is not None:
                 record.given_up = True
                 record.receiver.abort("the decode request was aborted")
@@ -183,14 +198,37 @@ class WorkerHalf:
             for send in [send for send in self._sends.values() if send.held]:
                 self._submit(send, fence)
 
-    def _receive(self, order: Receive) -> None:
+    def _expect(self, expect: Expect) -> None:
+        if expect.room in self._receives or len(self._receives) >= MAX_EXPECTED:
+            return
         try:
-            receiver = self._manager.receiver(order.room, order.sources, begun=order.begun, tag=order.request)
+            self._announce(expect.room, expect.sources, begun=expect.begun)
+        except KVBatonError as error:  # said when the room's turn has come
+            logger.debug("room %d is not announced to its prefill: %s", expect.room, error)
+
+    def _announce(self, room: int, sources: tuple[str, ...], *, begun: bool) -> Receiving:
+        receiver = self._manager.receiver(room, sources, begun=begun, tag=room)
+        record = self._receives[room] = Receiving(sources, receiver)
+        return record
+
+    def _receive(self, order: Receive) -> None:
+        record = self._receives.get(order.room)
+        try:
+            if record is None:
+                record = self._announce(order.room, order.sources, begun=order.begun)
+            if record.sources != order.sources:
+                raise LocalProtocolError(f"the room is filled from {', '.join(record.sources)}", room=order.room)
+            if record.receiver.error is not None:
+                raise record.receiver.error
         except KVBatonError as error:
+            if record is not None:
+                del self._receives[order.room]
+                record.receiver.fail(error)
             logger.error("request %s, room %d: %s", order.request, order.room, error)
             self._failed(order.request, error.code)
             return
-        self._receives[order.request] = Receiving(order, receiver)
+        record.order, receiver = order, record.receiver
+        self._granted[order.request] = order.room
         try:
             for blocks in order.blocks:
                 self._clear(blocks)
@@ -199,6 +237,10 @@ class WorkerHalf:
             receiver.fail(error)
 
     def _decline(self, order: Decline) -> None:
+        record = self._receives.pop(order.room, None)
+        if record is not None:
+            record.receiver.fail(DeclinedError(order.reason, room=order.room))
+            return
         try:
             self._manager.decline(order.room, order.sources, order.reason)
         except KVBatonError as error:
@@ -219,7 +261,7 @@ class WorkerHalf:
 
     def _submit(self, send: Sending, fence: Fence) -> None:
         last = send.held[-1].last
-        if send.sender is None and (last or send.held[-1].early):
+        if send.sender is None and last:
             self._open(send)
         if send.sender is None or send.ended or not (last or _opened(send.sender)):
             return
@@ -232,6 +274,7 @@ class WorkerHalf:
         send.held.clear()
 
     def _open(self, send: Sending) -> None:
+        self._unmet[send.request] = send
         try:
             send.sender = self._manager.sender(send.room, tag=send)
         except KVBatonError as error:
@@ -251,12 +294,8 @@ class WorkerHalf:
     def _drop(self, drop: Drop) -> None:
         send = self._sends.get(drop.request)
         if send is None:
-            if not drop.early:
-                return
-            send = self._sends[drop.request] = Sending(drop.request, drop.room)
+            return
         send.held.clear()
-        if drop.early and send.sender is None and not send.ended:
-            self._open(send)  # whoever opens the room is told at once
         send.awaited = drop.report
         if send.sender is not None and not send.ended:
             send.sender.abort(drop.reason)
@@ -277,19 +316,28 @@ class WorkerHalf:
         """What vLLM has to hear now."""
         if idle and not self._any_news():
             self._manager.wakeup.wait(IDLE_SECONDS)
-        self._manager.wakeup.clear()
+        if self._manager.wakeup.is_set():
+            self._manager.wakeup.clear()
+            self._meet()
         for freed in self._manager.take_freed():
             if freed.role == "source":  # decode may still have to confirm
                 self._sent(freed.tag)
         for finished in self._manager.take_finished():
             if finished.role == "source":
                 self._count_sent(finished)
-            elif finished.tag:
-                self._tell_received(finished)
+            elif finished.tag is not None:
+                self._tell_received(finished.tag, finished)
         if self._quarantine:
             self._fail_early()
         results, self._results = self._results, Results()
         return results
+
+    def _meet(self) -> None:
+        """Note for which rooms decode has blocks now."""
+        for request, send in list(self._unmet.items()):
+            if send.ended or (send.sender is not None and (send.sender.error is not None or _opened(send.sender))):
+                del self._unmet[request]
+                self._met.add(request)
 
     def _any_news(self) -> bool:
         results = self._results
@@ -301,8 +349,11 @@ class WorkerHalf:
         if error is not None and not isinstance(error, DeclinedError):
             logger.warning("request %s was not handed over: %s", finished.tag.request, error)
 
-    def _tell_received(self, finished: Finished) -> None:
-        record, error = self._receives.pop(finished.tag), finished.error
+    def _tell_received(self, room: int, finished: Finished) -> None:
+        record, error = self._receives.get(room), finished.error
+        if record is None or record.order is None:  # vLLM hears of it when the room's turn has come
+            return
+        del self._receives[room], self._granted[record.request]
         if record.told:
             logger.warning("request %s: no write can touch its blocks any more", record.request)
             self._leased.discard(record.request)
@@ -325,7 +376,7 @@ class WorkerHalf:
     def _fail_early(self) -> None:
         for record in self._receives.values():
             receiver = record.receiver
-            if record.told or record.given_up or receiver.error is None or receiver.released:
+            if record.order is None or record.told or record.given_up or receiver.error is None or receiver.released:
                 continue
             record.told = True
             self._leased.add(record.request)
@@ -339,6 +390,12 @@ class WorkerHalf:
             return None
         self._leases_changed = False
         return frozenset(self._leased)
+
+    def met(self) -> frozenset[str]:
+        """Requests of prefill whose room decode has opened, or that have ended; each is told once."""
+        met = frozenset(self._met)
+        self._met.clear()
+        return met
 
     @property
     def busy(self) -> bool:
