@@ -18,6 +18,7 @@ import psutil
 
 from kvbaton.discovery.access import is_loopback
 from kvbaton.errors import ExpiredError, PeerLostError
+from lab.metrics import scraped
 
 READY_SECONDS = 900.0
 STOP_SECONDS = 20.0
@@ -118,11 +119,4 @@ class EngineServer(ABC):
 
     async def metrics(self, session: aiohttp.ClientSession) -> dict[str, float]:
         """The values of ``/metrics`` by name and labels, as they stand there."""
-        async with session.get(f"{self.url}/metrics") as answer:
-            lines = (await answer.text()).splitlines()
-        found = {}
-        for line in lines:
-            name, _, value = line.rpartition(" ")
-            if name and not line.startswith("#"):
-                found[name] = float(value)
-        return found
+        return await scraped(session, self.url)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvbaton.serving.fleet import Fleet, Server
 from lab.failover.load import Expected, Outcome, ask, run_load
+from lab.metrics import scraped
 
 FAULTS = ("kill", "stop", "term")
 VICTIMS = ("decode", "prefill")
@@ -110,10 +111,7 @@ def _grown(before: int, after: int) -> int:
 async def _counts(fleet: Fleet) -> Counter[tuple[Server, str]]:
     found = Counter[tuple[Server, str]]()
     for server in _counting(fleet):
-        async with fleet.http.get(f"{server.url}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        for line in lines:
-            name, _, value = line.rpartition(" ")
-            if name in (*_COUNTERS, _RECOMPUTED):
-                found[server, name] = int(float(value))
+        values = await scraped(fleet.http, server.url)
+        for name in (*_COUNTERS, _RECOMPUTED):
+            found[server, name] = int(values.get(name, 0))
     return found

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from kvbaton.cli.router import POLICIES
 from kvbaton.errors import TransferFailedError
 from kvbaton.serving.demo.show import JSON
 from kvbaton.serving.fleet import Fleet, Server, free_ports
+from lab.metrics import summed
 from lab.policies.workload import WORKLOADS, Asked
 
 #: A decode server's pool: about eight beginnings of the workload beside what runs.
@@ -150,12 +151,5 @@ async def _megabytes(fleet: Fleet) -> float:
     """Handed over so far, to all decode servers."""
     total = 0.0
     for server in fleet.decodes:
-        async with fleet.http.get(f"{server.url}/metrics") as response:
-            total += sum(_values(await response.text(), "kvbaton_handoff_bytes_sum"))
+        total += (await summed(fleet.http, server.url)).get("kvbaton_handoff_bytes_sum", 0.0)
     return total / 1e6
-
-
-def _values(text: str, name: str) -> Iterator[float]:
-    for line in text.splitlines():
-        if line.startswith(name):
-            yield float(line.rpartition(" ")[2])

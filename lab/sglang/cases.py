@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from lab.engines.campaign import check
 from lab.engines.idle import idle_parts
 from lab.engines.listeners import compared
 from lab.engines.requests import Refused, prompt
+from lab.programs import stop
 from lab.sglang.contract import DIRECTORY, KEPT, read
 from lab.sglang.requests import new_room
 from lab.sglang.scene import Scene
@@ -90,7 +90,9 @@ async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
     """12 prompts one after the other, then at a concurrency of 4 and of 8. ``name``: of its log."""
     (port,) = free_ports(1)
     log = Path(scene.prefill.log).with_name(f"{name}.log").open("wb")
-    router = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log)
+    router = await asyncio.create_subprocess_exec(
+        *command, "--host", "127.0.0.1", "--port", str(port), stdout=log, stderr=log
+    )
     try:
         url = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 120
@@ -98,7 +100,7 @@ async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
             with contextlib.suppress(aiohttp.ClientError, Refused, TimeoutError):
                 await asyncio.wait_for(scene.client.complete(url, prompt(20, 1)), 20)
                 break
-            if time.monotonic() > until or router.poll() is not None:
+            if time.monotonic() > until or router.returncode is not None:
                 raise AssertionError(f"the router does not serve, see {log.name}")
             await asyncio.sleep(0.5)
         ask = partial(scene.client.complete, url)
@@ -107,8 +109,7 @@ async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
             for width in (1, 4, 8)
         ]
     finally:
-        router.terminate()
-        router.wait(timeout=20)
+        await stop(router)
         log.close()
     return f"{'; '.join(said)}; empty after {await scene.empty():.1f} s"
 

@@ -13,6 +13,7 @@ import msgspec
 import psutil
 
 from lab.engines.server import EngineServer
+from lab.metrics import summed
 
 Role = Literal["plain", "prefill", "decode"]
 
@@ -79,8 +80,4 @@ class SglangServer(EngineServer):
 
     async def sums(self, session: aiohttp.ClientSession) -> dict[str, float]:
         """The values of ``/metrics`` by name, summed over labels."""
-        found: dict[str, float] = {}
-        for name, value in (await self.metrics(session)).items():
-            bare = name.partition("{")[0]
-            found[bare] = found.get(bare, 0.0) + value
-        return found
+        return await summed(session, self.url)
