@@ -61,7 +61,13 @@ class Links(ABC):
 
     @abstractmethod
     def dial(self, address: str) -> LinkId:
-        """Open a link to ``address``; returns at once. Raises ConfigError for an address that cannot be."""
+        """Open a link to ``address``; returns at once.
+
+        Raises:
+            ConfigError: an address that cannot be.
+            OverloadedError: too many links are open.
+            TransportError: the operating system gives no descriptor or no memory for it.
+        """
 
     @abstractmethod
     def send(self, link: LinkId, *payloads: bytes) -> bool:

@@ -61,8 +61,11 @@ class Probe:
             return self._found(errno.ETIMEDOUT, now) if self.due is not None and now >= self.due else None
         if self.due is None or now < self.due:
             return None
-        self._socket = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        code = self._socket.connect_ex(self._target)
+        try:
+            self._socket = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            code = self._socket.connect_ex(self._target)
+        except OSError as error:  # no descriptor is left: asked again later
+            code = error.errno or errno.EMFILE
         if code == errno.EINPROGRESS:
             self.due = now + ANSWER_SECONDS
             return None

@@ -39,7 +39,7 @@ from kvbaton.control.base import MAX_MESSAGE_BYTES, Arrived, Changed, LinkChange
 from kvbaton.control.curve import CurveKeys, ZapHandler
 from kvbaton.control.probe import Finding, Probe
 from kvbaton.control.watch import Watch
-from kvbaton.errors import ConfigError, OverloadedError
+from kvbaton.errors import ConfigError, OverloadedError, TransportError
 
 #: Most messages that wait in each direction of a link.
 QUEUE_MESSAGES = 1024
@@ -221,19 +221,30 @@ class ZmqLinks(Links):
             raise ConfigError(f"links of {self._address} are closed")
         if len(self._dialled) >= MAX_DIALLED:
             raise OverloadedError(f"{MAX_DIALLED} links are open: close some")
-        socket = self._new_socket(zmq.DEALER, there)
-        socket.reconnect_ivl = _milliseconds(RECONNECT_FIRST_SECONDS)
-        socket.reconnect_ivl_max = _milliseconds(RECONNECT_LONGEST_SECONDS)
-        socket.connect_timeout = _milliseconds(CONNECT_SECONDS)
-        if self._keys:
-            self._keys.guard_client(socket)
-        dialled = _Dialled(LinkId(next(self._ids)), socket, socket.get_monitor_socket(_EVENTS), Probe(there))
-        socket.connect(str(there))
+        try:
+            dialled = self._connect(there)
+        except zmq.ZMQError as error:  # this process has no descriptor left, or no memory
+            raise TransportError(f"cannot dial {there}: {error.strerror}; raise the limit of open files") from error
         self._dialled[dialled.link] = dialled
         self._watch.add_socket((_Kind.DEALER, dialled.link), dialled.socket)
         self._watch.add_socket((_Kind.MONITOR, dialled.link), dialled.monitor)
         self._start_probe(dialled, time.monotonic(), PROBE_AFTER_SECONDS)
         return dialled.link
+
+    def _connect(self, there: Address) -> _Dialled:
+        socket = self._new_socket(zmq.DEALER, there)
+        try:
+            socket.reconnect_ivl = _milliseconds(RECONNECT_FIRST_SECONDS)
+            socket.reconnect_ivl_max = _milliseconds(RECONNECT_LONGEST_SECONDS)
+            socket.connect_timeout = _milliseconds(CONNECT_SECONDS)
+            if self._keys:
+                self._keys.guard_client(socket)
+            dialled = _Dialled(LinkId(next(self._ids)), socket, socket.get_monitor_socket(_EVENTS), Probe(there))
+            socket.connect(str(there))
+        except zmq.ZMQError:
+            socket.close()
+            raise
+        return dialled
 
     def send(self, link: LinkId, *payloads: bytes) -> bool:
         sent = [self._send_frames(link, frames) for frames in _batches(payloads)]  # behind one that is dropped as well

@@ -28,7 +28,7 @@ Pieces = NDArray[np.void]
 
 def memory(address: int, length: int) -> Bytes:
     """The bytes at an address of this process, as an array that shares them."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address))
+    return np.frombuffer(memoryview((ctypes.c_uint8 * length).from_address(address)), np.uint8)
 
 
 def gather(lanes: Lanes, blocks: Int32s, slot: int) -> None:
