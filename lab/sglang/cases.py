@@ -86,7 +86,11 @@ async def prefix_hits(scene: Scene) -> str:
     return f"10 of 10 equal; empty after {await scene.empty():.1f} s"
 
 
-async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
+#: Asks the server at a URL for the answer to token ids.
+Asks = Callable[[str, Sequence[int]], Awaitable[list[int]]]
+
+
+async def through_a_router(scene: Scene, name: str, command: list[str], asks: Asks) -> str:
     """12 prompts one after the other, then at a concurrency of 4 and of 8. ``name``: of its log."""
     (port,) = free_ports(1)
     log = Path(scene.prefill.log).with_name(f"{name}.log").open("wb")
@@ -97,13 +101,14 @@ async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
         url = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 120
         while True:
-            with contextlib.suppress(aiohttp.ClientError, Refused, TimeoutError):
-                await asyncio.wait_for(scene.client.complete(url, prompt(20, 1)), 20)
+            try:
+                await asyncio.wait_for(asks(url, prompt(20, 1)), 20)
                 break
-            if time.monotonic() > until or router.returncode is not None:
-                raise AssertionError(f"the router does not serve, see {log.name}")
+            except (aiohttp.ClientError, Refused, TimeoutError) as error:
+                if time.monotonic() > until or router.returncode is not None:
+                    raise AssertionError(f"the router does not serve: {error}; see {log.name}") from error
             await asyncio.sleep(0.5)
-        ask = partial(scene.client.complete, url)
+        ask = partial(asks, url)
         said = [
             await _equal(scene, ask, [prompt(50 + 97 * i, 6000 + 100 * width + i) for i in range(12)], width)
             for width in (1, 4, 8)
@@ -115,7 +120,7 @@ async def through_a_router(scene: Scene, name: str, command: list[str]) -> str:
 
 
 async def through_sglang_router(scene: Scene) -> str:
-    """sglang-router 0.3.2 in front of both."""
+    """sglang-router 0.3.2 in front of both, by SGLang's route: a completion of token ids is 422 to it."""
     (metrics,) = free_ports(1)
     return await through_a_router(
         scene,
@@ -125,6 +130,7 @@ async def through_sglang_router(scene: Scene) -> str:
             *("--prometheus-port", str(metrics)),
             *("--prefill", scene.prefill.url, str(scene.prefill.bootstrap_port), "--decode", scene.decode.url),
         ],
+        scene.client.generate,
     )
 
 
@@ -368,4 +374,5 @@ async def through_our_router(scene: Scene) -> str:
             *(PYTHON, "-m", "kvbaton.cli.main", "router", "--pd-disaggregation", "--engine", "sglang"),
             *("--prefill", scene.prefill.url, str(scene.prefill.bootstrap_port), "--decode", scene.decode.url),
         ],
+        scene.client.complete,
     )

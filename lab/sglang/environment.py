@@ -48,6 +48,7 @@ def patch(packages: Path) -> None:
     """Let SGLang be imported without a GPU."""
     stub = packages / "sgl_kernel"
     stub.mkdir(exist_ok=True)
-    (stub / "__init__.py").write_text(_STUB)
+    for module in ("__init__", "mamba"):
+        (stub / f"{module}.py").write_text(_STUB)
     vision = packages / "torchvision" / "__init__.py"
     vision.write_text(vision.read_text().replace("    _meta_registrations,\n", ""))
