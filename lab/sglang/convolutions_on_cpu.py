@@ -12,10 +12,17 @@ from typing import Any
 _PLACE = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 
+#: Kernels of other families that SGLang looks up when it builds any hybrid; nothing here calls them.
+_LOOKED_UP = ("fused_sigmoid_gating_delta_rule_update_cpu", "fused_gdn_gating_cpu")
+
+
 def load() -> None:
     """The entry point."""
+    import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    for name in _LOOKED_UP:
+        torch.library.define(f"sgl_kernel::{name}", "() -> ()")
     HookRegistry.register(f"{_PLACE}.causal_conv1d_fn", _prompts, HookType.AROUND)
     HookRegistry.register(f"{_PLACE}.causal_conv1d_update", _tokens, HookType.AROUND)
 
