@@ -8,7 +8,7 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from lab.engines.campaign import check
@@ -84,8 +84,7 @@ async def prefill_is_killed(scene: Scene) -> str:
     async with contextlib.AsyncExitStack() as stack:
         calls = [await stack.enter_async_context(_under_way(scene, 5907 + i, sources)) for i in range(4)]
         await asyncio.sleep(0.3)  # the first of them has been computed after about 0.6 s
-        scene.prefill.kill()
-        told = await _end(scene, calls)
+        told = await _end(scene, calls, fault=scene.prefill.kill)
     late = await _end(scene, [scene.client.complete(scene.decode.url, tokens, params=params)])
     await scene.empty(scene.decode)
     await scene.again(scene.prefill)
@@ -118,9 +117,13 @@ async def _fails(scene: Scene, call: Call) -> str:
     return f"{await _end(scene, [call])}; {await _recovered(scene)}"
 
 
-async def _end(scene: Scene, calls: Sequence[Call], seconds: float = SECONDS) -> str:
-    """What all calls end with, within ``seconds``: status, our reason in decode's log, as many in its metric."""
+async def _end(
+    scene: Scene, calls: Sequence[Call], seconds: float = SECONDS, *, fault: Callable[[], None] = lambda: None
+) -> str:
+    """What all calls end with, within ``seconds`` of ``fault``: status, our reason in decode's log, as many in its
+    metric."""
     before, read = await _failed(scene), scene.decode.log.stat().st_size
+    fault()
     started = time.monotonic()
     ended = await asyncio.gather(*(_status(call, seconds) for call in calls))
     took = time.monotonic() - started

@@ -286,3 +286,16 @@ def test_closing_a_rank_whose_transport_hangs_says_so_and_frees_nothing(
     goes_on.set()
     monkeypatch.undo()
     rank.manager.close()
+
+
+def test_what_the_engine_has_posted_goes_before_what_has_come() -> None:
+    """Prefill begins a room, answers, and decode asks for it as one that prefill must have: all before the driver's
+    next turn, which found the question first and said that there was no such room."""
+    (prefill, decode), _ = at_peace()
+    receiver = decode.manager.receiver(2, [prefill.manager.address], begun=True)
+    receiver.publish(WHOLE, token_count=40)
+    decode.manager._driver.turn()
+    sender = prefill.manager.sender(2)
+    prefill.manager._driver.turn()
+    assert sender.error is None, sender.error
+    assert sender.poll() is KVPoll.WaitingForInput

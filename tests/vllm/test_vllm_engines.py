@@ -13,6 +13,7 @@ from vllm_stand_in import BLOCK, DENSE, HASTY, HYBRID, Request, StandIn, Status,
 
 from kvbaton import KVPoll
 from kvbaton.engines.vllm.groups import CacheGroups
+from kvbaton.engines.vllm.orders import Orders
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 40)
 NAMES = ["dense", "hybrid"]
@@ -295,6 +296,26 @@ def test_aborted_after_a_preemption(pair: tuple[StandIn, StandIn]) -> None:
     prefill.abort(first)
     run(prefill)
     assert not prefill.worker.busy
+
+
+def test_the_room_is_there_before_the_pass_that_prefill_answers_with(pair: tuple[StandIn, StandIn]) -> None:
+    """By the end of that pass another rank of prefill may have answered, and decode asks all of them."""
+    prefill, decode = pair
+    first = prefill.add(Request("p", prompt(20), asks_prefill()))
+    rooms: list[tuple[bool, int]] = []
+    compute = prefill._compute
+
+    def watched(batch: dict[Request, int], orders: Orders) -> None:
+        rooms.append((any(chunk.last for chunk in orders.chunks), prefill.manager.live_rooms))
+        compute(batch, orders)
+
+    prefill._compute = watched  # type: ignore[method-assign]
+    run(prefill, until=lambda: first.answer is not None)
+    assert rooms[-1] == (True, 1)
+    assert set(rooms[:-1]) == {(False, 0)}
+    request = decode.add(Request("d", prompt(20), first.answer))
+    run(prefill, decode)
+    assert request.correct
 
 
 def test_prefill_keeps_a_prompt_while_decode_has_it_in_its_queue(groups: CacheGroups) -> None:

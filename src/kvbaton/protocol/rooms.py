@@ -210,9 +210,12 @@ class Rooms:
                 if unmet is not None and unmet.refuses(session):
                     raise unmet.error.again()
             if message.begun:
-                raise TransferFailedError(
+                error = TransferFailedError(
                     f"the prefill rank has no room {key.room} (any more): it has ended there, or the rank was restarted"
                 )
+                group = session.hello.group if session.hello is not None else ""
+                self._remember(self._failed_before_sender, key.room, _Unmet(error, group, {session.peer}))
+                raise error
             if len(self._sources) >= self._context.settings.rooms:
                 raise OverloadedError(f"{len(self._sources)} rooms are live on the prefill rank; try again later")
             return SourceRoom(room=key.room)

@@ -2,7 +2,8 @@
 
 It sleeps until a message, a command of the engine or a deadline wakes it; only while bytes are on the move does it
 poll, and the longer nothing happens the less often. Each turn reads the inbox first, then the writes, then the clock:
-a deadline never beats a message that is already here. What fails unforeseen is logged and counted, and is answered as
+a deadline never beats a message that is already here. What the engine has posted by then goes to the core before what
+has come, which may be an answer to it. What fails unforeseen is logged and counted, and is answered as
 the foreseen failure would be; what follows it is done all the same, so that whatever is broken, deadlines pass.
 """
 
@@ -311,7 +312,7 @@ class Driver:
     def _take_commands(self) -> None:
         if self._commands:
             self._active_at = self._clock()
-        self._events.extend(self._commands.take())
+        self._events.extendleft(reversed([*self._commands.take()]))  # what has come may be an answer to them
         self._feed()
         self._events.extend(self._commands.release())
 

@@ -6,7 +6,7 @@ import pytest
 
 from kvbaton.errors import AbortedError, DeclinedError
 from kvbaton.protocol.effects import KVPoll, PeerLost
-from kvbaton.protocol.events import AbortRequested, GrantsPublished, ReceiverOpened
+from kvbaton.protocol.events import AbortRequested, GrantsPublished, ReceiverOpened, SenderOpened
 from kvbaton.protocol.messages import Abort, Done
 from kvbaton.testing.rank import Rank
 from unit.protocol.scene import QUICK, SHAPES, Scene, add_group, dropping
@@ -175,6 +175,22 @@ def test_a_room_that_the_source_must_have_is_refused_at_once_where_it_has_ended(
     assert "has no room 7 (any more)" in str(status.error)
     assert scene.world.now < 1.0
     scene.expect_over()
+
+
+def test_a_rank_that_comes_late_to_a_room_that_was_refused_for_that_does_not_wait() -> None:
+    """One rank of prefill had answered, another one had not come to the room: its pages waited for a decode that had
+    given up, for as long as both sides may take to meet."""
+    scene = Scene(SHAPES["2→1"])
+    first, late = scene.sources
+    first.do(SenderOpened(scene.room))
+    scene.target.do(ReceiverOpened(scene.room, scene.addresses, begun=True))
+    scene.publish()
+    scene.world.run(until=1.0)
+    assert scene.status("target").poll is KVPoll.Failed
+    late.do(SenderOpened(scene.room))
+    assert late.status("source", scene.room).poll is KVPoll.Failed
+    scene.world.run(until=2.0)
+    assert first.status("source", scene.room).poll is KVPoll.Failed
 
 
 def test_a_room_that_the_source_has_may_be_asked_for_as_begun() -> None:

@@ -54,13 +54,13 @@ class Request(Protocol):
 
 @dataclass(slots=True)
 class Prefill:
-    """``sent``: tokens in chunks that have left; ``begun``: some have, be they forgotten since; ``early``: the router
-    minted the room."""
+    """``sent``: tokens in chunks that have left; ``begun``: some have, be they forgotten since; ``offered``: the room
+    is known to the workers."""
 
     room: int
     tokens: int
-    early: bool
     sent: int = 0
+    offered: bool = False
     begun: bool = False
 
     @property
@@ -161,11 +161,11 @@ class SchedulerHalf:
         elif self._recomputes_all(request):
             logger.info("request %s is not handed over: decode would compute its prompt again", name)
         elif tokens > 0 and self._shorten(request, request.num_prompt_tokens - tokens):
-            prefill = Prefill(room if room is not None else mint_room(), tokens, early=room is not None)
+            prefill = Prefill(room if room is not None else mint_room(), tokens)
             self._prefills[name] = request, prefill
-            self._admission.add(name, request.num_prompt_tokens, early=prefill.early)
-            if prefill.early:
-                self._orders.offer.append(Offer(request=name, room=prefill.room))
+            self._admission.add(name, request.num_prompt_tokens, early=room is not None)
+            if room is not None:
+                self._offer(name, prefill)
 
     def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond ``computed`` that can be received, and whether the request is parked for them; None: ask again
@@ -273,9 +273,16 @@ class SchedulerHalf:
         if rows is None:
             logger.error("request %s was scheduled, but vLLM names no blocks of it", request_id)
             return
+        if last:
+            self._offer(request_id, prefill)
         blocks = self._groups.chunk(prefill.sent, stop, last=last, tables=rows)
         prefill.sent, prefill.begun = stop, True
         self._orders.chunks.append(Chunk(request=request_id, room=prefill.room, last=last, blocks=blocks))
+
+    def _offer(self, request_id: str, prefill: Prefill) -> None:
+        if not prefill.offered:
+            prefill.offered = True
+            self._orders.offer.append(Offer(request=request_id, room=prefill.room))
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended, well or not. Whether its blocks stay until the workers report it, and the answer's
@@ -300,7 +307,7 @@ class SchedulerHalf:
             )
         if not prefill.begun:
             self._admission.end(request_id)
-        if prefill.begun or prefill.early:
+        if prefill.begun or prefill.offered:
             reason = f"the prefill request ended as {request.status.name}"
             self._orders.drop.append(Drop(request=request_id, room=prefill.room, reason=reason, report=prefill.begun))
         return prefill.begun, None

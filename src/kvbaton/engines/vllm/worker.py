@@ -9,8 +9,9 @@ a failed receive is reported at once, and :meth:`WorkerHalf.leased` names it unt
 long as nothing was submitted: the chunks are forgotten and computed again. Afterwards they are withdrawn: the step
 waits until the writes that are out have read the blocks; what has arrived stays, the rest is sent from other blocks
 once it is computed again. A room that the router minted is offered as soon as its request has come, and the scheduler
-half hears when decode has opened it. A room that prefill minted is not known to anybody before prefill's answer, so its
-sender, and with it the time for which finished blocks are kept, begins with the last chunk.
+half hears when decode has opened it. A room that prefill minted is not known to anybody before prefill's answer, so it
+is offered in the step that computes the last chunk, before the forward pass: no rank can finish that pass, and let the
+answer out, before all have begun it, so none is asked for a room that it does not have yet.
 
 **Layers go ahead of their chunk** where nothing is held back, each as soon as vLLM has computed it.
 """
@@ -131,8 +132,7 @@ class WorkerHalf:
     def begin(self, orders: Orders) -> None:
         """Before the forward pass."""
         for offer in orders.offer:
-            send = self._sends[offer.request] = Sending(offer.request, offer.room)
-            self._open(send)
+            self._open(self._sends.setdefault(offer.request, Sending(offer.request, offer.room)))
         for expect in orders.expect:
             self._expect(expect)
         for request, reason in orders.refuse:
@@ -260,10 +260,7 @@ class WorkerHalf:
             send.held.append(chunk)
 
     def _submit(self, send: Sending, fence: Fence) -> None:
-        last = send.held[-1].last
-        if send.sender is None and last:
-            self._open(send)
-        if send.sender is None or send.ended or not (last or _opened(send.sender)):
+        if send.sender is None or send.ended or not (send.held[-1].last or _opened(send.sender)):
             return
         try:
             for chunk in send.held:
