@@ -17,8 +17,8 @@ from lab.vllm.failures import DEAD, LONG
 from lab.vllm.requests import new_room
 from lab.vllm.scene import Scene
 
-#: Seconds within which ends what waits for nobody, and what waits for the heartbeats of a silent peer (10 s).
-SECONDS, SILENT_SECONDS = 5.0, 15.0
+#: Seconds within which ends what waits for nobody, and what waits for the heartbeats of a silent peer (10 to 15 s).
+SECONDS, SILENT_SECONDS = 5.0, 17.0
 #: A worker that is stopped goes on after so long.
 STOPPED_SECONDS = 25.0
 #: How long the metric may lag behind the answer: vLLM carries it with a step.
