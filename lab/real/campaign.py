@@ -46,7 +46,7 @@ async def perform(python: Path, model: Path, build: Path, *, samples: int, tell:
     """Everything; each row is told as it comes."""
     rows: list[Row] = []
     prompts, expected = await asyncio.to_thread(generated, model)
-    fleet = Fleet(build, model=str(model), reference=True, extra=_COMMON, prefill_extra=_PREFILL)
+    fleet = Fleet(build, model=str(model), reference=True, extra=_COMMON, prefill_extra=[_PREFILL])
     async with fleet:
         for server in fleet.servers:
             await fleet.ready(server, READY_SECONDS)

@@ -127,7 +127,7 @@ class Fleet:
         reference: bool = False,
         backend: str = "nixl",
         extra: Sequence[str] = (),
-        prefill_extra: Sequence[Sequence[str]] = (),
+        prefill_extra: Sequence[tuple[str, ...]] = (),
         decode_extra: Sequence[str] = (),
         router_extra: Sequence[str] = (),
         registry_proxies: Sequence[int] = (),
