@@ -276,6 +276,10 @@ def test_where_the_halves_of_each_prompt_meet():
         ({"logit_bias": [1]}, "logit_bias"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [1 << 64]}, "stop_token_ids"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {str(1 << 64): 1.0}}, "logit_bias"),
     ],
 )
 def test_lists_of_tokens_are_checked(fields, field):

@@ -44,6 +44,8 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Alternatives = Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS, extra_json_schema=_FROM_NOTHING)]
 CompletionAlternatives = Annotated[int, Meta(ge=-1, le=MAX_COMPLETION_LOGPROBS, extra_json_schema=_FROM_NOTHING)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+#: No vocabulary is larger; what is larger could not be passed on to other ranks.
+MAX_TOKEN_ID = (1 << 31) - 1
 Stop = Annotated[str, Meta(max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=64)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -253,7 +255,8 @@ _TEMPLATE_OURS = frozenset(
 )
 
 
-_STOP_TOKENS = Annotated[list[int], Meta(max_length=MAX_STOP_TOKENS)]
+_TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
+_STOP_TOKENS = Annotated[list[_TokenId], Meta(max_length=MAX_STOP_TOKENS)]
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -264,7 +267,7 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
 
 def bias_of(raw: Raw) -> tuple[tuple[int, float], ...]:
     """``{"TOKEN": BIAS}``. Raises ConfigError."""
-    found = decoded(raw, dict[int, float], "logit_bias", MAX_LIST_BYTES)
+    found = decoded(raw, dict[_TokenId, float], "logit_bias", MAX_LIST_BYTES)
     return tuple(sorted(found.items())) if found else ()
 
 

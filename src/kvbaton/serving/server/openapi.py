@@ -22,6 +22,7 @@ from kvbaton.serving.server.fields import Kind as FieldKind
 from kvbaton.serving.server.fields import known
 from kvbaton.serving.server.journal import JOURNAL_FIELD
 from kvbaton.serving.server.openai import (
+    MAX_TOKEN_ID,
     AbortRequest,
     ChatChoice,
     ChatRequest,
@@ -336,7 +337,9 @@ _LISTS: _Json = {
     "logit_bias": _nullable(
         {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}
     ),
-    "stop_token_ids": _nullable(_list({"type": "integer", "minimum": 0}, maxItems=MAX_STOP_TOKENS)),
+    "stop_token_ids": _nullable(
+        _list({"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}, maxItems=MAX_STOP_TOKENS)
+    ),
 }
 #: What a struct keeps as bytes until its length is known.
 _RAW: Mapping[str, _Json] = {
