@@ -382,7 +382,8 @@ def _tighten(schema: _Json, of: FieldKind, kind: Kind, *, strict: bool) -> None:
         schema["additionalProperties"] = False
     fields = dict(schema["properties"])
     for name, one in _MEETING.items():
-        fields[name] = _nullable(one, _list(one, minItems=1))
+        item = _nullable(one) if name == "bootstrap_port" else one  # the registry's usual port, as alone
+        fields[name] = _nullable(one, _list(item, minItems=1))
     rooms = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
     fields[JOURNAL_FIELD] = {"type": "null" if kind in ("null", "router") else ["object", "null"]}
     if kind == "router":
