@@ -72,7 +72,6 @@ class Drop:
     """A room that prefill does not complete. ``report``: vLLM keeps the blocks until it hears that they are free."""
 
     request: str
-    room: int
     reason: str
     report: bool
 

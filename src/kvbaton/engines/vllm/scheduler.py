@@ -309,7 +309,7 @@ class SchedulerHalf:
             self._admission.end(request_id)
         if prefill.begun or prefill.offered:
             reason = f"the prefill request ended as {request.status.name}"
-            self._orders.drop.append(Drop(request=request_id, room=prefill.room, reason=reason, report=prefill.begun))
+            self._orders.drop.append(Drop(request=request_id, reason=reason, report=prefill.begun))
         return prefill.begun, None
 
     def _finished_decode(self, request: Request, decode: Decode) -> None:
