@@ -90,7 +90,7 @@ sglang: setup          ## the transfer backend in real SGLang processes, in an e
 bench: setup           ## medians and ratios of the data plane, in one run
 	$(BIN)/kvbaton bench transfer --suite
 
-fuzz: setup            ## look for what breaks the codec, the cores and the API, for about 5 minutes
+fuzz: setup            ## look for what breaks the codec, the cores and the API, for about 6 minutes
 	$(PIP) -e '.[fuzz]'
 	KVBATON_FUZZ_EXAMPLES=100 $(BIN)/python -m pytest -q tests/fuzz
 	$(BIN)/python tests/fuzz/coverage_guided.py --seconds 60

@@ -33,6 +33,7 @@ LAB = Program(
             "hand over every kind of model between every topology, and compare each token with a single process",
         ),
         "mutate": ("lab.commands.mutate", "make small changes to the protocol, each of which some test must notice"),
+        "rules": ("lab.commands.rules", "take each rule of the deployment out of the source; its tests must fail"),
         "mutants": ("lab.commands.mutants", "plant the bugs of the field, and write which seed finds each"),
         "docs": ("lab.commands.docs", "write what is generated in docs/, or check that it is up to date"),
         "models": ("lab.commands.models", "make a tiny random checkpoint of every model family"),

@@ -28,6 +28,7 @@ from kvbaton.cli.signals import exit_on_sigterm
 from kvbaton.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvbaton.serving.router.router import RouterConfig
     from kvbaton.serving.router.workers import Workers
 
 POLICIES = ("round_robin", "random", "power_of_two", "least_load", "cache_aware")
@@ -193,16 +194,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _route(options: argparse.Namespace) -> None:
+def router_config(options: argparse.Namespace) -> RouterConfig:
+    """What the flags say. Raises ConfigError."""
     from kvbaton.discovery.access import read_secret
-    from kvbaton.discovery.connections import raise_file_limit
     from kvbaton.discovery.names import ServerNames
-    from kvbaton.serving.router.router import Router, RouterConfig
+    from kvbaton.serving.router.router import RouterConfig
     from kvbaton.serving.router.worker_file import parse, read
     from kvbaton.serving.router.workers import parse_worker
     from kvbaton.serving.server.api_keys import ApiKeys
-    from kvbaton.serving.server.lifecycle import keep_what_is_loaded, reserve
-    from kvbaton.serving.server.lifecycle import run as run_server
 
     if options.health_check_endpoint and not options.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {options.health_check_endpoint!r} must begin with /")
@@ -216,7 +215,16 @@ async def _route(options: argparse.Namespace) -> None:
     options.names = ServerNames.of(
         options.host, allowed=options.allowed_host or (), origins=options.allowed_origin or ()
     )
-    config = config_of(RouterConfig, options)
+    return config_of(RouterConfig, options)
+
+
+async def _route(options: argparse.Namespace) -> None:
+    from kvbaton.discovery.connections import raise_file_limit
+    from kvbaton.serving.router.router import Router
+    from kvbaton.serving.server.lifecycle import keep_what_is_loaded, reserve
+    from kvbaton.serving.server.lifecycle import run as run_server
+
+    config = router_config(options)
     raise_file_limit()  # before the router asks how many requests it can afford
     with reserve(options.host, options.port) as bound:
         router = Router(config)

@@ -409,7 +409,7 @@ def test_a_worker_that_is_gone_or_draining_is_replaced_once(role, trouble):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("code", ["peer_lost", "disconnected", "registry"])
-def test_a_worker_that_blames_its_peer_is_kept_and_the_other_one_is_replaced(role, code):
+def test_a_worker_that_blames_its_peer_is_kept_and_the_other_one_is_replaced(role, code, caplog):
     """A killed decode: prefill's word of it is often there before decode's broken connection."""
 
     async def test() -> None:
@@ -431,6 +431,8 @@ def test_a_worker_that_blames_its_peer_is_kept_and_the_other_one_is_replaced(rol
             states = {worker.url: worker.usable for worker in setup.router.workers.all}
             assert states[setup.urls[fails]]
             assert not states[setup.urls[hangs]]
+            (taken_out,) = (record for record in caplog.records if "takes no requests now" in record.message)
+            assert setup.urls[hangs] in taken_out.message
 
     run(test())
 
