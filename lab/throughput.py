@@ -1,9 +1,10 @@
 """The embedded engine against transformers' own ``generate``, in one process, taking turns.
 
 Both run the same weights on the same threads and answer the same prompts, given as token ids, greedily and to the same
-length; the model is a random 12-layer Qwen3 of 768 wide in float32. Medians of wall and of processor time are compared:
-on a shared machine the second is the steadier one. What picking costs is timed beside the steps that it follows: all
-of :func:`pick_tokens` for a plain greedy batch, over an argmax alone.
+length; the model is a random 12-layer Qwen3 of 768 wide in float32. Either computes on a thread that ends with its
+round: threads that OpenMP keeps for another one would slow it down (:mod:`kvbaton.serving.engine.threads`). Medians of
+wall and of processor time are compared: on a shared machine the second is the steadier one. What picking costs is timed
+beside the steps that it follows: all of :func:`pick_tokens` for a plain greedy batch, over an argmax alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.request import Sampling
 from kvbaton.serving.engine.runner import ModelRunner, Step
 from kvbaton.serving.engine.sampling import Draw, pick_tokens
+from kvbaton.serving.engine.threads import aside
 from lab.rounds import Prompts, Round, Scenario, answer, pools_of, prompts_of, timed, write_model
 
 #: Steps of a batch that picking is timed beside.
@@ -67,16 +69,16 @@ class Throughput:
         pools = pools_of(self._model)
         warm_up = prompts_of(Scenario(scenario.prompts, 16, 2), seed=-1)
         answer(self._model, pools, warm_up, 2)
-        generate(self._model, warm_up, 2)
+        aside(partial(generate, self._model, warm_up, 2))
         for number in range(rounds):
             prompts = prompts_of(scenario, number)
             ours, one = timed(partial(answer, self._model, pools, prompts, scenario.answer_tokens))
-            theirs, other = timed(partial(generate, self._model, prompts, scenario.answer_tokens))
+            theirs, other = timed(partial(aside, partial(generate, self._model, prompts, scenario.answer_tokens)))
             result.engine.append(one)
             result.generate.append(other)
             result.equal += sum(a == b for a, b in zip(ours, theirs, strict=True))
             result.answers += len(prompts)
-        result.picking = _picking(self._model, pools, scenario)
+        result.picking = aside(partial(_picking, self._model, pools, scenario))
         return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvbaton.layout import NO_LAYER, InteriorOrder, Plane, Pool, Region
 from kvbaton.runtime.staging_memory import ALIGNMENT_BYTES
 from kvbaton.serving.engine.geometry import DTYPES, CachedTensor, PagedGeometry, PagedTensor
 from kvbaton.serving.engine.shard import RankShard
+from kvbaton.serving.engine.threads import aside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ class RecordMemory:
 def aligned(shape: tuple[int, ...], dtype: Any, device: str, *, make: Callable[..., Any] = torch.zeros) -> Any:
     """A tensor, zeroed if ``make`` does that, whose first byte lies on :data:`ALIGNMENT_BYTES`."""
     length = int(np.prod(shape)) * dtype.itemsize
-    buffer = make(length + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    buffer = aside(partial(make, length + ALIGNMENT_BYTES, dtype=torch.uint8, device=device))
     skip = -buffer.data_ptr() % ALIGNMENT_BYTES
     return buffer[skip : skip + length].view(dtype).view(shape)
 

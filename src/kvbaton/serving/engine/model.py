@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvbaton.plan import identity
 from kvbaton.serving.engine.geometry import DTYPES, Geometry, probe_geometry
 from kvbaton.serving.engine.request import Sampling
 from kvbaton.serving.engine.shard import RankShard
+from kvbaton.serving.engine.threads import aside, use_threads
 from kvbaton.serving.engine.weights import weights_digest
 from kvbaton.serving.models import builtin
 
@@ -100,6 +102,10 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is unknown, use one of {', '.join(DTYPES)}")
     if threads is not None:
         use_threads(threads)
+    return aside(partial(_load_model, name, dtype, device, attention, trust_remote_code=trust_remote_code))
+
+
+def _load_model(name: str, dtype: str, device: str, attention: str | None, *, trust_remote_code: bool) -> LoadedModel:
     path = locate_model(name, trust_remote_code=trust_remote_code)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} holds no config.json; give the directory that save_pretrained() wrote")
@@ -132,13 +138,6 @@ def load_model(
         ),
         eos_tokens=_eos_tokens(network, tokenizer),
     )
-
-
-def use_threads(threads: int) -> None:
-    """Set torch's intra-operation threads for the whole process. Raises ConfigError."""
-    if threads < 1:
-        raise ConfigError(f"threads={threads} must be at least 1")
-    torch.set_num_threads(threads)
 
 
 def locate_model(name: str, *, trust_remote_code: bool = False) -> Path:

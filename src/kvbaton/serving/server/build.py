@@ -28,13 +28,14 @@ from kvbaton.serving.engine.decode import decode_scheduler
 from kvbaton.serving.engine.follower import Follower
 from kvbaton.serving.engine.group import READY_SECONDS, Group, GroupManager, Member
 from kvbaton.serving.engine.memory import PoolConfig
-from kvbaton.serving.engine.model import LoadedModel, load_model, use_threads
+from kvbaton.serving.engine.model import LoadedModel, load_model
 from kvbaton.serving.engine.pool import Pools
 from kvbaton.serving.engine.prefill import prefill_scheduler
 from kvbaton.serving.engine.runner import ModelRunner
 from kvbaton.serving.engine.scheduler import Scheduler, SchedulerConfig
 from kvbaton.serving.engine.shard import RankShard
 from kvbaton.serving.engine.sharding import check_fits, shard_network
+from kvbaton.serving.engine.threads import use_threads
 from kvbaton.serving.engine.unified import unified_scheduler
 from kvbaton.serving.server.local_replica import LocalReplica
 from kvbaton.serving.server.rank import ServerRank
