@@ -36,7 +36,8 @@ def save(points: Sequence[Point], path: Path) -> None:
         panel.set_xticks(runs, [str(run) for run in runs], rotation=60)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("ms of a room, TP 4 to 1, tokens outermost")
+    outermost = "tokens" if points[0].interior == "NHD" else "heads"
+    figure.axes[0].set_ylabel(f"ms of a room, TP 4 to 1, {outermost} outermost")
     figure.axes[0].legend(fontsize=7)
     _write(figure, path)
 

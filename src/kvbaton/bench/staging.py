@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvbaton.bench.scenario import HEADS, BenchScenario
 from kvbaton.bench.transfer import TransferBench
+from kvbaton.layout import InteriorOrder
 from kvbaton.plan.costs import Costs
 from kvbaton.plan.pair import pair_plan
 
@@ -28,6 +29,7 @@ class Point:
     run_bytes: int
     pages: int
     page_size: int
+    interior: InteriorOrder
     room_bytes: int
     direct_seconds: float
     staged_seconds: float
@@ -45,8 +47,9 @@ class Point:
         return picked / min(self.staged_seconds, self.direct_seconds)
 
 
-def scenario(run_bytes: int, pages: int, rounds: int, page_size: int) -> BenchScenario:
-    """TP 4 to 1, tokens outermost: a token of a layer falls into pieces of ``run_bytes``."""
+def scenario(run_bytes: int, pages: int, rounds: int, page_size: int, interior: InteriorOrder = "NHD") -> BenchScenario:
+    """TP 4 to 1: a token of a layer falls into pieces of ``run_bytes``. They are alone where tokens are outermost
+    (NHD), and those of a page lie together where heads are (HND)."""
     return BenchScenario(
         name=f"{run_bytes} B runs, {pages} pages",
         layers=LAYERS,
@@ -56,14 +59,13 @@ def scenario(run_bytes: int, pages: int, rounds: int, page_size: int) -> BenchSc
         concurrency=1,
         source_tp=SOURCE_TP,
         page_size=page_size,
-        interior="NHD",
+        interior=interior,
         rounds=rounds,
     )
 
 
-def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, page_size: int, progress: Progress) -> Point:
+def measure(direct: BenchScenario, costs: Costs, progress: Progress) -> Point:
     """One point of the grid: three pairs of groups, one after the other."""
-    direct = scenario(run_bytes, pages, rounds, page_size)
     seconds = {}
     for name, one in (
         ("direct", direct),
@@ -78,9 +80,10 @@ def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, page_size: in
             seconds[name] = result.least("kvbaton") or 0.0
     part = pair_plan(direct.layout(1 << 40, SOURCE_TP, 0), direct.layout(2 << 40, 1, 0)).parts[0]
     return Point(
-        run_bytes=run_bytes,
-        pages=pages,
-        page_size=page_size,
+        run_bytes=direct.run_bytes,
+        pages=direct.pages,
+        page_size=direct.page_size,
+        interior=direct.interior,
         room_bytes=direct.room_bytes,
         direct_seconds=seconds["direct"],
         staged_seconds=seconds["staged"],
@@ -89,12 +92,11 @@ def measure(run_bytes: int, pages: int, costs: Costs, rounds: int, page_size: in
     )
 
 
-def grid(page_size: int) -> Iterator[tuple[int, int]]:
-    """(run bytes, pages) of every point."""
+def grid(rounds: int, page_size: int, interior: InteriorOrder) -> Iterator[BenchScenario]:
+    """Every point."""
     for run_bytes in RUN_BYTES:
         for pages in ROOM_PAGES:
-            if (
-                run_bytes % (HEADS // SOURCE_TP) == 0
-                and scenario(run_bytes, pages, 1, page_size).room_bytes <= MOST_BYTES
-            ):
-                yield run_bytes, pages
+            if run_bytes % (HEADS // SOURCE_TP) == 0:
+                point = scenario(run_bytes, pages, rounds, page_size, interior)
+                if point.room_bytes <= MOST_BYTES:
+                    yield point

@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tp", type=positive, default=1, help="decode ranks")
     parser.add_argument("--page-size", type=positive, default=16, help="tokens of a page")
     parser.add_argument("--chunks", type=positive, default=1, help="chunks that a room is submitted in")
-    parser.add_argument("--interior", choices=("HND", "NHD"), default="HND", help="order of heads and tokens in a page")
+    parser.add_argument(
+        "--interior",
+        choices=("HND", "NHD"),
+        default=None,
+        help="order of heads and tokens in a page; if left out HND, with staging NHD",
+    )
     parser.add_argument("--kind", choices=("kv", "mla"), default="kv", help="K and V of all heads, or one latent")
     parser.add_argument("--plane", choices=("shared", "tcp"), default="shared", help="what UCX may use")
     parser.add_argument("--staging", choices=("auto", "always", "never"), default="never", help="as serve takes it")
@@ -146,10 +151,9 @@ def _run_staging(options: argparse.Namespace) -> int:
     costs = transfer_costs(options.transfer_costs) or HOST_COSTS
     save = _plotter().save if options.plot is not None else None
     points = []
-    for number, (run_bytes, pages) in enumerate(grid(options.page_size)):
+    for number, scenario in enumerate(grid(options.rounds, options.page_size, options.interior or "NHD")):
         with console.status("starting") as status:
-            told = partial(_show, status, str(number + 1))
-            points.append(measure(run_bytes, pages, costs, options.rounds, options.page_size, told))
+            points.append(measure(scenario, costs, partial(_show, status, str(number + 1))))
         point = points[-1]
         console.print(
             f"{point.run_bytes} B, {point.pages} pages: direct {point.direct_seconds * 1e3:.2f} ms, staged "
@@ -197,7 +201,7 @@ def _scenarios(options: argparse.Namespace) -> Sequence[BenchScenario]:
                 target_tp=options.target_tp,
                 page_size=options.page_size,
                 chunks=options.chunks,
-                interior=options.interior,
+                interior=options.interior or "HND",
                 kind=options.kind,
                 plane=options.plane,
                 staging=options.staging,
