@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from kvbaton.errors import LayoutError
 from kvbaton.layout import CacheLayout
@@ -117,7 +119,7 @@ def _join(held: Chunk, chunk: Chunk) -> Chunk | None:
     if not _has_tokens_of(held, chunk) or held.layers[1] < chunk.layers[0] or chunk.layers[1] < held.layers[0]:
         return None
     layers = (min(held.layers[0], chunk.layers[0]), max(held.layers[1], chunk.layers[1]))
-    return replace(chunk, layers=layers)
+    return structs.replace(chunk, layers=layers)
 
 
 def _has_tokens_of(chunk: Chunk, other: Chunk) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
+from msgspec.structs import replace
 
 from kvbaton import pieces
 from kvbaton.handles import KVSender
@@ -171,10 +172,10 @@ def ack_counted_instead_of_identified(patches: Patches) -> None:
     original, find = room.TargetRoom.status, Core._on_transfer_message
     proofs: WeakKeyDictionary[Any, Counter[Any]] = WeakKeyDictionary()  # by rank, so that each scenario begins anew
 
-    def on_message(self: Any, session: Any, message: Any) -> None:
+    def on_message(self: Any, session: Any, on: On, message: Any) -> None:
         if isinstance(message, Done) and message.parts:
             proofs.setdefault(self._context, Counter())[message.key] += 1
-        find(self, session, message)
+        find(self, session, on, message)
 
     def status(self: Any) -> Any:
         found = original(self)
@@ -281,11 +282,11 @@ def staging_slot_leaked(patches: Patches) -> None:
 def retransmission_not_idempotent(patches: Patches) -> None:
     original = Core._on_transfer_message
 
-    def on_message(self: Any, session: Any, message: Any) -> None:
+    def on_message(self: Any, session: Any, on: On, message: Any) -> None:
         if isinstance(message, Open):
             self._rooms.on_open(session, message)
         else:
-            original(self, session, message)
+            original(self, session, on, message)
 
     patches.set(Core, "_on_transfer_message", on_message)
 

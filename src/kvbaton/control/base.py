@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,16 +36,14 @@ class LinkChange(enum.Enum):
     REFUSED = "refused"  #: nobody listens at the address any more: the process that did has closed or died; may repeat
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(Struct, frozen=True):
     """A message came in."""
 
     link: LinkId
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(Struct, frozen=True):
     """A link changed. Only dialled links report; accepted ones just fall silent."""
 
     link: LinkId

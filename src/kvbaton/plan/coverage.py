@@ -21,9 +21,9 @@ Pools of slots have one block and no tokens; what belongs to no layer comes with
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from kvbaton.errors import LocalProtocolError
 from kvbaton.layout import NO_LAYER
@@ -33,8 +33,7 @@ Layers = tuple[int, int]
 """Absolute ids of layers, half open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """Blocks of some lanes of a part (None: of all) that can be written now: from token ``start`` on, so many bytes."""
 
     lanes: Int64s | None

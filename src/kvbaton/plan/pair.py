@@ -47,7 +47,7 @@ Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
 
-class PartId(Struct, frozen=True, array_like=True, order=True):
+class PartId(Struct, frozen=True, array_like=True, order=True, gc=False):
     """(pool, layer range, shard range): the unit of the manifest. Ranges are half open."""
 
     pool: str

@@ -83,6 +83,7 @@ _MESSAGES_TO_TARGET: dict[type, On] = {
     Drained: On.DRAINED_ARRIVED,
     Forgotten: On.FORGOTTEN_ARRIVED,
 }
+_MESSAGES_OF_TRANSFERS = {**_MESSAGES_TO_SOURCE, **_MESSAGES_TO_TARGET}
 
 
 class Core:
@@ -268,7 +269,10 @@ class Core:
                 self._context.send_on(link, UnknownPeer(sender=self.instance, receiver=message.sender))
             return
         session.on_message(now)
-        if isinstance(message, Ping):
+        on = _MESSAGES_OF_TRANSFERS.get(type(message))
+        if on is not None:
+            self._on_transfer_message(session, on, message)
+        elif isinstance(message, Ping):
             self._context.send_on(link, Pong(sender=self.instance, receiver=message.sender))
             if session.role == "source":
                 self._rooms.on_queued(session, message.queued)
@@ -278,15 +282,10 @@ class Core:
             session.on_verdict(message, now)
         elif isinstance(message, Goodbye):
             session.end(PeerLostError(f"the peer has closed: {message.reason}", peer=session.name), now)
-        else:
-            self._on_transfer_message(session, message)
 
-    def _on_transfer_message(self, session: Session, message: AnyMessage) -> None:
-        on_source = _MESSAGES_TO_SOURCE.get(type(message))
-        on = on_source or _MESSAGES_TO_TARGET[type(message)]
-        key = cast(Open, message).key
-        role: Role = "source" if on_source else "target"
-        if role != session.role:
+    def _on_transfer_message(self, session: Session, on: On, message: AnyMessage) -> None:
+        key, role = cast(Open, message).key, session.role
+        if (type(message) in _MESSAGES_TO_SOURCE) != (role == "source"):
             raise RemoteProtocolError(f"{on.value} goes the other way on this link", peer=session.name, room=key.room)
         transfer = self._transfers.find(session.peer, role, key)
         if transfer is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from kvbaton.control.base import LinkId
@@ -26,26 +26,22 @@ class KVPoll(enum.IntEnum):
     Success = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Dial:
+class Dial(Struct, frozen=True):
     """Open a link to ``address`` and answer with ``Dialed``."""
 
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class CloseLink:
+class CloseLink(Struct, frozen=True):
     link: LinkId
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     link: LinkId
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PreparePeer:
+class PreparePeer(Struct, frozen=True):
     """Make ``peer`` reachable and build the tables of ``pair``, and of its ``staged`` parts; answer with PeerPrepared
     or PeerUnprepared."""
 
@@ -55,8 +51,7 @@ class PreparePeer:
     staged: tuple[StagedPart | None, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StagedRun:
+class StagedRun(Struct, frozen=True):
     """Blocks that are gathered and written to a slot of the target's staging memory, from block ``first`` of it on."""
 
     staged: StagedPart
@@ -65,8 +60,7 @@ class StagedRun:
     count: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PostWrite:
+class PostWrite(Struct, frozen=True, eq=False):
     """Write table entries of one part; answer with WriteSettled or WriteBroken, exactly once.
 
     With ``staged`` whole blocks are gathered: ``source_entries`` are those of the first lane, ``target_entries`` is
@@ -82,8 +76,7 @@ class PostWrite:
     staged: StagedRun | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scatter:
+class Scatter(Struct, frozen=True, eq=False):
     """Copy the first ``count`` blocks of one of our staging slots to our memory, now. ``target_entries`` are those of
     the first lane, one for each block.
 
@@ -97,29 +90,25 @@ class Scatter:
     target_entries: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class CancelWrites:
+class CancelWrites(Struct, frozen=True):
     """Do not post these writes if they are not posted yet; a cancelled write settles."""
 
     writes: frozenset[WriteId]
 
 
-@dataclass(frozen=True, slots=True)
-class FencePeer:
+class FencePeer(Struct, frozen=True):
     """Cut ``peer`` off from our writes; answer with PeerFenced."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class Quiesce:
+class Quiesce(Struct, frozen=True):
     """Flush what ``peer``, whose writes have ended, may have left in our transport's buffers; answer PeerQuiesced."""
 
     peer: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoomStatus:
+class RoomStatus(Struct, frozen=True, kw_only=True):
     """What an engine may know of a room.
 
     Args:
@@ -153,8 +142,7 @@ class RoomStatus:
         return self.poll is KVPoll.Failed or self.poll is KVPoll.Success
 
 
-@dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerLost(Struct, frozen=True):
     """Tell the engine that a peer went silent, ended or was replaced.
 
     Args:
@@ -168,8 +156,7 @@ class PeerLost:
     error: KVBatonError
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """Tell the engine about a room."""
 
     room: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NewType
+
+from msgspec import Struct
 
 from kvbaton.control.base import LinkId
 from kvbaton.errors import KVBatonError
@@ -14,8 +15,7 @@ WriteId = NewType("WriteId", int)
 """One write that the core asked for; minted by the core, never reused."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True, kw_only=True):
     """Units that a source has finished computing: per pool a token range and the units that hold it; in ``layers``
     (absolute ids, half open), or in all."""
 
@@ -33,57 +33,49 @@ class Chunk:
         return f"chunk to token {self.token_stop}{layers}"
 
 
-@dataclass(frozen=True, slots=True)
-class Dialed:
+class Dialed(Struct, frozen=True):
     """The link asked for by ``Dial`` exists (connected or not)."""
 
     address: str
     link: LinkId
 
 
-@dataclass(frozen=True, slots=True)
-class DialFailed:
+class DialFailed(Struct, frozen=True):
     """There can be no link to ``address``."""
 
     address: str
     error: KVBatonError
 
 
-@dataclass(frozen=True, slots=True)
-class MessageArrived:
+class MessageArrived(Struct, frozen=True):
     link: LinkId
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUp:
+class LinkUp(Struct, frozen=True):
     """A dialled link is connected again: perhaps to another process."""
 
     link: LinkId
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRefused:
+class LinkRefused(Struct, frozen=True):
     """Nobody listens at the dialled address: the process that did has closed or died. A proof, not a guess."""
 
     link: LinkId
 
 
-@dataclass(frozen=True, slots=True)
-class SenderOpened:
+class SenderOpened(Struct, frozen=True):
     """The engine has a request to prefill for this room."""
 
     room: int
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkSubmitted:
+class ChunkSubmitted(Struct, frozen=True):
     room: int
     chunk: Chunk
 
 
-@dataclass(frozen=True, slots=True)
-class ChunksWithdrawn:
+class ChunksWithdrawn(Struct, frozen=True):
     """The engine wants the units of its chunks back, and will submit their tokens again.
 
     ``seen``: how many calls it has made for the room, this one included; of those between, none is to come.
@@ -93,8 +85,7 @@ class ChunksWithdrawn:
     seen: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiverOpened:
+class ReceiverOpened(Struct, frozen=True):
     """The engine expects a room from the source ranks at these addresses.
 
     ``begun``: they have said that they have it, so that one that does not know it need not wait for it.
@@ -105,8 +96,7 @@ class ReceiverOpened:
     begun: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class GrantsPublished:
+class GrantsPublished(Struct, frozen=True):
     """The engine has leased units for a room. ``at_most``: its prompt may have fewer tokens."""
 
     room: int
@@ -115,8 +105,7 @@ class GrantsPublished:
     at_most: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AbortRequested:
+class AbortRequested(Struct, frozen=True):
     """Our engine gives a room up."""
 
     room: int
@@ -124,71 +113,61 @@ class AbortRequested:
     error: KVBatonError
 
 
-@dataclass(frozen=True, slots=True)
-class WriteUnderWay:
+class WriteUnderWay(Struct, frozen=True):
     """A write was posted and did not settle at once: it may need the target's help to land."""
 
     write: WriteId
 
 
-@dataclass(frozen=True, slots=True)
-class WriteSettled:
+class WriteSettled(Struct, frozen=True):
     """A write is complete, or was never posted: it touches no memory any more."""
 
     write: WriteId
 
 
-@dataclass(frozen=True, slots=True)
-class WriteBroken:
+class WriteBroken(Struct, frozen=True):
     """A write failed; until its peer is fenced it may still touch memory."""
 
     write: WriteId
     error: KVBatonError
 
 
-@dataclass(frozen=True, slots=True)
-class PeerPrepared:
+class PeerPrepared(Struct, frozen=True):
     """The transport can write to this peer."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class PeerUnprepared:
+class PeerUnprepared(Struct, frozen=True):
     """The transport cannot write to this peer."""
 
     peer: str
     error: KVBatonError
 
 
-@dataclass(frozen=True, slots=True)
-class PeerFenced:
+class PeerFenced(Struct, frozen=True):
     """The transport has cut this peer off: no write of ours towards it touches any memory any more."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class PeerQuiesced:
+class PeerQuiesced(Struct, frozen=True):
     """Whatever an ended or fenced peer had put on the wire before has landed in our memory, or never will."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgentReplaced:
+class AgentReplaced(Struct, frozen=True):
     """The transport has replaced its agent to stop a write: peers reach our memory with this metadata from now on."""
 
     metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """The inbox is empty: judge the deadlines. No other event does."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShutdownRequested:
+class ShutdownRequested(Struct, frozen=True):
     """This rank is closing: every live room fails, every peer is told."""
 
     reason: str

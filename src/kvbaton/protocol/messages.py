@@ -42,7 +42,7 @@ else:
 Role = Literal["source", "target"]
 
 
-class TransferKey(Struct, frozen=True, array_like=True):
+class TransferKey(Struct, frozen=True, array_like=True, gc=False):
     """One attempt to fill one room: the router's room, an id minted by the target's instance, a generation."""
 
     room: Count
@@ -53,7 +53,7 @@ class TransferKey(Struct, frozen=True, array_like=True):
         return f"{self.room}/{self.id}.{self.generation}"
 
 
-class Grant(Struct, frozen=True, array_like=True):
+class Grant(Struct, frozen=True, array_like=True, gc=False):
     """Units of one target pool that a transfer may write, for a token range (see ``manager.Span``)."""
 
     pool: Text
@@ -62,14 +62,14 @@ class Grant(Struct, frozen=True, array_like=True):
     units: Units
 
 
-class StagingGrant(Struct, frozen=True, array_like=True):
+class StagingGrant(Struct, frozen=True, array_like=True, gc=False):
     """Slots of the target's staging memory through which a part is to travel."""
 
     part: PartId
     slots: Units
 
 
-class PartBytes(Struct, frozen=True, array_like=True):
+class PartBytes(Struct, frozen=True, array_like=True, gc=False):
     """A part and the bytes it moves."""
 
     part: PartId

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 MAX_ROOMS = 4_096
 #: Lines that are kept from the beginning of a room, and most of its end.
 FIRST_LINES = 16
@@ -16,8 +18,7 @@ LAST_LINES = 48
 MAX_CHARACTERS = 400
 
 
-@dataclass(frozen=True, slots=True)
-class TraceLine:
+class TraceLine(Struct, frozen=True, gc=False):
     """One event of a room. ``at`` in seconds of the core's clock."""
 
     at: float
@@ -29,17 +30,21 @@ class _RoomTrace:
     """One room's lines. ``left_out``: how many are missing between the first and the last."""
 
     first: list[TraceLine] = field(default_factory=list)
-    last: deque[TraceLine] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    last: deque[TraceLine] | None = None
     left_out: int = 0
 
     def add(self, line: TraceLine) -> None:
         if len(self.first) < FIRST_LINES:
             self.first.append(line)
             return
+        if self.last is None:
+            self.last = deque(maxlen=LAST_LINES)
         self.left_out += len(self.last) == LAST_LINES
         self.last.append(line)
 
     def lines(self) -> list[TraceLine]:
+        if self.last is None:
+            return list(self.first)
         gap = [TraceLine(self.last[0].at, f"({self.left_out} lines left out)")] if self.left_out else []
         return [*self.first, *gap, *self.last]
 

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from kvbaton.errors import InternalError, KVBatonError
 from kvbaton.plan.coverage import Coverage, Piece
@@ -53,6 +53,8 @@ class State(enum.Enum):
     SETTLING = "settling"
     FAILING = "failing"
     CLOSED = "closed"
+
+    __hash__ = object.__hash__  # that of Enum is written in Python; these are keys of every step
 
 
 class On(enum.Enum):
@@ -79,6 +81,8 @@ class On(enum.Enum):
     PEER_GONE = "peer gone"
     PEER_FENCED = "peer fenced"
     PEER_QUIESCED = "peer quiesced"
+
+    __hash__ = object.__hash__
 
     @property
     def is_message(self) -> bool:
@@ -113,8 +117,7 @@ class Lease:
 Share = tuple[int, bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """What a write is of: a piece of a share of a part."""
 
     share: Share
@@ -139,11 +142,12 @@ class Outgoing:
     abort_arrived: bool = False
     fenced: bool = False
     moving: bool = False
+    ended_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """What is posted so far."""
-        return sum(coverage.bytes for coverage in self.coverage.values())
+        return self.ended_bytes + sum(coverage.bytes for coverage in self.coverage.values())
 
     @property
     def posted(self) -> tuple[PartBytes, ...]:
@@ -154,7 +158,8 @@ class Outgoing:
         return tuple(PartBytes(self.pair.parts[index].id, size) for index, size in posted.items())
 
     def drop_units(self) -> None:
-        """Nothing will be written any more: a tombstone needs no page lists."""
+        """Nothing will be written any more: a tombstone needs no page lists, and not what was written of them."""
+        self.ended_bytes, self.coverage = self.bytes, {}
         self.grants = {pool: structs.replace(grant, units=()) for pool, grant in self.grants.items()}
 
 

@@ -28,6 +28,8 @@ from kvbaton.protocol.session import Session
 from kvbaton.protocol.transfer import On, Outgoing, State, Transfer
 
 TransferAddress = tuple[str, Role, TransferKey]
+#: What the steps of each cell of the table are counted as.
+_CELLS = {(state, on): f"{state.value}:{on.value}" for state in State for on in On}
 
 
 class Transfers:
@@ -109,7 +111,7 @@ class Transfers:
     def step(self, transfer: Transfer, on: On, detail: object = None) -> None:
         """Apply one event to one transfer. Raises RemoteProtocolError for a message that must not be."""
         before = transfer.state
-        self._context.counters[f"{before.value}:{on.value}"] += 1
+        self._context.counters[_CELLS[before, on]] += 1
         try:
             table.step(transfer, on, self._context.now, detail)
         finally:

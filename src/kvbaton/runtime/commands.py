@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from kvbaton.errors import InternalError
 from kvbaton.protocol.events import AbortRequested, ChunkSubmitted, ChunksWithdrawn, Event, SenderOpened
@@ -18,8 +19,7 @@ Fence = Callable[[], bool]
 BATCH = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Struct, frozen=True):
     """An event from the engine; a chunk waits until its fence says that the data is there."""
 
     event: Event

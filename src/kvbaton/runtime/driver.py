@@ -102,6 +102,19 @@ class Driver:
             clock=clock,
         )
         self._commands = Commands(core.wants_chunks, self.counters)
+        self._performers: dict[type, Callable[..., object]] = {
+            Send: self._say,
+            Report: self._reports.report,
+            PeerLost: self._reports.lost,
+            PostWrite: self._data.offer,
+            CancelWrites: self._data.cancel,
+            PreparePeer: self._data.prepare,
+            FencePeer: lambda effect: self._data.fence(effect.peer),
+            Scatter: self._data.scatter,
+            Quiesce: lambda effect: self._data.quiesce(effect.peer),
+            Dial: lambda effect: self._control.dial(effect.address),
+            CloseLink: self._close_link,
+        }
         self._active_at = 0.0
         self._closing_at: float | None = None
         self._parted = threading.Event()  # the transport is destroyed, and whoever may know it does
@@ -347,29 +360,14 @@ class Driver:
     # ---- effects ------------------------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> None:
-        if isinstance(effect, Send):
-            self._control.say(effect.link, effect.payload)
-        elif isinstance(effect, Report):
-            self._reports.report(effect)
-        elif isinstance(effect, PeerLost):
-            self._reports.lost(effect)
-        elif isinstance(effect, PostWrite):
-            self._data.offer(effect)
-        elif isinstance(effect, CancelWrites):
-            self._data.cancel(effect)
-        elif isinstance(effect, PreparePeer):
-            self._data.prepare(effect)
-        elif isinstance(effect, FencePeer):
-            self._data.fence(effect.peer)
-        elif isinstance(effect, Scatter):
-            self._data.scatter(effect)
-        elif isinstance(effect, Quiesce):
-            self._data.quiesce(effect.peer)
-        elif isinstance(effect, Dial):
-            self._control.dial(effect.address)
-        elif isinstance(effect, CloseLink):
-            self._send()
-            self._control.close_link(effect.link)
+        self._performers[type(effect)](effect)
+
+    def _say(self, effect: Send) -> None:
+        self._control.say(effect.link, effect.payload)
+
+    def _close_link(self, effect: CloseLink) -> None:
+        self._send()
+        self._control.close_link(effect.link)
 
     def _send(self) -> None:
         """All that was said to a peer since the last time goes together, after the engine was woken, once, for all that
