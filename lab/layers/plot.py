@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lab.layers.case import WAYS, Case
 
@@ -31,6 +32,8 @@ def save(cases: Sequence[Case], path: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel="tokens of a prompt, one chunk", ylabel=f"{name}, ms")
             panel.set_xticks(tokens, [str(count) for count in tokens])
             panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.grid(alpha=0.3)
         panels[0][column].set_title(f"moving takes {share:g} of computing")
     panels[0][0].legend(fontsize=8)

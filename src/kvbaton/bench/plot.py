@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from kvbaton.bench.open_rooms import Beside
 from kvbaton.bench.staging import Point
@@ -30,11 +31,12 @@ def save(points: Sequence[Point], path: Path) -> None:
             panel.plot(runs, [getattr(p, name) * 1e3 for p in here], label=label, markersize=4, **style)
         picked = [(p.staged_seconds if p.prefers_staging else p.direct_seconds) * 1e3 for p in here]
         panel.plot(runs, picked, "o", markersize=10, fillstyle="none", color="#208040", label="the cost model's choice")
-        panel.set(
-            xscale="log", yscale="log", xlabel="bytes of a run", title=f"{count} pages of {here[0].page_size} tokens"
-        )
+        title = f"{count} {'page' if count == 1 else 'pages'} of {here[0].page_size} tokens"
+        panel.set(xscale="log", yscale="log", xlabel="bytes of a run", title=title)
         panel.set_xticks(runs, [str(run) for run in runs], rotation=60)
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     outermost = "tokens" if points[0].interior == "NHD" else "heads"
     figure.axes[0].set_ylabel(f"ms of a room, TP 4 to 1, {outermost} outermost")
