@@ -680,6 +680,29 @@ def test_what_a_silent_worker_was_asked_is_asked_elsewhere_at_once(role, streame
     run(test())
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_nobody_waits_for_another_probe_of_servers_that_are_all_silent(role):
+    """A client of the only pair was told after the limits of two more probes."""
+
+    async def test() -> None:
+        silent, other = Backend(hang), Backend(hang)
+        prefills, decodes = ([silent], [other]) if role == "prefill" else ([other], [silent])
+        async with routed(prefills, decodes, health_check_timeout_secs=0.2) as setup:
+            asking = asyncio.create_task(setup.post(503))
+            await silent.arrived.wait()
+            while not silent.probed.empty():
+                silent.probed.get_nowait()
+            silent.frozen.set()
+            (worker,) = (w for w in setup.router.workers.all if w.url == setup.urls[silent])
+            worker.become(State.SILENT, "/ready does not answer")
+            assert setup.urls[silent] in (await asking)["error"]["message"]
+            assert (await setup.post(503))["error"]["code"] == "peer_lost"
+            assert silent.probed.qsize() <= 1  # of the round that looks after a worker that failed a request
+            await setup.router.workers.probe_all()  # which ends by its limit
+
+    run(test())
+
+
 def test_a_stream_whose_decode_falls_silent_ends_with_an_error_event_at_once():
     async def test() -> None:
         async def freeze(request: web.Request, body: dict) -> web.StreamResponse:

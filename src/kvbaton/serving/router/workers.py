@@ -194,11 +194,15 @@ class Workers:
 
     async def known_pairs(self) -> list[tuple[Worker, Worker]]:
         """Like :meth:`pairs`, but where there is none workers are probed once more first: a request after a restart
-        must not wait for the next round, and one after a failure not give up for a suspicion."""
+        must not wait for the next round, and one after a failure not give up for a suspicion. Where all of one role are
+        silent that is not done: whoever asks them waits for nothing, and the next round asks them in any case."""
         for _ in range(2):  # a round that was under way may have asked before the server was there
-            if not self.pairs():
+            if not self.pairs() and not any(self._all_silent(role) for role in ROLES):
                 await self._probe_once()
         return self.pairs()
+
+    def _all_silent(self, role: Role) -> bool:
+        return all(worker.state is State.SILENT for worker in self._workers if worker.role == role)
 
     async def find_pair(self, prompt: bytes = b"") -> tuple[Worker, Worker]:
         """The pair whose turn it is, of those that are known. Raises PeerLostError that names every worker and its
@@ -211,7 +215,7 @@ class Workers:
     async def find(self, role: Role) -> Worker:
         """Like :meth:`find_pair`, for a question that needs one worker only."""
         for _ in range(2):
-            if not self.usable(role):
+            if not self.usable(role) and not self._all_silent(role):
                 await self._probe_once()
         candidates = self.usable(role)
         if not candidates:
