@@ -26,7 +26,7 @@ _WANTED = (
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    return made(directory, " ".join(_WANTED), lambda python, _: pip(python, "install", *_WANTED))
+    return made(directory, (Path(__file__),), lambda python, _: pip(python, "install", *_WANTED))
 
 
 def interpreter(directory: Path) -> Path | None:

@@ -33,7 +33,7 @@ def __getattr__(name):
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    return made(directory, SGLANG, _install)
+    return made(directory, (Path(__file__), PINNED), _install)
 
 
 def _install(python: Path, packages: Path) -> None:

@@ -18,7 +18,7 @@ _STUB = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
 
 def prepare(directory: Path) -> Path:
     """The interpreter of the environment in ``directory``, made unless it is there. Raises ConfigError."""
-    return made(directory, VLLM, _install)
+    return made(directory, (Path(__file__),), _install)
 
 
 def _install(python: Path, packages: Path) -> None:
