@@ -586,3 +586,23 @@ def held_layers_dropped(patches: Patches) -> None:
 @mutant("a source waits for the queue of decode only as long as for a decode that says nothing (our own)", 165)
 def queue_measured_by_a_deadline(patches: Patches) -> None:
     patches.set(rooms.Rooms, "on_queued", lambda _self, _session, _queued: None)
+
+
+@mutant("a room that prefill has begun and lost is waited for, as one that it has not got yet (our own)")
+def lost_room_waited_for(patches: Patches) -> None:
+    original = rooms.Rooms._room_for
+    patches.set(rooms.Rooms, "_room_for", lambda self, session, message: original(self, session, unsaid(message)))
+
+    def unsaid(message: Any) -> Any:
+        return replace(message, begun=False)
+
+
+@mutant("a rank that gets a request after decode was refused its room waits for decode (our own)")
+def late_rank_not_told(patches: Patches) -> None:
+    original = rooms.Rooms._remember
+
+    def remember(self: Any, failures: Any, number: int, unmet: Any) -> None:
+        if unmet.error.code != "transfer_failed":
+            original(self, failures, number, unmet)
+
+    patches.set(rooms.Rooms, "_remember", remember)

@@ -211,7 +211,8 @@ class Rooms:
                     raise unmet.error.again()
             if message.begun:
                 error = TransferFailedError(
-                    f"the prefill rank has no room {key.room} (any more): it has ended there, or the rank was restarted"
+                    "the prefill rank has no such room (any more): it has ended there, or the rank was restarted",
+                    room=key.room,
                 )
                 group = session.hello.group if session.hello is not None else ""
                 self._remember(self._failed_before_sender, key.room, _Unmet(error, group, {session.peer}))

@@ -172,7 +172,8 @@ def test_a_room_that_the_source_must_have_is_refused_at_once_where_it_has_ended(
     scene.world.run()
     status = scene.status("target")
     assert status.poll is KVPoll.Failed
-    assert "has no room 7 (any more)" in str(status.error)
+    assert "has no such room (any more)" in str(status.error)
+    assert status.error.room == 7
     assert scene.world.now < 1.0
     scene.expect_over()
 

@@ -10,6 +10,7 @@ from kvbaton.testing.sim.faults import closed_while_written, draw_faults
 from kvbaton.testing.sim.requests import (
     draw_requests,
     draw_steps,
+    some_are_begun_first,
     some_are_declined,
     some_are_handed_on,
     some_are_preempted,
@@ -64,7 +65,8 @@ def generate(seed: int) -> Scenario:
     scenario = _slots_are_small(random.Random(f"slots of {seed}"), scenario) if staged else scenario
     scenario = some_lengths_are_unknown(random.Random(f"spare of {seed}"), scenario)
     scenario = some_are_handed_on(random.Random(f"onward of {seed}"), scenario)
-    return some_are_queued(random.Random(f"queued of {seed}"), scenario)
+    scenario = some_are_queued(random.Random(f"queued of {seed}"), scenario)
+    return some_are_begun_first(random.Random(f"begun of {seed}"), scenario)
 
 
 def _by_layers(rng: random.Random, scenario: Scenario) -> Scenario:

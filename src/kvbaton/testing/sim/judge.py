@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvbaton.errors import InternalError, MessageError
@@ -300,9 +301,12 @@ class Judge:
             aborted_at = self._first_abort.get(request.number)
             if aborted_at is None:
                 failed = [job for job in jobs if job.outcome is not KVPoll.Success]
-                if failed:
+                if not failed:
+                    continue
+                if not _is_late(request, jobs):
                     raise self._violated("failed undisturbed", f"{failed[0]}: {failed[0].side}")
-                continue
+                spoiled.add(request.room)
+                aborted_at = min((job.ended_at for job in failed if job.ended_at is not None), default=0.0)
             opened = [job.opened_at for job in jobs if isinstance(job, TargetJob)]
             known_at = [aborted_at, *(job.started_at for job in jobs), *(at for at in opened if at is not None)]
             if None not in opened or self._given_up_by_target(request):
@@ -319,6 +323,13 @@ class Judge:
 
     def _violated(self, kind: str, text: str) -> Exception:
         return self._clockwork.violated(kind, text)
+
+
+def _is_late(request: SimRequest, jobs: Sequence[SimJob]) -> bool:
+    """Whether decode, which was told that prefill has begun it, may have asked before a rank of prefill knew of it."""
+    sources = [job.started_at for job in jobs if isinstance(job, SourceJob)]
+    targets = [job.started_at for job in jobs if isinstance(job, TargetJob)]
+    return request.begun == "late" and max(sources, default=0.0) >= min(targets, default=0.0)
 
 
 def _brings_a_cause(event: Event | None) -> bool:

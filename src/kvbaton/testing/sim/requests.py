@@ -9,7 +9,7 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from kvbaton.testing.sim.faults import leaves_early
-from kvbaton.testing.sim.scenario import Scenario, SimGroup, SimRequest, SimStep
+from kvbaton.testing.sim.scenario import Begun, Scenario, SimGroup, SimRequest, SimStep
 
 #: Of a prompt, and of a prompt with an answer that is handed on.
 MOST_TOKENS = 10
@@ -154,6 +154,22 @@ def some_are_queued(rng: random.Random, scenario: Scenario) -> Scenario:
         for request in scenario.requests
     )
     return replace(scenario, requests=requests)
+
+
+def some_are_begun_first(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Decode is asked once prefill has answered; but that was one rank's word, or an earlier life's."""
+    kept = {request.after for request in scenario.requests if request.onward is not None}
+
+    def begun(request: SimRequest) -> SimRequest:
+        plain = request.onward is None and request.number not in kept and not (request.rival or request.declines)
+        if not plain or rng.random() > 0.12:
+            return request
+        chosen: Begun = rng.choice(("there", "there", "late", "lost"))
+        if chosen == "late":
+            return replace(request, begun=chosen, source_at=request.target_at + rng.uniform(0.0, 0.05))
+        return replace(request, begun=chosen, target_at=request.source_at + rng.uniform(0.002, 0.05))
+
+    return replace(scenario, requests=tuple(map(begun, scenario.requests)))
 
 
 def some_are_handed_on(rng: random.Random, scenario: Scenario) -> Scenario:

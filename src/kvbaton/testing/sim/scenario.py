@@ -82,6 +82,9 @@ class SimStep(Struct, frozen=True, array_like=True):
     stop: int = 0
 
 
+Begun = Literal["", "there", "late", "lost"]
+
+
 class SimRequest(Struct, frozen=True, kw_only=True):
     """One prompt on both sides. Times are relative to its start: 0, or the end of the request named by ``after``.
 
@@ -106,6 +109,8 @@ class SimRequest(Struct, frozen=True, kw_only=True):
         spare: the target engine does not know how long the prompt is, and has units for so many tokens more; None: it
             knows.
         preempt: when the source engine takes its units back, to compute the prompt again; None: never.
+        begun: the target engine has heard that the sources have begun it. They have, all of them; or they get it only
+            now, since the word was that of another one; or they have lost it, as those do that were started again.
     """
 
     number: int
@@ -134,6 +139,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     declines: bool = False
     spare: int | None = None
     preempt: float | None = None
+    begun: Begun = ""
 
     @property
     def tokens(self) -> int:

@@ -33,8 +33,11 @@ class TargetJob(SimJob):
 
     def open(self) -> KVReceiver:
         manager, room = self.process.manager, self.request.room
+        if self.request.begun == "lost":
+            self.process.world.judge.aborted(self)
+            self.process.clockwork.faults["room lost by prefill"] += 1
         if not self.request.declines:
-            return manager.receiver(room, self._sources)
+            return manager.receiver(room, self._sources, begun=bool(self.request.begun))
         self.process.world.judge.aborted(self)
         self.process.clockwork.faults["room declined"] += 1
         return manager.decline(room, self._sources, "the simulator wants nothing of it")

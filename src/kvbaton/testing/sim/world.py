@@ -192,6 +192,9 @@ class SimWorld:
 
     def _start(self, place: str, request: SimRequest, addresses: list[str] | None = None, *, source: bool) -> None:
         process = self._places[place]
+        if source and request.begun == "lost":
+            self._one_over(request)
+            return
         if process.alive and process.paused_until > self.clockwork.now:
             self.clockwork.at(process.paused_until, lambda: self._start(place, request, addresses, source=source))
             return
