@@ -59,7 +59,9 @@ def save_open_rooms(found: Sequence[Beside], path: Path) -> None:
     waiting.set(ylabel="% of a core, decode waiting", ylim=(0, None))
     times.legend(fontsize=7)
     for panel in (times, waiting):
-        panel.set(xscale="symlog", xlabel="rooms that are open and wait")
+        panel.set(xscale="symlog", xlabel="rooms that are open and wait", xlim=(-0.2, 2 * max(opened)))
+        panel.set_xticks(opened, [f"{count:,}" for count in opened])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     _write(figure, path)
 
