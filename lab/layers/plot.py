@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
+from kvbaton.bench.plot import label_decades, write
 from lab.layers.case import WAYS, Case
 
 _STYLES = {"without": {"color": "#c04020", "marker": "o"}, "ahead": {"color": "#2060a0", "marker": "s"}}
@@ -32,13 +31,11 @@ def save(cases: Sequence[Case], path: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel="tokens of a prompt, one chunk", ylabel=f"{name}, ms")
             panel.set_xticks(tokens, [str(count) for count in tokens])
             panel.minorticks_off()
-            panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            panel.yaxis.set_major_formatter("{x:g}")
+            label_decades(panel.yaxis)
             panel.grid(alpha=0.3)
         panels[0][column].set_title(f"moving takes {share:g} of computing")
     panels[0][0].legend(fontsize=8)
-    with mpl.rc_context({"svg.hashsalt": "kvbaton", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    write(figure, path)
 
 
 def _share(case: Case) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from kvbaton.bench.plot import write
 from lab.policies.campaign import Measured
 
 _COLOURS = ("#2060a0", "#c08020")
@@ -37,5 +37,4 @@ def save(found: Sequence[Measured], path: Path) -> None:
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    with mpl.rc_context({"svg.hashsalt": "kvbaton", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    write(figure, path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -35,13 +36,12 @@ def save(points: Sequence[Point], path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="bytes of a run", title=title)
         panel.set_xticks(runs, [str(run) for run in runs], rotation=60)
         panel.minorticks_off()
-        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panel.yaxis.set_major_formatter("{x:g}")
+        label_decades(panel.yaxis)
         panel.grid(alpha=0.3)
     outermost = "tokens" if points[0].interior == "NHD" else "heads"
     figure.axes[0].set_ylabel(f"ms of a room, TP 4 to 1, {outermost} outermost")
     figure.axes[0].legend(fontsize=7)
-    _write(figure, path)
+    write(figure, path)
 
 
 def save_open_rooms(found: Sequence[Beside], path: Path) -> None:
@@ -63,9 +63,16 @@ def save_open_rooms(found: Sequence[Beside], path: Path) -> None:
         panel.set_xticks(opened, [f"{count:,}" for count in opened])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    _write(figure, path)
+    write(figure, path)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def label_decades(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade of a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+
+
+def write(figure: Figure, path: Path) -> None:
+    """The same picture gives the same bytes."""
     with mpl.rc_context({"svg.hashsalt": "kvbaton", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

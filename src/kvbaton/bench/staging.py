@@ -47,7 +47,7 @@ class Point:
         return picked / min(self.staged_seconds, self.direct_seconds)
 
 
-def scenario(run_bytes: int, pages: int, rounds: int, page_size: int, interior: InteriorOrder = "NHD") -> BenchScenario:
+def scenario(run_bytes: int, pages: int, rounds: int, page_size: int, interior: InteriorOrder) -> BenchScenario:
     """TP 4 to 1: a token of a layer falls into pieces of ``run_bytes``. They are alone where tokens are outermost
     (NHD), and those of a page lie together where heads are (HND)."""
     return BenchScenario(
